@@ -1,0 +1,34 @@
+"""The offline bound: evict what is needed furthest in the future."""
+
+from __future__ import annotations
+
+import numpy as np
+from offmoe.cache.policies.base import Ints, Numbers, Policy
+
+
+class Belady(Policy):
+    """Score: minus the event of the next use. For replay only: it must be touched as `future` says.
+
+    future: the record ids of a whole run [tokens, layers, k]; a token's layer is one event.
+    """
+
+    def __init__(self, records: int, future: Ints, name: str = "belady") -> None:
+        super().__init__(records, name)
+        used = future.reshape(-1)
+        events = np.arange(used.size) // future.shape[-1]
+        ends = np.cumsum(np.bincount(used, minlength=records))
+        # Every record's events in order, then one that is never reached.
+        self.events = np.insert(events[np.argsort(used, kind="stable")], ends, used.size)
+        self.next = np.concatenate([[0], ends[:-1]]) + np.arange(records)  # [records], into events
+
+    def touch(self, records: Ints, now: int, uses: Ints | int = 1) -> None:
+        self.next[records] += 1
+
+    def score(self, records: Ints, now: int) -> Numbers:
+        return -self.events[self.next[records]]
+
+
+class BeladyBypass(Belady):
+    """As Belady, and a missed record needed later than all residents is served without a slot."""
+
+    bypass = True

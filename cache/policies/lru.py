@@ -1,0 +1,22 @@
+"""Least recently used."""
+
+from __future__ import annotations
+
+import numpy as np
+from offmoe.cache.policies.base import Ints, Numbers, Policy
+
+
+class LRU(Policy):
+    """Score: the event of the last use. Events, not tokens, order the layers of one token."""
+
+    def __init__(self, records: int, name: str = "lru") -> None:
+        super().__init__(records, name)
+        self.event = 0
+        self.last = np.zeros(records, np.int64)  # 0: never
+
+    def touch(self, records: Ints, now: int, uses: Ints | int = 1) -> None:
+        self.event += 1
+        self.last[records] = self.event
+
+    def score(self, records: Ints, now: int) -> Numbers:
+        return self.last[records]

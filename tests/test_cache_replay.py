@@ -1,0 +1,188 @@
+"""Replay: golden counts, the two laws, hand-computed bounds and the published figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from offmoe.cache.replay import replay
+from offmoe.cache.trace import Trace
+from traces import of
+
+DATA = Path(__file__).parent / "data"
+SHARED = Path(__file__).parents[2] / "shared/traces/gpt-oss-20b.npz"
+FORCED = ("lru", "lfu", "crf:h=8")
+load = cache(Trace.load)
+
+# Goldens say "changed", never "wrong": the laws and the slow model say that.
+GOLDEN = {
+    "demo_trace": {  # bench/demo_trace.py
+        ("lru", "layer", 12): 55660,
+        ("lru", "global", 16): 53328,
+        ("lfu", "layer", 16): 41026,
+        ("crf:h=16", "layer", 16): 39646,
+        ("crf:h=16", "global", 16): 42734,
+        ("crf:h=64", "global", 24): 19672,
+    },
+    "small_trace": {
+        ("lru", "layer", 8): 3188,
+        ("lru", "layer", 16): 1657,
+        ("lru", "global", 8): 3215,
+        ("lru", "global", 16): 1660,
+        ("lfu", "layer", 8): 2933,
+        ("lfu", "layer", 16): 1388,
+        ("lfu", "global", 8): 3515,
+        ("lfu", "global", 16): 1565,
+        ("crf:h=16", "layer", 8): 2969,
+        ("crf:h=16", "layer", 16): 1477,
+        ("crf:h=16", "global", 8): 3418,
+        ("crf:h=16", "global", 16): 1480,
+        ("crf:h=64", "layer", 8): 2934,
+        ("crf:h=64", "layer", 16): 1434,
+        ("crf:h=64", "global", 8): 3473,
+        ("crf:h=64", "global", 16): 1542,
+        ("belady", "layer", 8): 2201,
+        ("belady", "layer", 16): 873,
+        ("belady", "global", 8): 1916,
+        ("belady", "global", 16): 783,
+        ("belady-bypass", "layer", 8): 2013,
+        ("belady-bypass", "layer", 16): 845,
+        ("belady-bypass", "global", 8): 1872,
+        ("belady-bypass", "global", 16): 777,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "scope", "slots", "misses"),
+    [(name, *run, misses) for name, runs in GOLDEN.items() for run, misses in runs.items()],
+)
+def test_golden_misses(name: str, policy: str, scope: str, slots: int, misses: int) -> None:
+    assert replay(load(DATA / f"{name}.npz"), policy, slots, scope).misses == misses
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_two_laws_on_committed_traces(name: str, scope: str) -> None:
+    trace = load(DATA / f"{name}.npz")
+    k, experts = trace.meta["top_k"], trace.meta["experts"]
+    before = trace.experts.size
+    for slots in (k, k + 1, experts // 4, experts // 2, experts - 1, experts):
+        bound = replay(trace, "belady", slots, scope).misses
+        assert replay(trace, "belady-bypass", slots, scope).misses <= bound
+        misses = {policy: replay(trace, policy, slots, scope).misses for policy in FORCED}
+        assert all(count >= bound for count in misses.values()), (slots, misses, bound)
+        assert misses["lru"] <= before
+        before = misses["lru"]
+    used = sum(len(np.unique(trace.experts[:, layer])) for layer in range(trace.meta["layers"]))
+    assert before == bound == used
+
+
+tiny = st.integers(1, 2).flatmap(
+    lambda k: st.lists(
+        st.lists(st.integers(0, 4), min_size=k, max_size=k, unique=True), min_size=1, max_size=14
+    ).map(lambda ids: of(ids, 5))
+)
+
+
+@settings(deadline=None)
+@given(tiny, st.integers(2, 5))
+def test_belady_is_the_least_that_any_choice_can_miss(trace: Trace, slots: int) -> None:
+    forced, bypass = (replay(trace, name, slots).misses for name in ("belady", "belady-bypass"))
+    assert forced == least_misses(trace, slots, forced=True)
+    assert bypass == least_misses(trace, slots, forced=False)
+    assert all(replay(trace, policy, slots).misses >= forced for policy in FORCED)
+
+
+def least_misses(trace: Trace, slots: int, forced: bool) -> int:
+    """By trying everything that could be kept after every event."""
+    reached = {frozenset[int](): 0}
+    for asked in (frozenset(ids) for ids in trace.experts[:, 0].tolist()):
+        held = asked if forced else frozenset[int]()
+        following: dict[frozenset[int], int] = {}
+        for kept, misses in reached.items():
+            others = (kept | asked) - held
+            for rest in combinations(others, min(len(others), slots - len(held))):
+                state = held.union(rest)
+                cost = misses + len(asked - kept)
+                following[state] = min(cost, following.get(state, cost))
+        reached = following
+    return min(reached.values())
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=60))
+def test_lru_misses_never_grow_with_capacity(ids: list[int]) -> None:
+    """A theorem for one id an event; ties between several go by slot, which no capacity shares."""
+    trace = of([[expert] for expert in ids], 8)
+    misses = [replay(trace, "lru", slots).misses for slots in range(1, 9)]
+    assert misses == sorted(misses, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("policy", "ids", "misses", "uploads"),
+    [
+        ("lru", [0, 1, 2, 0, 1, 2], 6, 6),
+        ("belady", [0, 1, 2, 0, 1, 2], 4, 4),  # 2 replaces 1; 1 replaces 0
+        ("belady-bypass", [0, 1, 2, 0, 1, 2], 4, 2),  # 2 bypasses twice
+        ("lfu", [0, 0, 1, 2, 0, 1, 2], 5, 5),
+        ("crf:h=1", [0, 0, 0, 1, 2, 0], 4, 4),  # at 2: record 0 scores 1.75/4, record 1 1/2
+        ("crf:h=4", [0, 0, 0, 1, 2, 0], 3, 3),
+    ],
+)
+def test_by_hand(policy: str, ids: list[int], misses: int, uploads: int) -> None:
+    outcome = replay(of([[expert] for expert in ids], 3), policy, 2)
+    assert (outcome.misses, round(outcome.uploads_per_token * len(ids))) == (misses, uploads)
+
+
+def test_the_figures_are_those_of_the_events() -> None:
+    trace = Trace(
+        np.array([[[0], [1]], [[0], [2]], [[1], [1]], [[0], [1]]], np.uint8),
+        np.array([0, 4]),
+        {"model": "hand", "layers": 2, "experts": 3, "top_k": 1},
+    )
+    outcome = replay(trace, "lru", 1)
+    assert outcome.hit[..., 0].tolist() == [[False, False], [True, False], [False, False], [False, True]]
+    assert outcome.hit_rate == 2 / 8
+    assert outcome.hit_rate_by_layer.tolist() == [1 / 4, 1 / 4]
+    assert (outcome.misses, outcome.misses_per_token, outcome.uploads_per_token) == (6, 1.5, 1.5)
+    assert (outcome.policy, outcome.scope, outcome.slots) == ("lru", "layer", 1)
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        (lambda t: replay(t, "fifo", 2), "policy 'fifo' is unknown"),
+        (lambda t: replay(t, "lru", 2, "pool"), "scope 'pool' is unknown: choose layer or global"),
+        (lambda t: replay(t, "lru", 1), "1 slots a layer are too few: every token needs 2"),
+    ],
+)
+def test_a_wrong_request_is_one_line(run: Callable[[Trace], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        run(of([[0, 1]], 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "figures"),
+    [
+        ("lru", {4: 43.7, 8: 64.8, 16: 90.0}),
+        ("crf:h=16", {8: 69.2, 16: 91.7}),
+        ("lfu", {8: 63.5, 16: 86.8}),
+        ("belady", {8: 77.2, 16: 95.1}),
+        ("belady-bypass", {4: 60.8, 8: 80.9, 16: 95.6}),
+    ],
+)
+def test_the_published_figures_of_gpt_oss(policy: str, figures: dict[int, float]) -> None:
+    """Published for five times the tokens. LFU swings by 10 points over this part of them: 1.1 off at 8."""
+    if not SHARED.exists():
+        pytest.skip(f"{SHARED} is absent")
+    for slots, figure in figures.items():
+        found = 100 * replay(load(SHARED), policy, slots).hit_rate
+        assert found == pytest.approx(figure, abs=1.1 if policy == "lfu" else 1), f"{policy} at {slots} slots"
