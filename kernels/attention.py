@@ -1,0 +1,21 @@
+"""Attention over a KV cache whose length lives on the device, naive."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """Causal grouped-query attention.
+
+    q [T, heads, D] at positions [T] (int64, on the device); keys and values [kv_heads, S, D], where S is a
+    bucket of context: what lies behind a query's position is masked, so no length is read by the host.
+    Returns [T, heads, D].
+    """
+    visible = torch.arange(keys.shape[1], device=q.device) <= positions.unsqueeze(1)  # [T, S]
+    mixed = F.scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=visible, enable_gqa=True
+    )
+    return mixed.squeeze(0).transpose(0, 1)

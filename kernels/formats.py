@@ -1,0 +1,179 @@
+"""Weight formats as they lie in files, and naive dequantisers, bit-exact against `gguf.quants`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+NIBBLES, CRUMBS, BITS = (0x0101010101010101 * ones for ones in (0xF, 0x3, 0x1))
+
+
+@dataclass(frozen=True)
+class Format:
+    """A block of `block` weights takes `bytes` bytes; a row is a whole number of blocks."""
+
+    name: str
+    block: int
+    bytes: int
+    gguf_type: int  # ggml_type in a GGUF's tensor table
+    unpack: Callable[[Tensor], Tensor] = field(
+        repr=False, compare=False
+    )  # uint8 [..., n, bytes] → [..., n, block]
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Bytes of a [rows, cols] matrix. Raises ValueError where cols is no multiple of `block`."""
+        if cols % self.block:
+            raise ValueError(
+                f"a row of {cols} weights is no whole number of {self.name} blocks of {self.block}"
+            )
+        return rows * (cols // self.block) * self.bytes
+
+
+def dequantise(
+    raw: Tensor, fmt: str | Format, rows: int, cols: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """uint8 [..., rows * row bytes] → `dtype` [..., rows, cols]; batch dimensions may be strided.
+
+    Values are those of float32 arithmetic, rounded once to `dtype`. The bytes may start anywhere.
+    An aligned F32, F16 or BF16 source that already has `dtype` is returned as a view, not copied.
+    """
+    form = FORMATS[fmt] if isinstance(fmt, str) else fmt
+    if raw.shape[-1] != form.nbytes(rows, cols):
+        raise ValueError(
+            f"{form.name} [{rows}, {cols}] is {form.nbytes(rows, cols)} bytes, got {raw.shape[-1]}"
+        )
+    blocks = split(raw, rows * cols // form.block, form.bytes)
+    return form.unpack(blocks).to(dtype).reshape(*raw.shape[:-1], rows, cols)
+
+
+def reinterpret(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes [..., n * itemsize] as `dtype` [..., n]; copied where torch cannot view them (unaligned)."""
+    steps = (raw.storage_offset(), *raw.stride()[:-1])
+    if raw.stride(-1) == 1 and not any(step % dtype.itemsize for step in steps):
+        return raw.view(dtype)
+    return raw.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
+def split(raw: Tensor, *sizes: int) -> Tensor:
+    """The last dimension as several."""
+    return raw.view(*raw.shape[:-1], *sizes)
+
+
+def half(raw: Tensor) -> Tensor:
+    """A block's float16 scale: bytes [..., 2] → float32 [..., 1]."""
+    return reinterpret(raw, torch.float16).float()
+
+
+def fields(raw: Tensor, mask: int, *shifts: int) -> Tensor:
+    """Bytes [..., b] → int8 [..., len(shifts), b]: each byte shifted right and masked; b a multiple of 16.
+
+    8 bytes at a time, then put side by side 16 at a time: complex128 is torch's widest element.
+    """
+    wide = reinterpret(raw, torch.int64)
+    parts = [(wide >> shift & mask).view(torch.complex128) for shift in shifts]
+    return torch.stack(parts, -2).view(torch.int8)
+
+
+def nibbles(raw: Tensor) -> Tensor:
+    """Bytes [..., b] → int8 [..., 2 * b]: the low nibbles, then the high ones."""
+    return fields(raw, NIBBLES, 0, 4).flatten(-2)
+
+
+def f32(blocks: Tensor) -> Tensor:
+    return reinterpret(blocks, torch.float32)
+
+
+def f16(blocks: Tensor) -> Tensor:
+    return reinterpret(blocks, torch.float16)
+
+
+def bf16(blocks: Tensor) -> Tensor:
+    return reinterpret(blocks, torch.bfloat16)
+
+
+def q8_0(blocks: Tensor) -> Tensor:
+    return blocks[..., 2:].view(torch.int8).float().mul_(half(blocks[..., :2]))
+
+
+def q4_0(blocks: Tensor) -> Tensor:
+    return nibbles(blocks[..., 2:]).sub_(8).float().mul_(half(blocks[..., :2]))
+
+
+def q4_1(blocks: Tensor) -> Tensor:
+    return nibbles(blocks[..., 4:]).float().mul_(half(blocks[..., :2])).add_(half(blocks[..., 2:4]))
+
+
+def q5_0(blocks: Tensor) -> Tensor:
+    bit = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    high = (blocks[..., 2:6, None] >> bit & 1).flatten(-2).view(torch.int8)
+    weights = nibbles(blocks[..., 6:]).add_(high, alpha=16).sub_(16)
+    return weights.float().mul_(half(blocks[..., :2]))
+
+
+def k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Q4_K and Q5_K: scales and minima [..., 8, 1] of the 32-weight groups, 6 bits each in 12 bytes.
+
+    Bytes 0–3 hold scales 0–3 (their top bits: those of scales 4–7), bytes 4–7 the minima likewise,
+    bytes 8–11 the low nibbles of scales 4–7 and of minima 4–7.
+    """
+    low, mins, rest = split(blocks[..., 4:16], 3, 4).unbind(-2)
+    scale = torch.cat([low & 63, rest & 15 | low >> 2 & 48], -1)
+    minimum = torch.cat([mins & 63, rest >> 4 | mins >> 2 & 48], -1)
+    return (half(blocks[..., :2]) * scale)[..., None], (half(blocks[..., 2:4]) * minimum)[..., None]
+
+
+def k_nibbles(raw: Tensor) -> Tensor:
+    """Q4_K and Q5_K: bytes [..., 128] → int8 [..., 8, 32], low and high nibbles of 32 bytes in turn."""
+    return fields(split(raw, 4, 32), NIBBLES, 0, 4).flatten(-3, -2)
+
+
+def q4_k(blocks: Tensor) -> Tensor:
+    scale, minimum = k_scales(blocks)
+    return k_nibbles(blocks[..., 16:]).float().mul_(scale).sub_(minimum).flatten(-2)
+
+
+def q5_k(blocks: Tensor) -> Tensor:
+    scale, minimum = k_scales(blocks)
+    high = fields(blocks[..., 16:48], BITS, *range(8))
+    weights = k_nibbles(blocks[..., 48:]).add_(high, alpha=16)
+    return weights.float().mul_(scale).sub_(minimum).flatten(-2)
+
+
+def q6_k(blocks: Tensor) -> Tensor:
+    low = nibbles(split(blocks[..., :128], 2, 64))
+    high = fields(split(blocks[..., 128:192], 2, 32), CRUMBS, 0, 2, 4, 6).flatten(-2)
+    scale = blocks[..., 192:208].view(torch.int8) * half(blocks[..., 208:])
+    weights = low.add_(high, alpha=16).sub_(32)
+    return split(weights.flatten(-2), 16, 16).float().mul_(scale[..., None]).flatten(-2)
+
+
+def mxfp4(blocks: Tensor) -> Tensor:
+    """FP4 (e2m1) times 2 ** (exponent - 127), held as twice e2m1's values, all whole, and half the scale."""
+    exponent = blocks[..., :1].int()
+    scale = torch.where(exponent < 2, 0x00200000 << exponent.clamp(max=1), exponent - 1 << 23)
+    code = nibbles(blocks[..., 1:])
+    ramp = code & 7  # 0 1 2 3 4 5 6 7 → 0 1 2 3 4 6 8 12
+    magnitude = ramp.add((ramp - 4).clamp_(min=0)).add_((ramp - 6).clamp_(min=0), alpha=2)
+    sign = 1 - (code >> 2 & 2)
+    return magnitude.mul_(sign).float().mul_(scale.view(torch.float32))
+
+
+FORMATS = {
+    form.name: form
+    for form in (
+        Format("F32", 1, 4, 0, f32),
+        Format("F16", 1, 2, 1, f16),
+        Format("BF16", 1, 2, 30, bf16),
+        Format("Q8_0", 32, 34, 8, q8_0),
+        Format("Q4_0", 32, 18, 2, q4_0),
+        Format("Q4_1", 32, 20, 3, q4_1),
+        Format("Q5_0", 32, 22, 6, q5_0),
+        Format("Q4_K", 256, 144, 12, q4_k),
+        Format("Q5_K", 256, 176, 13, q5_k),
+        Format("Q6_K", 256, 210, 14, q6_k),
+        Format("MXFP4", 32, 17, 39, mxfp4),
+    )
+}

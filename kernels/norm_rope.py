@@ -1,0 +1,29 @@
+"""RMS norm and rotary embedding, naive."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., H] → x / RMS(x) · weight (arXiv 1910.07467); the mean is taken in float32."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
+
+
+def rope_table(ctx: int, dim: int, theta: float, device: torch.device) -> Tensor:
+    """cos and sin of every position, [2, ctx, dim] float32, each half repeated (NEOX order)."""
+    inverse = theta ** -(torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    angle = torch.outer(torch.arange(ctx).float(), inverse)
+    angle = torch.cat((angle, angle), dim=-1)
+    return torch.stack((angle.cos(), angle.sin())).to(device)
+
+
+def rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+    """Rotate x [T, heads, D] by its positions [T] (arXiv 2104.09864); table [2, ctx, D]."""
+    cos, sin = table.index_select(1, positions).to(x.dtype).unsqueeze(2)
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin

@@ -1,0 +1,68 @@
+"""The record of one routed expert: its projections one after another, each as it lies in the file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from offmoe.kernels.formats import FORMATS, dequantise
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix of a record: [rows, cols] in `format`, at `offset` bytes."""
+
+    name: str  # gate, up, down; gate_up where the file stacks the two
+    format: str
+    rows: int
+    cols: int
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return FORMATS[self.format].nbytes(self.rows, self.cols)
+
+
+@dataclass(frozen=True)
+class RecordLayout:
+    """The parts of a record: gate and up [F, H] (or gate_up [2F, H]), then down [H, F]."""
+
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def of(cls, *parts: tuple[str, str, int, int]) -> RecordLayout:
+        """From (name, format, rows, cols) in the order of the file."""
+        laid, offset = [], 0
+        for name, fmt, rows, cols in parts:
+            laid.append(Part(name, fmt, rows, cols, offset))
+            offset += laid[-1].nbytes
+        return cls(tuple(laid))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def hidden(self) -> int:
+        return self.parts[-1].rows
+
+    @property
+    def expert_hidden(self) -> int:
+        return self.parts[-1].cols
+
+
+def unpack(raw: Tensor, layout: RecordLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Records [n, ≥ nbytes] uint8 → gate over up [n, 2F, H] and down [n, H, F] in `dtype`, as views of one tensor."""
+    runs = []
+    for fmt, parts in groupby(layout.parts, key=lambda part: part.format):  # neighbours of one format in one call
+        run = list(parts)
+        end = run[-1].offset + run[-1].nbytes
+        weights = sum(part.rows * part.cols for part in run)
+        runs.append(dequantise(raw[:, run[0].offset : end], fmt, 1, weights, dtype).squeeze(1))
+    flat = runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
+    hidden, inner = layout.hidden, layout.expert_hidden
+    gate_up, down = flat.split((2 * inner * hidden, hidden * inner), dim=1)
+    return gate_up.unflatten(1, (2 * inner, hidden)), down.unflatten(1, (hidden, inner))

@@ -1,0 +1,59 @@
+"""The next token from logits. Reference: torch only, any device, no host sync."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def sample(
+    logits: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repeat_penalty: float,
+    history: Tensor | Sequence[int],
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """logits [V] → id, int64 []; `history` [n]: the ids that `repeat_penalty` weakens.
+
+    Penalty, temperature, top-k, top-p, min-p, in that order, as transformers applies them. Temperature 0
+    takes the largest, the first of equals. `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 are off.
+    One generator state on one device gives one id. NaN in the logits is the caller's to find.
+    """
+    scores = penalised(logits.float(), history, repeat_penalty)
+    if temperature == 0:
+        return scores.argmax()
+    scores, ids = likeliest(scores / temperature, top_k)
+    weights = kept(scores.softmax(0), top_p, min_p)
+    # argmax of p / Exp(1) draws in proportion to p; torch.multinomial would wait for the device
+    return ids[(weights / torch.empty_like(weights).exponential_(generator=generator)).argmax()]
+
+
+def penalised(scores: Tensor, history: Tensor | Sequence[int], penalty: float) -> Tensor:
+    """scores [V], those of ids in history [n] moved down: divided when positive, multiplied when negative."""
+    if penalty == 1:
+        return scores
+    ids = torch.as_tensor(history, dtype=torch.int64, device=scores.device)
+    seen = scores[ids]
+    return scores.index_put((ids,), torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def likeliest(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The `top_k` largest of scores [V] (0: all), largest first, and their ids: [k], [k]."""
+    if 0 < top_k < len(scores):
+        return scores.topk(top_k)
+    return scores.sort(descending=True, stable=True)
+
+
+def kept(probabilities: Tensor, top_p: float, min_p: float) -> Tensor:
+    """probabilities [k], largest first, with 0 for what top-p and min-p leave out. The first always stays."""
+    if top_p == 1 and min_p == 0:
+        return probabilities
+    before = probabilities.cumsum(0) - probabilities
+    keep = (before < top_p) & (probabilities >= min_p * probabilities[0])
+    keep[0] = True
+    return probabilities * keep
