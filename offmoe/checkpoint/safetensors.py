@@ -1,0 +1,115 @@
+"""Directories of safetensors: headers and the index, parsed and bounds-checked here."""
+
+from __future__ import annotations
+
+import struct
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from offmoe.checkpoint.base import (
+    ByteRange,
+    Checkpoint,
+    DataFile,
+    TensorInfo,
+    check_places,
+    parse_json,
+    read_json,
+    shown,
+    some,
+)
+from offmoe.errors import OffmoeError
+from offmoe.kernels.formats import FORMATS
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEADER_LIMIT = 16 << 20  # about 100,000 tensors in one file; as Python objects 10 times that
+DTYPES = ("F32", "F16", "BF16")
+
+
+def parse(file: DataFile, number: int) -> dict[str, TensorInfo]:
+    """The tensors of one file, which is the checkpoint's file `number`."""
+    if file.size < 8:
+        raise OffmoeError(f"{file.path} is truncated: it has {file.size} bytes; copy it anew")
+    (length,) = struct.unpack("<Q", file.read(0, 8).numpy().tobytes())
+    if length > min(file.size - 8, HEADER_LIMIT):
+        raise OffmoeError(
+            f"{file.path} is truncated or no safetensors: it claims a header of {length} bytes, "
+            f"the file has {file.size} and the limit is {HEADER_LIMIT}"
+        )
+    header = parse_json(file.path, file.read(8, length).numpy().tobytes(), "its header: ")
+    header.pop("__metadata__", None)
+    start = 8 + length
+    tensors = {name: tensor(file, name, entry, ByteRange(number, start, 0)) for name, entry in header.items()}
+    check_places(file, tensors.values(), start)
+    return tensors
+
+
+def tensor(file: DataFile, name: str, entry: Any, data: ByteRange) -> TensorInfo:
+    """One entry of a header; `data` is where the data section starts."""
+
+    def damaged(what: str) -> OffmoeError:
+        return OffmoeError(f"{file.path} is damaged: tensor {shown(name)} {what}")
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise damaged(f"is described by {shown(entry)}, expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise OffmoeError(
+            f"{file.path}: tensor {shown(name)} has dtype {shown(dtype)}: supported are {', '.join(DTYPES)}"
+        )
+    if not naturals(shape) or 0 in shape or len(shape) > 4:
+        raise damaged(f"has the shape {shown(shape)}, expected up to 4 numbers above 0")
+    if not naturals(offsets) or len(offsets) != 2:
+        raise damaged(f"has the data_offsets {shown(offsets)}, expected two")
+    begin, end = offsets
+    nbytes = FORMATS[dtype].nbytes(1, prod(shape))
+    if end - begin != nbytes:
+        raise damaged(f"takes {end - begin} bytes at its data_offsets, and {nbytes} by its dtype and shape")
+    return TensorInfo(name, dtype, tuple(shape), ByteRange(data.file, data.offset + begin, nbytes))
+
+
+def naturals(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def shards(directory: Path) -> dict[str, list[str]]:
+    """File names of a sharded checkpoint, each with the tensors that the index expects in it."""
+    path = directory / INDEX
+    weights = read_json(path).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise OffmoeError(f"{path} has no weight_map: expected tensor names with the file that holds each")
+    names: dict[str, list[str]] = {}
+    for name, shard in weights.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or {"/", "\\", "\0"} & set(shard):
+            raise OffmoeError(f"{path} points to {shown(shard)}: expected a .safetensors file beside it")
+        names.setdefault(shard, []).append(name)
+    missing = sorted(shard for shard in names if not (directory / shard).exists())
+    if missing:
+        raise OffmoeError(
+            f"{directory} misses {len(missing)} of {len(names)} shards: {some(map(shown, missing))}"
+        )
+    return names
+
+
+def open_shard(file: DataFile, number: int, expected: list[str] | None) -> dict[str, TensorInfo]:
+    """A shard's tensors: those expected of it, or all."""
+    found = parse(file, number)
+    if expected is None:
+        return found
+    if absent := [name for name in expected if name not in found]:
+        raise OffmoeError(f"{file.path} lacks tensors that {INDEX} puts into it: {some(map(shown, absent))}")
+    return {name: found[name] for name in expected}
+
+
+def open_safetensors(directory: Path) -> Checkpoint:
+    """A directory with model.safetensors or a sharded index. Raises OffmoeError on what is wrong with it."""
+    single = (directory / SINGLE).exists()  # as in transformers, it wins over an index
+    names: dict[str, list[str] | None] = {SINGLE: None} if single else {**shards(directory)}
+    tensors: dict[str, TensorInfo] = {}
+    with ExitStack() as stack:
+        files = [stack.enter_context(DataFile(directory / name)) for name in names]
+        for number, (file, expected) in enumerate(zip(files, names.values(), strict=True)):
+            tensors |= open_shard(file, number, expected)
+        stack.pop_all()
+    return Checkpoint(directory, "safetensors", files, tensors, {})
