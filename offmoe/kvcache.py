@@ -1,0 +1,49 @@
+"""Keys and values of the tokens so far, in memory reserved at start; positions live on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offmoe.models.config import ModelConfig
+
+BUCKET = 256  # attention reads whole buckets, so that shapes change rarely and never with a host's decision
+
+
+class KVCache:
+    """Static buffers [layers, kv_heads, ctx, head_dim], and the ids that they hold."""
+
+    def __init__(self, config: ModelConfig, ctx: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.ctx = ctx
+        self.tokens: list[int] = []  # whose keys and values are written
+        shape = (config.layers, config.kv_heads, ctx, config.head_dim)
+        self._keys = torch.zeros(shape, device=device, dtype=dtype)
+        self._values = torch.zeros(shape, device=device, dtype=dtype)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
+        """Store k, v [T, kv_heads, D] at positions [T]; returns the first `bucket` positions of the layer."""
+        keys, values = self._keys[layer], self._values[layer]
+        keys.index_copy_(1, positions, k.transpose(0, 1))
+        values.index_copy_(1, positions, v.transpose(0, 1))
+        return keys[:, :bucket], values[:, :bucket]
+
+    def bucket(self, length: int) -> int:
+        """Positions to read for a context of `length`: a multiple of BUCKET, at most all."""
+        return min(self.ctx, -(-length // BUCKET) * BUCKET)
+
+    def reuse(self, tokens: list[int]) -> int:
+        """Keep the longest common prefix with `tokens`; returns its length.
+
+        The last of `tokens` is always run again: its logits are needed.
+        """
+        same = 0
+        for old, new in zip(self.tokens, tokens[:-1], strict=False):
+            if old != new:
+                break
+            same += 1
+        del self.tokens[same:]
+        return same
+
+
+def kv_nbytes(config: ModelConfig, ctx: int, itemsize: int) -> int:
+    return 2 * config.layers * config.kv_heads * ctx * config.head_dim * itemsize

@@ -1,0 +1,1 @@
+"""Model families over their weights; the engine drives them layer by layer."""

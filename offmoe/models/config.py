@@ -1,0 +1,163 @@
+"""The numbers of a model, from `config.json` or GGUF metadata, checked once and frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from offmoe.errors import OffmoeError
+
+if TYPE_CHECKING:
+    from offmoe.models.family import Family
+
+MOST = 2**24  # no dimension of a published model comes near; larger ones are lies
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder whose every layer is attention and routed experts."""
+
+    model_type: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    experts: int
+    top_k: int
+    expert_hidden: int
+    ctx: int  # positions that the model was trained for
+    norm_eps: float
+    rope_theta: float
+    qk_norm: str  # none, head (over each head) or full (over all heads together)
+    renormalise: bool  # the top-k weights sum to one
+    clip_qkv: float | None
+    tied: bool  # the output head is the embedding
+
+    @property
+    def routing_rule(self) -> str:
+        return "softmax over all, top-k" + (", renormalised" if self.renormalise else "")
+
+
+def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
+    """A Hugging Face `config.json`; what is not implemented is refused by field and value."""
+    refuse_unimplemented(raw, family)
+    heads, hidden = count(raw, "num_attention_heads"), count(raw, "hidden_size")
+    return checked(
+        ModelConfig(
+            model_type=family.model_type,
+            layers=count(raw, "num_hidden_layers"),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=count(raw, "num_key_value_heads", default=heads),
+            head_dim=count(raw, "head_dim", default=hidden // heads),
+            vocab=count(raw, "vocab_size"),
+            experts=count(raw, "num_experts", "num_local_experts"),
+            top_k=count(raw, "num_experts_per_tok"),
+            expert_hidden=count(raw, "moe_intermediate_size", "intermediate_size"),
+            ctx=count(raw, "max_position_embeddings", default=4096),
+            norm_eps=number(raw, "rms_norm_eps", 1e-6),
+            rope_theta=number(rope_parameters(raw), "rope_theta", 10_000.0),
+            qk_norm=family.qk_norm,
+            renormalise=bool(raw.get("norm_topk_prob", family.renormalise)),
+            clip_qkv=number(raw, "clip_qkv", 0.0) or None,
+            tied=bool(raw.get("tie_word_embeddings", False)),
+        )
+    )
+
+
+def rope_parameters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """transformers 5 nests what older configs keep at the top level and in `rope_scaling`."""
+    nested = raw.get("rope_parameters") or {}
+    scaling = raw.get("rope_scaling") or {}
+    if not isinstance(nested, Mapping) or not isinstance(scaling, Mapping):
+        raise OffmoeError("rope_parameters or rope_scaling in the model's config is no table")
+    return {"rope_theta": raw.get("rope_theta"), **scaling, **nested}
+
+
+def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
+    rope = rope_parameters(raw)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    asked = {**raw, "rope_type": kind or "default"}
+    for field, allowed in family.implemented.items():
+        if asked.get(field, allowed[0]) not in allowed:
+            raise OffmoeError(
+                f"{family.model_type}: {field} is {asked[field]!r}, and offmoe implements "
+                f"{' or '.join(repr(value) for value in allowed)}: this model cannot be run yet"
+            )
+
+
+def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str, Any]) -> ModelConfig:
+    """GGUF metadata, by way of the field names of `config.json`."""
+
+    def key(name: str) -> Any:
+        return metadata.get(f"{family.arch}.{name}")
+
+    vocab = metadata.get("tokenizer.ggml.tokens")
+    raw = {
+        "num_hidden_layers": key("block_count"),
+        "hidden_size": key("embedding_length"),
+        "num_attention_heads": key("attention.head_count"),
+        "num_key_value_heads": key("attention.head_count_kv"),
+        "head_dim": key("attention.key_length"),
+        "vocab_size": len(vocab) if isinstance(vocab, list) else key("vocab_size"),
+        "num_experts": key("expert_count"),
+        "num_experts_per_tok": key("expert_used_count"),
+        "moe_intermediate_size": key("expert_feed_forward_length"),
+        "intermediate_size": key("feed_forward_length"),
+        "max_position_embeddings": key("context_length"),
+        "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
+        "rope_theta": key("rope.freq_base"),
+        "rope_scaling": {"rope_type": key("rope.scaling.type")},
+        "clip_qkv": key("attention.clamp_kqv"),
+        "sliding_window": key("attention.sliding_window"),
+        "n_shared_experts": key("expert_shared_count"),
+        "expert_gating_func": key("expert_gating_func"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+    config = from_hf({name: value for name, value in raw.items() if value is not None}, family)
+    rotated = key("rope.dimension_count")
+    if rotated not in (None, config.head_dim):
+        raise OffmoeError(
+            f"{family.arch}: rope.dimension_count is {rotated!r}, and offmoe implements "
+            f"rotation of the whole head ({config.head_dim}): this model cannot be run yet"
+        )
+    return config
+
+
+def count(raw: Mapping[str, Any], *names: str, default: int | None = None) -> int:
+    """The first of `names` that is there: a whole number, at least 1."""
+    for name in names:
+        if (value := raw.get(name)) is not None:
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
+                raise OffmoeError(
+                    f"the model's config gives {name} = {str(value)[:60]}: expected a whole number of at least 1"
+                )
+            return value
+    if default is None:
+        raise OffmoeError(f"the model's config has no {' or '.join(names)}: it is incomplete or no MoE model")
+    return default
+
+
+def number(raw: Mapping[str, Any], name: str, default: float) -> float:
+    value = raw.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
+        raise OffmoeError(f"the model's config gives {name} = {str(value)[:60]}: expected a number of at least 0")
+    return float(value)
+
+
+def checked(config: ModelConfig) -> ModelConfig:
+    """What the fields say about one another."""
+    if config.top_k > config.experts:
+        raise OffmoeError(f"the config routes to {config.top_k} of {config.experts} experts: more than there are")
+    if config.heads % config.kv_heads:
+        raise OffmoeError(f"{config.heads} heads do not divide among {config.kv_heads} key-value heads")
+    if config.head_dim % 2:
+        raise OffmoeError(f"head_dim is {config.head_dim}: rotary embedding needs an even number")
+    if config.layers > 4096 or config.experts > 65535:
+        raise OffmoeError(f"{config.layers} layers of {config.experts} experts: no published model has so many")
+    return config

@@ -1,0 +1,91 @@
+"""What tells one model family from another; a family is one file beside this, named after its `model_type`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from offmoe.errors import OffmoeError
+
+MODULES = ("qwen3_moe", "mixtral", "olmoe")
+
+Names = Mapping[str, tuple[str, ...]]  # role → templates over layer {l} and expert {e}; the first that exists counts
+
+HF_NAMES: Names = {
+    "embed": ("model.embed_tokens.weight",),
+    "final_norm": ("model.norm.weight",),
+    "head": ("lm_head.weight",),
+    "attn_norm": ("model.layers.{l}.input_layernorm.weight",),
+    "q": ("model.layers.{l}.self_attn.q_proj.weight",),
+    "k": ("model.layers.{l}.self_attn.k_proj.weight",),
+    "v": ("model.layers.{l}.self_attn.v_proj.weight",),
+    "o": ("model.layers.{l}.self_attn.o_proj.weight",),
+    "q_norm": ("model.layers.{l}.self_attn.q_norm.weight",),
+    "k_norm": ("model.layers.{l}.self_attn.k_norm.weight",),
+    "ffn_norm": ("model.layers.{l}.post_attention_layernorm.weight",),
+    "router": ("model.layers.{l}.mlp.gate.weight",),
+    "gate": ("model.layers.{l}.mlp.experts.{e}.gate_proj.weight",),
+    "up": ("model.layers.{l}.mlp.experts.{e}.up_proj.weight",),
+    "down": ("model.layers.{l}.mlp.experts.{e}.down_proj.weight", "model.layers.{l}.mlp.experts.down_proj"),
+    "gate_up": ("model.layers.{l}.mlp.experts.gate_up_proj",),
+}
+
+GGUF_NAMES: Names = {
+    "embed": ("token_embd.weight",),
+    "final_norm": ("output_norm.weight",),
+    "head": ("output.weight",),
+    "attn_norm": ("blk.{l}.attn_norm.weight",),
+    "q": ("blk.{l}.attn_q.weight",),
+    "k": ("blk.{l}.attn_k.weight",),
+    "v": ("blk.{l}.attn_v.weight",),
+    "o": ("blk.{l}.attn_output.weight",),
+    "q_norm": ("blk.{l}.attn_q_norm.weight",),
+    "k_norm": ("blk.{l}.attn_k_norm.weight",),
+    "ffn_norm": ("blk.{l}.ffn_norm.weight",),
+    "router": ("blk.{l}.ffn_gate_inp.weight",),
+    "gate": ("blk.{l}.ffn_gate_exps.weight", "blk.{l}.ffn_gate.{e}.weight"),
+    "up": ("blk.{l}.ffn_up_exps.weight", "blk.{l}.ffn_up.{e}.weight"),
+    "down": ("blk.{l}.ffn_down_exps.weight", "blk.{l}.ffn_down.{e}.weight"),
+    "gate_up": ("blk.{l}.ffn_gate_up_exps.weight",),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: its names on disk, its rules, and the config values that are implemented."""
+
+    model_type: str
+    arch: str  # of GGUF
+    published: str  # a model that people run
+    qk_norm: str
+    renormalise: bool  # where the file does not say
+    names: Names = field(default_factory=lambda: HF_NAMES)
+    interleaved_gguf: bool = False  # llama.cpp permutes q and k rows of this arch
+    implemented: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # the first value is the default
+
+    def __post_init__(self) -> None:
+        everywhere = {
+            "hidden_act": ("silu",),
+            "attention_bias": (False, None),
+            "rope_type": ("default", "none"),
+            "sliding_window": (None,),
+            "n_shared_experts": (0, None),
+            "expert_gating_func": (1, 0),
+            "quantization_config": (None,),
+        }
+        object.__setattr__(self, "implemented", {**everywhere, **self.implemented})
+
+
+def families() -> list[Family]:
+    return [importlib.import_module(f"offmoe.models.{name}").FAMILY for name in MODULES]
+
+
+def family_of(key: str, value: object) -> Family:
+    """The family whose `key` (model_type or arch) is `value`."""
+    for family in families():
+        if getattr(family, key) == value:
+            return family
+    known = ", ".join(str(getattr(family, key)) for family in families())
+    raise OffmoeError(f"architecture {str(value)[:60]!r} is not supported; supported are {known}")

@@ -1,0 +1,189 @@
+"""An opened model: what its files hold and where each record lies. Nothing but headers is read here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from offmoe.checkpoint import ByteRange, Checkpoint, TensorInfo, open_checkpoint
+from offmoe.errors import OffmoeError
+from offmoe.kernels.formats import FORMATS
+from offmoe.kernels.record import RecordLayout
+from offmoe.models.config import ModelConfig, from_gguf, from_hf
+from offmoe.models.family import GGUF_NAMES, Family, Names, family_of
+
+
+@dataclass(frozen=True)
+class Model:
+    """Checkpoint, family and config, with the layout of every layer's records."""
+
+    checkpoint: Checkpoint
+    family: Family
+    config: ModelConfig
+    names: Names
+    layouts: tuple[RecordLayout, ...]  # a layer each: Q4_K_M files mix formats
+
+    @property
+    def slot_bytes(self) -> int:
+        """A slot holds the largest record, rounded up to 256 bytes so that every slot starts aligned."""
+        return -(-max(layout.nbytes for layout in self.layouts) // 256) * 256
+
+    @property
+    def records(self) -> int:
+        return self.config.layers * self.config.experts
+
+    @property
+    def record_bytes(self) -> int:
+        """Of all routed experts together."""
+        return sum(layout.nbytes for layout in self.layouts) * self.config.experts
+
+    @property
+    def record_weights(self) -> int:
+        return 3 * self.config.hidden * self.config.expert_hidden
+
+    def find(self, role: str, layer: int = 0, expert: int = 0) -> TensorInfo | None:
+        """The tensor that plays `role`, or None."""
+        return find(self.checkpoint, self.names, role, layer, expert)
+
+    def ranges(self, layer: int, expert: int) -> list[ByteRange]:
+        """Where the parts of a record lie, in the order of its layout."""
+        return [self.part_range(part.name, part.nbytes, layer, expert) for part in self.layouts[layer].parts]
+
+    def part_range(self, role: str, nbytes: int, layer: int, expert: int) -> ByteRange:
+        info = self.find(role, layer, expert)
+        assert info is not None, f"{role} of layer {layer} was there when the model was opened"
+        start = info.range.offset + (expert * nbytes if len(info.shape) == 3 else 0)
+        return ByteRange(info.range.file, start, nbytes)
+
+
+def open_model(path: str | Path) -> Model:
+    """Open a checkpoint and check that its tensors are those of its config. Raises OffmoeError."""
+    checkpoint = open_checkpoint(path)
+    try:
+        return described(checkpoint)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def described(checkpoint: Checkpoint) -> Model:
+    family, config = read_config(checkpoint)
+    names = GGUF_NAMES if checkpoint.kind == "gguf" else family.names
+    check_trunk(checkpoint, names, config)
+    layouts = tuple(record_layout(checkpoint, names, config, layer) for layer in range(config.layers))
+    return Model(checkpoint, family, config, names, layouts)
+
+
+def read_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
+    if checkpoint.kind == "gguf":
+        arch = checkpoint.metadata.get("general.architecture")
+        family = family_of("arch", arch)
+        if not checkpoint.metadata.get(f"{arch}.expert_count"):
+            raise OffmoeError(f"{checkpoint.path} is a dense {arch} model: offmoe runs mixture-of-experts models")
+        return family, from_gguf(checkpoint.metadata, family, checkpoint.tensors)
+    raw = checkpoint.json("config.json")
+    if raw is None:
+        raise OffmoeError(f"{checkpoint.path} has no config.json: download the whole model directory")
+    family = family_of("model_type", raw.get("model_type"))
+    return family, from_hf(raw, family)
+
+
+def find(checkpoint: Checkpoint, names: Names, role: str, layer: int, expert: int) -> TensorInfo | None:
+    candidates = (template.format(l=layer, e=expert) for template in names.get(role, ()))
+    return next((checkpoint.tensors[name] for name in candidates if name in checkpoint.tensors), None)
+
+
+def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Role → shape of everything that is no routed expert; per layer but for the first three."""
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    normed = {"none": None, "head": (config.head_dim, config.head_dim), "full": (q, kv)}[config.qk_norm]
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed": (config.vocab, config.hidden),
+        "final_norm": (config.hidden,),
+        "head": (config.vocab, config.hidden),
+        "attn_norm": (config.hidden,),
+        "q": (q, config.hidden),
+        "k": (kv, config.hidden),
+        "v": (kv, config.hidden),
+        "o": (config.hidden, q),
+        "ffn_norm": (config.hidden,),
+        "router": (config.experts, config.hidden),
+    }
+    if config.tied:
+        del shapes["head"]
+    if normed:
+        shapes |= {"q_norm": (normed[0],), "k_norm": (normed[1],)}
+    return shapes
+
+
+def check_trunk(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
+    for role, shape in trunk_shapes(config).items():
+        per_layer = "{l}" in names[role][0]
+        for layer in range(config.layers if per_layer else 1):
+            expect(checkpoint, names, role, layer, 0, shape)
+
+
+def expect(
+    checkpoint: Checkpoint, names: Names, role: str, layer: int, expert: int, shape: tuple[int, ...]
+) -> TensorInfo:
+    """The tensor of that role; its shape must be `shape`."""
+    info = find(checkpoint, names, role, layer, expert)
+    if info is None:
+        name = names[role][0].format(l=layer, e=expert)
+        raise OffmoeError(f"{checkpoint.path} has no tensor {name}: the file is incomplete or of another model")
+    if info.shape != shape:
+        raise OffmoeError(f"tensor {info.name} has shape {list(info.shape)}: the config asks for {list(shape)}")
+    return info
+
+
+def record_layout(checkpoint: Checkpoint, names: Names, config: ModelConfig, layer: int) -> RecordLayout:
+    """Check the experts of a layer and lay out their record: every expert must have the same formats."""
+    wide, narrow = (config.expert_hidden, config.hidden), (config.hidden, config.expert_hidden)
+    shapes = {"gate": wide, "up": wide, "down": narrow}
+    if find(checkpoint, names, "gate_up", layer, 0):
+        shapes = {"gate_up": (2 * wide[0], wide[1]), "down": narrow}
+    parts = []
+    for role, shape in shapes.items():
+        first = find(checkpoint, names, role, layer, 0)
+        if first is not None and len(first.shape) == 3:
+            expect(checkpoint, names, role, layer, 0, (config.experts, *shape))
+            formats = {first.format}
+        else:
+            each = [expect(checkpoint, names, role, layer, expert, shape) for expert in range(config.experts)]
+            formats = {info.format for info in each}
+        if len(formats) > 1:
+            raise OffmoeError(f"layer {layer} keeps its {role} experts in {' and '.join(sorted(formats))}: expected one")
+        parts.append((role, formats.pop(), *shape))
+    return RecordLayout.of(*parts)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters and bytes, counted from the files."""
+
+    total: int
+    active: int  # a token: everything but the experts that it is not routed to
+    active_without_embedding: int  # some models leave the input embedding out of their own figure
+    trunk_bytes: int  # of everything but the routed experts, in the file
+    by_format: dict[str, int]  # bytes
+
+
+def count_weights(model: Model) -> Weights:
+    c = model.config
+    routed = model.records * model.record_weights
+    trunk = {role: prod(shape) for role, shape in trunk_shapes(c).items()}
+    once = sum(trunk[role] for role in ("embed", "final_norm", "head") if role in trunk)
+    per_layer = sum(trunk.values()) - once
+    resident = once + c.layers * per_layer
+    active = resident + routed * c.top_k // c.experts
+    by_format: dict[str, int] = {}
+    for info in model.checkpoint.tensors.values():
+        by_format[info.format] = by_format.get(info.format, 0) + info.range.nbytes
+    return Weights(
+        total=resident + routed,
+        active=active,
+        active_without_embedding=active - (0 if c.tied else trunk["embed"]),
+        trunk_bytes=sum(by_format.values()) - model.record_bytes,
+        by_format=dict(sorted(by_format.items(), key=lambda item: item[0] not in FORMATS)),
+    )

@@ -1,0 +1,17 @@
+"""Qwen3 MoE (30B-A3B, 235B-A22B, Coder, Thinking): q and k normed per head, softmax router."""
+
+from offmoe.models.family import Family
+
+FAMILY = Family(
+    model_type="qwen3_moe",
+    arch="qwen3moe",
+    published="Qwen3-30B-A3B",
+    qk_norm="head",
+    renormalise=True,
+    implemented={
+        "mlp_only_layers": ([], None),
+        "decoder_sparse_step": (1,),
+        "use_sliding_window": (False, None),
+        "sliding_window": (None, 4096, 32768),  # kept in configs that do not use it
+    },
+)

@@ -1,0 +1,125 @@
+"""Everything but the routed experts: embedding, attention, norms, routers, head; always in fast memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from offmoe.kernels.attention import attention
+from offmoe.kernels.norm_rope import rms_norm, rope, rope_table
+from offmoe.kernels.route import softmax_top_k
+from offmoe.kvcache import KVCache
+from offmoe.models.model import Model, trunk_shapes
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer's trunk; H hidden, Q = heads · head_dim, K = kv_heads · head_dim."""
+
+    attn_norm: Tensor  # [H]
+    qkv: Tensor  # [Q + 2K, H]
+    q_norm: Tensor | None  # [head_dim] or [Q]
+    k_norm: Tensor | None
+    o: Tensor  # [H, Q]
+    ffn_norm: Tensor  # [H]
+    router: Tensor  # [E, H]
+
+
+class Trunk:
+    """The resident weights and what a layer does with them. T tokens at `positions` [T] on the device."""
+
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype, ctx: int) -> None:
+        self.config = model.config
+        self.layers: list[LayerWeights] = []
+        self._model, self._device, self._dtype = model, device, dtype
+        self._embed = self._load("embed")
+        self._final_norm = self._load("final_norm")
+        self._head = self._embed if self.config.tied else self._load("head")
+        self._rope = rope_table(ctx, self.config.head_dim, self.config.rope_theta, device)
+
+    def load_layers(self, progress: Callable[[int, int], None]) -> None:
+        """Read the layers one after another; `progress(done, layers)`."""
+        for layer in range(self.config.layers):
+            self.layers.append(self._load_layer(layer))
+            progress(layer + 1, self.config.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, in the form that is computed with."""
+        tensors = [self._embed, self._final_norm] + ([] if self.config.tied else [self._head])
+        tensors += [t for weights in self.layers for t in vars(weights).values() if t is not None]
+        return sum(t.nbytes for t in tensors)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Ids [T] → [T, H]."""
+        return F.embedding(tokens, self._embed)
+
+    def attend(self, layer: int, x: Tensor, kv: KVCache, positions: Tensor, bucket: int) -> Tensor:
+        """Attention of the residual stream x [T, H], writing its keys and values; returns what to add to x."""
+        c, w = self.config, self.layers[layer]
+        qkv = F.linear(rms_norm(x, w.attn_norm, c.norm_eps), w.qkv)
+        q, k, v = qkv.split((c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim), dim=-1)
+        q, k, v = self._clipped(self._normed(q, w.q_norm), self._normed(k, w.k_norm), v)
+        turned = rope(torch.cat((q, k), dim=-1).unflatten(-1, (-1, c.head_dim)), self._rope, positions)
+        q, k = turned.split((c.heads, c.kv_heads), dim=1)
+        keys, values = kv.write(layer, k, v.unflatten(-1, (-1, c.head_dim)), positions, bucket)
+        return F.linear(attention(q, keys, values, positions).flatten(1), w.o)
+
+    def route(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
+        w = self.layers[layer]
+        normed = rms_norm(x, w.ffn_norm, self.config.norm_eps)
+        ids, weights = softmax_top_k(F.linear(normed, w.router), self.config.top_k, self.config.renormalise)
+        return normed, ids, weights
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [T, H] → [T, V] float32."""
+        return F.linear(rms_norm(x, self._final_norm, self.config.norm_eps), self._head).float()
+
+    def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """q or k [T, heads · D]: over each head or over all together, as wide as the weight is."""
+        if weight is None:
+            return x
+        return rms_norm(x.unflatten(-1, (-1, weight.numel())), weight, self.config.norm_eps).flatten(1)
+
+    def _clipped(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        most = self.config.clip_qkv
+        return tuple(t.clamp(-most, most) for t in tensors) if most else tensors
+
+    def _load_layer(self, layer: int) -> LayerWeights:
+        normed = self.config.qk_norm != "none"
+        return LayerWeights(
+            attn_norm=self._load("attn_norm", layer),
+            qkv=torch.cat([self._load(role, layer) for role in ("q", "k", "v")]),
+            q_norm=self._load("q_norm", layer) if normed else None,
+            k_norm=self._load("k_norm", layer) if normed else None,
+            o=self._load("o", layer),
+            ffn_norm=self._load("ffn_norm", layer),
+            router=self._load("router", layer),
+        )
+
+    def _load(self, role: str, layer: int = 0) -> Tensor:
+        info = self._model.find(role, layer)
+        assert info is not None, f"{role} was there when the model was opened"
+        weight = self._model.checkpoint.tensor(info.name, self._dtype)
+        if role in ("q", "k") and self._model.checkpoint.kind == "gguf" and self._model.family.interleaved_gguf:
+            weight = uninterleaved(weight, self.config.heads if role == "q" else self.config.kv_heads)
+        return weight.to(self._device)
+
+
+def uninterleaved(weight: Tensor, heads: int) -> Tensor:
+    """[heads · D, H] with the rotated pairs side by side (llama.cpp) → in halves (NEOX)."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def trunk_nbytes(model: Model, itemsize: int) -> int:
+    """Bytes that the trunk will hold once loaded."""
+    total = 0
+    for role, shape in trunk_shapes(model.config).items():
+        times = model.config.layers if "{l}" in model.names[role][0] else 1
+        total += times * itemsize * torch.Size(shape).numel()
+    return total

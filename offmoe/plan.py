@@ -1,0 +1,234 @@
+"""Where everything will lie, decided once from the model's headers, the settings and what is free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+
+from offmoe.cache.policy import make_policy
+from offmoe.errors import OffmoeError
+from offmoe.kvcache import kv_nbytes
+from offmoe.models.model import Model
+from offmoe.models.trunk import trunk_nbytes
+from offmoe.settings import Budget, Settings, format_size
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+DEFAULT_POLICY = "crf:h=16"
+DEFAULT_SCOPE = "layer"  # hits 1.6–3 points more than one global pool on traces of gpt-oss-20b and the demo model
+DEFAULT_CTX = 8192
+SHARE_OF_FREE = 0.6  # of free memory: the desktop goes on living
+VRAM_MARGIN = 1 << 30  # CUDA's context, activations of a chunk, fragmentation
+STAGING_ROWS = 32  # RAM rows kept even with --ram 0: what passes from disk to slots
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The placement of one model under one set of budgets."""
+
+    device: torch.device
+    dtype: torch.dtype
+    ctx: int
+    policy: str  # canonical
+    scope: str
+    slots: int
+    stride: int  # bytes of a slot and of a RAM row: the largest record
+    ram_rows: int
+    records: int
+    real_slot_bytes: int  # of all slots; on the CPU device they hold unpacked records
+    trunk_bytes: int
+    kv_bytes: int
+    waste_bytes: int  # in slots that are larger than their record
+
+    @property
+    def vram_bytes(self) -> int:
+        """What the slots are charged: the record as it is in the file."""
+        return self.slots * self.stride
+
+    @property
+    def ram_bytes(self) -> int:
+        return self.ram_rows * self.stride
+
+    @property
+    def all_in_slots(self) -> bool:
+        return self.slots >= self.records
+
+    @property
+    def tiers(self) -> str:
+        """Where routed records come from."""
+        fast = "VRAM" if self.device.type == "cuda" else "memory slots"
+        if self.all_in_slots:
+            return fast
+        return f"{fast} ← RAM" if self.ram_rows >= self.records else f"{fast} ← RAM ← disk"
+
+    def summary(self) -> str:
+        """One line for the head of a chat."""
+        share = self.slots / self.records
+        return (
+            f"{self.slots} of {self.records} experts in slots ({share:.0%}, {format_size(self.vram_bytes)}) · "
+            f"{self.tiers} · {self.policy} {self.scope} · {self.device} · context {self.ctx}"
+        )
+
+
+@dataclass
+class Free:
+    """Bytes that may be used."""
+
+    ram: int
+    vram: int | None = field(default=None)
+
+
+def make_plan(model: Model, settings: Settings) -> Plan:
+    """Place `model`. Raises OffmoeError with the smallest budget that works where one is too small."""
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
+    ctx = pick_ctx(settings.ctx, model.config.ctx)
+    trunk, kv = trunk_nbytes(model, dtype.itemsize), kv_nbytes(model.config, ctx, dtype.itemsize)
+    real = model.record_weights * dtype.itemsize if device.type == "cpu" else model.slot_bytes
+    free = free_memory(device)
+    slots = pick_slots(model, settings.vram, default_slots(model, free, trunk + kv, real))
+    scope = settings.scope or DEFAULT_SCOPE
+    if scope == "layer":
+        slots -= slots % model.config.layers
+    left = free.ram - (trunk + kv + slots * real if device.type == "cpu" else 0)
+    plan = Plan(
+        device=device,
+        dtype=dtype,
+        ctx=ctx,
+        policy=canonical_policy(settings.policy or DEFAULT_POLICY, model),
+        scope=scope,
+        slots=slots,
+        stride=model.slot_bytes,
+        ram_rows=pick_ram_rows(model, settings.ram, slots, left),
+        records=model.records,
+        real_slot_bytes=slots * real,
+        trunk_bytes=trunk,
+        kv_bytes=kv,
+        waste_bytes=wasted(model, slots),
+    )
+    check_fits(plan, free)
+    return plan
+
+
+def pick_device(name: str | None) -> torch.device:
+    available = torch.cuda.is_available()
+    device = torch.device(name or ("cuda" if available else "cpu"))
+    if device.type == "cpu":
+        return device
+    if not available:
+        raise OffmoeError("device 'cuda' was asked for and torch sees no GPU: `offmoe doctor` says why; or --device cpu")
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        raise OffmoeError(f"device 'cuda:{index}' was asked for and there are {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", index)
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """float32 on the CPU; bfloat16 on a GPU that has it (sm_80 and later), else float16."""
+    if name:
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def pick_ctx(asked: int | None, trained: int) -> int:
+    if asked is not None and asked > trained:
+        raise OffmoeError(f"--ctx {asked} is more than the {trained} positions that the model was trained for")
+    return asked or min(trained, DEFAULT_CTX)
+
+
+def free_memory(device: torch.device) -> Free:
+    free = Free(ram=free_ram())
+    if device.type == "cuda":
+        free.vram = torch.cuda.mem_get_info(device)[0]
+    return free
+
+
+def free_ram() -> int:
+    """What the machine has free, or less where a container (cgroup v2) allows less."""
+    free = psutil.virtual_memory().available
+    try:
+        with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as used:
+            free = min(free, int(most.read()) - int(used.read()))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        pass
+    return max(free, 0)
+
+
+def token_records(model: Model) -> int:
+    """Records that one token is routed to: fewer slots cannot even hold them."""
+    return model.config.layers * model.config.top_k
+
+
+def default_slots(model: Model, free: Free, resident: int, real: int) -> int:
+    """As many as fit; on the CPU device half of the room, where the RAM tier needs the rest."""
+    if free.vram is not None:
+        return max(0, free.vram - resident - VRAM_MARGIN) // model.slot_bytes
+    room = max(0, int(free.ram * SHARE_OF_FREE) - resident)
+    return model.records if model.records * real <= room else room // 2 // real
+
+
+def pick_slots(model: Model, budget: Budget | str | int | None, default: int) -> int:
+    smallest = token_records(model)
+    if budget is None:
+        slots, asked = default, f"the free memory, {format_size(max(default, 0) * model.slot_bytes)},"
+    else:
+        assert isinstance(budget, Budget), "Settings parses budgets"
+        wanted = model.records * budget.percent / 100 if budget.percent else (budget.bytes or 0) / model.slot_bytes
+        slots, asked = int(wanted + 1e-9), f"--vram {budget}"
+    if slots < smallest:
+        percent = -(-smallest * 1000 // model.records) / 10
+        raise OffmoeError(
+            f"{asked} holds {slots} expert slots; a token is routed to {smallest} records and needs them all: "
+            f"the smallest that works is {smallest * model.slot_bytes} bytes "
+            f"({format_size(smallest * model.slot_bytes)}, {percent:g}%)"
+        )
+    return min(slots, model.records)
+
+
+def pick_ram_rows(model: Model, asked: int | str | None, slots: int, left: int) -> int:
+    """Rows of the RAM tier; where every record has a slot none need stay behind."""
+    staging = max(STAGING_ROWS, model.config.top_k)
+    if slots >= model.records:
+        return min(staging, model.records)
+    budget = int(left * SHARE_OF_FREE) if asked is None else int(asked)
+    return min(max(budget // model.slot_bytes, staging), model.records)
+
+
+def canonical_policy(spec: str, model: Model) -> str:
+    try:
+        return make_policy(spec, model.records).name
+    except ValueError as error:
+        raise OffmoeError(str(error)) from None
+
+
+def wasted(model: Model, slots: int) -> int:
+    """Bytes of `slots` that records smaller than the largest leave unused, on average."""
+    return int(slots * (model.slot_bytes - model.record_bytes / model.records))
+
+
+def check_fits(plan: Plan, free: Free) -> None:
+    resident = plan.trunk_bytes + plan.kv_bytes + plan.real_slot_bytes
+    if free.vram is not None and resident > free.vram:
+        smallest = plan.vram_bytes - (resident - free.vram)
+        raise OffmoeError(
+            f"the GPU has {format_size(free.vram)} free; the model's other weights need "
+            f"{format_size(plan.trunk_bytes)}, the context {format_size(plan.kv_bytes)} and the slots "
+            f"{format_size(plan.real_slot_bytes)}: give at most --vram {max(smallest, 0)}, or a smaller --ctx"
+        )
+    on_host = plan.ram_bytes + (resident if free.vram is None else 0)
+    if on_host > free.ram:
+        raise OffmoeError(
+            f"the plan needs {format_size(on_host)} of memory and {format_size(free.ram)} are free: "
+            "lower --vram, --ram or --ctx"
+        )
+
+
+def plan_numbers(plan: Plan) -> dict[str, Any]:
+    """For JSON."""
+    names = ("ctx", "policy", "scope", "slots", "records", "vram_bytes", "ram_bytes", "ram_rows", "real_slot_bytes")
+    numbers = {name: getattr(plan, name) for name in (*names, "trunk_bytes", "kv_bytes", "waste_bytes", "tiers")}
+    return {**numbers, "device": str(plan.device), "dtype": str(plan.dtype).removeprefix("torch.")}

@@ -1,0 +1,167 @@
+"""How text is cut before byte-level BPE: the `tokenizer.ggml.pre` kinds of GGUF and their expressions.
+
+A wrong cut silently changes the ids. The expressions are those of the models' own tokenizer.json; where
+llama.cpp (src/llama-vocab.cpp) writes them otherwise, its comment keeps the original.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Regex, pre_tokenizers
+
+from offmoe.errors import OffmoeError
+
+# Cased letters as DeepSeek-LLM's tokenizer.json lists them.
+LETTERS = (
+    "A-Za-z"
+    "\xb5\xc0-\xd6\xd8-\xf6\xf8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373"
+    "\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7"
+    "-\u0481\u048a-\u052f\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba"
+    "\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77\u1d79-\u1d9a\u1e00-\u1f15\u1f18-\u1f1d\u1f20-"
+    "\u1f45\u1f48-\u1f4d\u1f50-\u1f57\u1f59\u1f5b\u1f5d\u1f5f-\u1f7d\u1f80-\u1fb4\u1fb6-"
+    "\u1fbc\u1fbe\u1fc2-\u1fc4\u1fc6-\u1fcc\u1fd0-\u1fd3\u1fd6-\u1fdb\u1fe0-\u1fec\u1ff2-"
+    "\u1ff4\u1ff6-\u1ffc\u2102\u2107\u210a-\u2113\u2115\u2119-\u211d\u2124\u2126\u2128\u212a-"
+    "\u212d\u212f-\u2134\u2139\u213c-\u213f\u2145-\u2149\u214e\u2183\u2184\u2c00-\u2c7b\u2c7e"
+    "-\u2ce4\u2ceb-\u2cee\u2cf2\u2cf3\ua640-\ua66d\ua680-\ua69b\ua722-\ua76f\ua771-\ua787"
+    "\ua78b-\ua78e\uab70-\uabbf\ufb00-\ufb06\ufb13-\ufb17\uff21-\uff3a\uff41-\uff5a\U00010400"
+    "-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-"
+    "\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
+)
+CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
+HAN_HANGUL = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def words(digits: str, punctuation_tail: str = r"[\r\n]*") -> str:
+    """The Llama-3 shape: contractions, words, `digits`, punctuation, spaces."""
+    return (
+        CASELESS
+        + rf"|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+{punctuation_tail}"
+        + SPACES
+    )
+
+
+def cased_words(digits: str, contraction: str) -> str:
+    """The o200k shape: words are cut where lower case turns to upper case."""
+    lead = r"[^\r\n\p{L}\p{N}]?"
+    return (
+        f"{lead}{UPPER}*{LOWER}+{contraction}|{lead}{UPPER}+{LOWER}*{contraction}|{digits}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*" + SPACES
+    )
+
+
+def deepseek_v3() -> tuple[str, ...]:
+    symbols = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    rest = r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*" + SPACES
+    return (r"\p{N}{1,3}", CJK, symbols + rest)
+
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = words(r"\p{N}{1,3}")
+QWEN2 = words(r"\p{N}")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Expressions applied one after another, each on the pieces of the one before."""
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False  # a piece that is in the vocabulary is one token, whatever the merges say
+    add_bos: bool = False  # when the file does not say
+
+
+KINDS: dict[str, Kind] = {
+    "gpt-2": Kind((GPT2,)),
+    "smollm": Kind((r"\p{N}", GPT2)),
+    "qwen2": Kind((QWEN2,)),
+    "llama-bpe": Kind((LLAMA3,), ignore_merges=True, add_bos=True),
+    "dbrx": Kind((LLAMA3,)),
+    "qwen35": Kind(
+        (CASELESS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + SPACES,)
+    ),
+    "gpt-4o": Kind((cased_words(r"\p{N}{1,3}", CASELESS + "?"),)),
+    "tekken": Kind((cased_words(r"\p{N}", ""),), ignore_merges=True, add_bos=True),
+    "deepseek-v3": Kind(deepseek_v3()),
+    "deepseek-llm": Kind(
+        (
+            r"[\r\n]",
+            rf"\s?[{LETTERS}]+",
+            "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+            r"\s+$",
+            HAN_HANGUL,
+            r"\p{N}+",
+        )
+    ),
+    "deepseek-coder": Kind((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HAN_HANGUL, r"\p{N}")),
+    "bailingmoe": Kind(
+        (
+            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+            r"|\s*[\r\n]|\s+(?!\S)|\s+",
+        )
+    ),
+    "falcon": Kind((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]")),
+    "default": Kind((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+}
+SAME_AS = {
+    "gpt-2": "olmo mpt phi-2 jais gigachat exaone4 trillion granite-docling mellum a.x-4.0",
+    "smollm": "starcoder refact command-r codeshell exaone minerva-7b mellum2",
+    "qwen2": "stablelm2 deepseek-r1-qwen hunyuan solar-open grok-2 megrez kormo",
+    "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
+    "dbrx": "smaug-bpe chatglm-bpe",
+    "gpt-4o": "llama4 kanana2 minimax-m2",
+    "deepseek-v3": "hunyuan-dense joyai-llm",
+    "bailingmoe": "bailingmoe2 llada-moe",
+}
+KINDS |= {name: KINDS[kind] for kind, names in SAME_AS.items() for name in names.split()}
+KINDS |= dict.fromkeys(("glm4", "glm5"), Kind((LLAMA3,), ignore_merges=True))
+
+
+def kind_of(name: str) -> Kind:
+    """The kind called `name` in GGUF files; an unknown one is refused."""
+    if name not in KINDS:
+        raise OffmoeError(
+            f"the file's pre-tokenizer {name!r} is not supported: known are {', '.join(sorted(KINDS))}"
+        )
+    return KINDS[name]
+
+
+def build(kind: Kind) -> pre_tokenizers.PreTokenizer:
+    """The pre-tokenizer that cuts as `kind` says, and then maps bytes to letters."""
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.patterns]
+    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def pre_tokenizer_name(tokenizer_json: dict[str, Any]) -> str:
+    """The GGUF name of the cut that a byte-level `tokenizer.json` makes; an unknown one is refused."""
+    cut = tokenizer_json.get("pre_tokenizer") or {}
+    patterns = tuple(pattern for step in cut.get("pretokenizers", [cut]) for pattern in step_patterns(step))
+    ignore_merges = bool((tokenizer_json.get("model") or {}).get("ignore_merges"))
+    same = [name for name, kind in KINDS.items() if kind.patterns == patterns]
+    exact = [name for name in same if KINDS[name].ignore_merges == ignore_merges]
+    if not exact:
+        raise OffmoeError(
+            f"tokenizer.json cuts text by {patterns} with ignore_merges {ignore_merges}: "
+            "this has no GGUF name, so pack cannot write the tokenizer"
+        )
+    return exact[0]
+
+
+def step_patterns(step: dict[str, Any]) -> list[str]:
+    """The expressions that one step of a tokenizer.json pre-tokenizer stands for."""
+    kind = step.get("type")
+    if kind == "ByteLevel":
+        return [GPT2] if step.get("use_regex", True) else []
+    if kind == "Digits":
+        return [r"\p{N}" if step.get("individual_digits") else r"\p{N}+"]
+    if kind == "Split" and "Regex" in step.get("pattern", {}):
+        return [escape_controls(step["pattern"]["Regex"])]
+    return [f"<{kind}>"]
+
+
+def escape_controls(pattern: str) -> str:
+    """`pattern` as the table writes it: some files hold line ends as characters, some as escapes."""
+    return pattern.replace("\r", r"\r").replace("\n", r"\n")

@@ -1,0 +1,210 @@
+"""Text to token ids and back: prompts, conversations, and a stream that never breaks a character."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NotRequired, TypedDict
+
+from tokenizers.decoders import Decoder
+
+from offmoe.chat_template import ChatTemplate
+from offmoe.errors import OffmoeError
+from offmoe.vocab import Vocab, read_vocab
+
+if TYPE_CHECKING:
+    from offmoe.checkpoint import Checkpoint
+
+# GPT-2 writes printable bytes as themselves, and the others as the letters from U+0100 on.
+PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Message(TypedDict):
+    """One turn. `tokens`: the ids that the model generated for this content; they are kept verbatim."""
+
+    role: str
+    content: str
+    tokens: NotRequired[Sequence[int]]
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer of an open checkpoint; OffmoeError when it has none."""
+    return Tokenizer(read_vocab(checkpoint))
+
+
+class Tokenizer:
+    """A model's vocabulary and chat format. `close()` ends the template's process."""
+
+    def __init__(self, vocab: Vocab) -> None:
+        self.bos = vocab.bos
+        self.eos = vocab.eos
+        self.chat_template = vocab.chat_template
+        self._bpe = vocab.tokenizer
+        self._add_bos = vocab.add_bos
+        self._template = ChatTemplate(vocab.chat_template, vocab.names) if vocab.chat_template else None
+        self._added = self._bpe.get_added_tokens_decoder()
+        self._byte_level, self.starts_with_space = decoder_kind(self._bpe.decoder)
+        self._pieces: dict[int, bytes] = {}
+        self.vocab_size: int = self._bpe.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, after bos where the model asks for it. Special tokens in it are recognised."""
+        ids = self._encode(text)
+        return [self.bos, *ids] if self._add_bos and self.bos is not None else ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens hidden; bytes that are no UTF-8 become U+FFFD."""
+        stream = self.stream()
+        return "".join([stream.push(id) for id in ids]) + stream.flush()
+
+    def stream(self) -> Detokenizer:
+        return Detokenizer(self)
+
+    def piece(self, id: int) -> bytes:
+        """The bytes that an id stands for; none for special tokens and ids outside the vocabulary."""
+        piece = self._pieces.get(id)
+        if piece is None:
+            piece = self._pieces[id] = self._piece(id)
+        return piece
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation in the model's own format, without a further bos.
+
+        The `tokens` of a message stand verbatim wherever the template leaves its content as it is.
+        """
+        if self._template is None:
+            raise OffmoeError("the model has no chat template: give it plain text instead of messages")
+        check_messages(messages)
+        text, marks = self._template.render_marked(messages, add_generation_prompt)
+        if not marks:
+            return self._encode(text)
+        first, *rest = re.split(f"({'|'.join(marks)})", text)
+        ids = self._encode(first)
+        for mark, piece in zip(rest[::2], rest[1::2], strict=True):
+            ids += [*marks[mark]["tokens"], *self._encode_after(piece)]
+        return ids
+
+    def close(self) -> None:
+        if self._template is not None:
+            self._template.close()
+
+    def _encode(self, text: str) -> list[int]:
+        check_unicode(text)
+        return list(self._bpe.encode(text, add_special_tokens=False).ids)
+
+    def _encode_after(self, text: str) -> list[int]:
+        """Ids of text that follows other ids: without the space that some models put before a text."""
+        if not self.starts_with_space:
+            return self._encode(text)
+        newline, ids = self._encode("\n"), self._encode("\n" + text)
+        return ids[len(newline) :] if ids[: len(newline)] == newline else self._encode(text)
+
+    def _piece(self, id: int) -> bytes:
+        added = self._added.get(id)
+        if id in self.eos or (added is not None and added.special):
+            return b""
+        text = self._bpe.id_to_token(id) or ""
+        if self._byte_level:
+            return text.encode() if added else letters_to_bytes(text)
+        byte = BYTE_TOKEN.fullmatch(text)
+        return bytes([int(byte[1], 16)]) if byte else text.replace("▁", " ").encode()
+
+
+class Detokenizer:
+    """Ids in, text out as soon as its characters are whole. O(1) a token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._piece = tokenizer.piece
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at_start = tokenizer.starts_with_space
+
+    def push(self, id: int) -> str:
+        """What can be shown once `id` is there: never half a character."""
+        return self._shown(self._decoder.decode(self._piece(id)))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that never became whole."""
+        return self._shown(self._decoder.decode(b"", final=True))
+
+    def _shown(self, text: str) -> str:
+        if self._at_start and text:
+            self._at_start = False
+            return text.removeprefix(" ")
+        return text
+
+
+class StopStrings:
+    """Ends a stream at the first stop string, also across pieces; holds back what may begin one."""
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._stops = tuple(stops)
+        self._longest = max(map(len, self._stops), default=1)
+        self._held = ""
+        self._stopped = False
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """(text that can be shown now, whether a stop string has come)."""
+        if self._stopped:
+            return "", True
+        text = self._held + text
+        ends = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if ends:  # the one that is whole first: the cut does not depend on how the text came in pieces
+            self._held, self._stopped = "", True
+            return text[: min(ends)[1]], True
+        keep = self._possible_start(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """What was held back, when no more comes."""
+        text, self._held = self._held, ""
+        return text
+
+    def _possible_start(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        lengths = range(min(self._longest - 1, len(text)), 0, -1)
+        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Roles and contents must be strings: images and tools are not supported."""
+    for i, message in enumerate(messages, start=1):
+        for key in ("role", "content"):
+            value = message.get(key)
+            if not isinstance(value, str):
+                kind = type(value).__name__
+                raise OffmoeError(f"message {i} has a {key} of type {kind}: give text, no images or tools")
+            check_unicode(value)
+
+
+def check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise OffmoeError(
+            f"the text has a lone surrogate (character {error.start}), which is no Unicode: remove it"
+        ) from None
+
+
+def decoder_kind(decoder: Decoder | None) -> tuple[bool, bool]:
+    """(bytes are written as letters, a text's leading space is dropped), from the tokenizer's decoder."""
+    steps = re.findall(r'"type":\s*"(\w+)"', decoder.__getstate__().decode()) if decoder is not None else []
+    if "ByteLevel" in steps:
+        return True, False
+    if "ByteFallback" in steps or "Metaspace" in steps:
+        return False, "Strip" in steps or "Metaspace" in steps
+    raise OffmoeError(
+        f"the tokenizer's decoder {steps} is not supported: known are byte-level BPE and sentencepiece BPE"
+    )
+
+
+def letters_to_bytes(text: str) -> bytes:
+    """GPT-2's letters as the bytes that they stand for; a text with other letters stands for itself."""
+    try:
+        return bytes([BYTES[letter] for letter in text])
+    except KeyError:
+        return text.encode()

@@ -1,0 +1,92 @@
+"""Every family gives the logits and the routing of transformers, whatever the file and however it is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from close import assert_close
+from offmoe.engine import Engine
+from offmoe.models.model import open_model
+from offmoe.settings import Settings
+from tiny import FAMILIES, reference, saved, tiny
+
+IDS = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(7)).tolist()
+
+FORMAT = {"bfloat16": "BF16", "float16": "F16"}
+
+
+def engine_of(path: Path, **settings: object) -> Engine:
+    return Engine(open_model(path), Settings.of(**{"device": "cpu", "ctx": 64, **settings}))
+
+
+def decoded(engine: Engine, ids: list[int], prompt: int) -> tuple[torch.Tensor, list[np.ndarray]]:
+    """Logits after each of ids[prompt - 1:], the rest decoded one by one; and the routing of every layer."""
+    routed: list[list[np.ndarray]] = [[] for _ in range(engine.config.layers)]
+    engine.store.routed = lambda layer, experts, weights: routed[layer].append(experts)
+    rows = [engine.prefill(ids[:prompt])] + [engine.step(token) for token in ids[prompt:]]
+    engine.store.check()
+    return torch.stack(rows), [np.concatenate(layer) for layer in routed]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_routing_are_those_of_transformers(family: str, fused: bool, tmp_path: Path) -> None:
+    want, routing = reference(family, IDS)
+    with engine_of(saved(family, tmp_path, fused), chunk=5) as engine:
+        logits, routed = decoded(engine, IDS, prompt=8)
+    assert (logits - want[7:]).abs().max() < 1e-4
+    for layer, ids in enumerate(routed):
+        assert np.array_equal(ids, routing[layer].numpy()), f"routing of layer {layer}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_gguf_gives_the_same_logits(family: str, tmp_path: Path) -> None:
+    want, _ = reference(family, IDS)
+    with engine_of(packed(saved(family, tmp_path), tmp_path, "f32"), chunk=5) as engine:
+        logits, _ = decoded(engine, IDS, prompt=8)
+    assert (logits - want[7:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_files_are_read(dtype: str, tmp_path: Path) -> None:
+    path = saved("qwen3_moe", tmp_path)
+    half = type(tiny("qwen3_moe")).from_pretrained(path, dtype=dtype)
+    half.save_pretrained(path)
+    rounded = type(half).from_pretrained(path, dtype="float32")
+    want, _ = reference("qwen3_moe", IDS, rounded)
+    with engine_of(path) as engine:
+        assert {info.format for info in engine.model.checkpoint.tensors.values()} == {FORMAT[dtype]}
+        logits, _ = decoded(engine, IDS, prompt=8)
+    assert_close("logits", logits, want[7:], 1e-5)
+
+
+def packed(path: Path, folder: Path, fmt: str) -> Path:
+    from offmoe.checkpoint import open_checkpoint
+    from offmoe.pack import pack
+
+    out = folder / f"{path.name}-{fmt}.gguf"
+    pack(open_checkpoint(path), out, fmt, lambda *_: None)
+    return out
+
+
+def oracle(path: Path) -> "object":
+    """llama.cpp with nothing quantised: see its settings in the project's notes on oracles."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    return llama_cpp.Llama(
+        str(path), n_ctx=256, n_batch=256, logits_all=True, flash_attn=False, type_k=0, type_v=0, verbose=False
+    )
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "olmoe-clipped"])  # unknown to it
+def test_llama_cpp_gives_the_same_logits(family: str, tmp_path: Path) -> None:
+    path = packed(saved(family, tmp_path), tmp_path, "f32")
+    llama = oracle(path)
+    llama.eval(IDS)
+    want = torch.from_numpy(np.array(llama.scores[: len(IDS)]))
+    with engine_of(path) as engine:
+        logits, _ = decoded(engine, IDS, prompt=8)
+    assert (logits - want[7:]).abs().max() < 1e-4
