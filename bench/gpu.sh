@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Everything for a GPU machine in one call: the installed shape on the path, tests/gpu, the benchmark tables.
+#   bash bench/gpu.sh [OUT]      OUT: a folder for logs and rows (default: bench/results)
+set -u
+cd "$(dirname "$0")/.."
+out=${1:-bench/results}
+view=$(mktemp -d)
+mkdir -p "$view/offmoe" "$out"
+ln -s "$PWD"/offmoe/* "$PWD/cache" "$PWD/kernels" "$view/offmoe/"
+export PYTHONPATH="$view${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OFFMOE_COMMIT=${OFFMOE_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null)}
+cd tests && python3 -m pytest gpu -q --import-mode=importlib -p no:cacheprovider -o pythonpath=. 2>&1 | tee "$out/gpu-tests.log" | tail -15
+cd ..
+python3 bench/memory.py "${SHAPE_LAYERS:-}" 2>&1 | tee "$out/memory.log"

@@ -1,0 +1,56 @@
+"""What opening and running a large GGUF really takes of host memory, against its budgets.
+
+    python bench/memory.py [LAYERS]     a Qwen3-30B-A3B-shaped Q4_K file, 17.6 GB with all 48 layers
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from shapes import write
+
+from offmoe.engine import Engine
+from offmoe.models.model import open_model
+from offmoe.settings import Settings, format_size
+
+
+def anonymous() -> int:
+    """Bytes of this process that are no file's; memory pinned for a GPU lies here too."""
+    status = Path("/proc/self/status").read_text()
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+
+
+def measure(path: Path, device: str, vram: str, ram: int) -> None:
+    if device == "cuda":
+        torch.ones(1, device="cuda")  # CUDA's own memory is not the engine's
+    before, began = anonymous(), time.perf_counter()
+    settings = Settings.of(device=device, vram=vram, ram=ram, ctx=1024)
+    with Engine(open_model(path), settings) as engine:
+        opened = time.perf_counter() - began
+        list(engine.generate(list(range(100, 400)), temperature=0.0, max_tokens=32))
+        plan, stats = engine.plan, engine.stats()
+        budget = plan.ram_bytes
+        if device == "cpu":
+            budget += plan.real_slot_bytes + plan.trunk_bytes + plan.kv_bytes
+        taken = anonymous() - before
+        print(f"{path.stat().st_size} bytes, {plan.summary()}")
+        print(f"  open {opened:.1f} s; anonymous and pinned {format_size(taken)} for budgets of {format_size(budget)}: "
+              f"{(taken - budget) / path.stat().st_size:+.1%} of the file")  # fmt: skip
+        print(f"  prefill {stats.prefill_tok_s:.0f} tok/s, decode {stats.decode_tok_s:.2f} tok/s, hit {stats.hit_rate:.1%}, "
+              f"{format_size(stats.pcie_bytes_per_token)} over the link and {format_size(stats.nvme_bytes_per_token)} "
+              f"from disk a token, stall {stats.stall_ms_per_token:.1f} ms, roof {stats.roof}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    layers = int(sys.argv[1]) if len(sys.argv) > 1 and sys.argv[1] else None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "qwen3.gguf"
+        began = time.perf_counter()
+        write("qwen3-30b-a3b", path, layers)
+        print(f"written in {time.perf_counter() - began:.1f} s")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        for vram, ram in (("25%", 4 << 30), ("50%", 32 << 30), ("25%", 0)) if device == "cuda" else (("30%", 300 << 20),):
+            measure(path, device, vram, ram)

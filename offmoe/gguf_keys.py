@@ -1,0 +1,117 @@
+"""A model's numbers and tokenizer as the key/values of a GGUF that llama.cpp reads too."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from offmoe.errors import OffmoeError
+from offmoe.pretokenizers import pre_tokenizer_name
+from offmoe.tokenizer import BYTE_TOKEN
+from offmoe.vocab import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Vocab, read_vocab
+
+if TYPE_CHECKING:
+    from offmoe.checkpoint import Checkpoint
+    from offmoe.models.config import ModelConfig
+    from offmoe.models.family import Family
+
+NORMAL, UNUSED = 1, 5  # tokenizer.ggml.token_type; the others stand in vocab.py
+UNMERGED = -1e9  # the score of a token that no merge makes
+
+
+def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """Hyper-parameters. Raises OffmoeError on what the GGUF architecture has no key for."""
+    if config.renormalise != family.renormalise:
+        raise OffmoeError(
+            f"{family.model_type} with norm_topk_prob = {config.renormalise} cannot be packed: "
+            f"the GGUF architecture {family.arch} always means {family.renormalise}"
+        )
+    keys: dict[str, Any] = {
+        "block_count": config.layers,
+        "context_length": config.ctx,
+        "embedding_length": config.hidden,
+        "feed_forward_length": config.expert_hidden,
+        "expert_feed_forward_length": config.expert_hidden,
+        "attention.head_count": config.heads,
+        "attention.head_count_kv": config.kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": config.rope_theta,
+        "expert_count": config.experts,
+        "expert_used_count": config.top_k,
+        "vocab_size": config.vocab,
+    }
+    if config.clip_qkv:
+        keys["attention.clamp_kqv"] = config.clip_qkv
+    return {f"{family.arch}.{key}": value for key, value in keys.items()}
+
+
+def tokenizer_keys(checkpoint: Checkpoint, vocab_size: int) -> dict[str, Any]:
+    """`tokenizer.json` and what stands beside it; without one, the file says that it has no vocabulary."""
+    raw = checkpoint.json("tokenizer.json")
+    if raw is None:
+        return {"tokenizer.ggml.model": "no_vocab"}
+    model = raw.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise OffmoeError(f"{checkpoint.path}/tokenizer.json is no BPE: pack cannot write this tokenizer")
+    vocab = read_vocab(checkpoint)
+    tokens, types = token_table(raw, model, vocab_size)
+    keys: dict[str, Any] = {"tokens": tokens, "token_type": types}
+    keys |= sentencepiece(raw, model, tokens) if model.get("byte_fallback") else byte_level(raw, model)
+    keys |= special_ids(vocab) | {"add_bos_token": vocab.add_bos}
+    named = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    return named | ({"tokenizer.chat_template": vocab.chat_template} if vocab.chat_template else {})
+
+
+def token_table(raw: dict[str, Any], model: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Texts and types of all `size` ids; ids that the tokenizer lacks are unused ones."""
+    tokens, types = [f"[PAD{id}]" for id in range(size)], [UNUSED] * size
+    fallback = bool(model.get("byte_fallback"))
+    for text, id in model["vocab"].items():
+        place(tokens, types, id, text, BYTE if fallback and BYTE_TOKEN.fullmatch(text) else NORMAL)
+    for added in raw.get("added_tokens", []):
+        place(tokens, types, added["id"], added["content"], CONTROL if added["special"] else USER_DEFINED)
+    if (unknown := model.get("unk_token")) in model["vocab"]:
+        types[model["vocab"][unknown]] = UNKNOWN
+    return tokens, types
+
+
+def place(tokens: list[str], types: list[int], id: int, text: str, kind: int) -> None:
+    if not 0 <= id < len(tokens):
+        raise OffmoeError(f"tokenizer.json has the token id {id}: the config's vocab_size is {len(tokens)}")
+    tokens[id], types[id] = text, kind
+
+
+def pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
+    """Merges, which older files write as `left right`, in order of rank."""
+    cut = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+    return [(left, right) for left, right in cut]
+
+
+def byte_level(raw: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    merges = [f"{left} {right}" for left, right in pairs(model)]
+    return {"model": "gpt2", "pre": pre_tokenizer_name(raw), "merges": merges}
+
+
+def sentencepiece(raw: dict[str, Any], model: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
+    """Scores instead of merges: the earlier a merge, the higher the score of what it makes."""
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(pairs(model)):
+        ranks.setdefault(left + right, rank)
+    scores = [-float(ranks[text]) if text in ranks else UNMERGED for text in tokens]
+    return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": adds_space(raw)}
+
+
+def adds_space(raw: dict[str, Any]) -> bool:
+    """Whether a space is put before the text: by a Prepend normaliser or a Metaspace."""
+    normalizer, metaspace = raw.get("normalizer") or {}, raw.get("pre_tokenizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    prepends = any(step.get("type") == "Prepend" for step in steps)
+    return prepends or metaspace.get("prepend_scheme", "never") != "never"
+
+
+def special_ids(vocab: Vocab) -> dict[str, int]:
+    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {key: vocab.tokenizer.token_to_id(vocab.names.get(name, "")) for name, key in keys.items()}
+    return {f"{key}_token_id": id for key, id in ids.items() if id is not None}

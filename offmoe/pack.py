@@ -1,0 +1,230 @@
+"""safetensors to one GGUF, piece by piece, and no half file whatever happens."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from offmoe.checkpoint import ByteRange, Checkpoint, TensorInfo
+from offmoe.checkpoint.quantise import packable, quantise
+from offmoe.errors import OffmoeError
+from offmoe.gguf_keys import model_keys, tokenizer_keys
+from offmoe.kernels.formats import FORMATS, Format, dequantise
+from offmoe.models.family import GGUF_NAMES
+from offmoe.models.model import Model, described, trunk_shapes
+from offmoe.settings import format_size
+
+PIECE = 1 << 22  # weights read, quantised and written together: 16 MiB in float32
+EXPERT_ROLES = ("gate", "up", "down")
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q5_K": 16,
+              "Q6_K": 18, "BF16": 32, "MXFP4": 38}  # fmt: skip  # general.file_type
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A tensor whose rows are no whole number of the wanted format's blocks."""
+
+    name: str
+    cols: int
+    wanted: str
+    format: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: rows of {self.cols} weights do not fit {self.wanted}, stored as {self.format}"
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What was written: tensors that are not in the format asked for, and the size of the file."""
+
+    fallbacks: list[Fallback]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows `first` to `first + count` of a tensor in the source."""
+
+    info: TensorInfo
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor of the GGUF, made of runs of rows; `heads`: its rows are permuted for interleaved rope."""
+
+    name: str
+    shape: tuple[int, ...]
+    wanted: Format
+    runs: list[Run]
+    heads: int | None
+
+    @property
+    def cols(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def format(self) -> Format:
+        """The format wanted, or what holds such rows instead."""
+        fits = (form for form in (self.wanted, FORMATS["Q8_0"]) if self.cols % form.block == 0)
+        return next(fits, FORMATS["F32"])
+
+    @property
+    def nbytes(self) -> int:
+        return self.format.nbytes(prod(self.shape[:-1]), self.cols)
+
+
+def pack(checkpoint: Checkpoint, out: Path, fmt: str, progress: Callable[[int, int], None]) -> PackReport:
+    """Write a safetensors checkpoint as the GGUF `out`, its weights in `fmt` ("q4_0", "q6_k", "bf16", …).
+
+    Norms and routers stay F32; mxfp4 is for the experts, the rest is Q8_0 then, as in llama.cpp. Rows that
+    `fmt` cannot hold become Q8_0, or else F32, and are listed. `progress(bytes done, bytes in all)`.
+    `out` appears complete or not at all. Raises OffmoeError; an existing `out` is replaced.
+    """
+    if checkpoint.kind == "gguf":
+        raise OffmoeError(f"{checkpoint.path} is a GGUF already: pack takes a directory of safetensors")
+    wanted = packable(fmt)
+    model = described(checkpoint)
+    outputs = [output(model, role, layer, intended(role, wanted)) for role, layer in roles(model)]
+    keys = model_keys(model.config, model.family) | tokenizer_keys(checkpoint, model.config.vocab)
+    keys |= {"general.file_type": FILE_TYPES[wanted.name], "general.quantization_version": 2}
+    check_target(out, sum(output.nbytes for output in outputs))
+    write(model, outputs, keys, out, progress)
+    fell = [Fallback(o.name, o.cols, o.wanted.name, o.format.name) for o in outputs if o.format != o.wanted]
+    return PackReport(fell, out.stat().st_size)
+
+
+def roles(model: Model) -> Iterator[tuple[str, int]]:
+    """Every tensor of the GGUF as (role, layer), in the order of the file."""
+    trunk = trunk_shapes(model.config)
+    per_layer = [role for role in trunk if "{l}" in GGUF_NAMES[role][0]]
+    yield from ((role, 0) for role in trunk if role not in per_layer)
+    for layer in range(model.config.layers):
+        yield from ((role, layer) for role in (*per_layer, *EXPERT_ROLES))
+
+
+def intended(role: str, wanted: Format) -> Format:
+    if role == "router" or role.endswith("norm"):
+        return FORMATS["F32"]
+    return FORMATS["Q8_0"] if wanted.name == "MXFP4" and role not in EXPERT_ROLES else wanted
+
+
+def output(model: Model, role: str, layer: int, wanted: Format) -> Output:
+    name, c = GGUF_NAMES[role][0].format(l=layer), model.config
+    if role in EXPERT_ROLES:
+        runs = [expert_run(model, role, layer, expert) for expert in range(c.experts)]
+        shape: tuple[int, ...] = (c.experts, runs[0].count, runs[0].info.shape[-1])
+        return Output(name, shape, wanted, runs, None)
+    info = model.find(role, layer)
+    assert info is not None, f"{role} was there when the model was described"
+    heads = {"q": c.heads, "k": c.kv_heads}.get(role) if model.family.interleaved_gguf else None
+    return Output(name, info.shape, wanted, [Run(info, 0, prod(info.shape[:-1]))], heads)
+
+
+def expert_run(model: Model, role: str, layer: int, expert: int) -> Run:
+    """One expert's matrix: a tensor of its own, a slice of a stack, or half a slice of gate over up."""
+    info = model.find(role, layer, expert) or model.find("gate_up", layer, expert)
+    assert info is not None, f"{role} of layer {layer} was there when the model was described"
+    count = model.config.hidden if role == "down" else model.config.expert_hidden
+    first = expert * info.shape[1] if len(info.shape) == 3 else 0
+    return Run(info, first + (count if role == "up" and info.shape[-2] == 2 * count else 0), count)
+
+
+def check_target(out: Path, nbytes: int) -> None:
+    """Raises OffmoeError before anything is written."""
+    if out.suffix != ".gguf" or out.is_dir():
+        raise OffmoeError(f"{out} is no file name that ends in .gguf: give one for the packed model")
+    if not out.parent.is_dir():
+        raise OffmoeError(f"{out.parent} is no directory: make it first")
+    free = shutil.disk_usage(out.parent).free
+    if nbytes > free:
+        raise OffmoeError(disk_full(out, nbytes, f"{format_size(free)} are free"))
+
+
+def disk_full(out: Path, nbytes: int, why: str) -> str:
+    return f"cannot write {out}, which takes {format_size(nbytes)}: {why}"
+
+
+def write(
+    model: Model, outputs: list[Output], keys: dict[str, Any], out: Path, progress: Callable[[int, int], None]
+) -> None:
+    """Into a file beside `out`, which takes its place once everything is on the disk."""
+    part, total = out.with_name(f".{out.name}.{os.getpid()}"), sum(output.nbytes for output in outputs)
+    try:
+        with closing(gguf.GGUFWriter(part, model.family.arch)) as writer, ThreadPoolExecutor() as pool:
+            write_header(writer, outputs, keys)
+            (file,) = writer.fout
+            done = 0
+            for output in outputs:
+                writer.write_padding(file, file.tell())
+                for piece in pieces(model, output):
+                    done += write_piece(file, piece, output, pool)
+                    progress(done, total)
+            writer.write_padding(file, file.tell())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, out)
+    except OSError as error:
+        raise OffmoeError(disk_full(out, total, error.strerror or str(error))) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_header(writer: gguf.GGUFWriter, outputs: list[Output], keys: dict[str, Any]) -> None:
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
+           str: writer.add_string, list: writer.add_array}  # fmt: skip
+    for key, value in keys.items():
+        add[type(value)](key, value)
+    for output in outputs:
+        kind = gguf.GGMLQuantizationType(output.format.gguf_type)
+        writer.add_tensor_info(output.name, output.shape, torch.float32, output.nbytes, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def pieces(model: Model, output: Output) -> Iterator[Tensor]:
+    """The weights of a tensor as float32 [rows, cols], a bounded number at a time."""
+    for run in output.runs:
+        step = run.count if output.heads else max(1, PIECE // output.cols)
+        for first in range(0, run.count, step):
+            rows = read_rows(model.checkpoint, run.info, run.first + first, min(step, run.count - first))
+            yield interleaved(rows, output.heads) if output.heads else rows
+
+
+def read_rows(checkpoint: Checkpoint, info: TensorInfo, first: int, count: int) -> Tensor:
+    form, cols = FORMATS[info.format], info.shape[-1]
+    start = info.range.offset + form.nbytes(first, cols)
+    raw = checkpoint.read_range(ByteRange(info.range.file, start, form.nbytes(count, cols)))
+    return dequantise(raw, form, count, cols)
+
+
+def interleaved(weight: Tensor, heads: int) -> Tensor:
+    """[heads · D, H] with the rotated pairs in halves (NEOX) → side by side, as llama.cpp wants them here."""
+    return weight.view(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+def write_piece(file: Any, piece: Tensor, output: Output, pool: ThreadPoolExecutor) -> int:
+    """Quantise on all cores, write; returns the bytes written."""
+    most = 65504.0 if output.format.name == "F16" else torch.finfo(torch.float32).max
+    if not piece.abs().max() <= most:  # NaN fails too
+        found = f"{output.name} holds NaN or weights beyond {most:g}"
+        raise OffmoeError(
+            f"{found}, which {output.format.name} cannot hold: try bf16, or copy the model anew"
+        )
+    parts = piece.chunk(max(1, min(os.cpu_count() or 1, piece.numel() >> 16)))
+    for blocks in pool.map(lambda part: quantise(part, output.format), parts):
+        file.write(blocks.numpy())
+    return output.format.nbytes(*piece.shape)
