@@ -1,5 +1,7 @@
 """offmoe, offmoe.cache and offmoe.kernels are one package in three top-level folders."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 FOLDERS = {"offmoe": "offmoe", "offmoe.cache": "cache", "offmoe.kernels": "kernels"}
@@ -8,7 +10,7 @@ setup(
     name="offmoe",
     version="0.1.0",
     description="Offloading inference runtime for mixture-of-experts models on one GPU",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -42,6 +44,8 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.120",
             "pexpect>=4.9",
+            "pyte>=0.8",
+            "setuptools>=77",
             "transformers>=5.0",
             "ruff>=0.14",
             "mypy>=1.18",

@@ -1,6 +1,6 @@
 """Records tests/data/demo_trace.npz: the demo model's routing over real prompts, greedy, with its prompts.
 
-    python bench/demo_trace.py tests/data/demo_trace.npz
+python bench/demo_trace.py tests/data/demo_trace.npz
 """
 
 import sys

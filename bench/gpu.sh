@@ -8,6 +8,6 @@ view=$(mktemp -d)
 mkdir -p "$view/offmoe" "$out"
 ln -s "$PWD"/offmoe/* "$PWD/cache" "$PWD/kernels" "$view/offmoe/"
 export PYTHONPATH="$view${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OFFMOE_COMMIT=${OFFMOE_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null)}
-cd tests && python3 -m pytest gpu -q --import-mode=importlib -p no:cacheprovider -o pythonpath=. 2>&1 | tee "$out/gpu-tests.log" | tail -15
-cd ..
+# -P: the root must not be on the path, or its folders would be found under their own names.
+python3 -P -m pytest tests/gpu -p no:cacheprovider 2>&1 | tee "$out/gpu-tests.log" | tail -25
 python3 bench/memory.py "${SHAPE_LAYERS:-}" 2>&1 | tee "$out/memory.log"

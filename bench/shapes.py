@@ -1,6 +1,6 @@
 """Writes a GGUF of a real model's shape with random, sane weights: the size and the work without the download.
 
-    python bench/shapes.py qwen3-30b-a3b /tmp/qwen3.gguf [LAYERS]
+python bench/shapes.py qwen3-30b-a3b /tmp/qwen3.gguf [LAYERS]
 """
 
 import sys

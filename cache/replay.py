@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offmoe.cache.policies import OFFLINE
 from offmoe.cache.policy import Policy, make_policy
 from offmoe.cache.residency import Access, Residency

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offmoe.cache.policies.base import Ints, Numbers, Policy
 
 Slots = NDArray[np.int32]
@@ -77,9 +78,7 @@ class Residency:
     def _event(self, pool: int, pools: int, records: Ints, now: int, uses: Ints | int) -> Access:
         """`records` [pools · n]: n of each pool from `pool` on."""
         assert now >= self.now, f"now = {now} < {self.now}, the last access's"
-        assert len(records) <= pools * self.capacity, (
-            f"asked for {len(records)} > {pools} · {self.capacity} slots"
-        )
+        assert len(records) <= pools * self.capacity, f"asked for {len(records)} > {pools} · {self.capacity} slots"
         self.now = now
         slots = self.slot_of[records]
         late = self.arriving[slots]
@@ -142,9 +141,7 @@ class Residency:
         if self.scope == "layer":
             pool, layer = owned // self.capacity, self.owner[owned] // self.experts
             bad = np.flatnonzero(pool != layer)
-            assert not bad.size, (
-                f"pool of slot {owned[bad[0]]} = {pool[bad[0]]} ≠ {layer[bad[0]]} = its record's layer"
-            )
+            assert not bad.size, f"pool of slot {owned[bad[0]]} = {pool[bad[0]]} ≠ {layer[bad[0]]} = its record's layer"
 
 
 def lowest(keys: Numbers, count: int) -> Ints:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offmoe.cache.policies.base import Ints
 
 # What np.load meets in a broken file; MemoryError: a header that claims an absurd shape.
@@ -40,9 +41,7 @@ class Trace:
             or self.probs.shape != self.experts.shape
             or not np.isfinite(self.probs).all()
         ):
-            raise ValueError(
-                f"probs must be finite float16 {list(self.experts.shape)}, found {describe(self.probs)}"
-            )
+            raise ValueError(f"probs must be finite float16 {list(self.experts.shape)}, found {describe(self.probs)}")
         if self.prefill is not None:
             self._check_ids("prefill", self.prefill)
             check_offsets("prefill_offsets", self.prompts, len(self.prefill))

@@ -16,6 +16,10 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Ten
     """
     visible = torch.arange(keys.shape[1], device=q.device) <= positions.unsqueeze(1)  # [T, S]
     mixed = F.scaled_dot_product_attention(
-        q.transpose(0, 1).unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=visible, enable_gqa=True
+        q.transpose(0, 1).unsqueeze(0),
+        keys.unsqueeze(0),
+        values.unsqueeze(0),
+        attn_mask=visible,
+        enable_gqa=True,
     )
     return mixed.squeeze(0).transpose(0, 1)

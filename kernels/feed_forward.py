@@ -1,10 +1,20 @@
-"""The product of one expert: the naive twin of the GEMV and the grouped GEMM."""
+"""The products of routed experts: the naive twin of the GEMV and the grouped GEMM."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def swiglu_expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """x [n, H], gate over up [2F, H], down [H, F] → down(silu(gate x) · up x) [n, H]."""
-    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, down)
+def swiglu_experts(inputs: Sequence[Tensor], weights: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
+    """down(silu(gate x) · up x) of every expert: its inputs [n, H], gate over up [2F, H] and down [H, F] → [n, H].
+
+    Each expert is multiplied alone, so that its result does not depend on its neighbours; only the elementwise
+    part is done for all at once, which saves a third of a decoded token's calls.
+    """
+    gate, up = torch.cat([F.linear(x, w) for x, (w, _) in zip(inputs, weights, strict=True)]).chunk(2, dim=-1)
+    inner = (F.silu(gate) * up).split([len(x) for x in inputs])
+    return [F.linear(x, w) for x, (_, w) in zip(inner, weights, strict=True)]

@@ -19,22 +19,16 @@ class Format:
     block: int
     bytes: int
     gguf_type: int  # ggml_type in a GGUF's tensor table
-    unpack: Callable[[Tensor], Tensor] = field(
-        repr=False, compare=False
-    )  # uint8 [..., n, bytes] → [..., n, block]
+    unpack: Callable[[Tensor], Tensor] = field(repr=False, compare=False)  # uint8 [..., n, bytes] → [..., n, block]
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes of a [rows, cols] matrix. Raises ValueError where cols is no multiple of `block`."""
         if cols % self.block:
-            raise ValueError(
-                f"a row of {cols} weights is no whole number of {self.name} blocks of {self.block}"
-            )
+            raise ValueError(f"a row of {cols} weights is no whole number of {self.name} blocks of {self.block}")
         return rows * (cols // self.block) * self.bytes
 
 
-def dequantise(
-    raw: Tensor, fmt: str | Format, rows: int, cols: int, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def dequantise(raw: Tensor, fmt: str | Format, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 [..., rows * row bytes] → `dtype` [..., rows, cols]; batch dimensions may be strided.
 
     Values are those of float32 arithmetic, rounded once to `dtype`. The bytes may start anywhere.
@@ -42,9 +36,7 @@ def dequantise(
     """
     form = FORMATS[fmt] if isinstance(fmt, str) else fmt
     if raw.shape[-1] != form.nbytes(rows, cols):
-        raise ValueError(
-            f"{form.name} [{rows}, {cols}] is {form.nbytes(rows, cols)} bytes, got {raw.shape[-1]}"
-        )
+        raise ValueError(f"{form.name} [{rows}, {cols}] is {form.nbytes(rows, cols)} bytes, got {raw.shape[-1]}")
     blocks = split(raw, rows * cols // form.block, form.bytes)
     return form.unpack(blocks).to(dtype).reshape(*raw.shape[:-1], rows, cols)
 

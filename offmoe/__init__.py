@@ -1,11 +1,11 @@
 """offmoe: chat with a mixture-of-experts model that does not fit in your GPU's memory.
 
-    import offmoe
+import offmoe
 
-    with offmoe.load("demo", vram="50%") as engine:
-        for piece in engine.generate("Why is the sky blue?"):
-            print(piece.text, end="", flush=True)
-        print(engine.stats().hit_rate)
+with offmoe.load("demo", vram="50%") as engine:
+    for piece in engine.generate("Why is the sky blue?"):
+        print(piece.text, end="", flush=True)
+    print(engine.stats().hit_rate)
 """
 
 from __future__ import annotations

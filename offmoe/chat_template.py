@@ -118,9 +118,7 @@ class Worker:
         while not line.endswith(b"\n"):
             ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, end - time.monotonic()))
             if not ready:
-                raise OffmoeError(
-                    f"the model's chat template did not finish within {seconds:g} s: give plain text"
-                )
+                raise OffmoeError(f"the model's chat template did not finish within {seconds:g} s: give plain text")
             chunk = self._process.stdout.read(1 << 16)
             if not chunk or len(line) > MAX_OUTPUT:
                 raise OffmoeError(f"the model's chat template {self._death()}: give plain text")

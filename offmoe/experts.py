@@ -7,7 +7,7 @@ three change only here, in the engine's thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
-from offmoe.kernels.feed_forward import swiglu_expert
+from offmoe.kernels.feed_forward import swiglu_experts
 from offmoe.models.model import Model
 from offmoe.plan import Plan
 from offmoe.ram import RamTier
@@ -82,21 +82,24 @@ class ExpertStore:
         if self.routed:
             self.routed(layer, host_ids, weights)
         k = host_ids.shape[1]
-        experts, pair_expert, uses = np.unique(host_ids.ravel(), return_inverse=True, return_counts=True)
-        order = np.argsort(pair_expert, kind="stable")  # pairs (token, rank) expert by expert
-        starts = np.concatenate(([0], np.cumsum(uses)))
-        pairs = torch.from_numpy(order).to(x.device)
-        inputs = x[pairs // k]
-        outputs = torch.empty(inputs.shape, dtype=torch.float32, device=x.device)
-        for wave in self._waves(layer, experts, uses):
+        experts, uses, pairs = grouped(host_ids.ravel())
+        order = self._wave_order(layer, experts, uses)
+        if order is not None:
+            experts, uses, pairs = experts[order], uses[order], [pairs[i] for i in order]
+        flat = torch.from_numpy(np.concatenate(pairs)).to(x.device)
+        outputs = torch.cat(self._products(layer, x[flat // k].split(uses.tolist()), experts, uses)).float()
+        ranked = torch.empty_like(outputs).index_copy_(0, flat, outputs).unflatten(0, (-1, k))
+        return (ranked * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+    def _products(self, layer: int, inputs: Sequence[Tensor], experts: Ints, uses: Ints) -> list[Tensor]:
+        """Each expert's product with its inputs, as many experts at a time as there are slots for."""
+        products: list[Tensor] = []
+        for at in range(0, len(experts), self.table.capacity):
+            wave = slice(at, at + self.table.capacity)
             slots = self._ensure(layer, experts[wave], uses[wave])
-            products = self.slots.weights(slots, self.layouts[layer])
-            for i, (gate_up, down) in zip(wave.tolist(), products, strict=True):
-                rows = slice(starts[i], starts[i + 1])
-                outputs[rows] = swiglu_expert(inputs[rows], gate_up, down)
-        ranked = torch.empty_like(outputs)
-        ranked[pairs] = outputs
-        return (ranked.unflatten(0, (-1, k)) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+            for group in self.slots.weights(slots, self.layouts[layer]):
+                products += swiglu_experts(inputs[len(products) : len(products) + len(group)], group)
+        return products
 
     def check(self) -> None:
         """The invariants of both tables; nothing may be on its way while the engine is idle."""
@@ -108,18 +111,12 @@ class ExpertStore:
         self.reader.close()
         self.ram.close()
 
-    def _waves(self, layer: int, experts: Ints, uses: Ints) -> Iterator[Ints]:
-        """Indices into `experts`, as many at a time as there are slots for.
-
-        Resident ones first, before others evict them; then the hottest last, so that they stay.
-        """
+    def _wave_order(self, layer: int, experts: Ints, uses: Ints) -> Ints | None:
+        """Where there are more experts than slots: resident ones first, before others evict them, hottest last."""
         if len(experts) <= self.table.capacity:
-            yield np.arange(len(experts))
-            return
+            return None
         resident = self.table.slot_of[layer * self.table.experts + experts] >= 0
-        order = np.lexsort((uses, ~resident))
-        for at in range(0, len(order), self.table.capacity):
-            yield order[at : at + self.table.capacity]
+        return np.lexsort((uses, ~resident))
 
     def _ensure(self, layer: int, experts: Ints, uses: Ints) -> list[int]:
         """Slots that hold these experts, paged in where they were not."""
@@ -145,6 +142,13 @@ class ExpertStore:
             raise
         self.table.landed(slots)
         self._counters.pcie_bytes += layout.nbytes * len(experts)
+
+
+def grouped(ids: Ints) -> tuple[Ints, Ints, list[Ints]]:
+    """Routed ids, flat → the distinct experts, how often each stands there, and where."""
+    order = np.argsort(ids, kind="stable")
+    starts = np.flatnonzero(np.diff(ids[order], prepend=-1))
+    return ids[order[starts]], np.diff(starts, append=len(ids)), np.split(order, starts[1:])
 
 
 def make_slots(model: Model, plan: Plan) -> Slots:

@@ -25,7 +25,12 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
             f"{family.model_type} with norm_topk_prob = {config.renormalise} cannot be packed: "
             f"the GGUF architecture {family.arch} always means {family.renormalise}"
         )
-    keys: dict[str, Any] = {
+    if config.clip_qkv:
+        raise OffmoeError(
+            f"{family.model_type} with clip_qkv = {config.clip_qkv} cannot be packed: "
+            f"llama.cpp ignores it for the architecture {family.arch}, and would answer differently"
+        )
+    keys = {
         "block_count": config.layers,
         "context_length": config.ctx,
         "embedding_length": config.hidden,
@@ -42,8 +47,6 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
         "expert_used_count": config.top_k,
         "vocab_size": config.vocab,
     }
-    if config.clip_qkv:
-        keys["attention.clamp_kqv"] = config.clip_qkv
     return {f"{family.arch}.{key}": value for key, value in keys.items()}
 
 

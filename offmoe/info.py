@@ -66,7 +66,11 @@ class ModelInfo:
 
     def sections(self) -> dict[str, Rows]:
         """For people: title → rows of (label, value)."""
-        return {"Model": self._model_rows(), "A decoded token": self._cost_rows(), "Placement": self._plan_rows()}
+        return {
+            "Model": self._model_rows(),
+            "A decoded token": self._cost_rows(),
+            "Placement": self._plan_rows(),
+        }
 
     def formats(self) -> list[str]:
         """Of the records: `Q4_K gate and up, Q6_K down`, one for each kind of layer."""
@@ -91,7 +95,10 @@ class ModelInfo:
     def _cost_rows(self) -> Rows:
         names = {"vram": "all from slots", "pcie": "all from RAM", "nvme": "all from disk"}
         return [
-            (names[cost.tier], f"{format_size(cost.bytes)}, {cost.ms:.3g} ms at {cost.bandwidth / 1e9:.3g} GB/s")
+            (
+                names[cost.tier],
+                f"{format_size(cost.bytes)}, {cost.ms:.3g} ms at {cost.bandwidth / 1e9:.3g} GB/s",
+            )
             for cost in self.costs
         ]
 
@@ -101,7 +108,10 @@ class ModelInfo:
         return [
             ("device", f"{p.device}, {str(p.dtype).removeprefix('torch.')}"),
             ("slots", f"{p.slots} of {p.records} records, charged {format_size(p.vram_bytes)}{unpacked}"),
-            ("slot waste", f"{format_size(p.waste_bytes)} (a slot of {format_size(p.stride)} holds the largest record)"),
+            (
+                "slot waste",
+                f"{format_size(p.waste_bytes)} (a slot of {format_size(p.stride)} holds the largest record)",
+            ),
             ("RAM tier", f"{p.ram_rows} records, {format_size(p.ram_bytes)}"),
             ("tiers", p.tiers),
             ("policy", f"{p.policy}, scope {p.scope}"),

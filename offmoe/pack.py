@@ -221,9 +221,7 @@ def write_piece(file: Any, piece: Tensor, output: Output, pool: ThreadPoolExecut
     most = 65504.0 if output.format.name == "F16" else torch.finfo(torch.float32).max
     if not piece.abs().max() <= most:  # NaN fails too
         found = f"{output.name} holds NaN or weights beyond {most:g}"
-        raise OffmoeError(
-            f"{found}, which {output.format.name} cannot hold: try bf16, or copy the model anew"
-        )
+        raise OffmoeError(f"{found}, which {output.format.name} cannot hold: try bf16, or copy the model anew")
     parts = piece.chunk(max(1, min(os.cpu_count() or 1, piece.numel() >> 16)))
     for blocks in pool.map(lambda part: quantise(part, output.format), parts):
         file.write(blocks.numpy())

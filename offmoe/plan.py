@@ -118,7 +118,9 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "cpu":
         return device
     if not available:
-        raise OffmoeError("device 'cuda' was asked for and torch sees no GPU: `offmoe doctor` says why; or --device cpu")
+        raise OffmoeError(
+            "device 'cuda' was asked for and torch sees no GPU: `offmoe doctor` says why; or --device cpu"
+        )
     index = device.index or 0
     if index >= torch.cuda.device_count():
         raise OffmoeError(f"device 'cuda:{index}' was asked for and there are {torch.cuda.device_count()} GPUs")
@@ -229,6 +231,16 @@ def check_fits(plan: Plan, free: Free) -> None:
 
 def plan_numbers(plan: Plan) -> dict[str, Any]:
     """For JSON."""
-    names = ("ctx", "policy", "scope", "slots", "records", "vram_bytes", "ram_bytes", "ram_rows", "real_slot_bytes")
+    names = (
+        "ctx",
+        "policy",
+        "scope",
+        "slots",
+        "records",
+        "vram_bytes",
+        "ram_bytes",
+        "ram_rows",
+        "real_slot_bytes",
+    )
     numbers = {name: getattr(plan, name) for name in (*names, "trunk_bytes", "kv_bytes", "waste_bytes", "tiers")}
     return {**numbers, "device": str(plan.device), "dtype": str(plan.dtype).removeprefix("torch.")}

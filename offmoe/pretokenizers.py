@@ -38,11 +38,7 @@ UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 def words(digits: str, punctuation_tail: str = r"[\r\n]*") -> str:
     """The Llama-3 shape: contractions, words, `digits`, punctuation, spaces."""
-    return (
-        CASELESS
-        + rf"|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+{punctuation_tail}"
-        + SPACES
-    )
+    return CASELESS + rf"|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+{punctuation_tail}" + SPACES
 
 
 def cased_words(digits: str, contraction: str) -> str:
@@ -80,9 +76,7 @@ KINDS: dict[str, Kind] = {
     "qwen2": Kind((QWEN2,)),
     "llama-bpe": Kind((LLAMA3,), ignore_merges=True, add_bos=True),
     "dbrx": Kind((LLAMA3,)),
-    "qwen35": Kind(
-        (CASELESS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + SPACES,)
-    ),
+    "qwen35": Kind((CASELESS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + SPACES,)),
     "gpt-4o": Kind((cased_words(r"\p{N}{1,3}", CASELESS + "?"),)),
     "tekken": Kind((cased_words(r"\p{N}", ""),), ignore_merges=True, add_bos=True),
     "deepseek-v3": Kind(deepseek_v3()),
@@ -123,9 +117,7 @@ KINDS |= dict.fromkeys(("glm4", "glm5"), Kind((LLAMA3,), ignore_merges=True))
 def kind_of(name: str) -> Kind:
     """The kind called `name` in GGUF files; an unknown one is refused."""
     if name not in KINDS:
-        raise OffmoeError(
-            f"the file's pre-tokenizer {name!r} is not supported: known are {', '.join(sorted(KINDS))}"
-        )
+        raise OffmoeError(f"the file's pre-tokenizer {name!r} is not supported: known are {', '.join(sorted(KINDS))}")
     return KINDS[name]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from offmoe.errors import OffmoeError
 from offmoe.kernels.record import RecordLayout, unpack
 
-BATCH = 8  # records unpacked together on a GPU: bounds the memory of a wave
+TOGETHER = 4 << 20  # bytes of records unpacked in one call: bounds the memory beside the budgets
 
 
 class Slots(Protocol):
@@ -24,8 +24,8 @@ class Slots(Protocol):
     def fill(self, slots: Tensor, records: Tensor, rows: Tensor, layout: RecordLayout) -> None:
         """Put rows [n] of records [R, ≥ nbytes] uint8 into slots [n]; once it returns the rows may change."""
 
-    def weights(self, slots: list[int], layout: RecordLayout) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each slot: gate over up [2F, H] and down [H, F], ready to multiply with."""
+    def weights(self, slots: list[int], layout: RecordLayout) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Of each slot, in groups: gate over up [2F, H] and down [H, F], ready to multiply with."""
 
 
 class UnpackedSlots:
@@ -36,14 +36,16 @@ class UnpackedSlots:
         self._gate_up = torch.empty((slots, 2 * inner, hidden), dtype=dtype)
         self._down = torch.empty((slots, hidden, inner), dtype=dtype)
         self.nbytes = self._gate_up.nbytes + self._down.nbytes
+        self._batch = batch(self.nbytes // slots)
 
     def fill(self, slots: Tensor, records: Tensor, rows: Tensor, layout: RecordLayout) -> None:
-        gate_up, down = unpack(records[rows], layout, self._gate_up.dtype)
-        self._gate_up.index_copy_(0, slots, gate_up)
-        self._down.index_copy_(0, slots, down)
+        for some, source in zip(slots.split(self._batch), rows.split(self._batch), strict=True):
+            gate_up, down = unpack(records[source], layout, self._gate_up.dtype)
+            self._gate_up.index_copy_(0, some, gate_up)
+            self._down.index_copy_(0, some, down)
 
-    def weights(self, slots: list[int], layout: RecordLayout) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((self._gate_up[slot], self._down[slot]) for slot in slots)
+    def weights(self, slots: list[int], layout: RecordLayout) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        yield [(self._gate_up[slot], self._down[slot]) for slot in slots]
 
 
 class PackedSlots:
@@ -53,17 +55,22 @@ class PackedSlots:
         self._records = torch.empty((slots, stride), dtype=torch.uint8, device=device)
         self._dtype = dtype
         self.nbytes = self._records.nbytes
+        self._batch = batch(stride * 4)
 
     def fill(self, slots: Tensor, records: Tensor, rows: Tensor, layout: RecordLayout) -> None:
         for slot, row in zip(slots.tolist(), rows.tolist(), strict=True):
             self._records[slot, : layout.nbytes].copy_(records[row, : layout.nbytes], non_blocking=True)
         torch.cuda.current_stream(self._records.device).synchronize()
 
-    def weights(self, slots: list[int], layout: RecordLayout) -> Iterator[tuple[Tensor, Tensor]]:
-        for at in range(0, len(slots), BATCH):
-            index = torch.tensor(slots[at : at + BATCH], device=self._records.device)
-            gate_up, down = unpack(self._records[index], layout, self._dtype)
-            yield from zip(gate_up, down, strict=True)
+    def weights(self, slots: list[int], layout: RecordLayout) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        for some in torch.tensor(slots, device=self._records.device).split(self._batch):
+            gate_up, down = unpack(self._records[some], layout, self._dtype)
+            yield list(zip(gate_up, down, strict=True))
+
+
+def batch(unpacked: int) -> int:
+    """How many records of `unpacked` bytes are unpacked together."""
+    return max(1, TOGETHER // unpacked)
 
 
 def host_rows(rows: int, stride: int, pin: bool) -> Tensor:

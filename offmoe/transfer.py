@@ -95,7 +95,7 @@ class Reader:
             direct = self._direct_fds[wanted.file]
             try:
                 if direct is None:
-                    moved += read_fully(self._fds[wanted.file], memoryview(target), wanted.offset, wanted.nbytes)
+                    moved += read_fully(self._fds[wanted.file], target.data, wanted.offset, wanted.nbytes)
                 else:
                     moved += read_direct(direct, target, wanted.offset, bounce)
             except OSError as error:
@@ -133,7 +133,7 @@ def read_direct(fd: int, target: NDArray[np.uint8], offset: int, bounce: Bounce)
     """Read the whole pages around `target`'s bytes and keep those; returns the bytes read."""
     skip = offset % PAGE
     pages = bounce.of(-(-(skip + target.size) // PAGE) * PAGE)
-    moved = read_fully(fd, memoryview(pages), offset - skip, skip + target.size)
+    moved = read_fully(fd, pages.data, offset - skip, skip + target.size)
     target[:] = pages[skip : skip + target.size]
     return moved
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,15 +50,24 @@ def read_vocab(checkpoint: Checkpoint) -> Vocab:
 def end_ids(ids: Mapping[str, int], known: Iterable[int]) -> frozenset[int]:
     """`known` and every id whose text ends a turn; in harmony's format <|end|> only ends a message."""
     found = {ids[text] for text in END_OF_TURN & ids.keys()} | set(known)
-    if "<|end|>" in ids and (
-        {"<|return|>", "<|call|>"} <= ids.keys() or {"<|calls|>", "<|flush|>"} <= ids.keys()
-    ):
+    if "<|end|>" in ids and ({"<|return|>", "<|call|>"} <= ids.keys() or {"<|calls|>", "<|flush|>"} <= ids.keys()):
         found.discard(ids["<|end|>"])
     return frozenset(found)
 
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextmanager
+def reported(what: str) -> Iterator[None]:
+    """OffmoeError for all that tokenizers raises: bare Exception, BaseException where its Rust panics."""
+    try:
+        yield
+    except (OffmoeError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise OffmoeError(f"{what}: {one_line(error)}") from None
 
 
 # Safetensors directories.
@@ -89,12 +99,8 @@ def open_tokenizer(path: Path) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.is_file():
         raise OffmoeError(f"{path} has no tokenizer.json: offmoe needs the tokenizer beside the weights")
-    try:
+    with reported(f"{file} is no tokenizer that the tokenizers library can read"):
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise OffmoeError(
-            f"{file} is no tokenizer that the tokenizers library can read: {one_line(error)}"
-        ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -164,19 +170,13 @@ def from_gguf(metadata: Mapping[str, Any]) -> Vocab:
     """A byte-level BPE ("gpt2") or sentencepiece BPE ("llama") vocabulary."""
     model = metadata.get("tokenizer.ggml.model")
     if model in (None, "no_vocab", "none"):
-        raise OffmoeError(
-            "the file has no tokenizer (no vocabulary in it): use a GGUF with one, or give token ids"
-        )
+        raise OffmoeError("the file has no tokenizer (no vocabulary in it): use a GGUF with one, or give token ids")
     if model not in ("gpt2", "llama"):
         raise OffmoeError(f"the file's tokenizer model {model!r} is not supported: known are gpt2 and llama")
     vocab = checked(metadata)
     sentencepiece = model == "llama"
-    try:
+    with reported("the file's tokenizer is damaged"):
         tokenizer = sentencepiece_bpe(vocab) if sentencepiece else byte_level_bpe(vocab)
-    except OffmoeError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exception, for example for a merge of unknown tokens
-        raise OffmoeError(f"the file's tokenizer is damaged: {one_line(error)}") from None
     return described(vocab, tokenizer, sentencepiece)
 
 
@@ -186,9 +186,7 @@ def checked(metadata: Mapping[str, Any]) -> GgufVocab:
     tokens = [text or f"[EMPTY_{id}]" for id, text in enumerate(tokens)]  # as llama.cpp names them
     types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
     if not isinstance(types, list) or len(types) != len(tokens):
-        raise OffmoeError(
-            f"tokenizer.ggml.token_type does not match the {len(tokens)} tokens: the file is damaged"
-        )
+        raise OffmoeError(f"tokenizer.ggml.token_type does not match the {len(tokens)} tokens: the file is damaged")
     if len(set(tokens)) != len(tokens):
         raise OffmoeError("tokenizer.ggml.tokens names a token twice: the file is damaged")
     return GgufVocab(metadata, tokens, types)
@@ -225,11 +223,14 @@ def mark_special(tokenizer: Tokenizer, vocab: GgufVocab, ends: frozenset[int]) -
 def byte_level_bpe(vocab: GgufVocab) -> Tokenizer:
     """BPE over bytes written as letters, as GPT-2 has it; merges are `left right`."""
     kind = kind_of(vocab.get("pre", "default"))
-    merges = []
+    ids, merges = vocab.ids(), []
     for merge in vocab.strings("merges"):
         cut = merge.find(" ", 1)  # a token may begin with a space
-        merges.append((merge[:cut], merge[cut + 1 :]))
-    tokenizer = Tokenizer(models.BPE(vocab=vocab.ids(), merges=merges, ignore_merges=kind.ignore_merges))
+        left, right = merge[:cut], merge[cut + 1 :]
+        if not (left in ids and right in ids and left + right in ids):
+            raise OffmoeError(f"the merge {merge!r} is not of known tokens: the file's tokenizer is damaged")
+        merges.append((left, right))
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=kind.ignore_merges))
     tokenizer.pre_tokenizer = build(kind)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -260,14 +261,8 @@ def merges_from_scores(vocab: GgufVocab) -> list[tuple[str, str]]:
     """Every way to make a normal token of two others; the highest score of the whole merges first."""
     scores = vocab.get("scores")
     if not isinstance(scores, list) or len(scores) != len(vocab.tokens):
-        raise OffmoeError(
-            f"tokenizer.ggml.scores does not match the {len(vocab.tokens)} tokens: the file is damaged"
-        )
-    parts = {
-        text
-        for text, kind in zip(vocab.tokens, vocab.types, strict=True)
-        if kind not in (CONTROL, BYTE, UNKNOWN)
-    }
+        raise OffmoeError(f"tokenizer.ggml.scores does not match the {len(vocab.tokens)} tokens: the file is damaged")
+    parts = {text for text, kind in zip(vocab.tokens, vocab.types, strict=True) if kind not in (CONTROL, BYTE, UNKNOWN)}
     merges = [
         (score, text[:cut], text[cut:])
         for text, score in zip(vocab.tokens, scores, strict=True)

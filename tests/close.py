@@ -8,9 +8,7 @@ def assert_close(name: str, got: torch.Tensor, want: torch.Tensor, ratio: float)
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     got, want = got.double().cpu(), want.double().cpu()
     for which, tensor in (("got", got), ("expected", want)):
-        assert tensor.isfinite().all(), (
-            f"{name}: {which} holds {(~tensor.isfinite()).sum()} NaN or infinite values"
-        )
+        assert tensor.isfinite().all(), f"{name}: {which} holds {(~tensor.isfinite()).sum()} NaN or infinite values"
     error = (got - want).square().mean().sqrt()
     value = want.square().mean().sqrt()
     assert error <= ratio * value, f"{name}: RMS error {error:.3g} / RMS value {value:.3g} passes {ratio:g}"

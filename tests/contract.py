@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
+from traces import synthetic
+
 from offmoe.cache.policies.base import Ints, Policy
 from offmoe.cache.replay import policy_for
 from offmoe.cache.residency import Access, Residency
 from offmoe.cache.trace import Trace
-from traces import synthetic
 
 LAYERS, EXPERTS, K, SLOTS = 3, 12, 3, 15
 
@@ -121,9 +122,7 @@ def pool(table: Residency, layer: int) -> range:
     return range(first, first + table.capacity)
 
 
-def expected_victims(
-    table: Residency, before: Ints, layer: int, asked: Ints, access: Access, now: int
-) -> list[int]:
+def expected_victims(table: Residency, before: Ints, layer: int, asked: Ints, access: Access, now: int) -> list[int]:
     """The rule, said slowly: `before` is the table's owner before the access, nothing arriving."""
     slots = pool(table, layer)
     free = sum(before[slot] < 0 for slot in slots)

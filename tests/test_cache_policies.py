@@ -7,6 +7,7 @@ import pytest
 from contract import OnlineContract, PolicyContract, events, pool, take
 from hypothesis import given
 from hypothesis import strategies as st
+
 from offmoe.cache.policies import OFFLINE, POLICIES
 from offmoe.cache.policies.crf import CRF, decay_table
 from offmoe.cache.policies.lru import LRU

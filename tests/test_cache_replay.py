@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from traces import of
+
 from offmoe.cache.replay import replay
 from offmoe.cache.trace import Trace
-from traces import of
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared/traces/gpt-oss-20b.npz"
@@ -85,9 +86,9 @@ def test_the_two_laws_on_committed_traces(name: str, scope: str) -> None:
 
 
 tiny = st.integers(1, 2).flatmap(
-    lambda k: st.lists(
-        st.lists(st.integers(0, 4), min_size=k, max_size=k, unique=True), min_size=1, max_size=14
-    ).map(lambda ids: of(ids, 5))
+    lambda k: st.lists(st.lists(st.integers(0, 4), min_size=k, max_size=k, unique=True), min_size=1, max_size=14).map(
+        lambda ids: of(ids, 5)
+    )
 )
 
 

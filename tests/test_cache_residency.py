@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from offmoe.cache.policies.base import Policy
 from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Access, Residency, lowest
@@ -21,9 +22,7 @@ class Model:
 
     def __init__(self, slots: int, policy: Policy, scope: str) -> None:
         each = slots // LAYERS
-        self.pools = [
-            range(p * each, (p + 1) * each) if scope == "layer" else range(slots) for p in range(LAYERS)
-        ]
+        self.pools = [range(p * each, (p + 1) * each) if scope == "layer" else range(slots) for p in range(LAYERS)]
         self.held: dict[int, int] = {}  # slot: record
         self.arriving: set[int] = set()
         self.policy = policy
@@ -32,9 +31,7 @@ class Model:
         """Of each one asked for: hit, late or miss, and its slot."""
         asked = [layer * EXPERTS + expert for expert in experts]
         slot_of = {record: slot for slot, record in self.held.items()}
-        kinds = [
-            "miss" if r not in slot_of else "late" if slot_of[r] in self.arriving else "hit" for r in asked
-        ]
+        kinds = ["miss" if r not in slot_of else "late" if slot_of[r] in self.arriving else "hit" for r in asked]
         self.policy.touch(np.array(asked), now, np.array(uses))
         pool = self.pools[layer]
         going = [s for s in pool if s in self.held and s not in self.arriving and self.held[s] not in asked]
@@ -56,9 +53,7 @@ def asked(draw: st.DrawFn) -> tuple[int, list[int], list[int]]:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    steps=st.lists(
-        st.tuples(asked(), st.integers(0, 2), st.sets(st.integers(0, 19))), min_size=5, max_size=60
-    ),
+    steps=st.lists(st.tuples(asked(), st.integers(0, 2), st.sets(st.integers(0, 19))), min_size=5, max_size=60),
     slots=st.integers(9, 20),
     scope=st.sampled_from(["layer", "global"]),
     spec=st.sampled_from(["lru", "lfu", "crf:h=2"]),
@@ -84,10 +79,7 @@ def test_the_table_does_what_its_rules_say(
 
 
 def kinds(access: Access) -> list[tuple[str, int]]:
-    words = [
-        "hit" if hit else "late" if late else "miss"
-        for hit, late in zip(access.hit, access.late, strict=True)
-    ]
+    words = ["hit" if hit else "late" if late else "miss" for hit, late in zip(access.hit, access.late, strict=True)]
     return list(zip(words, access.slots.tolist(), strict=True))
 
 
@@ -193,9 +185,7 @@ def test_check_states_the_broken_invariant() -> None:
 
 @given(
     st.integers(1, 1000).flatmap(
-        lambda n: st.tuples(
-            st.lists(st.integers(0, 9), min_size=n, max_size=n), st.integers(1, n), st.booleans()
-        )
+        lambda n: st.tuples(st.lists(st.integers(0, 9), min_size=n, max_size=n), st.integers(1, n), st.booleans())
     )
 )
 def test_lowest_breaks_ties_by_index(case: tuple[list[int], int, bool]) -> None:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offmoe.cache.trace import Trace
 from traces import of, synthetic
+
+from offmoe.cache.trace import Trace
 
 SHARED = Path(__file__).parents[2] / "shared/traces"
 UNKNOWN = 65535

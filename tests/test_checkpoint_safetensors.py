@@ -119,9 +119,7 @@ def test_shards_through_the_links_of_a_hub_cache(tmp_path: Path) -> None:
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
-    shard(
-        blobs, {"x": "one.safetensors", "y": "two.safetensors"}, one={"x": 1.0, "extra": 3.0}, two={"y": 2.0}
-    )
+    shard(blobs, {"x": "one.safetensors", "y": "two.safetensors"}, one={"x": 1.0, "extra": 3.0}, two={"y": 2.0})
     (blobs / "config").write_text('{"model_type": "olmoe"}')
     for name, blob in ((INDEX, INDEX), ("config.json", "config")):
         (snapshot / name).symlink_to(blobs / blob)
@@ -159,9 +157,7 @@ def test_incomplete_downloads(tmp_path: Path) -> None:
     shard(tmp_path, {"x": "one.safetensors", "y": "two.safetensors"}, one={"x": 1.0})
     assert "misses 1 of 2 shards: 'two.safetensors'" in refusal(tmp_path)
     shard(tmp_path, {"x": "one.safetensors", "y": "one.safetensors"}, one={"x": 1.0})
-    assert "one.safetensors lacks tensors that model.safetensors.index.json puts into it: 'y'" in refusal(
-        tmp_path
-    )
+    assert "one.safetensors lacks tensors that model.safetensors.index.json puts into it: 'y'" in refusal(tmp_path)
     for weights in ({}, [], None):
         shard(tmp_path, weights)
         assert "has no weight_map" in refusal(tmp_path)

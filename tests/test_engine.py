@@ -11,15 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import saved
+
 from offmoe.download import DEMO
 from offmoe.engine import Engine
 from offmoe.errors import ContextFull, OffmoeError
 from offmoe.experts import ExpertStore
 from offmoe.slots import UnpackedSlots
-from tiny import saved
 
 PROMPT = "Tell me a short story about a fox who learns to share. Use simple words, and end with a moral."
-CPU = {"device": "cpu", "ctx": 256, "chunk": 16}  # a prompt of several chunks, each routed to almost all experts
+CPU = {
+    "device": "cpu",
+    "ctx": 256,
+    "chunk": 16,
+}  # a prompt of several chunks, each routed to almost all experts
 BUDGETS = ("31.25%", "50%", "100%")  # the first: 10 slots a layer for top-10
 RAM = {"all": "64MiB", "half": 480 * 31232, "none": 0}
 
@@ -50,7 +55,9 @@ def engine() -> Iterator[Engine]:
 
 
 def answer(engine: Engine, prompt: Any, **sampling: Any) -> str:
-    return "".join(piece.text for piece in engine.generate(prompt, **{"temperature": 0.0, "max_tokens": 12, **sampling}))
+    return "".join(
+        piece.text for piece in engine.generate(prompt, **{"temperature": 0.0, "max_tokens": 12, **sampling})
+    )
 
 
 @cache
@@ -88,7 +95,9 @@ def test_a_wrong_record_would_change_the_tokens(monkeypatch: pytest.MonkeyPatch)
     """The guard above can fail: one expert taken for its neighbour."""
     (_, logits), ensure = expected(), ExpertStore._ensure
     monkeypatch.setattr(
-        ExpertStore, "_ensure", lambda self, layer, *rest: np.roll(ensure(self, layer, *rest), layer == 7).tolist()
+        ExpertStore,
+        "_ensure",
+        lambda self, layer, *rest: np.roll(ensure(self, layer, *rest), layer == 7).tolist(),
     )
     with demo() as engine:
         assert not torch.equal(engine.prefill(engine.prompt_ids(PROMPT)), logits)

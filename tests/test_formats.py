@@ -7,6 +7,7 @@ import torch
 from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from offmoe.kernels.formats import FORMATS, Format, dequantise
 
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)

@@ -23,9 +23,7 @@ GGUF = gguf_bytes(
         ("numbers", 9, u32(4) + (2).to_bytes(8, "little") + bytes(8)),
     ]
 )
-SAFETENSORS = safetensors_bytes(
-    {"__metadata__": {"format": "pt"}, "a": entry(), "b": entry("BF16", [2], [64, 68])}, 68
-)
+SAFETENSORS = safetensors_bytes({"__metadata__": {"format": "pt"}, "a": entry(), "b": entry("BF16", [2], [64, 68])}, 68)
 INTERESTING = [bytes(n) for n in (1, 4, 8)] + [b"\xff" * n for n in (1, 4, 8)]
 INTERESTING += [(1 << shift).to_bytes(8, "little") for shift in (1, 16, 22, 31, 32, 40, 62, 63)]
 INTERESTING += [b"[" * 5000, b'{"a":', b"-1", b"1e999", b"NaN", b'"\\ud800"', b"\n", b",", b"}", b"0" * 30]

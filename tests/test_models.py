@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from close import assert_close
+from tiny import FAMILIES, reference, saved, tiny
+
 from offmoe.engine import Engine
+from offmoe.errors import OffmoeError
 from offmoe.models.model import open_model
 from offmoe.settings import Settings
-from tiny import FAMILIES, reference, saved, tiny
 
 IDS = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(7)).tolist()
 
+PACKABLE = [family for family in FAMILIES if family != "olmoe-clipped"]
 FORMAT = {"bfloat16": "BF16", "float16": "F16"}
 
 
@@ -42,7 +45,7 @@ def test_logits_and_routing_are_those_of_transformers(family: str, fused: bool, 
         assert np.array_equal(ids, routing[layer].numpy()), f"routing of layer {layer}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PACKABLE)
 def test_a_packed_gguf_gives_the_same_logits(family: str, tmp_path: Path) -> None:
     want, _ = reference(family, IDS)
     with engine_of(packed(saved(family, tmp_path), tmp_path, "f32"), chunk=5) as engine:
@@ -72,16 +75,28 @@ def packed(path: Path, folder: Path, fmt: str) -> Path:
     return out
 
 
-def oracle(path: Path) -> "object":
+def oracle(path: Path) -> object:
     """llama.cpp with nothing quantised: see its settings in the project's notes on oracles."""
     llama_cpp = pytest.importorskip("llama_cpp")
     return llama_cpp.Llama(
-        str(path), n_ctx=256, n_batch=256, logits_all=True, flash_attn=False, type_k=0, type_v=0, verbose=False
+        str(path),
+        n_ctx=256,
+        n_batch=256,
+        logits_all=True,
+        flash_attn=False,
+        type_k=0,
+        type_v=0,
+        verbose=False,
     )
 
 
+def test_what_llama_cpp_would_get_wrong_is_not_packed(tmp_path: Path) -> None:
+    with pytest.raises(OffmoeError, match=r"clip_qkv = 1.0 cannot be packed: llama.cpp ignores it"):
+        packed(saved("olmoe-clipped", tmp_path), tmp_path, "f32")
+
+
 @pytest.mark.llama
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "olmoe-clipped"])  # unknown to it
+@pytest.mark.parametrize("family", PACKABLE)
 def test_llama_cpp_gives_the_same_logits(family: str, tmp_path: Path) -> None:
     path = packed(saved(family, tmp_path), tmp_path, "f32")
     llama = oracle(path)

@@ -17,13 +17,13 @@ import gguf
 import pytest
 import torch
 from close import assert_close
-from offmoe.kernels.formats import FORMATS
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, saved
 
 from offmoe.checkpoint import Checkpoint, ggml, open_checkpoint
 from offmoe.checkpoint.quantise import packable, quantise
 from offmoe.errors import OffmoeError
+from offmoe.kernels.formats import FORMATS
 from offmoe.models.family import GGUF_NAMES
 from offmoe.models.model import described, trunk_shapes
 from offmoe.pack import EXPERT_ROLES, PackReport, interleaved, pack
@@ -113,8 +113,7 @@ def test_rows_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     shrink(source, 24)
     report = packed(source, out, "q4_0")
     assert [str(fell) for fell in report.fallbacks] == [
-        f"blk.{layer}.ffn_down_exps.weight: rows of 24 weights do not fit Q4_0, stored as F32"
-        for layer in range(3)
+        f"blk.{layer}.ffn_down_exps.weight: rows of 24 weights do not fit Q4_0, stored as F32" for layer in range(3)
     ]
     with open_checkpoint(out) as result:
         assert result.tensors["blk.1.ffn_down_exps.weight"].format == "F32"
@@ -231,9 +230,7 @@ class TestFailure:
             text=True,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
         )
-        assert done.stdout == f"cannot write {out}, which takes 777 KiB: {os.strerror(errno.EFBIG)}\n", (
-            done.stderr
-        )
+        assert done.stdout == f"cannot write {out}, which takes 777 KiB: {os.strerror(errno.EFBIG)}\n", done.stderr
         self.check(tmp_path, b"older")
 
     def test_ctrl_c(self, tmp_path: Path) -> None:
@@ -259,9 +256,7 @@ class TestFailure:
         tensors = load_file(source / "model.safetensors")
         tensors["model.layers.1.mlp.experts.3.up_proj.weight"][2, 5] = value
         save_file(tensors, source / "model.safetensors")
-        assert "blk.1.ffn_up_exps.weight holds NaN or weights beyond" in refusal(
-            source, tmp_path / "m.gguf", fmt
-        )
+        assert "blk.1.ffn_up_exps.weight holds NaN or weights beyond" in refusal(source, tmp_path / "m.gguf", fmt)
         self.check(tmp_path, None)
 
 

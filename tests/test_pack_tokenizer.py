@@ -91,9 +91,7 @@ def packed(source: Path, out: Path) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_and_template_survive(kind: str, tmp_path: Path) -> None:
-    source = with_tokenizer(
-        tmp_path, KINDS[kind](), chat_template="{{ messages[0].content }}", add_bos_token=True
-    )
+    source = with_tokenizer(tmp_path, KINDS[kind](), chat_template="{{ messages[0].content }}", add_bos_token=True)
     with open_checkpoint(source) as before, open_checkpoint(packed(source, tmp_path / "m.gguf")) as after:
         assert after.metadata["tokenizer.ggml.model"] == kind
         tokens, types = (after.metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))

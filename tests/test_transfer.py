@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from offmoe import transfer
 from offmoe.checkpoint import ByteRange
 from offmoe.errors import OffmoeError
@@ -91,5 +92,3 @@ def test_a_hurried_read_is_done_once_and_before_the_others(tmp_path: Path, monke
     reader.close()
     assert sorted(served) == list(range(6))
     assert served.index(4) <= 1, "only the read under way came before"
-
-

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+
 from offmoe.cache.policies.base import Ints, Numbers, Parameter, Policy
 
 HALF_LIVES = 64  # kept of a use; beyond, it counts 0. Every product stays ≥ 2^-64: never subnormal

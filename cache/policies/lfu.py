@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from offmoe.cache.policies.base import Ints, Numbers, Policy
 
 

@@ -41,9 +41,7 @@ def open_directory(path: Path) -> Checkpoint:
     if len(models) == 1:
         return open_gguf(models[0])
     if models:
-        raise OffmoeError(
-            f"{path} holds {len(models)} GGUF models: give one of {some(f.name for f in models)}"
-        )
+        raise OffmoeError(f"{path} holds {len(models)} GGUF models: give one of {some(f.name for f in models)}")
     pickles = [file.name for ending in ("bin", "pt", "pth") for file in path.glob(f"*.{ending}")]
     hint = f"; pickle files are never loaded ({some(pickles, 1)})" if pickles else ""
     raise OffmoeError(f"{path} holds no model: expected {SINGLE}, {INDEX} or a .gguf{hint}")

@@ -157,9 +157,7 @@ def check_places(file: DataFile, tensors: Iterable[TensorInfo], start: int) -> N
                 f"{place.offset + place.nbytes} and the file at {file.size}; copy it anew"
             )
         if place.offset < end:
-            raise OffmoeError(
-                f"{file.path} is damaged: tensors {shown(before)} and {shown(info.name)} overlap"
-            )
+            raise OffmoeError(f"{file.path} is damaged: tensors {shown(before)} and {shown(info.name)} overlap")
         end, before = place.offset + place.nbytes, info.name
 
 

@@ -49,9 +49,7 @@ class Header:
             raise self.damaged(f"its header runs to byte {end} and the file ends at {self.file.size}")
         if end > HEADER_LIMIT:
             raise self.damaged(f"its header runs to byte {end}, beyond the limit of {HEADER_LIMIT}")
-        self.data += (
-            self.file.read(have, min(max(end, 2 * have, PIECE), self.file.size) - have).numpy().tobytes()
-        )
+        self.data += self.file.read(have, min(max(end, 2 * have, PIECE), self.file.size) - have).numpy().tobytes()
 
     def number(self, kind: struct.Struct) -> int:
         self.need(kind.size)
@@ -131,9 +129,7 @@ class Header:
         if 0 in shape:
             raise self.damaged(f"a tensor has the shape {list(shape)}")
         if shape[-1] % form.block:
-            raise self.damaged(
-                f"a {form.name} tensor has rows of {shape[-1]} weights, no multiple of {form.block}"
-            )
+            raise self.damaged(f"a {form.name} tensor has rows of {shape[-1]} weights, no multiple of {form.block}")
         return form, shape, offset
 
     def format(self, kind: int) -> Format:
@@ -157,22 +153,14 @@ def check_magic(header: Header) -> None:
     start = header.file.read(0, min(size, 8)).numpy().tobytes()
     if start[:4] != b"GGUF":
         pickled = start[:2] == b"PK" or start[:1] == b"\x80"
-        found = (
-            "it is a pickle, which is never loaded"
-            if pickled
-            else f"it starts with {start[:4]!r}, not b'GGUF'"
-        )
+        found = "it is a pickle, which is never loaded" if pickled else f"it starts with {start[:4]!r}, not b'GGUF'"
         raise OffmoeError(f"{path} is no GGUF: {found}; give a .gguf file or a directory of safetensors")
     header.at = 4
     version = header.number(U32)
     if version and version & 0xFFFF == 0:
-        raise OffmoeError(
-            f"{path} is a big-endian GGUF: only little-endian ones are supported; convert the model anew"
-        )
+        raise OffmoeError(f"{path} is a big-endian GGUF: only little-endian ones are supported; convert the model anew")
     if version not in (2, 3):
-        raise OffmoeError(
-            f"{path} is a GGUF of version {version}: supported are 2 and 3; convert the model anew"
-        )
+        raise OffmoeError(f"{path} is a GGUF of version {version}: supported are 2 and 3; convert the model anew")
 
 
 def parse(file: DataFile, number: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
@@ -202,14 +190,10 @@ def split_paths(path: Path, count: object) -> list[Path]:
     match = SPLIT_NAME.fullmatch(path.name)
     if match is None or int(match[3]) != count:
         raise OffmoeError(f"{path} is one of {shown(count)} parts: name them as in model-00001-of-00003.gguf")
-    paths = [
-        path.with_name(f"{match[1]}-{part:05}-of-{match[3]}.gguf") for part in range(1, int(match[3]) + 1)
-    ]
+    paths = [path.with_name(f"{match[1]}-{part:05}-of-{match[3]}.gguf") for part in range(1, int(match[3]) + 1)]
     missing = [part.name for part in paths if not part.exists()]
     if missing:
-        raise OffmoeError(
-            f"{path} is one of {count} parts and misses beside it {some(missing)}: fetch them all"
-        )
+        raise OffmoeError(f"{path} is one of {count} parts and misses beside it {some(missing)}: fetch them all")
     return paths
 
 
@@ -221,9 +205,7 @@ def join(files: list[DataFile]) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         if (metadata.get("split.no"), metadata.get("split.count")) != (number, len(files)):
             raise OffmoeError(f"{file.path} says that it is another part than its name does: fetch it anew")
         if twice := tensors.keys() & found.keys():
-            raise OffmoeError(
-                f"{file.path} repeats tensors of another part: {some(map(shown, sorted(twice)))}"
-            )
+            raise OffmoeError(f"{file.path} repeats tensors of another part: {some(map(shown, sorted(twice)))}")
         tensors |= found
     if parts[0][0].get("split.tensors.count", len(tensors)) != len(tensors):
         raise OffmoeError(f"{files[0].path}: its parts hold {len(tensors)} tensors, not as many as it says")

@@ -86,9 +86,7 @@ def shards(directory: Path) -> dict[str, list[str]]:
         names.setdefault(shard, []).append(name)
     missing = sorted(shard for shard in names if not (directory / shard).exists())
     if missing:
-        raise OffmoeError(
-            f"{directory} misses {len(missing)} of {len(names)} shards: {some(map(shown, missing))}"
-        )
+        raise OffmoeError(f"{directory} misses {len(missing)} of {len(names)} shards: {some(map(shown, missing))}")
     return names
 
 

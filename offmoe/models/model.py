@@ -153,7 +153,9 @@ def record_layout(checkpoint: Checkpoint, names: Names, config: ModelConfig, lay
             each = [expect(checkpoint, names, role, layer, expert, shape) for expert in range(config.experts)]
             formats = {info.format for info in each}
         if len(formats) > 1:
-            raise OffmoeError(f"layer {layer} keeps its {role} experts in {' and '.join(sorted(formats))}: expected one")
+            raise OffmoeError(
+                f"layer {layer} keeps its {role} experts in {' and '.join(sorted(formats))}: expected one"
+            )
         parts.append((role, formats.pop(), *shape))
     return RecordLayout.of(*parts)
 

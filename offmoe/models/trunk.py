@@ -36,9 +36,9 @@ class Trunk:
         self.config = model.config
         self.layers: list[LayerWeights] = []
         self._model, self._device, self._dtype = model, device, dtype
-        self._embed = self._load("embed")
+        self._embed = self._laid_out(self._load("embed"))
         self._final_norm = self._load("final_norm")
-        self._head = self._embed if self.config.tied else self._load("head")
+        self._head = self._embed if self.config.tied else self._laid_out(self._load("head"))
         self._rope = rope_table(ctx, self.config.head_dim, self.config.rope_theta, device)
 
     def load_layers(self, progress: Callable[[int, int], None]) -> None:
@@ -94,10 +94,10 @@ class Trunk:
         normed = self.config.qk_norm != "none"
         return LayerWeights(
             attn_norm=self._load("attn_norm", layer),
-            qkv=torch.cat([self._load(role, layer) for role in ("q", "k", "v")]),
+            qkv=self._laid_out(torch.cat([self._load(role, layer) for role in ("q", "k", "v")])),
             q_norm=self._load("q_norm", layer) if normed else None,
             k_norm=self._load("k_norm", layer) if normed else None,
-            o=self._load("o", layer),
+            o=self._laid_out(self._load("o", layer)),
             ffn_norm=self._load("ffn_norm", layer),
             router=self._load("router", layer),
         )
@@ -109,6 +109,10 @@ class Trunk:
         if role in ("q", "k") and self._model.checkpoint.kind == "gguf" and self._model.family.interleaved_gguf:
             weight = uninterleaved(weight, self.config.heads if role == "q" else self.config.kv_heads)
         return weight.to(self._device)
+
+    def _laid_out(self, weight: Tensor) -> Tensor:
+        """On the CPU column by column: MKL's product with one vector then reads 20 GB/s instead of 11."""
+        return weight.t().contiguous().t() if self._device.type == "cpu" else weight
 
 
 def uninterleaved(weight: Tensor, heads: int) -> Tensor:

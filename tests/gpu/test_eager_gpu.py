@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from close import assert_close
+
 from offmoe.download import DEMO
 from offmoe.engine import Engine
 from offmoe.kernels.formats import FORMATS, dequantise

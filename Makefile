@@ -1,0 +1,58 @@
+# One virtual environment for everything; a stamp file in it says which extras it has.
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= demo
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+METADATA := setup.py pyproject.toml constraints.txt
+VIEW := build/view/offmoe
+
+.PHONY: chat install test test-llama lint types clean
+.SILENT:
+
+chat: $(VENV)/installed
+	$(BIN)/offmoe chat $(MODEL)
+
+install: $(VENV)/installed
+
+test: $(VENV)/with-test
+	$(BIN)/pytest --cov=offmoe.cache --cov-fail-under=95
+
+test-llama: $(VENV)/with-llama
+	$(BIN)/pytest -m llama
+
+lint: $(VENV)/with-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy does not see through an editable install: it is shown the three folders as the package that they install as.
+types: $(VENV)/with-test
+	rm -rf $(VIEW) && mkdir -p $(VIEW)
+	ln -s $(CURDIR)/offmoe/* $(CURDIR)/cache $(CURDIR)/kernels $(VIEW)/
+	$(BIN)/mypy -p offmoe
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "offmoe: $(PYTHON) is missing or older than 3.11: name another one with make PYTHON=..."; exit 1; }
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "offmoe: $(PYTHON) cannot make a virtual environment: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(METADATA) | $(BIN)/python
+	echo "installing offmoe into $(VENV), once" >&2
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/with-test: $(METADATA) | $(BIN)/python
+	echo "installing offmoe and what tests need into $(VENV), once" >&2
+	$(PIP) -e '.[test,lab]'
+	touch $@ $(VENV)/installed
+
+# Compiles llama.cpp: 8 to 23 minutes on 2 cores.
+$(VENV)/with-llama: $(METADATA) | $(VENV)/with-test
+	echo "compiling llama-cpp-python into $(VENV), once; this takes minutes" >&2
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) $(PIP) -e '.[llama]'
+	touch $@

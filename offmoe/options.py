@@ -1,0 +1,111 @@
+"""The options that commands share, under headings in --help; checked into Settings and Sampling once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import click
+
+from offmoe.settings import Sampling, Settings
+
+Decorator = Callable[[Any], Any]
+
+
+class Option(click.Option):
+    """An option with the heading that it stands under in --help."""
+
+    def __init__(self, *names: Any, group: str, **arguments: Any) -> None:
+        super().__init__(*names, **arguments)
+        self.group = group
+
+
+class Command(click.Command):
+    """A command whose --help has headings over its options, and examples at the end."""
+
+    def __init__(self, *arguments: Any, examples: tuple[str, ...], **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.examples = examples
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            if isinstance(param, Option) and (record := param.get_help_record(ctx)):
+                groups.setdefault(param.group, []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Examples"):
+            formatter.write("".join(f"  {line}\n" for line in self.examples))
+
+
+def option(group: str, *names: str, **arguments: Any) -> Decorator:
+    return click.option(*names, cls=Option, group=group, **arguments)
+
+
+def together(*decorators: Decorator) -> Decorator:
+    """One decorator that adds options in the order in which they are written."""
+
+    def add(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return add
+
+
+placing, answering = partial(option, "Placement"), partial(option, "Answer")
+placement_options: Decorator = together(
+    option("Placement", "--vram", metavar="SIZE|P%", help="For expert slots: 8GiB, or 50% of all routed records."),
+    option("Placement", "--ram", metavar="SIZE", help="Pinned memory for records; what is beyond stays on disk."),
+    option("Placement", "--policy", metavar="NAME[:KEY=VALUE]", help="What keeps its slot: lru, crf, crf:h=64."),
+    option(
+        "Placement",
+        "--scope",
+        type=click.Choice(["layer", "global"]),
+        help="A quota a layer, or one pool.",
+    ),
+    placing("--device", metavar="NAME", help="cpu, cuda or cuda:N."),
+    option(
+        "Placement",
+        "--dtype",
+        type=click.Choice(["f32", "bf16", "f16"]),
+        help="Of activations, trunk and KV.",
+    ),
+    option(
+        "Placement",
+        "--ctx",
+        type=int,
+        metavar="N",
+        help="Tokens of KV cache, beside --vram.",
+    ),
+    placing("--chunk", type=int, metavar="N", help="Tokens of a prompt that are run at once."),
+)
+sampling_options: Decorator = together(
+    answering("--max-tokens", type=int, metavar="N", help="End the answer after N tokens."),
+    option("Answer", "--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; may be repeated."),
+    answering("--temperature", type=float, metavar="T", help="0 always takes the likeliest token."),
+    answering("--top-k", type=int, metavar="K", help="Choose among the K likeliest; 0: all."),
+    option("Answer", "--top-p", type=float, metavar="P", help="Choose among the likeliest that reach P together."),
+    answering("--min-p", type=float, metavar="P", help="Drop what is below P times the likeliest."),
+    option("Answer", "--repeat-penalty", type=float, metavar="R", help="Above 1: what was said is less likely."),
+    answering("--seed", type=int, metavar="N", help="The same answer every time."),
+    answering("--greedy", is_flag=True, help="The same as --temperature 0."),
+)
+system_option: Decorator = option("Conversation", "--system", metavar="TEXT", help="The system prompt.")
+raw_option: Decorator = option("Conversation", "--raw", is_flag=True, help="PROMPT as it is, without a template.")
+json_option: Decorator = option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def parse(chosen: dict[str, Any]) -> tuple[Settings, Sampling]:
+    """What placement_options and sampling_options gave, checked."""
+    if chosen.pop("greedy"):
+        if chosen["temperature"]:
+            raise click.UsageError("--greedy and --temperature exclude each other.")
+        chosen["temperature"] = 0.0
+    placement = {field.name: chosen.pop(field.name) for field in fields(Settings)}
+    return Settings.of(**placement), Sampling.of(**chosen)

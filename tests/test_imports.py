@@ -1,0 +1,100 @@
+"""Imports run down, none could run code out of a checkpoint, and --help does not wait for torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"offmoe": ROOT / "offmoe", "offmoe.cache": ROOT / "cache", "offmoe.kernels": ROOT / "kernels"}
+# Of modules in offmoe/ itself; the rest of them stand between the engine and the models.
+SCREEN = {"cli", "chat", "conversation", "doctor", "info", "options", "report", "terminal"}
+GROUND = {"errors", "settings", "stats", "download"}
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module of the package by its installed name."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            name = ".".join((package, *(part for part in parts if part != "__init__")))
+            found[name] = ast.parse(path.read_text("utf-8"), path)
+    return found
+
+
+MODULES = modules()
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every module that `tree` imports, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"a relative import in line {node.lineno}"
+            yield str(node.module)
+            yield from (name for alias in node.names if (name := f"{node.module}.{alias.name}") in MODULES)
+
+
+def height(module: str) -> int:
+    """A module imports what is not higher than itself."""
+    top = module.split(".")[1]
+    levels = ({"cache", "kernels"} | GROUND, {"checkpoint"}, {"models", "kvcache"}, set(), {"engine"}, SCREEN)
+    return next((level for level, names in enumerate(levels) if top in names), 3)
+
+
+def test_the_walk_sees_all_three_folders() -> None:
+    assert {"offmoe.cli", "offmoe.cache.residency", "offmoe.kernels.formats"} <= set(MODULES)
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"), [("offmoe.cache", {"numpy"}), ("offmoe.kernels", {"torch", "numpy", "triton"})]
+)
+def test_the_lowest_packages_import_only_themselves(package: str, allowed: set[str]) -> None:
+    for name, tree in MODULES.items():
+        if name.startswith(package):
+            outside = {module for module in imports(tree) if not module.startswith((package, "__future__"))}
+            strange = {module.split(".")[0] for module in outside} - allowed - set(sys.stdlib_module_names)
+            assert not strange, f"{name} imports {strange}"
+
+
+def test_imports_run_down() -> None:
+    for name, tree in MODULES.items():
+        for module in imports(without_annotations(tree)):
+            if module.startswith("offmoe.") and name != "offmoe":
+                assert height(module) <= height(name), f"{name} imports {module}"
+
+
+def without_annotations(tree: ast.Module) -> ast.Module:
+    """`tree` without what is imported for a type checker alone."""
+    guards = [node for node in tree.body if ast.unparse(node).startswith("if TYPE_CHECKING:")]
+    return ast.Module([node for node in tree.body if node not in guards], [])
+
+
+def test_nothing_imports_tests_or_bench() -> None:
+    for name, tree in MODULES.items():
+        assert not {module for module in imports(tree) if module.split(".")[0] in ("tests", "bench", "pytest")}, name
+
+
+def test_nothing_can_run_code_out_of_a_checkpoint() -> None:
+    modules = {"pickle", "marshal", "shelve", "dill", "joblib", "transformers"}
+    words_of_danger = {"torch.load", "eval", "exec", "trust_remote_code", "allow_pickle=True"}
+    for name, tree in MODULES.items():
+        assert not modules & {module.split(".")[0] for module in imports(tree)}, name
+        for node in ast.walk(tree):
+            words = {ast.unparse(node.func)} if isinstance(node, ast.Call) else set()
+            words |= {str(node.arg), ast.unparse(node)} if isinstance(node, ast.keyword) else set()
+            assert not words & words_of_danger, name
+
+
+@pytest.mark.parametrize("code", ["import offmoe", "from offmoe.cli import main; main()"])
+def test_torch_is_not_imported_before_it_is_needed(code: str) -> None:
+    check = f"import sys; sys.argv = ['offmoe', '--help']; {code}; sys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, timeout=60)
+    assert result.returncode == 0, result.stderr.decode()
