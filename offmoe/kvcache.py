@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from offmoe.memory import host_memory
 from offmoe.models.config import ModelConfig
 
 BUCKET = 256  # attention reads whole buckets, so that shapes change rarely and never with a host's decision
@@ -17,8 +20,7 @@ class KVCache:
         self.ctx = ctx
         self.tokens: list[int] = []  # whose keys and values are written
         shape = (config.layers, config.kv_heads, ctx, config.head_dim)
-        self._keys = torch.zeros(shape, device=device, dtype=dtype)
-        self._values = torch.zeros(shape, device=device, dtype=dtype)
+        self._keys, self._values = (zeros(shape, device, dtype) for _ in range(2))
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
         """Store k, v [T, kv_heads, D] at positions [T]; returns the first `bucket` positions of the layer."""
@@ -43,6 +45,13 @@ class KVCache:
             same += 1
         del self.tokens[same:]
         return same
+
+
+def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeroed, for what is masked still enters a product; on the CPU pages are taken as the context grows."""
+    if device.type == "cpu":
+        return host_memory(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+    return torch.zeros(shape, device=device, dtype=dtype)
 
 
 def kv_nbytes(config: ModelConfig, ctx: int, itemsize: int) -> int:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
+from offmoe.memory import host_memory, register, unregister
 from offmoe.models.model import Model
-from offmoe.slots import host_rows, unregister
 from offmoe.transfer import BACKGROUND, Read, Reader
 
 Ints = NDArray[np.integer]
@@ -37,7 +37,9 @@ class RamTier:
 
     def __init__(self, model: Model, rows: int, stride: int, policy: str, pin: bool, reader: Reader) -> None:
         config = model.config
-        self.rows = host_rows(rows, stride, pin)
+        self.rows = host_memory(rows * stride).view(rows, stride)
+        if pin:
+            register(self.rows)
         self.table = Residency(config.layers, config.experts, rows, make_policy(policy, model.records), "global")
         self.counts = DiskCounts()
         self._pinned = pin
