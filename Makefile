@@ -16,7 +16,8 @@ chat: $(VENV)/installed
 install: $(VENV)/installed
 
 test: $(VENV)/with-test
-	$(BIN)/pytest --cov=offmoe.cache --cov-fail-under=95
+	$(BIN)/pytest --cov --cov-report=
+	$(BIN)/coverage report --include='*/cache/*' --fail-under=95
 
 test-llama: $(VENV)/with-llama
 	$(BIN)/pytest -m llama

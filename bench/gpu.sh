@@ -11,3 +11,5 @@ export PYTHONPATH="$view${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OFFMOE_C
 # -P: the root must not be on the path, or its folders would be found under their own names.
 python3 -P -m pytest tests/gpu -p no:cacheprovider 2>&1 | tee "$out/gpu-tests.log" | tail -25
 python3 bench/memory.py "${SHAPE_LAYERS:-}" 2>&1 | tee "$out/memory.log"
+python3 -P -m offmoe doctor 2>&1 | tee "$out/doctor.log"
+python3 -P -m offmoe run demo 'What is the capital of France?' --greedy --json --vram 50% 2>&1 | tee "$out/run.json"

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+COLD = 1e-6  # scores divided by less could overflow
+
 
 def sample(
     logits: Tensor,
@@ -21,11 +23,11 @@ def sample(
     """logits [V] → id, int64 []; `history` [n]: the ids that `repeat_penalty` weakens.
 
     Penalty, temperature, top-k, top-p, min-p, in that order, as transformers applies them. Temperature 0
-    takes the largest, the first of equals. `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 are off.
+    (or below COLD) takes the largest, the first of equals. `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 are off.
     One generator state on one device gives one id. NaN in the logits is the caller's to find.
     """
     scores = penalised(logits.float(), history, repeat_penalty)
-    if temperature == 0:
+    if temperature < COLD:
         return scores.argmax()
     scores, ids = likeliest(scores / temperature, top_k)
     weights = kept(scores.softmax(0), top_p, min_p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -138,10 +139,11 @@ class Chat:
 
     def set(self, argument: str) -> None:
         """[NAME VALUE] show or set how tokens are chosen; "none": the model's own"""
-        if argument:
-            name, _, value = argument.partition(" ")
+        name, _, value = argument.partition(" ")
+        if value.strip():
             self.sampling = changed(self.sampling, name, value.strip())
-        self.ui.note(", ".join(f"{name}={value}" for name, value in vars(self.sampling).items()))
+        shown = {name: field(name)} if name else vars(self.sampling)
+        self.ui.note(", ".join(f"{name}={getattr(self.sampling, name)}" for name in shown))
 
     def save(self, argument: str) -> None:
         """FILE write the conversation"""
@@ -167,21 +169,27 @@ COMMANDS: dict[str, Callable[[Chat, str], None]] = {
 
 def changed(sampling: Sampling, name: str, text: str) -> Sampling:
     """`sampling` with one field read from `text`."""
-    kinds = {field.name: str(field.type) for field in fields(Sampling)}
-    if name not in kinds:
-        raise OffmoeError(f"/set knows no {name!r}: known are {', '.join(kinds)}")
+    kind = field(name)
     if name == "stop":
         return replace(sampling, stop=() if text == "none" else (text,))
     value: Any = None
     try:
         if text != "none":
-            value = int(text) if kinds[name].startswith("int") else float(text)
+            value = int(text) if kind.startswith("int") else float(text)
         return replace(sampling, **{name: value})
     except ValueError:
         raise OffmoeError(f"{name} is {text!r}: expected a number, or none") from None
 
 
+def field(name: str) -> str:
+    """The type of one of Sampling's fields, as it is written there."""
+    kinds = {field.name: str(field.type) for field in fields(Sampling)}
+    if name not in kinds:
+        raise OffmoeError(f"/set knows no {name!r}: known are {', '.join(kinds)}")
+    return kinds[name]
+
+
 def file_argument(text: str) -> Path:
     if not text:
         raise OffmoeError("a file name is missing: write for example /save chat.json")
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))

@@ -120,7 +120,9 @@ def info(model: str, as_json: bool, **chosen: Any) -> None:
     from offmoe.info import inspect
     from offmoe.models.model import open_model
 
-    facts = inspect(open_model(path), settings)
+    opened = open_model(path)
+    with opened.checkpoint:
+        facts = inspect(opened, settings)
     if as_json:
         show_json(facts.as_dict())
     else:
@@ -140,8 +142,8 @@ def pack_command(model: str, out: Path, fmt: str, force: bool) -> None:
     from offmoe.checkpoint import open_checkpoint
     from offmoe.pack import pack
 
-    with progress_bar(out.name) as progress:
-        report = pack(open_checkpoint(path), out, fmt, partial(progress, out.name))
+    with open_checkpoint(path) as checkpoint, progress_bar(out.name) as progress:
+        report = pack(checkpoint, out, fmt, partial(progress, out.name))
     for fallback in report.fallbacks:
         click.echo(str(fallback))
 
@@ -215,8 +217,16 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+def open_streams() -> None:
+    """A closed standard stream is None, and the next file that is opened takes its number: put /dev/null there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
 def main() -> int:
     """Every error ends here, in one line. OFFMOE_DEBUG=1 shows where it came from."""
+    open_streams()
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a locale without "·" or "…"
     try:
         status = cli.main(prog_name="offmoe", standalone_mode=False)

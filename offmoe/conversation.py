@@ -46,6 +46,8 @@ class Conversation:
     def load(cls, path: Path, model: str, vocab_size: int) -> Conversation:
         """Read and check what `save` wrote; the tokens of another model are left out, to be encoded anew."""
         try:
+            if path.exists() and not path.is_file():
+                raise ValueError("it is no regular file")  # a pipe would wait for ever, /dev/zero never end
             document = json.loads(path.read_bytes())
             talk = parse(document, vocab_size)
         except OSError as error:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from offmoe import __version__
 from offmoe.errors import OffmoeError
 from offmoe.links import disk_bandwidth, memory_bandwidth, pcie_bandwidth, vram_bandwidth
 from offmoe.plan import free_ram
@@ -83,8 +84,7 @@ def guarded(name: str, check: Callable[[], Finding]) -> Check:
 
 
 def versions() -> Finding:
-    ours = importlib.metadata.version("offmoe")
-    return Finding(f"offmoe {ours}, torch {torch.__version__}, Python {platform.python_version()}")
+    return Finding(f"offmoe {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
 
 
 def gpu() -> Finding:

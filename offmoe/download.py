@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -20,8 +21,8 @@ def find_model(name: str) -> Path:
     """The .gguf file or safetensors directory that `name` means, downloaded if it has to be."""
     if name == "demo":
         return DEMO
-    path = Path(name).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(name))  # Path's own raises where there is no such user
+    if name and path.exists():
         return path
     match = HUB_NAME.fullmatch(name)
     if match is None or (name.endswith(".gguf") and not match[2]):

@@ -97,7 +97,7 @@ def make_plan(model: Model, settings: Settings) -> Plan:
         device=device,
         dtype=dtype,
         ctx=ctx,
-        policy=canonical_policy(settings.policy or DEFAULT_POLICY, model),
+        policy=canonical_policy(DEFAULT_POLICY if settings.policy is None else settings.policy, model),
         scope=scope,
         slots=slots,
         stride=model.slot_bytes,

@@ -77,7 +77,9 @@ class Settings:
             object.__setattr__(self, "ram", parse_size(self.ram))
         expect("scope", self.scope, ("layer", "global"))
         expect("dtype", self.dtype, ("f32", "bf16", "f16"))
-        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+        if not isinstance(self.policy, str | None):
+            raise OffmoeError(f"policy {self.policy!r} is unknown: write for example lru or crf:h=64")
+        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d{1,2})?", str(self.device)):
             raise OffmoeError(f"device {self.device!r} is unknown: write cpu, cuda or cuda:N")
         at_least("ctx", self.ctx, 16)
         at_least("chunk", self.chunk, 1)
@@ -139,12 +141,12 @@ def expect(name: str, value: str | None, choices: tuple[str, ...]) -> None:
 
 
 def at_least(name: str, value: int | None, low: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-        raise OffmoeError(f"{name} is {value!r}: expected a whole number, at least {low}")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63):
+        raise OffmoeError(f"{name} is {value!r}: expected a whole number, at least {low} and below 2^63")
 
 
 def in_range(name: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not low <= value <= high:  # NaN fails too
+    if value is not None and not (isinstance(value, int | float) and low <= value <= high):  # NaN fails too
         raise OffmoeError(f"{name} is {value!r}: expected a number from {low} to {high}")
 
 

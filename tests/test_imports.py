@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"offmoe": ROOT / "offmoe", "offmoe.cache": ROOT / "cache", "offmoe.kernels": ROOT / "kernels"}
 # Of modules in offmoe/ itself; the rest of them stand between the engine and the models.
-SCREEN = {"cli", "chat", "conversation", "doctor", "info", "options", "report", "terminal"}
-GROUND = {"errors", "settings", "stats", "download"}
+SCREEN = {"__main__", "cli", "chat", "conversation", "doctor", "info", "options", "report", "terminal"}
+GROUND = {"errors", "settings", "stats", "memory", "download"}
 
 
 def modules() -> dict[str, ast.Module]:

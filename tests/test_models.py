@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from close import assert_close
-from tiny import FAMILIES, reference, saved, tiny
+from tiny import FAMILIES, PACKABLE, reference, saved, tiny
 
+from offmoe.download import DEMO
 from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
 from offmoe.models.model import open_model
@@ -17,7 +19,6 @@ from offmoe.settings import Settings
 
 IDS = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(7)).tolist()
 
-PACKABLE = [family for family in FAMILIES if family != "olmoe-clipped"]
 FORMAT = {"bfloat16": "BF16", "float16": "F16"}
 
 
@@ -75,8 +76,8 @@ def packed(path: Path, folder: Path, fmt: str) -> Path:
     return out
 
 
-def oracle(path: Path) -> object:
-    """llama.cpp with nothing quantised: see its settings in the project's notes on oracles."""
+def oracle(path: Path) -> Any:
+    """llama.cpp in float32 throughout: its KV cache too, and no flash attention."""
     llama_cpp = pytest.importorskip("llama_cpp")
     return llama_cpp.Llama(
         str(path),
@@ -105,3 +106,37 @@ def test_llama_cpp_gives_the_same_logits(family: str, tmp_path: Path) -> None:
     with engine_of(path) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
     assert (logits - want[7:]).abs().max() < 1e-4
+
+
+def dequantised_demo(path: Path) -> Path:
+    """The demo model in F32: without it llama.cpp quantises activations, and routing soon differs."""
+    import gguf
+
+    reader, writer = gguf.GGUFReader(DEMO), gguf.GGUFWriter(path, "llama")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind, *of = field.types
+            writer.add_key_value(name, field.contents(), kind, sub_type=of[-1] if of else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.llama
+def test_llama_cpp_writes_the_same_greedy_text_on_the_demo(tmp_path: Path) -> None:
+    path = dequantised_demo(tmp_path / "demo-f32.gguf")
+    with Engine.load(str(DEMO), device="cpu", ctx=256, vram="50%") as engine:
+        prompt = engine.prompt_ids("Tell me a short story about a fox who learns to share.")
+        list(engine.generate(prompt, temperature=0.0, max_tokens=64))
+        ours = engine.answer_tokens
+    llama = oracle(path)
+    llama.eval(prompt)
+    theirs: list[int] = []
+    while len(theirs) < len(ours):
+        theirs.append(int(llama.scores[llama.n_tokens - 1].argmax()))
+        llama.eval(theirs[-1:])
+    assert ours == theirs

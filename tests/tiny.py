@@ -33,6 +33,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe-clipped": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "clip_qkv": 1.0},
 }  # fmt: skip
 
+PACKABLE = [family for family in FAMILIES if family != "olmoe-clipped"]  # clip_qkv is unknown to llama.cpp
+
 
 @cache
 def tiny(family: str) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
 
 if TYPE_CHECKING:
@@ -61,9 +62,9 @@ def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
             norm_eps=number(raw, "rms_norm_eps", 1e-6),
             rope_theta=number(rope_parameters(raw), "rope_theta", 10_000.0),
             qk_norm=family.qk_norm,
-            renormalise=bool(raw.get("norm_topk_prob", family.renormalise)),
+            renormalise=flag(raw, "norm_topk_prob", family.renormalise),
             clip_qkv=number(raw, "clip_qkv", 0.0) or None,
-            tied=bool(raw.get("tie_word_embeddings", False)),
+            tied=flag(raw, "tie_word_embeddings", False),
         )
     )
 
@@ -84,7 +85,7 @@ def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
     for field, allowed in family.implemented.items():
         if asked.get(field, allowed[0]) not in allowed:
             raise OffmoeError(
-                f"{family.model_type}: {field} is {asked[field]!r}, and offmoe implements "
+                f"{family.model_type}: {field} is {shown(asked[field])}, and offmoe implements "
                 f"{' or '.join(repr(value) for value in allowed)}: this model cannot be run yet"
             )
 
@@ -120,7 +121,7 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
     rotated = key("rope.dimension_count")
     if rotated not in (None, config.head_dim):
         raise OffmoeError(
-            f"{family.arch}: rope.dimension_count is {rotated!r}, and offmoe implements "
+            f"{family.arch}: rope.dimension_count is {shown(rotated)}, and offmoe implements "
             f"rotation of the whole head ({config.head_dim}): this model cannot be run yet"
         )
     return config
@@ -132,7 +133,7 @@ def count(raw: Mapping[str, Any], *names: str, default: int | None = None) -> in
         if (value := raw.get(name)) is not None:
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
                 raise OffmoeError(
-                    f"the model's config gives {name} = {str(value)[:60]}: expected a whole number of at least 1"
+                    f"the model's config gives {name} = {shown(value)}: expected a whole number of at least 1"
                 )
             return value
     if default is None:
@@ -145,8 +146,15 @@ def number(raw: Mapping[str, Any], name: str, default: float) -> float:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
-        raise OffmoeError(f"the model's config gives {name} = {str(value)[:60]}: expected a number of at least 0")
+        raise OffmoeError(f"the model's config gives {name} = {shown(value)}: expected a number of at least 0")
     return float(value)
+
+
+def flag(raw: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = raw.get(name)
+    if not isinstance(value, bool | None):
+        raise OffmoeError(f"the model's config gives {name} = {shown(value)}: expected true or false")
+    return default if value is None else value
 
 
 def checked(config: ModelConfig) -> ModelConfig:
@@ -155,8 +163,10 @@ def checked(config: ModelConfig) -> ModelConfig:
         raise OffmoeError(f"the config routes to {config.top_k} of {config.experts} experts: more than there are")
     if config.heads % config.kv_heads:
         raise OffmoeError(f"{config.heads} heads do not divide among {config.kv_heads} key-value heads")
-    if config.head_dim % 2:
-        raise OffmoeError(f"head_dim is {config.head_dim}: rotary embedding needs an even number")
+    if config.head_dim % 2 or not config.head_dim:
+        raise OffmoeError(f"head_dim is {config.head_dim}: rotary embedding needs an even number above 0")
+    if config.rope_theta < 1:
+        raise OffmoeError(f"rope_theta is {config.rope_theta:g}: expected at least 1")
     if config.layers > 4096 or config.experts > 65535:
         raise OffmoeError(f"{config.layers} layers of {config.experts} experts: no published model has so many")
     return config
