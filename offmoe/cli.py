@@ -221,7 +221,7 @@ def open_streams() -> None:
     """A closed standard stream is None, and the next file that is opened takes its number: put /dev/null there."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # for the life of the process
 
 
 def main() -> int:

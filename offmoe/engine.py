@@ -97,6 +97,7 @@ class Engine:
         ids = self.prompt_ids(prompt)
         if len(ids) >= self.plan.ctx:
             raise ContextFull(len(ids), self.plan.ctx)
+        self._cancelled, self.answer_tokens = False, []
         return self._answer(ids, chosen, submitted)
 
     def stats(self) -> Stats:
@@ -176,7 +177,6 @@ class Engine:
             return self.trunk.logits(x[-1:])[0]
 
     def _answer(self, ids: list[int], sampling: Sampling, submitted: float) -> Iterator[Piece]:
-        self._cancelled, self.answer_tokens = False, []
         self._meter = meter = Meter(self.store, submitted, len(ids))
         logits = self._prefill_metered(ids, meter)
         text = self.tokenizer.stream() if self.tokenizer else None

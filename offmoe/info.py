@@ -125,10 +125,11 @@ def inspect(model: Model, settings: Settings) -> ModelInfo:
     plan = make_plan(model, settings)
     c, gpu = model.config, plan.device.type == "cuda"
     read = model.record_bytes * c.top_k // c.experts
+    used = plan.real_slot_bytes // plan.slots * c.layers * c.top_k  # on the CPU device slots are unpacked
     paged = read + c.layers * c.top_k * len(model.layouts[0].parts) * PAGE  # a page more a part, on average
     disk, direct = disk_bandwidth(model.checkpoint.files[0])
     costs = (
-        TierCost("vram", read, vram_bandwidth(plan.device) if gpu else memory_bandwidth()),
+        TierCost("vram", used, vram_bandwidth(plan.device) if gpu else memory_bandwidth()),
         TierCost("pcie", read, pcie_bandwidth(plan.device) if gpu else copy_bandwidth()),
         TierCost("nvme", paged if direct else read, disk),
     )

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from offmoe.checkpoint import ByteRange, Checkpoint, TensorInfo, open_checkpoint
 from offmoe.errors import OffmoeError
-from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.record import RecordLayout
 from offmoe.models.config import ModelConfig, from_gguf, from_hf
 from offmoe.models.family import GGUF_NAMES, Family, Names, family_of
@@ -168,7 +167,6 @@ class Weights:
     active: int  # a token: everything but the experts that it is not routed to
     active_without_embedding: int  # some models leave the input embedding out of their own figure
     trunk_bytes: int  # of everything but the routed experts, in the file
-    by_format: dict[str, int]  # bytes
 
 
 def count_weights(model: Model) -> Weights:
@@ -179,13 +177,9 @@ def count_weights(model: Model) -> Weights:
     per_layer = sum(trunk.values()) - once
     resident = once + c.layers * per_layer
     active = resident + routed * c.top_k // c.experts
-    by_format: dict[str, int] = {}
-    for info in model.checkpoint.tensors.values():
-        by_format[info.format] = by_format.get(info.format, 0) + info.range.nbytes
     return Weights(
         total=resident + routed,
         active=active,
         active_without_embedding=active - (0 if c.tied else trunk["embed"]),
-        trunk_bytes=sum(by_format.values()) - model.record_bytes,
-        by_format=dict(sorted(by_format.items(), key=lambda item: item[0] not in FORMATS)),
+        trunk_bytes=sum(info.range.nbytes for info in model.checkpoint.tensors.values()) - model.record_bytes,
     )
