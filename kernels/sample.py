@@ -23,8 +23,8 @@ def sample(
     """logits [V] → id, int64 []; `history` [n]: the ids that `repeat_penalty` weakens.
 
     Penalty, temperature, top-k, top-p, min-p, in that order, as transformers applies them. Temperature 0
-    (or below COLD) takes the largest, the first of equals. `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 are off.
-    One generator state on one device gives one id. NaN in the logits is the caller's to find.
+    (or below COLD) takes the largest, the first of equals. `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1
+    are off. One generator state on one device gives one id. NaN in the logits is the caller's to find.
     """
     scores = penalised(logits.float(), history, repeat_penalty)
     if temperature < COLD:
