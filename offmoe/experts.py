@@ -87,7 +87,9 @@ class ExpertStore:
         if order is not None:
             experts, uses, pairs = experts[order], uses[order], [pairs[i] for i in order]
         flat = torch.from_numpy(np.concatenate(pairs)).to(x.device)
-        outputs = torch.cat(self._products(layer, x[flat // k].split(uses.tolist()), experts, uses)).float()
+        outputs = torch.cat(
+            self._products(layer, x.index_select(0, flat // k).split(uses.tolist()), experts, uses)
+        ).float()
         ranked = torch.empty_like(outputs).index_copy_(0, flat, outputs).unflatten(0, (-1, k))
         return (ranked * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 

@@ -24,7 +24,7 @@ class Slots(Protocol):
         """Put rows [n] of records [R, ≥ nbytes] uint8 into slots [n]; once it returns the rows may change."""
 
     def weights(self, slots: list[int], layout: RecordLayout) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Of each slot, in groups: gate over up [2F, H] and down [H, F], ready to multiply with."""
+        """Of each slot, in groups: gate beside up [H, 2F] and down [F, H], ready for `x @ w`."""
 
 
 class UnpackedSlots:
@@ -36,6 +36,7 @@ class UnpackedSlots:
         self._down = torch.empty((slots, hidden, inner), dtype=dtype)
         self.nbytes = self._gate_up.nbytes + self._down.nbytes
         self._batch = max(1, TOGETHER // (self.nbytes // slots))
+        self._ready = list(zip(self._gate_up.mT.unbind(), self._down.mT.unbind(), strict=True))
 
     def fill(self, slots: Tensor, records: Tensor, rows: Tensor, layout: RecordLayout) -> None:
         for some, source in zip(slots.split(self._batch), rows.split(self._batch), strict=True):
@@ -45,7 +46,7 @@ class UnpackedSlots:
                 self._down[slot].copy_(matrices[1])
 
     def weights(self, slots: list[int], layout: RecordLayout) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        yield [(self._gate_up[slot], self._down[slot]) for slot in slots]
+        yield [self._ready[slot] for slot in slots]
 
 
 class PackedSlots:
@@ -65,4 +66,4 @@ class PackedSlots:
     def weights(self, slots: list[int], layout: RecordLayout) -> Iterator[list[tuple[Tensor, Tensor]]]:
         for some in torch.tensor(slots, device=self._records.device).split(self._batch):
             gate_up, down = unpack(self._records[some], layout, self._dtype)
-            yield list(zip(gate_up, down, strict=True))
+            yield list(zip(gate_up.mT, down.mT, strict=True))
