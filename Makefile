@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= demo
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# --no-compile: Python compiles the modules that are used when they are; all of torch would take ten seconds.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 METADATA := setup.py pyproject.toml constraints.txt
 VIEW := build/view/offmoe
 
