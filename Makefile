@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= demo
 BIN := $(VENV)/bin
-# --no-compile: Python compiles the modules that are used when they are; all of torch would take ten seconds.
+# --no-compile: all of torch would take 20 seconds. WARM compiles what a chat imports, also where Python is told not to.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+WARM := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -P -c 'import prompt_toolkit, offmoe.__main__ as offmoe; offmoe.main()' \
+	chat </dev/null 2>/dev/null
 METADATA := setup.py pyproject.toml constraints.txt
 VIEW := build/view/offmoe
 
@@ -46,6 +48,7 @@ $(BIN)/python:
 $(VENV)/installed: $(METADATA) | $(BIN)/python
 	echo "installing offmoe into $(VENV), once" >&2
 	$(PIP) -e .
+	$(WARM)
 	touch $@
 
 $(VENV)/with-test: $(METADATA) | $(BIN)/python
