@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ class Counters:
     routed: int = 0  # records asked for, a chunk's experts counted once
     hits: int = 0
     pcie_bytes: int = 0  # RAM → slots
-    nvme_bytes: int = 0
+    nvme_bytes: int = 0  # disk → RAM, in whole pages
+    nvme_record_bytes: int = 0  # of these the records' own
     stall_s: float = 0.0  # the step waited for records
 
     def since(self, before: Counters) -> Counters:
@@ -62,7 +63,8 @@ class ExpertStore:
 
     @property
     def counters(self) -> Counters:
-        return Counters(**{**vars(self._counters), "nvme_bytes": self.ram.counts.bytes})
+        disk = self.ram.counts
+        return replace(self._counters, nvme_bytes=disk.bytes, nvme_record_bytes=disk.record_bytes)
 
     def preload(self, progress: Callable[[int, int], None]) -> None:
         """Fill the slots with every record; only where all fit."""

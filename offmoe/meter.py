@@ -75,6 +75,7 @@ class Meter:
             misses_per_token=(self.decoded.routed - self.decoded.hits) / steps,
             pcie_bytes_per_token=self.decoded.pcie_bytes / steps,
             nvme_bytes_per_token=self.decoded.nvme_bytes / steps,
+            nvme_record_bytes_per_token=self.decoded.nvme_record_bytes / steps,
             stall_ms_per_token=self.decoded.stall_s / steps * 1e3,
             roof=roof,
             policy=f"{plan.policy} {plan.scope}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,7 @@ from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
 from offmoe.memory import host_memory, register, unregister
 from offmoe.models.model import Model
-from offmoe.transfer import BACKGROUND, Read, Reader
+from offmoe.transfer import BACKGROUND, URGENT, Read, Reader
 
 Ints = NDArray[np.integer]
 
@@ -23,9 +22,8 @@ Ints = NDArray[np.integer]
 class DiskCounts:
     """What was demanded of the disk."""
 
-    records: int = 0
     bytes: int = 0  # really read: whole pages where O_DIRECT is used
-    wait_s: float = 0.0
+    record_bytes: int = 0  # of these the records' own
 
 
 class RamTier:
@@ -77,25 +75,20 @@ class RamTier:
         if self._pinned:
             unregister(self.rows)
 
-    def _begin(self, layer: int, experts: Ints, rows: Ints, priority: int | None = None) -> list[tuple[int, Read]]:
-        ask = {} if priority is None else {"priority": priority}
+    def _begin(self, layer: int, experts: Ints, rows: Ints, priority: int = URGENT) -> list[tuple[int, Read]]:
         for expert, row in zip(experts.tolist(), rows.tolist(), strict=True):
-            self._reads[row] = self._reader.read(self._ranges[layer][expert], self._bytes[row], **ask)
+            self._reads[row] = self._reader.read(self._ranges[layer][expert], self._bytes[row], priority)
         return [(row, self._reads[row]) for row in rows.tolist()]
 
     def _wait(self, reads: list[tuple[int, Read]]) -> None:
         """Every read ends before an error is raised: none may write into a row that is given away."""
-        if not reads:
-            return
-        began = time.perf_counter()
         errors = [error for row, read in reads if (error := read.done.exception()) is not None]
-        self.counts.wait_s += time.perf_counter() - began
         for row, read in reads:
             self._land(row, read)
         if errors:
             raise errors[0]
-        self.counts.records += len(reads)
         self.counts.bytes += sum(read.done.result() for _, read in reads)
+        self.counts.record_bytes += sum(wanted.nbytes for _, read in reads for wanted in read.ranges)
 
     def _land_left_over(self) -> None:
         """Of the background fill what has finished; where rows are scarce all, left by a fetch broken off."""

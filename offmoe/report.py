@@ -63,6 +63,7 @@ ROWS: list[tuple[str, str, Callable[[list[Stats], str], float], Callable[[float]
     ("misses a token", "misses_per_token", mean, "{:.1f}".format),
     ("paged in a token", "pcie_bytes_per_token", mean, format_size),
     ("read from disk a token", "nvme_bytes_per_token", mean, format_size),
+    ("… of it records", "nvme_record_bytes_per_token", mean, format_size),
     ("stalled a token, ms", "stall_ms_per_token", mean, "{:.2f}".format),
 ]
 

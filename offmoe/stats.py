@@ -31,6 +31,7 @@ class Stats:
     misses_per_token: float
     pcie_bytes_per_token: float  # VRAM ← RAM; on the CPU device what a GPU would move
     nvme_bytes_per_token: float  # read from disk, alignment included
+    nvme_record_bytes_per_token: float  # of these the records' own
     stall_ms_per_token: float  # time in which the step waited for records
     roof: Roof | None  # None: nothing was decoded
     policy: str  # "crf:h=64 global"
@@ -40,6 +41,10 @@ class Stats:
     def as_dict(self) -> dict[str, Any]:
         """The numbers of `offmoe run --json`."""
         flat = {name: value for name, value in vars(self).items() if not name.endswith("_bytes_per_token")}
-        flat["bytes_per_token"] = {"pcie": self.pcie_bytes_per_token, "nvme": self.nvme_bytes_per_token}
+        flat["bytes_per_token"] = {
+            "pcie": self.pcie_bytes_per_token,
+            "nvme": self.nvme_bytes_per_token,
+            "nvme_records": self.nvme_record_bytes_per_token,
+        }
         flat["roof"] = vars(self.roof) if self.roof else None
         return flat
