@@ -40,11 +40,7 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         """The numbers of `offmoe run --json`."""
-        flat = {name: value for name, value in vars(self).items() if not name.endswith("_bytes_per_token")}
-        flat["bytes_per_token"] = {
-            "pcie": self.pcie_bytes_per_token,
-            "nvme": self.nvme_bytes_per_token,
-            "nvme_records": self.nvme_record_bytes_per_token,
-        }
+        flat = dict(vars(self))
+        flat["bytes_per_token"] = {tier: flat.pop(f"{tier}_bytes_per_token") for tier in ("pcie", "nvme")}
         flat["roof"] = vars(self.roof) if self.roof else None
         return flat
