@@ -34,9 +34,8 @@ from offmoe.tokenizer import Message, StopStrings, Tokenizer, load_tokenizer
 Prompt = str | Sequence[Message] | Sequence[int]
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
-PARALLEL_WORK = (
-    2**29
-)  # multiply-adds of a product; the demo's 45-token prompts run 2 × faster on one thread than on two
+# Multiply-adds of a product; the demo's 45-token prompts run twice as fast on one thread as on two.
+PARALLEL_WORK = 2**29
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from offmoe.errors import OffmoeError
 from offmoe.pretokenizers import pre_tokenizer_name
 from offmoe.tokenizer import BYTE_TOKEN
-from offmoe.vocab import BYTE, CONTROL, UNKNOWN, USER_DEFINED, Vocab, read_vocab
+from offmoe.vocab import BYTE, CONTROL, NAMES, UNKNOWN, USER_DEFINED, Vocab, read_vocab
 
 if TYPE_CHECKING:
     from offmoe.checkpoint import Checkpoint
@@ -115,6 +115,5 @@ def adds_space(raw: dict[str, Any]) -> bool:
 
 
 def special_ids(vocab: Vocab) -> dict[str, int]:
-    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {key: vocab.tokenizer.token_to_id(vocab.names.get(name, "")) for name, key in keys.items()}
+    ids = {key: vocab.tokenizer.token_to_id(vocab.names.get(name, "")) for key, name in NAMES.items()}
     return {f"{key}_token_id": id for key, id in ids.items() if id is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from offmoe.links import copy_bandwidth, disk_bandwidth, memory_bandwidth, pcie_bandwidth, vram_bandwidth
+from offmoe.links import disk_bandwidth, link_bandwidth, slot_bandwidth
 from offmoe.models.model import Model, Weights, count_weights
 from offmoe.plan import Plan, make_plan, plan_numbers
 from offmoe.settings import Settings, format_size
@@ -123,14 +123,14 @@ class ModelInfo:
 def inspect(model: Model, settings: Settings) -> ModelInfo:
     """Count `model` and plan it; the links are measured, which takes half a second."""
     plan = make_plan(model, settings)
-    c, gpu = model.config, plan.device.type == "cuda"
+    c = model.config
     read = model.record_bytes * c.top_k // c.experts
     used = plan.real_slot_bytes // plan.slots * c.layers * c.top_k  # on the CPU device slots are unpacked
     paged = read + c.layers * c.top_k * len(model.layouts[0].parts) * PAGE  # a page more a part, on average
     disk, direct = disk_bandwidth(model.checkpoint.files[0])
     costs = (
-        TierCost("vram", used, vram_bandwidth(plan.device) if gpu else memory_bandwidth()),
-        TierCost("pcie", read, pcie_bandwidth(plan.device) if gpu else copy_bandwidth()),
+        TierCost("vram", used, slot_bandwidth(plan.device)),
+        TierCost("pcie", read, link_bandwidth(plan.device)),
         TierCost("nvme", paged if direct else read, disk),
     )
     return ModelInfo(model, plan, count_weights(model), costs, direct)

@@ -46,6 +46,16 @@ def pcie_bandwidth(device: torch.device) -> float:
     return source.nbytes / best_time(lambda: target.copy_(source, non_blocking=True), device)
 
 
+def slot_bandwidth(device: torch.device) -> float:
+    """Of reads from where slots lie: VRAM, or memory on the CPU device."""
+    return vram_bandwidth(device) if device.type == "cuda" else memory_bandwidth()
+
+
+def link_bandwidth(device: torch.device) -> float:
+    """Of what brings a record from RAM into a slot."""
+    return pcie_bandwidth(device) if device.type == "cuda" else copy_bandwidth()
+
+
 @cache
 def disk_bandwidth(path: Path) -> tuple[float, bool]:
     """Of 1 MiB reads all over a file by eight threads, for at most a quarter of a second.

@@ -60,24 +60,21 @@ def together(*decorators: Decorator) -> Decorator:
 
 placing, answering = partial(option, "Placement"), partial(option, "Answer")
 placement_options: Decorator = together(
-    option("Placement", "--vram", metavar="SIZE|P%", help="For expert slots: 8GiB, or 50% of all routed records."),
-    option("Placement", "--ram", metavar="SIZE", help="Pinned memory for records; what is beyond stays on disk."),
-    option("Placement", "--policy", metavar="NAME[:KEY=VALUE]", help="What keeps its slot: lru, crf, crf:h=64."),
-    option(
-        "Placement",
+    placing("--vram", metavar="SIZE|P%", help="For expert slots: 8GiB, or 50% of all routed records."),
+    placing("--ram", metavar="SIZE", help="Pinned memory for records; what is beyond stays on disk."),
+    placing("--policy", metavar="NAME[:KEY=VALUE]", help="What keeps its slot: lru, crf, crf:h=64."),
+    placing(
         "--scope",
         type=click.Choice(["layer", "global"]),
         help="A quota a layer, or one pool.",
     ),
     placing("--device", metavar="NAME", help="cpu, cuda or cuda:N."),
-    option(
-        "Placement",
+    placing(
         "--dtype",
         type=click.Choice(["f32", "bf16", "f16"]),
         help="Of activations, trunk and KV.",
     ),
-    option(
-        "Placement",
+    placing(
         "--ctx",
         type=int,
         metavar="N",
@@ -87,12 +84,12 @@ placement_options: Decorator = together(
 )
 sampling_options: Decorator = together(
     answering("--max-tokens", type=int, metavar="N", help="End the answer after N tokens."),
-    option("Answer", "--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; may be repeated."),
+    answering("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; may be repeated."),
     answering("--temperature", type=float, metavar="T", help="0 always takes the likeliest token."),
     answering("--top-k", type=int, metavar="K", help="Choose among the K likeliest; 0: all."),
-    option("Answer", "--top-p", type=float, metavar="P", help="Choose among the likeliest that reach P together."),
+    answering("--top-p", type=float, metavar="P", help="Choose among the likeliest that reach P together."),
     answering("--min-p", type=float, metavar="P", help="Drop what is below P times the likeliest."),
-    option("Answer", "--repeat-penalty", type=float, metavar="R", help="Above 1: what was said is less likely."),
+    answering("--repeat-penalty", type=float, metavar="R", help="Above 1: what was said is less likely."),
     answering("--seed", type=int, metavar="N", help="The same answer every time."),
     answering("--greedy", is_flag=True, help="The same as --temperature 0."),
 )

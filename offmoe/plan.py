@@ -11,8 +11,7 @@ import torch
 from offmoe.cache.policy import make_policy
 from offmoe.errors import OffmoeError
 from offmoe.kvcache import kv_nbytes
-from offmoe.models.model import Model
-from offmoe.models.trunk import trunk_nbytes
+from offmoe.models.model import Model, trunk_weights
 from offmoe.settings import Budget, Settings, format_size
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -85,7 +84,7 @@ def make_plan(model: Model, settings: Settings) -> Plan:
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     ctx = pick_ctx(settings.ctx, model.config.ctx)
-    trunk, kv = trunk_nbytes(model, dtype.itemsize), kv_nbytes(model.config, ctx, dtype.itemsize)
+    trunk, kv = trunk_weights(model.config) * dtype.itemsize, kv_nbytes(model.config, ctx, dtype.itemsize)
     real = model.record_weights * dtype.itemsize if device.type == "cpu" else model.slot_bytes
     free = free_memory(device)
     slots = pick_slots(model, settings.vram, default_slots(model, free, trunk + kv, real))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from offmoe.links import copy_bandwidth, disk_bandwidth, memory_bandwidth, pcie_bandwidth, vram_bandwidth
+from offmoe.links import disk_bandwidth, link_bandwidth, slot_bandwidth
 from offmoe.stats import Roof
 
 
@@ -23,13 +23,9 @@ class TokenCost:
 
 def roof(cost: TokenCost, device: torch.device, file: Path) -> Roof:
     """The slowest resource bounds the token, however well the others overlap. Links are measured on first use."""
-    on_gpu = device.type == "cuda"
-    seconds = {
-        "floor": cost.floor_s,
-        "vram": cost.vram_bytes / (vram_bandwidth(device) if on_gpu else memory_bandwidth()),
-    }
+    seconds = {"floor": cost.floor_s, "vram": cost.vram_bytes / slot_bandwidth(device)}
     if cost.pcie_bytes:
-        seconds["pcie"] = cost.pcie_bytes / (pcie_bandwidth(device) if on_gpu else copy_bandwidth())
+        seconds["pcie"] = cost.pcie_bytes / link_bandwidth(device)
     if cost.nvme_bytes:
         seconds["nvme"] = cost.nvme_bytes / disk_bandwidth(file)[0]
     limit = max(seconds, key=lambda name: seconds[name])

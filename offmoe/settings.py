@@ -150,5 +150,4 @@ def in_range(name: str, value: float | None, low: float, high: float) -> None:
         raise OffmoeError(f"{name} is {value!r}: expected a number from {low} to {high}")
 
 
-GREEDY = Sampling(temperature=0.0)
 SAMPLING_DEFAULTS = Sampling(temperature=0.7, top_k=40, top_p=0.95, min_p=0.05, repeat_penalty=1.0)

@@ -116,10 +116,19 @@ def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def repeats(role: str, config: ModelConfig) -> int:
+    """How many tensors play `role`: one, or one a layer."""
+    return config.layers if "{l}" in GGUF_NAMES[role][0] else 1
+
+
+def trunk_weights(config: ModelConfig) -> int:
+    """Parameters of everything that is no routed expert."""
+    return sum(repeats(role, config) * prod(shape) for role, shape in trunk_shapes(config).items())
+
+
 def check_trunk(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
     for role, shape in trunk_shapes(config).items():
-        per_layer = "{l}" in names[role][0]
-        for layer in range(config.layers if per_layer else 1):
+        for layer in range(repeats(role, config)):
             expect(checkpoint, names, role, layer, 0, shape)
 
 
@@ -171,15 +180,11 @@ class Weights:
 
 def count_weights(model: Model) -> Weights:
     c = model.config
-    routed = model.records * model.record_weights
-    trunk = {role: prod(shape) for role, shape in trunk_shapes(c).items()}
-    once = sum(trunk[role] for role in ("embed", "final_norm", "head") if role in trunk)
-    per_layer = sum(trunk.values()) - once
-    resident = once + c.layers * per_layer
+    routed, resident = model.records * model.record_weights, trunk_weights(c)
     active = resident + routed * c.top_k // c.experts
     return Weights(
         total=resident + routed,
         active=active,
-        active_without_embedding=active - (0 if c.tied else trunk["embed"]),
+        active_without_embedding=active - (0 if c.tied else prod(trunk_shapes(c)["embed"])),
         trunk_bytes=sum(info.range.nbytes for info in model.checkpoint.tensors.values()) - model.record_bytes,
     )

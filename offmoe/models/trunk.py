@@ -13,7 +13,7 @@ from offmoe.kernels.attention import attention
 from offmoe.kernels.norm_rope import rms_norm, rope, rope_table
 from offmoe.kernels.route import softmax_top_k
 from offmoe.kvcache import KVCache
-from offmoe.models.model import Model, trunk_shapes
+from offmoe.models.model import Model
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,3 @@ def factor(weight: Tensor) -> Tensor:
 def uninterleaved(weight: Tensor, heads: int) -> Tensor:
     """[heads · D, H] with the rotated pairs side by side (llama.cpp) → in halves (NEOX)."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def trunk_nbytes(model: Model, itemsize: int) -> int:
-    """Bytes that the trunk will hold once loaded."""
-    total = 0
-    for role, shape in trunk_shapes(model.config).items():
-        times = model.config.layers if "{l}" in model.names[role][0] else 1
-        total += times * itemsize * torch.Size(shape).numel()
-    return total
