@@ -47,6 +47,7 @@ setup(
             "pyte>=0.8",
             "setuptools>=77",
             "transformers>=5.0",
+            "triton>=3.6",
             "ruff>=0.14",
             "mypy>=1.18",
         ],

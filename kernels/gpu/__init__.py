@@ -1,0 +1,1 @@
+"""The fast twins, in Triton: each file beside the naive one of its name in offmoe.kernels. Needs triton to import."""
