@@ -14,13 +14,27 @@ BUCKET = 256  # attention reads whole buckets, so that shapes change rarely and 
 
 
 class KVCache:
-    """Static buffers [layers, kv_heads, ctx, head_dim], and the ids that they hold."""
+    """Static buffers [layers, kv_heads, ctx, head_dim], and the ids that they hold.
 
-    def __init__(self, config: ModelConfig, ctx: int, device: torch.device, dtype: torch.dtype) -> None:
+    In int8 each head's key or value has a float32 scale a position, `scales` [layers, 2, kv_heads, ctx].
+    """
+
+    def __init__(
+        self, config: ModelConfig, ctx: int, device: torch.device, dtype: torch.dtype, int8: bool = False
+    ) -> None:
         self.ctx = ctx
         self.tokens: list[int] = []  # whose keys and values are written
         shape = (config.layers, config.kv_heads, ctx, config.head_dim)
-        self._keys, self._values = (zeros(shape, device, dtype) for _ in range(2))
+        self._keys, self._values = (zeros(shape, device, torch.int8 if int8 else dtype) for _ in range(2))
+        self._scales = zeros((config.layers, 2, *shape[1:3]), device, torch.float32) if int8 else None
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [kv_heads, ctx, D] of a layer."""
+        return self._keys[layer], self._values[layer]
+
+    def scales(self, layer: int) -> Tensor | None:
+        """Of keys and of values [2, kv_heads, ctx]; None where they are no int8."""
+        return None if self._scales is None else self._scales[layer]
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
         """Store k, v [T, kv_heads, D] at positions [T]; returns the first `bucket` positions of the layer."""
@@ -54,5 +68,7 @@ def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> T
     return torch.zeros(shape, device=device, dtype=dtype)
 
 
-def kv_nbytes(config: ModelConfig, ctx: int, itemsize: int) -> int:
-    return 2 * config.layers * config.kv_heads * ctx * config.head_dim * itemsize
+def kv_nbytes(config: ModelConfig, ctx: int, itemsize: int, int8: bool = False) -> int:
+    """Of keys and values of `ctx` positions."""
+    a_head = config.head_dim + 4 if int8 else config.head_dim * itemsize
+    return 2 * config.layers * config.kv_heads * ctx * a_head

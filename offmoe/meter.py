@@ -13,7 +13,7 @@ from offmoe.stats import Roof, Stats
 
 @dataclass
 class Meter:
-    """Filled while an answer runs: `prefilled` once, then `chosen` and `stepped` a token."""
+    """Filled while an answer runs: `prefilled` and `first` once, then `stepped` a token."""
 
     store: ExpertStore
     submitted: float  # time.perf_counter() of the prompt
@@ -33,15 +33,13 @@ class Meter:
         self.prefill_s = time.perf_counter() - began
         self._before = self.store.counters
 
-    def chosen(self, began: float) -> None:
-        """A token was sampled; the first one counts as prefill's, later ones as decode's."""
-        if self.ttft_s:
-            self.decode_s += time.perf_counter() - began
-        else:
-            self.ttft_s = time.perf_counter() - self.submitted
+    def first(self) -> None:
+        """The first token is there; it counts as the prompt's."""
+        self.ttft_s = time.perf_counter() - self.submitted
 
-    def stepped(self, began: float, context: int) -> None:
-        self.decode_s += time.perf_counter() - began
+    def stepped(self, seconds: float, context: int) -> None:
+        """A further token took so long, with `context` positions attended to."""
+        self.decode_s += seconds
         self.steps += 1
         self.context += context
         self.decoded = self.store.counters.since(self._before)
@@ -70,8 +68,8 @@ class Meter:
             decode_tok_s=self.steps / self.decode_s if self.decode_s else 0.0,
             ttft_s=self.ttft_s,
             hit_rate=self.decoded.hits / routed,
-            covered=0.0,  # nothing is prefetched yet, so nothing is covered or late
-            late=0.0,
+            covered=self.decoded.covered / routed,
+            late=self.decoded.late / routed,
             misses_per_token=(self.decoded.routed - self.decoded.hits) / steps,
             pcie_bytes_per_token=self.decoded.pcie_bytes / steps,
             nvme_bytes_per_token=self.decoded.nvme_bytes / steps,

@@ -81,6 +81,12 @@ placement_options: Decorator = together(
         help="Tokens of KV cache, beside --vram.",
     ),
     placing("--chunk", type=int, metavar="N", help="Tokens of a prompt that are run at once."),
+    placing(
+        "--kv",
+        type=click.Choice(["same", "int8"]),
+        help="Keys and values as --dtype, or in int8: half the memory, not lossless; on a GPU.",
+    ),
+    placing("--prefetch", metavar="NAME[:KEY=VALUE,…]", help="none, or gate:d=1,p=0.05,n=2; on a GPU."),
 )
 sampling_options: Decorator = together(
     answering("--max-tokens", type=int, metavar="N", help="End the answer after N tokens."),

@@ -11,7 +11,7 @@ import torch
 from offmoe.cache.policy import make_policy
 from offmoe.errors import OffmoeError
 from offmoe.kvcache import kv_nbytes
-from offmoe.models.model import Model, trunk_weights
+from offmoe.models.model import Model, count_weights, trunk_weights
 from offmoe.settings import Budget, Settings, format_size
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -19,7 +19,9 @@ DEFAULT_POLICY = "crf:h=16"
 DEFAULT_SCOPE = "layer"  # hits 1.6–3 points more than one global pool on traces of gpt-oss-20b and the demo model
 DEFAULT_CTX = 8192
 SHARE_OF_FREE = 0.6  # of free memory: the desktop goes on living
-VRAM_MARGIN = 1 << 30  # CUDA's context, activations of a chunk, fragmentation
+VRAM_MARGIN = 512 << 20  # what CUDA's libraries and compiled kernels take after the start
+BATCH_BYTES = 96 << 20  # of records that cross the link together: 2 ms on PCIe 5, and the CPU's 0.2 ms to ask vanish
+CHUNK, CHUNK_GPU = 512, 4096  # a GPU streams all absent experts past every chunk: the fewer the better
 STAGING_ROWS = 32  # RAM rows kept even with --ram 0: what passes from disk to slots
 
 
@@ -40,6 +42,11 @@ class Plan:
     trunk_bytes: int
     kv_bytes: int
     waste_bytes: int  # in slots that are larger than their record
+    chunk: int  # tokens of a prompt that are run at once
+    batch: int  # records that cross the link together while a prompt is run
+    workspace_bytes: int  # VRAM for a chunk's activations and batches of records; 0 on the CPU device
+    kv: str  # what keys and values are kept in: "same" as the activations, or "int8"
+    prefetch: str  # canonical
 
     @property
     def vram_bytes(self) -> int:
@@ -84,10 +91,16 @@ def make_plan(model: Model, settings: Settings) -> Plan:
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     ctx = pick_ctx(settings.ctx, model.config.ctx)
-    trunk, kv = trunk_weights(model.config) * dtype.itemsize, kv_nbytes(model.config, ctx, dtype.itemsize)
-    real = model.record_weights * dtype.itemsize if device.type == "cpu" else model.slot_bytes
+    on_cpu = device.type == "cpu"
+    chunk = min(settings.chunk or (CHUNK if on_cpu else CHUNK_GPU), ctx)
+    kv = kv_nbytes(model.config, ctx, dtype.itemsize, settings.kv == "int8")
+    if on_cpu:
+        trunk, real, workspace = trunk_weights(model.config) * dtype.itemsize, model.record_weights * dtype.itemsize, 0
+    else:
+        trunk, real = count_weights(model).trunk_bytes, model.slot_bytes
+        workspace = workspace_nbytes(model, chunk, dtype.itemsize)
     free = free_memory(device)
-    slots = pick_slots(model, settings.vram, default_slots(model, free, trunk + kv, real))
+    slots = pick_slots(model, settings.vram, default_slots(model, free, trunk + kv + workspace, real))
     scope = settings.scope or DEFAULT_SCOPE
     if scope == "layer":
         slots -= slots % model.config.layers
@@ -106,9 +119,27 @@ def make_plan(model: Model, settings: Settings) -> Plan:
         trunk_bytes=trunk,
         kv_bytes=kv,
         waste_bytes=wasted(model, slots),
+        chunk=chunk,
+        batch=batch_records(model),
+        workspace_bytes=workspace,
+        kv=settings.kv or "same",
+        prefetch=settings.prefetch or "none",
     )
     check_fits(plan, free)
     return plan
+
+
+def batch_records(model: Model) -> int:
+    return max(1, min(BATCH_BYTES // model.slot_bytes, model.config.experts))
+
+
+def workspace_nbytes(model: Model, chunk: int, itemsize: int) -> int:
+    """VRAM that a chunk needs beside weights, context and slots: its activations, and batches of records passing by."""
+    c = model.config
+    heads = (c.heads + 2 * c.kv_heads) * c.head_dim
+    a_token = c.hidden * (12 + 4 * itemsize) + heads * 4 * itemsize + c.top_k * (c.hidden + c.expert_hidden) * itemsize
+    unpacked = max(heads, c.hidden) * max(c.hidden, c.heads * c.head_dim) * itemsize
+    return chunk * a_token + unpacked + 3 * batch_records(model) * model.slot_bytes + 16 * c.vocab
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -212,13 +243,13 @@ def wasted(model: Model, slots: int) -> int:
 
 
 def check_fits(plan: Plan, free: Free) -> None:
-    resident = plan.trunk_bytes + plan.kv_bytes + plan.real_slot_bytes
+    resident = plan.trunk_bytes + plan.kv_bytes + plan.real_slot_bytes + plan.workspace_bytes
     if free.vram is not None and resident > free.vram:
         smallest = plan.vram_bytes - (resident - free.vram)
         raise OffmoeError(
             f"the GPU has {format_size(free.vram)} free; the model's other weights need "
-            f"{format_size(plan.trunk_bytes)}, the context {format_size(plan.kv_bytes)} and the slots "
-            f"{format_size(plan.real_slot_bytes)}: give at most --vram {max(smallest, 0)}, or a smaller --ctx"
+            f"{format_size(plan.trunk_bytes)}, the context {format_size(plan.kv_bytes)}, a chunk of the prompt "
+            f"{format_size(plan.workspace_bytes)} and the slots {format_size(plan.real_slot_bytes)}: give at most --vram {max(smallest, 0)}, or a smaller --ctx"
         )
     on_host = plan.ram_bytes + (resident if free.vram is None else 0)
     if on_host > free.ram:
@@ -240,6 +271,10 @@ def plan_numbers(plan: Plan) -> dict[str, Any]:
         "ram_bytes",
         "ram_rows",
         "real_slot_bytes",
+        "workspace_bytes",
+        "chunk",
+        "kv",
+        "prefetch",
     )
     numbers = {name: getattr(plan, name) for name in (*names, "trunk_bytes", "kv_bytes", "waste_bytes", "tiers")}
     return {**numbers, "device": str(plan.device), "dtype": str(plan.dtype).removeprefix("torch.")}

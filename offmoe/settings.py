@@ -68,7 +68,9 @@ class Settings:
     device: str | None = None  # "cpu", "cuda", "cuda:1"
     dtype: str | None = None  # "f32", "bf16", "f16": of activations, trunk and KV
     ctx: int | None = None  # tokens of KV reserved at start, outside vram
-    chunk: int = 512  # tokens a prefill step; greedy tokens are compared at one chunk size
+    chunk: int | None = None  # tokens of a prompt run at once; greedy tokens are compared at one chunk size
+    kv: str | None = None  # "same" as dtype, or "int8": half the memory, not lossless (GPU only)
+    prefetch: str | None = None  # "none", or "gate:d=1,p=0.05,n=2" (GPU only)
 
     def __post_init__(self) -> None:
         if self.vram is not None:
@@ -77,6 +79,7 @@ class Settings:
             object.__setattr__(self, "ram", parse_size(self.ram))
         expect("scope", self.scope, ("layer", "global"))
         expect("dtype", self.dtype, ("f32", "bf16", "f16"))
+        expect("kv", self.kv, ("same", "int8"))
         if not isinstance(self.policy, str | None):
             raise OffmoeError(f"policy {self.policy!r} is unknown: write for example lru or crf:h=64")
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d{1,2})?", str(self.device)):

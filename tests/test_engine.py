@@ -16,8 +16,7 @@ from tiny import saved
 from offmoe.download import DEMO
 from offmoe.engine import Engine
 from offmoe.errors import ContextFull, OffmoeError
-from offmoe.experts import ExpertStore
-from offmoe.slots import UnpackedSlots
+from offmoe.host_store import HostStore, UnpackedSlots
 
 PROMPT = "Tell me a short story about a fox who learns to share. Use simple words, and end with a moral."
 CPU = {
@@ -35,8 +34,8 @@ def demo(**settings: Any) -> Engine:
 
 def poisoned(engine: Engine) -> Engine:
     """Slots that are being filled hold NaN before, so that a product with stale bytes shows."""
-    slots = engine.store.slots
-    assert isinstance(slots, UnpackedSlots)
+    assert isinstance(engine.store, HostStore)
+    slots: UnpackedSlots = engine.store.slots
     fill = slots.fill
 
     def fill_poisoned(numbers: torch.Tensor, *rest: Any) -> None:
@@ -97,9 +96,9 @@ def test_greedy_tokens_do_not_depend_on_the_chunk_size(chunk: int) -> None:
 
 def test_a_wrong_record_would_change_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """The guard above can fail: one expert taken for its neighbour."""
-    (_, logits), ensure = expected(), ExpertStore._ensure
+    (_, logits), ensure = expected(), HostStore._ensure
     monkeypatch.setattr(
-        ExpertStore,
+        HostStore,
         "_ensure",
         lambda self, layer, *rest: np.roll(ensure(self, layer, *rest), layer == 7).tolist(),
     )

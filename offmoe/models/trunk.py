@@ -1,4 +1,7 @@
-"""Everything but the routed experts: embedding, attention, norms, routers, head; always in fast memory."""
+"""Everything but the routed experts: embedding, attention, norms, routers, head; always in fast memory.
+
+The naive twin of DeviceTrunk, in plain torch: what a machine without a GPU uses.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class LayerWeights:
 
 
 class Trunk:
-    """The resident weights and what a layer does with them. T tokens at `positions` [T] on the device."""
+    """The resident weights and what a layer does with T tokens, which follow `start` others in the KV cache."""
 
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype, ctx: int) -> None:
         self.config = model.config
@@ -42,6 +45,7 @@ class Trunk:
         if self.config.tied:
             self._embed = self._head.t()
         self._rope = rope_table(ctx, self.config.head_dim, self.config.rope_theta, device)
+        self._positions = torch.arange(ctx, device=device)
 
     def load_layers(self, progress: Callable[[int, int], None]) -> None:
         """Read the layers one after another; `progress(done, layers)`."""
@@ -60,9 +64,10 @@ class Trunk:
         """Ids [T] → [T, H]."""
         return F.embedding(tokens, self._embed)
 
-    def attend(self, layer: int, x: Tensor, kv: KVCache, positions: Tensor, bucket: int) -> Tensor:
+    def attend(self, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
         """Attention of the residual stream x [T, H], writing its keys and values; returns what to add to x."""
         c, w = self.config, self.layers[layer]
+        positions, bucket = self._positions[start : start + len(x)], kv.bucket(start + len(x))
         qkv = rms_norm(x, w.attn_norm, c.norm_eps) @ w.qkv
         q, k, v = qkv.split((c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim), dim=-1)
         q, k, v = self._clipped(self._normed(q, w.q_norm), self._normed(k, w.k_norm), v)

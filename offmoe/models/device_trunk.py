@@ -1,0 +1,161 @@
+"""The trunk on a GPU: weights stay quantised, the residual stream is float32.
+
+Decoding multiplies them as they are (kernels.gpu.gemv, called by the decode step); a prompt's chunk unpacks one matrix
+at a time for torch's product. Shares its interface with Trunk, its naive twin on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from offmoe.kernels.norm_rope import rms_norm, rope_table
+from offmoe.kernels.planes import Matrix, matrix, rearrange_matrix
+from offmoe.kernels.route import softmax_top_k
+from offmoe.kvcache import KVCache
+from offmoe.models.model import Model
+from offmoe.models.trunk import uninterleaved
+
+Part = tuple[Tensor, Matrix]  # bytes in slot layout, and what they are
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class DeviceLayer:
+    """One layer's trunk; norms in float32."""
+
+    attn_norm: Tensor  # [H]
+    qkv: tuple[Part, ...]  # rows of q, k and v one after another; neighbours of one format are one part
+    q_norm: Tensor | None  # [head_dim] or [Q]
+    k_norm: Tensor | None
+    o: tuple[Part, ...]  # [H, Q]
+    ffn_norm: Tensor  # [H]
+    router: Tensor  # [E, H] in a float type
+
+    def tensors(self) -> list[Tensor]:
+        values = [getattr(self, field.name) for field in fields(self)]
+        parts = [part[0] for value in values if isinstance(value, tuple) for part in value]
+        return parts + [value for value in values if isinstance(value, Tensor)]
+
+
+class DeviceTrunk:
+    """The resident weights and what a layer does with a chunk of T tokens."""
+
+    def __init__(self, model: Model, device: torch.device, dtype: torch.dtype, ctx: int) -> None:
+        self.config = model.config
+        self.layers: list[DeviceLayer] = []
+        self._model, self._device, self._dtype = model, device, dtype
+        self.embedding = self._parts("embed")[0]  # [V, H]
+        self.final_norm = self._float("final_norm")
+        self.head = (self.embedding,) if self.config.tied else self._parts("head")
+        self.rope = rope_table(ctx, self.config.head_dim, self.config.rope_theta, device)
+        self._positions = torch.arange(ctx, device=device)
+
+    def load_layers(self, progress: Callable[[int, int], None]) -> None:
+        """Read the layers one after another; `progress(done, layers)`."""
+        for layer in range(self.config.layers):
+            self.layers.append(self._load_layer(layer))
+            progress(layer + 1, self.config.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held; a token reads all but the embedding."""
+        tensors = [self.embedding[0], self.final_norm] + ([] if self.config.tied else [self.head[0][0]])
+        tensors += [tensor for layer in self.layers for tensor in layer.tensors()]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Ids [T] → [T, H] float32."""
+        from offmoe.kernels.gpu.embed import embed
+
+        out = torch.empty((len(tokens), self.config.hidden), device=self._device)
+        embed(tokens, self.embedding, out)
+        return out
+
+    def attend(self, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
+        """Attention of the residual stream x [T, H], writing its keys and values; returns what to add to x."""
+        from offmoe.kernels.gpu.attention import prefill_attention
+        from offmoe.kernels.gpu.norm_rope import norm_rope_write
+
+        c, w = self.config, self.layers[layer]
+        qkv = self._product(rms_norm(x, w.attn_norm, c.norm_eps).to(self._dtype), w.qkv)
+        keys, values = kv.layer(layer)
+        positions = self._positions[start : start + len(x)]
+        q = norm_rope_write(qkv, keys, values, positions, self.rope, heads=c.heads, kv_heads=c.kv_heads,
+                            head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
+                            eps=c.norm_eps, scales=kv.scales(layer))  # fmt: skip
+        mixed = prefill_attention(q, keys, values, start, scales=kv.scales(layer))
+        return self._product(mixed.flatten(1), w.o)
+
+    def route(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
+        w = self.layers[layer]
+        normed = rms_norm(x, w.ffn_norm, self.config.norm_eps)
+        ids, weights = softmax_top_k(normed @ w.router.float().t(), self.config.top_k, self.config.renormalise)
+        return normed.to(self._dtype), ids, weights
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [T, H] → [T, V] float32; T is small."""
+        from offmoe.kernels.gpu.gemv import dense
+
+        out = torch.empty((len(x), self.config.vocab), device=self._device)
+        dense(x.contiguous(), self.head, out, norm=self.final_norm, eps=self.config.norm_eps)
+        return out
+
+    def _product(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
+        """x [T, K] times the transpose of all rows of `parts`, unpacked for this call: [T, N]."""
+        from offmoe.kernels.gpu.unpack import dequantise_into
+
+        rows = sum(part.rows for _, part in parts)
+        weight = torch.empty((rows, x.shape[1]), device=x.device, dtype=x.dtype)
+        at = 0
+        for buffer, part in parts:
+            dequantise_into(buffer, part, weight[at : at + part.rows])
+            at += part.rows
+        return x @ weight.t()
+
+    def _load_layer(self, layer: int) -> DeviceLayer:
+        normed = self.config.qk_norm != "none"
+        return DeviceLayer(
+            attn_norm=self._float("attn_norm", layer),
+            qkv=self._parts("q", "k", "v", layer=layer),
+            q_norm=self._float("q_norm", layer) if normed else None,
+            k_norm=self._float("k_norm", layer) if normed else None,
+            o=self._parts("o", layer=layer),
+            ffn_norm=self._float("ffn_norm", layer),
+            router=self._float("router", layer, keep=True),
+        )
+
+    def _float(self, role: str, layer: int = 0, keep: bool = False) -> Tensor:
+        """In float32, or (`keep`) in the float type of the file."""
+        info = self._model.find(role, layer)
+        assert info is not None, f"{role} was there when the model was opened"
+        dtype = FLOATS.get(info.format, torch.float32) if keep else torch.float32
+        return self._model.checkpoint.tensor(info.name, dtype).to(self._device)
+
+    def _parts(self, *roles: str, layer: int = 0) -> tuple[Part, ...]:
+        """The matrices of these roles, one over another, as they lie in the file but for their planes."""
+        raw = [self._raw(role, layer) for role in roles]
+        parts = []
+        for fmt, same in groupby(raw, key=lambda part: part[0]):
+            rows = torch.cat([part[1] for part in same])
+            form = matrix(fmt, len(rows), self._cols(roles[0]))
+            parts.append((rearrange_matrix(rows.flatten(), form).to(self._device), form))
+        return tuple(parts)
+
+    def _cols(self, role: str) -> int:
+        return self.config.heads * self.config.head_dim if role == "o" else self.config.hidden
+
+    def _raw(self, role: str, layer: int) -> tuple[str, Tensor]:
+        """Format and bytes [rows, row bytes] of one matrix; rotated pairs put into halves."""
+        info = self._model.find(role, layer)
+        assert info is not None, f"{role} was there when the model was opened"
+        raw = self._model.checkpoint.read(info.name).view(math.prod(info.shape[:-1]), -1)
+        if role in ("q", "k") and self._model.checkpoint.kind == "gguf" and self._model.family.interleaved_gguf:
+            raw = uninterleaved(raw, self.config.heads if role == "q" else self.config.kv_heads)
+        return info.format, raw

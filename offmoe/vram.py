@@ -1,0 +1,144 @@
+"""Slots in VRAM. Decoding is the step's business (step.py); here a prompt's chunk passes through a layer.
+
+Resident experts multiply from their slots; the others stream past over the link while the layer before computes, and
+those that the policy admits stay. So a chunk leaves the cache as warm as the prompt made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offmoe.experts import Counters, ExpertStore, Ints
+from offmoe.kernels.planes import slot_layout
+from offmoe.models.model import Model
+from offmoe.plan import Plan
+from offmoe.uploads import Landing, Uploads
+
+NONE = np.empty(0, np.int64)
+
+
+class VramStore(ExpertStore):
+    """`records` [slots + batch, stride] uint8: the slots, and behind them a stage for what passes without staying."""
+
+    def __init__(self, model: Model, plan: Plan) -> None:
+        super().__init__(model, plan)
+        self.device = plan.device
+        self.layouts = tuple(slot_layout(layout) for layout in model.layouts)
+        self.record_bytes = [layout.nbytes for layout in model.layouts]
+        self.uploads = Uploads(self.ram, plan.batch, plan.stride, plan.device)
+        self.records = torch.empty(
+            (self.table.slots + self.uploads.batch, plan.stride), dtype=torch.uint8, device=plan.device
+        )
+        self._streaming = False
+
+    def preload(self, progress: Callable[[int, int], None]) -> None:
+        experts = np.arange(self.table.experts)
+        for layer in range(self.table.layers):
+            self._admit(layer, experts, experts * 0)
+            self._stream(layer, experts, lambda _: None)
+            progress(layer + 1, self.table.layers)
+        self.counts = Counters()
+
+    def begin(self, tokens: int) -> None:
+        """Where a chunk routes to nearly every expert, all absent ones stream ahead of the routing."""
+        super().begin(tokens)
+        self._streaming = tokens * self.top_k >= 2 * self.table.experts
+        self._send_ahead(0)
+
+    def apply(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
+
+        host_ids = ids.cpu().numpy()  # waits for the router: about 0.1 ms a layer
+        if self.routed:
+            self.routed(layer, host_ids, weights)
+        experts, uses = np.unique(host_ids, return_counts=True)
+        resident = self.table.slot_of[layer * self.table.experts + experts]  # before any is evicted
+        self._admit(layer, experts, uses)
+        tiles = plan_tiles(ids, self.table.experts, x.dtype)
+        out = torch.empty((ids.numel(), x.shape[1]), dtype=x.dtype, device=x.device)
+
+        def multiply(addresses: Ints) -> None:
+            expert_mlp(x, ids, tiles, self._upload(addresses), self.layouts[layer], out)
+
+        there = resident >= 0
+        addresses = np.zeros(self.table.experts, np.int64)
+        addresses[experts[there]] = self._address(resident[there])
+        if there.any():
+            multiply(addresses)
+        self._stream(layer, experts[~there], multiply)
+        return combine(out, weights)
+
+    def _admit(self, layer: int, experts: Ints, uses: Ints) -> None:
+        for order in self.waves(layer, experts, uses):
+            self.access(layer, experts[order], uses[order])
+            self.table.landed(np.flatnonzero(self.table.arriving))  # their bytes come in the stream's order
+
+    def _stream(self, layer: int, missing: Ints, multiply: Callable[[Ints], None]) -> None:
+        """Bring `missing` in batches: into the slots that they own by now, or past them; `multiply(addresses [E])`."""
+        try:
+            under_way = np.concatenate([NONE, *(landing.experts for landing in self.uploads.waiting)])
+            todo = np.setdiff1d(missing, under_way)
+            while len(todo) or self._next(layer):
+                while self.uploads.room and len(todo):
+                    self.uploads.send(layer, todo[: self.uploads.batch], self.clock)
+                    todo = todo[self.uploads.batch :]
+                if not len(todo):
+                    self._send_ahead(layer + 1)
+                if self._next(layer):
+                    self._place(self.uploads.receive(), missing, multiply)
+            self._send_ahead(layer + 1)
+        except BaseException:
+            self.uploads.drop()
+            self._forget(layer, missing)
+            raise
+
+    def _next(self, layer: int) -> bool:
+        waiting = self.uploads.waiting
+        return bool(waiting) and waiting[0].layer == layer
+
+    def _place(self, landing: Landing, missing: Ints, multiply: Callable[[Ints], None]) -> None:
+        """Move a batch out of its zone, rearranged, and multiply."""
+        from offmoe.kernels.gpu.page_in import page_in
+
+        wanted = np.isin(landing.experts, missing)
+        experts, sources = landing.experts[wanted], self.uploads.addresses(landing)[wanted]
+        slots = self.table.slot_of[landing.layer * self.table.experts + experts].astype(np.int64)
+        slots[slots < 0] = self.table.slots + np.arange(np.count_nonzero(slots < 0))
+        packed = self._upload(np.concatenate([sources, slots, [len(experts)]]))
+        n = len(experts)
+        page_in(packed[:n], packed[2 * n :], packed[n : 2 * n], self.records, self.layouts[landing.layer])
+        self.uploads.release(landing)
+        self.counts.pcie_bytes += self.record_bytes[landing.layer] * len(landing.experts)
+        addresses = np.zeros(self.table.experts, np.int64)
+        addresses[experts] = self._address(slots)
+        multiply(addresses)
+
+    def _send_ahead(self, layer: int) -> None:
+        """Fill free zones with what `layer` lacks, if all of it will be wanted."""
+        if not self._streaming or layer >= self.table.layers:
+            return
+        first = layer * self.table.experts
+        absent = np.flatnonzero(self.table.slot_of[first : first + self.table.experts] < 0)
+        under_way = np.concatenate([NONE, *(w.experts for w in self.uploads.waiting if w.layer == layer)])
+        todo = np.setdiff1d(absent, under_way)
+        while self.uploads.room and len(todo):
+            self.uploads.send(layer, todo[: self.uploads.batch], self.clock)
+            todo = todo[self.uploads.batch :]
+
+    def _forget(self, layer: int, missing: Ints) -> None:
+        """The bytes of `missing` did not all come: none of them is resident."""
+        records = layer * self.table.experts + missing
+        slots = self.table.slot_of[records]
+        slots = slots[slots >= 0]
+        self.table.arriving[slots] = True
+        self.table.abandon(slots)
+
+    def _address(self, slots: Ints) -> Ints:
+        return self.records.data_ptr() + slots.astype(np.int64) * self.records.stride(0)
+
+    def _upload(self, numbers: Ints) -> Tensor:
+        return torch.from_numpy(numbers.astype(np.int64)).to(self.device)
