@@ -1,0 +1,157 @@
+"""How a record lies in a slot: blocks that a GPU cannot read in 16-byte words are taken apart into planes.
+
+A block of Q4_0 is a 2-byte scale and 16 bytes of nibbles: in a slot all scales of a matrix come first, then all
+nibbles, both aligned. Formats whose blocks are aligned as they are stay as they lie in the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from offmoe.kernels.formats import FORMATS
+from offmoe.kernels.record import RecordLayout
+
+ALIGN = 16
+# The byte runs of a block, in the order of the file; a single run stays as it is.
+PLANES: dict[str, tuple[int, ...]] = {
+    "F32": (4,),
+    "F16": (2,),
+    "BF16": (2,),
+    "Q8_0": (2, 32),
+    "Q4_0": (2, 16),
+    "Q4_1": (2, 2, 16),
+    "Q5_0": (2, 4, 16),
+    "Q4_K": (144,),
+    "Q5_K": (176,),
+    "Q6_K": (128, 64, 16, 2),
+    "MXFP4": (1, 16),
+}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """[rows, cols] in `format`; `planes`: the byte at which each of its planes starts in a slot or buffer."""
+
+    format: str
+    rows: int
+    cols: int
+    planes: tuple[int, ...]
+
+    @property
+    def row_blocks(self) -> int:
+        return self.cols // FORMATS[self.format].block
+
+    @property
+    def blocks(self) -> int:
+        return self.rows * self.row_blocks
+
+    @property
+    def nbytes(self) -> int:
+        """Up to the end of the last plane, from the start of the first; alone in a buffer, the buffer's size."""
+        return self.planes[-1] - self.planes[0] + aligned(self.blocks * PLANES[self.format][-1])
+
+    def rows_from(self, start: int, rows: int) -> Matrix:
+        """A run of its rows, in the same planes."""
+        skip = start * self.row_blocks
+        planes = tuple(at + skip * size for at, size in zip(self.planes, PLANES[self.format], strict=True))
+        return replace(self, rows=rows, planes=planes)
+
+
+@dataclass(frozen=True)
+class Run:
+    """`blocks` blocks of one format that lie together at byte `source` of a record, and where their planes start."""
+
+    format: str
+    source: int
+    blocks: int
+    planes: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """In the record."""
+        return self.blocks * FORMATS[self.format].bytes
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """A record in its slot: gate and up [F, H], down [H, F]."""
+
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    nbytes: int
+    runs: tuple[Run, ...]
+
+    @property
+    def hidden(self) -> int:
+        return self.down.rows
+
+    @property
+    def expert_hidden(self) -> int:
+        return self.down.cols
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+def planes_from(fmt: str, blocks: int, start: int) -> tuple[tuple[int, ...], int]:
+    """Where the planes of `blocks` blocks begin when the first does at `start`, and where the last ends."""
+    ends = list(accumulate((aligned(blocks * size) for size in PLANES[fmt]), initial=start))
+    return tuple(ends[:-1]), ends[-1]
+
+
+def matrix(fmt: str, rows: int, cols: int, start: int = 0) -> Matrix:
+    """Alone in a buffer, or from byte `start` of one."""
+    blocks = FORMATS[fmt].nbytes(rows, cols) // FORMATS[fmt].bytes
+    return Matrix(fmt, rows, cols, planes_from(fmt, blocks, start)[0])
+
+
+def slot_layout(layout: RecordLayout) -> SlotLayout:
+    """The parts one after another, each in its planes; of a stacked gate_up, gate and up are views."""
+    matrices, runs, at = {}, [], 0
+    for part in layout.parts:
+        form = matrix(part.format, part.rows, part.cols, at)
+        at = planes_from(part.format, form.blocks, at)[1]
+        runs.append(Run(part.format, part.offset, form.blocks, form.planes))
+        matrices[part.name] = form
+    if "gate_up" in matrices:
+        both = matrices["gate_up"]
+        inner = both.rows // 2
+        matrices["gate"], matrices["up"] = both.rows_from(0, inner), both.rows_from(inner, inner)
+    return SlotLayout(matrices["gate"], matrices["up"], matrices["down"], at, tuple(runs))
+
+
+def rearrange(raw: Tensor, layout: SlotLayout) -> Tensor:
+    """Records uint8 [n, ≥ record bytes] → slots uint8 [n, layout.nbytes]; what aligning leaves free is 0."""
+    slots = torch.zeros((len(raw), layout.nbytes), dtype=torch.uint8, device=raw.device)
+    for run in layout.runs:
+        into_planes(raw[:, run.source : run.source + run.nbytes], run.format, run.planes, slots)
+    return slots
+
+
+def rearrange_matrix(raw: Tensor, form: Matrix) -> Tensor:
+    """One matrix as it lies in the file, uint8 [bytes] → a buffer of its own [form.nbytes]."""
+    buffer = torch.zeros((1, form.nbytes), dtype=torch.uint8, device=raw.device)
+    into_planes(raw.view(1, -1), form.format, form.planes, buffer)
+    return buffer[0]
+
+
+def into_planes(raw: Tensor, fmt: str, planes: tuple[int, ...], target: Tensor) -> None:
+    """Blocks uint8 [n, blocks · bytes] → their planes in `target` [n, …]."""
+    blocks = raw.unflatten(1, (-1, FORMATS[fmt].bytes))
+    for at, part in zip(planes, blocks.split(PLANES[fmt], dim=2), strict=True):
+        target[:, at : at + part.shape[1] * part.shape[2]] = part.flatten(1)
+
+
+def unplane(slots: Tensor, form: Matrix) -> Tensor:
+    """A matrix out of slots uint8 [n, …], back in the file's order: uint8 [n, rows · row bytes]."""
+    parts = [
+        slots[:, at : at + form.blocks * size].unflatten(1, (form.blocks, size))
+        for at, size in zip(form.planes, PLANES[form.format], strict=True)
+    ]
+    return torch.cat(parts, dim=2).flatten(1)
