@@ -1,0 +1,274 @@
+"""Attention over the KV cache: one token in one launch (split-KV), and a prompt's chunk by torch's own kernels.
+
+The decode kernel is launched alike for every length: the length is a tensor on the device, and each KV head's
+positions are divided among `splits` programs there. What it reads before it waits for the kernel before it (position,
+rope row, norm weights, old keys and values) was written by an earlier graph launch: one graph holds one token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from offmoe.kernels.gpu.launch import dependent
+from offmoe.kernels.gpu.norm_rope import clipped, full_factor, in_int8, norm_factor, norm_kind
+from offmoe.kernels.kv import dequantise
+
+LEAST = 256  # positions that are not worth dividing: joining partial results costs 2 µs
+COMBINE = 4096  # values that the last program reads at once, a split's rows times its columns
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def load_block(base, scales, start, end, D: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, INT8: tl.constexpr):
+    """Positions start … of one head [BLOCK, WIDE], 0 from `end` on, and their scales [BLOCK]."""
+    n, d = start + tl.arange(0, BLOCK), tl.arange(0, WIDE)
+    block = tl.load(base + n[:, None] * D + d[None, :], mask=(n < end)[:, None] & (d < D)[None, :], other=0)
+    scale = tl.load(scales + n, mask=n < end, other=0.0).to(tl.float32) if INT8 else tl.full((BLOCK,), 1.0, tl.float32)
+    return block, scale
+
+
+@triton.jit
+def fold(q, k, v, k_scale, v_scale, visible, top, total, mixed, to_log2, INT8: tl.constexpr, DOT: tl.constexpr):
+    """One block more into the running softmax: q [R, W]; k, v [B, W]; top, total [R]; mixed [R, W]."""
+    scores = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee") * to_log2
+    if INT8:
+        scores = scores * k_scale[None, :]
+    scores = tl.where(visible[None, :], scores, -float("inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    old = tl.exp2(top - higher)
+    p = tl.exp2(scores - higher[:, None])
+    total = total * old + tl.sum(p, 1)
+    if INT8:
+        p = p * v_scale[None, :]
+    mixed = tl.dot(p.to(DOT), v.to(DOT), mixed * old[:, None], input_precision="ieee")
+    return higher, total, mixed
+
+
+@triton.jit
+def combine(
+    partial, head, active, splits, mixed,
+    GROUP: tl.constexpr, D: tl.constexpr, KV_HEADS: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, MANY: tl.constexpr,
+):  # fmt: skip
+    """Join a KV head's partial results, in the order of the splits. L1 may hold old lines: read past it."""
+    stats = partial + KV_HEADS * splits * GROUP * D + head * splits * GROUP * 2
+    g, d = tl.arange(0, ROWS), tl.arange(0, WIDE)
+    s = tl.arange(0, SPLITS)
+    at = (s[:, None] * GROUP + g[None, :]) * 2
+    inside = (s < active)[:, None] & (g < GROUP)[None, :]
+    tops = tl.load(stats + at, mask=inside, other=-float("inf"), cache_modifier=".cg")
+    top = tl.where(g < GROUP, tl.max(tops, 0), 0.0)
+    weights = tl.exp2(tops - top[None, :])
+    total = tl.sum(weights * tl.load(stats + at + 1, mask=inside, other=0.0, cache_modifier=".cg"), 0)
+    result = tl.zeros((ROWS, WIDE), tl.float32)
+    for start in range(0, active, MANY):
+        n = start + tl.arange(0, MANY)
+        at_n = (n[:, None] * GROUP + g[None, :]) * 2
+        there = (n < active)[:, None] & (g < GROUP)[None, :]
+        weight = tl.exp2(tl.load(stats + at_n, mask=there, other=-float("inf"), cache_modifier=".cg") - top[None, :])
+        rows = ((head * splits + n)[:, None, None] * GROUP + g[None, :, None]) * D + d[None, None, :]
+        values = tl.load(
+            partial + rows, mask=there[:, :, None] & (d < D)[None, None, :], other=0.0, cache_modifier=".cg"
+        )
+        result += tl.sum(values * weight[:, :, None], 0)
+    total = tl.where(g < GROUP, total, 1.0)
+    place = (head * GROUP + g[:, None]) * D + d[None, :]
+    tl.store(mixed + place, result / total[:, None], mask=(g < GROUP)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def to_l2(base, start, last, ROW: tl.constexpr, COUNT: tl.constexpr):
+    """Ask for COUNT rows of ROW bytes at `base` from `start` on, none behind `last`, and do not wait."""
+    LINES: tl.constexpr = triton.next_power_of_2((ROW + 127) // 128)
+    n, line = tl.minimum(start + tl.arange(0, COUNT), last), tl.minimum(tl.arange(0, LINES) * 128, ROW - 1)
+    at = base.to(tl.int64) + n.to(tl.int64)[:, None] * ROW + line[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _decode(
+    qkv, keys, values, scales, position, table, q_norm, k_norm, mixed_out, partial, tickets,
+    ctx, splits, least, clip, eps, to_log2,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, MANY: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (KV_HEADS, splits). A tile's rows: the group's query heads, their key, their value, padding.
+
+    Loads stand before what waits for one of them, all of a tile in one layout: each wait in turn costs 0.6 µs.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    head, split = tl.program_id(0), tl.program_id(1)
+    here = tl.load(position).to(tl.int32)
+    size = tl.maximum(least, tl.cdiv(tl.cdiv(here + 1, splits), BLOCK) * BLOCK)
+    active = tl.minimum(here // size + 1, splits)
+    start = split * size
+    end = tl.minimum(start + size, tl.minimum(here, ctx))
+    line = head.to(tl.int64) * ctx
+    k_base, v_base = keys + line * D, values + line * D
+    k_scales, v_scales = scales + line, scales + KV_HEADS * ctx.to(tl.int64) + line
+    if PDL:
+        BYTES: tl.constexpr = D * keys.dtype.element_ty.primitive_bitwidth // 8
+        to_l2(k_base, start, tl.minimum(here, ctx - 1), BYTES, 4 * BLOCK)
+        to_l2(v_base, start, tl.minimum(here, ctx - 1), BYTES, 4 * BLOCK)
+
+    r, d = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDE)[None, :]
+    other = tl.where(d < D // 2, d + D // 2, d - D // 2)  # whom d is rotated with
+    is_q, is_k, is_v = r < GROUP, r == GROUP, r == GROUP + 1
+    row = tl.minimum(here, ctx - 1) * D + r * 0
+    cos = tl.load(table + row + d, mask=(r <= GROUP) & (d < D), other=1.0)  # values are not turned
+    sin = tl.load(table + ctx * D + row + d, mask=(r <= GROUP) & (d < D), other=0.0)
+    if NORM != 0:
+        q_row = (head * GROUP + r if NORM == 2 else r * 0) * D
+        k_row = (head + r * 0 if NORM == 2 else r * 0) * D
+        weight = tl.load(q_norm + q_row + d, mask=is_q & (d < D), other=0.0)
+        weight += tl.load(k_norm + k_row + d, mask=is_k & (d < D), other=0.0)
+        weight_other = tl.load(q_norm + q_row + other, mask=is_q & (d < D), other=0.0)
+        weight_other += tl.load(k_norm + k_row + other, mask=is_k & (d < D), other=0.0)
+    k, k_scale = load_block(k_base, k_scales, start, end, D, WIDE, BLOCK, INT8)
+    v, v_scale = load_block(v_base, v_scales, start, end, D, WIDE, BLOCK, INT8)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if split >= active:
+        return
+
+    source = tl.where(is_q, head * GROUP + r, tl.where(is_k, HEADS + head, HEADS + KV_HEADS + head)) * D
+    inside = (r <= GROUP + 1) & (d < D)
+    x = tl.load(qkv + source + d, mask=inside, other=0.0)
+    y = tl.load(qkv + source + other, mask=inside & (r <= GROUP), other=0.0)
+    if NORM != 0:
+        if NORM == 1:
+            factor = norm_factor(x, D, eps)[:, None]
+        else:
+            factor = tl.where(is_q, full_factor(qkv, eps, HEADS * D), full_factor(qkv + HEADS * D, eps, KV_HEADS * D))
+        x = tl.where(is_v, x, x * factor * weight)
+        y = y * factor * weight_other
+    if CLIP:
+        x, y = clipped(x, clip), clipped(y, clip)
+    x = x * cos + tl.where(d < D // 2, -1.0, 1.0) * y * sin
+    q = x.to(DOT)
+    k_new = tl.sum(tl.where(is_k, x, 0.0), 0)[None, :]
+    v_new = tl.sum(tl.where(is_v, x, 0.0), 0)[None, :]
+
+    owner = split == active - 1  # of `here`
+    writes = owner & (here < ctx)
+    if INT8:
+        k_new, k_one = in_int8(k_new)
+        v_new, v_one = in_int8(v_new)
+        one = tl.arange(0, 1)
+        tl.store(k_scales + here + one, k_one.to(scales.dtype.element_ty), mask=writes & (one == 0))
+        tl.store(v_scales + here + one, v_one.to(scales.dtype.element_ty), mask=writes & (one == 0))
+    k_kept, v_kept = k_new.to(keys.dtype.element_ty), v_new.to(values.dtype.element_ty)
+    tl.store(k_base + here * D + d, k_kept, mask=writes & (d < D))
+    tl.store(v_base + here * D + d, v_kept, mask=writes & (d < D))
+    k_new, v_new = k_kept.to(tl.float32), v_kept.to(tl.float32)
+    if INT8:
+        k_new, v_new = k_new * k_one[:, None], v_new * v_one[:, None]
+
+    top = tl.where(owner, tl.sum(q.to(tl.float32) * k_new, 1) * to_log2, -float("inf"))
+    total = tl.where(owner, 1.0, 0.0) + tl.zeros((ROWS,), tl.float32)
+    mixed = tl.where(owner, v_new, 0.0) + tl.zeros((ROWS, WIDE), tl.float32)
+    visible = start + tl.arange(0, BLOCK) < end
+    top, total, mixed = fold(q, k, v, k_scale, v_scale, visible, top, total, mixed, to_log2, INT8, DOT)
+    for n in tl.range(start + BLOCK, end, BLOCK, num_stages=STAGES):
+        k_n, k_scale_n = load_block(k_base, k_scales, n, end, D, WIDE, BLOCK, INT8)
+        v_n, v_scale_n = load_block(v_base, v_scales, n, end, D, WIDE, BLOCK, INT8)
+        seen = n + tl.arange(0, BLOCK) < end
+        top, total, mixed = fold(q, k_n, v_n, k_scale_n, v_scale_n, seen, top, total, mixed, to_log2, INT8, DOT)
+
+    if active == 1:
+        tl.store(mixed_out + (head * GROUP + r) * D + d, mixed / total[:, None], mask=is_q & (d < D))
+        return
+    place, g = head * splits + split, tl.arange(0, ROWS)
+    tl.store(partial + (place * GROUP + r) * D + d, mixed, mask=is_q & (d < D))
+    stats = partial + KV_HEADS * splits * GROUP * D + (place * GROUP + g) * 2
+    tl.store(stats, top, mask=g < GROUP)
+    tl.store(stats + 1, total, mask=g < GROUP)
+    tl.debug_barrier()  # all warps' stores come before the ticket
+    if tl.atomic_add(tickets + head, 1, sem="acq_rel") == active - 1:
+        combine(partial, head, active, splits, mixed_out, GROUP, D, KV_HEADS, SPLITS, ROWS, WIDE, MANY)
+        tl.store(tickets + head, 0)
+
+
+def pick_splits(bucket: int, kv_heads: int, sms: int = 132) -> tuple[int, int]:
+    """(splits, split_size) for contexts up to `bucket`: about one program a multiprocessor.
+
+    A split is at least `split_size` long; where splits · split_size do not reach, the device makes them longer.
+    So the splits for a model's whole context serve every length, with no second capture.
+    """
+    return max(1, min(-(-bucket // LEAST), sms // kv_heads)), LEAST
+
+
+def partial_size(heads: int, head_dim: int, splits: int) -> int:
+    """Float32 values of `partial`."""
+    return heads * splits * (head_dim + 2)
+
+
+def decode_attention(
+    qkv: Tensor, keys: Tensor, values: Tensor, position: Tensor, rope_table: Tensor, mixed: Tensor,
+    partial: Tensor, tickets: Tensor, *,
+    heads: int, kv_heads: int, head_dim: int, q_norm: Tensor | None, k_norm: Tensor | None, norm_full: bool,
+    clip: float | None, eps: float, splits: int, split_size: int = LEAST, scales: Tensor | None = None,
+    pdl: bool = False, block: int | None = None, warps: int = 4, stages: int = 3,
+) -> None:  # fmt: skip
+    """One token at `position` [1]: q, k, v [(heads + 2 kv_heads) · D] float32 → mixed [heads · D] float32.
+
+    Norm, clip, rotation as in kernels.norm_rope; k and v are written into keys, values [kv_heads, ctx, D] at
+    `position` (int8: with scales [2, kv_heads, ctx]), unless it is ctx, where nothing fits any more.
+    `partial` [partial_size(…)] float32 is scratch; `tickets` [kv_heads] int32 are 0 before and after.
+    The result depends on splits · split_size, not on the order in which programs run.
+    """
+    ctx, wide, group = keys.shape[1], triton.next_power_of_2(head_dim), heads // kv_heads
+    assert qkv.numel() == (heads + 2 * kv_heads) * head_dim
+    assert mixed.numel() == heads * head_dim
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    assert (keys.dtype == torch.int8) == (scales is not None)
+    assert rope_table.shape[1:] == (ctx, head_dim)
+    assert rope_table.is_contiguous()
+    assert head_dim % 2 == 0
+    assert partial.numel() >= partial_size(heads, head_dim, splits)
+    assert tickets.numel() >= kv_heads
+    block = block or max(16, min(64, 16384 // (wide * keys.element_size())))
+    assert split_size % block == 0, f"split_size {split_size} is no multiple of {block}"
+    rows = max(16, triton.next_power_of_2(group + 2))
+    _decode[(kv_heads, splits)](
+        qkv, keys, values, keys if scales is None else scales, position, rope_table, q_norm, k_norm,
+        mixed, partial, tickets, ctx, splits, split_size, clip or 0.0, eps, head_dim**-0.5 * LOG2E,
+        HEADS=heads, KV_HEADS=kv_heads, D=head_dim, WIDE=wide, ROWS=rows, BLOCK=block,
+        SPLITS=triton.next_power_of_2(splits), MANY=max(1, COMBINE // (rows * wide)), STAGES=stages,
+        NORM=norm_kind(q_norm, norm_full), CLIP=bool(clip), INT8=scales is not None, DOT=dot_type(keys),
+        num_warps=warps, **dependent(pdl),
+    )  # fmt: skip
+
+
+def dot_type(keys: Tensor) -> tl.dtype:
+    """What products are taken in. int8 becomes bfloat16, which holds it exactly (the interpreter has it wrong)."""
+    names = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+    return names.get(keys.dtype, tl.bfloat16 if keys.is_cuda else tl.float32)
+
+
+def prefill_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, scales: Tensor | None = None) -> Tensor:
+    """q [T, heads, D] at positions start … over keys, values [kv_heads, ctx, D] up to their own: [T, heads, D].
+
+    No [T, start + T] mask is made on a GPU. int8 keys and values are unpacked first, in q's type.
+    """
+    end = start + len(q)
+    k, v = keys[:, :end], values[:, :end]
+    if scales is not None:
+        k, v = (dequantise(x, scale[:, :end], q.dtype) for x, scale in zip((k, v), scales, strict=True))
+    bias = causal_lower_right(len(q), end) if start else None
+    mixed = F.scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0),
+        attn_mask=bias, is_causal=bias is None, enable_gqa=q.shape[1] != len(keys),
+    )  # fmt: skip
+    return mixed.squeeze(0).transpose(0, 1)

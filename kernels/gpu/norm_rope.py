@@ -1,0 +1,179 @@
+"""RMS norm, rotary embedding and the KV write of many tokens, in one pass over q, k and v."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 8  # heads a program turns
+
+
+@triton.jit
+def norm_factor(x, count, eps):
+    """x [R, W], zero beyond `count` columns → 1 / RMS of each row [R]."""
+    return tl.rsqrt(tl.sum(x * x, 1) / count + eps)
+
+
+@triton.jit
+def full_factor(base, eps, COUNT: tl.constexpr):
+    """1 / RMS of the COUNT values at `base`."""
+    PADDED: tl.constexpr = triton.next_power_of_2(COUNT)
+    at = tl.arange(0, PADDED)
+    x = tl.load(base + at, mask=at < COUNT, other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(x * x, 0) / COUNT + eps)
+
+
+@triton.jit
+def normed_turned(
+    base, weight, cos, sin, first, heads, clip, eps,
+    D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, ALL: tl.constexpr,
+    NORM: tl.constexpr, CLIP: tl.constexpr,
+):  # fmt: skip
+    """Heads first … first + ROWS of the ALL · D values at `base`: norm, clip, rotate → [ROWS, WIDE] float32.
+
+    Rows from `heads` on and columns from D on are 0. NORM 0: none, 1: each head, 2: all together.
+    cos, sin [WIDE].
+    """
+    row, d = first + tl.arange(0, ROWS), tl.arange(0, WIDE)
+    inside = (row < heads)[:, None] & (d < D)[None, :]
+    other = tl.where(d < D // 2, d + D // 2, d - D // 2)  # whom d is rotated with
+    x = tl.load(base + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(base + row[:, None] * D + other[None, :], mask=inside, other=0.0).to(tl.float32)
+    if NORM == 1:
+        factor = norm_factor(x, D, eps)[:, None]
+        x = x * factor * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        y = y * factor * tl.load(weight + other, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    if NORM == 2:
+        factor = full_factor(base, eps, ALL * D)
+        x = x * factor * tl.load(weight + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        y = y * factor * tl.load(weight + row[:, None] * D + other[None, :], mask=inside, other=0.0).to(tl.float32)
+    if CLIP:
+        x, y = clipped(x, clip), clipped(y, clip)
+    return x * cos[None, :] + tl.where(d < D // 2, -1.0, 1.0)[None, :] * y * sin[None, :]
+
+
+@triton.jit
+def clipped(x, clip):
+    """NaN stays NaN."""
+    return tl.where(x > clip, clip, tl.where(x < -clip, -clip, x))
+
+
+@triton.jit
+def in_int8(x):
+    """x [R, W] → whole numbers -127 … 127 in float32, scales [R], as kernels.kv does it."""
+    largest = tl.max(tl.abs(x), 1)
+    inverse = tl.where(largest > 0, tl.div_rn(127.0, tl.where(largest > 0, largest, 1.0)), 0.0)
+    shift = 12582912.0  # 1.5 · 2 ** 23: adding and taking away rounds to a whole number, half to even
+    return (x * inverse[:, None] + shift) - shift, tl.div_rn(largest, 127.0)
+
+
+@triton.jit
+def _norm_rope_write(
+    qkv, q_out, keys, values, scales, positions, table, q_norm, k_norm, ctx, stride, clip, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    NORM: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr,
+):  # fmt: skip
+    """Grid (T, blocks of q's heads, then of k's, then of v's)."""
+    Q_BLOCKS: tl.constexpr = (HEADS + ROWS - 1) // ROWS
+    K_BLOCKS: tl.constexpr = (KV_HEADS + ROWS - 1) // ROWS
+    t, block = tl.program_id(0), tl.program_id(1)
+    base = qkv + t.to(tl.int64) * stride
+    position = tl.load(positions + t).to(tl.int64)
+    d = tl.arange(0, WIDE)
+    cos = tl.load(table + position * D + d, mask=d < D, other=0.0)
+    sin = tl.load(table + (ctx + position) * D + d, mask=d < D, other=0.0)
+    if block < Q_BLOCKS:
+        row = block * ROWS + tl.arange(0, ROWS)
+        q = normed_turned(
+            base, q_norm, cos, sin, block * ROWS, HEADS, clip, eps, D, WIDE, ROWS, HEADS, NORM, CLIP
+        )  # fmt: skip
+        at = (t.to(tl.int64) * HEADS + row)[:, None] * D + d[None, :]
+        tl.store(q_out + at, q.to(q_out.dtype.element_ty), mask=(row < HEADS)[:, None] & (d < D)[None, :])
+    elif block < Q_BLOCKS + K_BLOCKS:
+        first = (block - Q_BLOCKS) * ROWS
+        k = normed_turned(
+            base + HEADS * D, k_norm, cos, sin, first, KV_HEADS, clip, eps, D, WIDE, ROWS, KV_HEADS, NORM, CLIP
+        )  # fmt: skip
+        write_rows(k, keys, scales, first, position, ctx, KV_HEADS, D, WIDE, ROWS, INT8)
+    else:
+        first = (block - Q_BLOCKS - K_BLOCKS) * ROWS
+        row = first + tl.arange(0, ROWS)
+        inside = (row < KV_HEADS)[:, None] & (d < D)[None, :]
+        v = tl.load(base + (HEADS + KV_HEADS + row[:, None]) * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        if CLIP:
+            v = clipped(v, clip)
+        write_rows(v, values, scales + KV_HEADS * ctx, first, position, ctx, KV_HEADS, D, WIDE, ROWS, INT8)
+
+
+@triton.jit
+def write_rows(
+    x, cache, scales, first, position, ctx,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, INT8: tl.constexpr,
+):  # fmt: skip
+    """x [ROWS, WIDE], of heads first …, → cache [KV_HEADS, ctx, D] at `position`, scales [KV_HEADS, ctx]."""
+    row, d = first + tl.arange(0, ROWS), tl.arange(0, WIDE)
+    fits = (row < KV_HEADS) & (position < ctx)
+    if INT8:
+        x, scale = in_int8(x)
+        tl.store(scales + row.to(tl.int64) * ctx + position, scale.to(scales.dtype.element_ty), mask=fits)
+    at = (row.to(tl.int64) * ctx + position)[:, None] * D + d[None, :]
+    tl.store(cache + at, x.to(cache.dtype.element_ty), mask=fits[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _rms_norm(x, weight, out, eps, H: tl.constexpr, WIDE: tl.constexpr):
+    """One row a program."""
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, WIDE)
+    row = tl.load(x + t * H + h, mask=h < H, other=0.0).to(tl.float32)
+    row = row * tl.rsqrt(tl.sum(row * row, 0) / H + eps) * tl.load(weight + h, mask=h < H, other=0.0).to(tl.float32)
+    tl.store(out + t * H + h, row.to(out.dtype.element_ty), mask=h < H)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    """x [T, H] in any float type → out [T, H], rounded once to its type. Returns `out`."""
+    assert x.is_contiguous()
+    assert out.is_contiguous()
+    assert x.shape == out.shape
+    wide = triton.next_power_of_2(x.shape[1])
+    _rms_norm[(len(x),)](x, weight, out, eps, x.shape[1], wide, num_warps=8 if wide > 2048 else 4)
+    return out
+
+
+def norm_kind(weight: Tensor | None, full: bool) -> int:
+    """NORM of `normed_turned`."""
+    return 0 if weight is None else 2 if full else 1
+
+
+def norm_rope_write(
+    qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rope_table: Tensor, *,
+    heads: int, kv_heads: int, head_dim: int, q_norm: Tensor | None, k_norm: Tensor | None,
+    clip: float | None, eps: float, scales: Tensor | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """q, k, v of T tokens [T, (heads + 2 kv_heads) · D]: norm, clip, rotate; k and v go into the cache.
+
+    keys, values [kv_heads, ctx, D] and, in int8, scales [2, kv_heads, ctx] are written at `positions` [T].
+    The norms are as wide as their weights: [D] each head, [heads · D] all together. Returns q [T, heads, D] in `out`
+    or in qkv's type.
+    """
+    ctx = keys.shape[1]
+    assert qkv.stride(1) == 1
+    assert qkv.shape[1] == (heads + 2 * kv_heads) * head_dim
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    assert (keys.dtype == torch.int8) == (scales is not None)
+    assert rope_table.shape[1:] == (ctx, head_dim)
+    assert rope_table.is_contiguous()
+    assert head_dim % 2 == 0
+    q = torch.empty((len(qkv), heads, head_dim), device=qkv.device, dtype=qkv.dtype) if out is None else out
+    blocks = triton.cdiv(heads, ROWS) + 2 * triton.cdiv(kv_heads, ROWS)
+    full = q_norm is not None and q_norm.numel() == heads * head_dim and heads > 1
+    _norm_rope_write[(len(qkv), blocks)](
+        qkv, q, keys, values, keys if scales is None else scales, positions, rope_table, q_norm, k_norm,
+        ctx, qkv.stride(0), clip or 0.0, eps,
+        HEADS=heads, KV_HEADS=kv_heads, D=head_dim, WIDE=triton.next_power_of_2(head_dim), ROWS=ROWS,
+        NORM=norm_kind(q_norm, full), CLIP=bool(clip), INT8=scales is not None, num_warps=4,
+    )  # fmt: skip
+    return q

@@ -1,0 +1,205 @@
+"""The attention kernels through Triton's interpreter (or on the GPU that is there), against their naive twins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from close import assert_close
+from torch import Tensor
+
+from offmoe.kernels import kv as naive_kv
+from offmoe.kernels.attention import attention
+from offmoe.kernels.norm_rope import rms_norm, rope, rope_table
+
+pytest.importorskip("triton")
+from offmoe.kernels.gpu import attention as fast
+from offmoe.kernels.gpu import norm_rope as fast_norm
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+F16, F32 = torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape; norm: none, head or full."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    dim: int = 16
+    norm: str = "head"
+    clip: float | None = None
+    dtype: torch.dtype = F32
+    ctx: int = 64
+    int8: bool = False
+    eps: float = 1e-5
+
+    @property
+    def width(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.dim
+
+    def norms(self) -> tuple[Tensor | None, Tensor | None]:
+        if self.norm == "none":
+            return None, None
+        sizes = (self.dim, self.dim) if self.norm == "head" else (self.heads * self.dim, self.kv_heads * self.dim)
+        q, k = (1 + 0.3 * randn(size, seed=90 + i) for i, size in enumerate(sizes))
+        return q, k
+
+    def cache(self, filled: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and scales; what is not filled holds NaN, in int8 the scales do."""
+        keys, values = (randn(self.kv_heads, self.ctx, self.dim, seed=s) for s in (1, 2))
+        if self.int8:
+            (keys, k_scales), (values, v_scales) = naive_kv.quantise(keys), naive_kv.quantise(values)
+            scales = torch.stack((k_scales, v_scales))
+            scales[:, :, filled:] = torch.nan
+            return keys, values, scales
+        keys[:, filled:], values[:, filled:] = torch.nan, torch.nan
+        return keys.to(self.dtype), values.to(self.dtype), None
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def naive_qkv(case: Case, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As Trunk.attend does it, in float32: q [T, heads, D]; k and v [T, kv_heads, D]."""
+    q, k, v = qkv.float().split((case.heads * case.dim, case.kv_heads * case.dim, case.kv_heads * case.dim), -1)
+    q, k = (
+        x if w is None else rms_norm(x.unflatten(-1, (-1, w.numel())), w, case.eps).flatten(1)
+        for x, w in zip((q, k), case.norms(), strict=True)
+    )
+    if case.clip:
+        q, k, v = (t.clamp(-case.clip, case.clip) for t in (q, k, v))
+    table = rope_table(case.ctx, case.dim, 1e4, DEVICE)
+    q, k = (rope(x.unflatten(-1, (-1, case.dim)), table, positions) for x in (q, k))
+    return q, k, v.unflatten(-1, (-1, case.dim))
+
+
+def stored(case: Case, x: Tensor) -> Tensor:
+    """x after its way through the cache, in float32."""
+    return naive_kv.dequantise(*naive_kv.quantise(x), F32) if case.int8 else x.to(case.dtype).float()
+
+
+def contents(keys: Tensor, scales: Tensor | None) -> Tensor:
+    return keys.float() if scales is None else naive_kv.dequantise(keys, scales, F32)
+
+
+def expected(case: Case, qkv: Tensor, here: int) -> tuple[Tensor, Tensor, Tensor]:
+    """mixed [heads · D], and the new k and v as they should lie in the cache."""
+    keys, values, scales = case.cache(here)
+    positions = torch.tensor([here], device=DEVICE)
+    q, k, v = naive_qkv(case, qkv[None], positions)
+    keys, values = (contents(x, None if scales is None else scales[i]) for i, x in enumerate((keys, values)))
+    k, v = stored(case, k[0]), stored(case, v[0])
+    keys[:, here], values[:, here] = k, v
+    keys, values = keys[:, : here + 1], values[:, : here + 1]
+    return attention(q, keys, values, positions).flatten(), k, v
+
+
+def decode(case: Case, qkv: Tensor, here: int, splits: int, split_size: int, **options: int) -> tuple[Tensor, ...]:
+    keys, values, scales = case.cache(here)
+    mixed = torch.full((case.heads * case.dim,), torch.nan, device=DEVICE)
+    partial = torch.full((fast.partial_size(case.heads, case.dim, splits),), torch.nan, device=DEVICE)
+    tickets = torch.zeros(case.kv_heads, dtype=torch.int32, device=DEVICE)
+    q_norm, k_norm = case.norms()
+    fast.decode_attention(
+        qkv, keys, values, torch.tensor([here], device=DEVICE), rope_table(case.ctx, case.dim, 1e4, DEVICE),
+        mixed, partial, tickets, heads=case.heads, kv_heads=case.kv_heads, head_dim=case.dim,
+        q_norm=q_norm, k_norm=k_norm, norm_full=case.norm == "full", clip=case.clip, eps=case.eps,
+        splits=splits, split_size=split_size, scales=scales, **options,
+    )  # fmt: skip
+    assert not tickets.any(), "tickets are not back at 0"
+    k, v = (contents(x, None if scales is None else scales[i])[:, here] for i, x in enumerate((keys, values)))
+    return mixed, k, v
+
+
+CASES = {
+    "plain f32": Case(norm="none"),
+    "head norm f16": Case(dtype=F16),
+    "full norm, clip, no groups": Case(heads=4, kv_heads=4, norm="full", clip=0.9),
+    "odd width": Case(heads=3, kv_heads=1, dim=20, dtype=F16),
+    "large group": Case(heads=20, kv_heads=1, norm="full"),
+    "int8": Case(int8=True),
+    "int8, clip": Case(int8=True, norm="none", clip=0.5, heads=2, kv_heads=2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("here", "splits"), [(0, 1), (7, 1), (16, 4), (45, 2), (63, 4)])
+def test_one_token_is_the_twins(name: str, here: int, splits: int) -> None:
+    case = CASES[name]
+    qkv = randn(case.width, seed=here)
+    got = decode(case, qkv, here, splits, 16, block=16)
+    ratio = 2e-3 if case.dtype == F16 or (case.int8 and DEVICE.type == "cpu") else 5e-3 if case.int8 else 1e-5
+    for part, mine, want in zip(("mixed", "k", "v"), got, expected(case, qkv, here), strict=True):
+        assert_close(f"{name}: {part} at {here}", mine, want, ratio)
+
+
+def test_a_long_context_is_divided_on_the_device() -> None:
+    """3 splits of at least 16 serve 64 positions: the device makes them 32 long."""
+    case = Case()
+    qkv = randn(case.width, seed=5)
+    got, _, _ = decode(case, qkv, 63, 3, 16, block=16)
+    assert_close("mixed", got, expected(case, qkv, 63)[0], 1e-5)
+
+
+def test_nothing_is_written_behind_the_context() -> None:
+    """At position ctx (a step launched past the end) no other head's first row is overwritten."""
+    case = Case(ctx=16)
+    keys, values, _ = case.cache(16)
+    before = keys.clone(), values.clone()
+    position = torch.tensor([16], device=DEVICE)
+    mixed, partial = torch.empty(case.heads * case.dim, device=DEVICE), torch.empty(4096, device=DEVICE)
+    q_norm, k_norm = case.norms()
+    fast.decode_attention(
+        randn(case.width, seed=1), keys, values, position, rope_table(16, case.dim, 1e4, DEVICE), mixed, partial,
+        torch.zeros(2, dtype=torch.int32, device=DEVICE), heads=4, kv_heads=2, head_dim=16, q_norm=q_norm,
+        k_norm=k_norm, norm_full=False, clip=None, eps=1e-5, splits=2, split_size=16, block=16,
+    )  # fmt: skip
+    assert torch.equal(keys, before[0])
+    assert torch.equal(values, before[1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_many_tokens_are_turned_and_written(name: str) -> None:
+    case, positions = CASES[name], torch.tensor([3, 4, 5], device=DEVICE)
+    qkv = randn(3, case.width, seed=8).to(F32 if case.int8 else case.dtype)
+    keys, values, scales = case.cache(0)
+    q_norm, k_norm = case.norms()
+    got = fast_norm.norm_rope_write(
+        qkv, keys, values, positions, rope_table(case.ctx, case.dim, 1e4, DEVICE), heads=case.heads,
+        kv_heads=case.kv_heads, head_dim=case.dim, q_norm=q_norm, k_norm=k_norm, clip=case.clip, eps=case.eps,
+        scales=scales,
+    )  # fmt: skip
+    q, k, v = naive_qkv(case, qkv, positions)
+    ratio = 1e-3 if case.dtype == F16 else 1e-5
+    assert_close("q", got, q, ratio)
+    for i, (label, cache, want) in enumerate((("k", keys, k), ("v", values, v))):
+        mine = contents(cache, None if scales is None else scales[i])[:, positions].transpose(0, 1)
+        assert_close(label, mine, stored(case, want), ratio if not case.int8 else 3e-3)
+
+
+@pytest.mark.parametrize("dtype", [F16, F32])
+def test_rms_norm_is_the_twins(dtype: torch.dtype) -> None:
+    x, weight = 3 * randn(3, 40, seed=1), 1 + randn(40, seed=2)
+    out = torch.full((3, 40), torch.nan, dtype=dtype, device=DEVICE)
+    assert_close("norm", fast_norm.rms_norm(x, weight, 1e-5, out), rms_norm(x, weight, 1e-5), 1e-3)
+
+
+@pytest.mark.parametrize("start", [0, 1, 20])
+@pytest.mark.parametrize("case", [Case(), replace(Case(), int8=True), replace(Case(), kv_heads=4)])
+def test_a_chunk_is_the_twins(case: Case, start: int) -> None:
+    q = randn(9, case.heads, case.dim, seed=4)
+    keys, values, scales = case.cache(start + 9)
+    got = fast.prefill_attention(q, keys, values, start, scales)
+    positions = start + torch.arange(9, device=DEVICE)
+    keys, values = (contents(x, None if scales is None else scales[i]) for i, x in enumerate((keys, values)))
+    assert_close("mixed", got, attention(q, keys[:, : start + 9], values[:, : start + 9], positions), 1e-5)
+
+
+def test_splits_cover_a_bucket_with_a_program_a_multiprocessor() -> None:
+    assert fast.pick_splits(256, 4) == (1, 256)
+    assert fast.pick_splits(1024, 4) == (4, 256)
+    assert fast.pick_splits(32768, 4) == (33, 256)
+    assert fast.pick_splits(32768, 200) == (1, 256)
