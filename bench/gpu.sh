@@ -1,15 +1,87 @@
 #!/usr/bin/env bash
-# Everything for a GPU machine in one call: the installed shape on the path, tests/gpu, the benchmark tables.
-#   bash bench/gpu.sh [OUT]      OUT: a folder for logs and rows (default: bench/results)
-set -u
+# Everything for a GPU machine, in stages; a stage prints the end of its output, $OUT/log.txt holds all of it.
+#   bash bench/gpu.sh OUT [STAGE …]      OUT: a folder for the log and the rows; no stage: all of them
+# Stages: build (the peer, in the background: it goes on when this script ends), tests, kernels, peer (waits for its
+# build), decode, decode-long, decode-gpt-oss, decode-prefetch, quick, prefill, memory, demo.
+# Ignored folders that it takes if they are there: .whl (wheels of missing packages), .traces, .peer (bench/peer.sh pack).
+# ARGS_decode="--caps 50" and so on: further arguments of a stage.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-bench/results}
+out=${1:?a folder for the log and the rows}
+shift
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+[ $# -gt 0 ] || set -- build tests kernels peer decode decode-long decode-gpt-oss decode-prefetch prefill memory demo
+peer=/tmp/offmoe-peer
+
+export OFFMOE_TRACES=${OFFMOE_TRACES:-$([ -d .traces ] && echo "$PWD/.traces" || echo "$PWD/../shared/traces")}
+[ -f "$OFFMOE_TRACES/gpt-oss-20b.npz" ] || { echo "$OFFMOE_TRACES/gpt-oss-20b.npz is absent: carry .traces, or set OFFMOE_TRACES" >&2; exit 1; }
+
+# The installed shape. Never the root itself: its folders would be found under their own names.
 view=$(mktemp -d)
-mkdir -p "$view/offmoe" "$out"
+mkdir -p "$view/offmoe"
 ln -s "$PWD"/offmoe/* "$PWD/cache" "$PWD/kernels" "$view/offmoe/"
-export PYTHONPATH="$view${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OFFMOE_COMMIT=${OFFMOE_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null)}
-# -P: the root must not be on the path, or its folders would be found under their own names.
-python3 -P -m pytest tests/gpu -p no:cacheprovider 2>&1 | tee "$out/gpu-tests.log" | tail -25
-python3 bench/memory.py "${SHAPE_LAYERS:-}" 2>&1 | tee "$out/memory.log"
-python3 -P -m offmoe doctor 2>&1 | tee "$out/doctor.log"
-python3 -P -m offmoe run demo 'What is the capital of France?' --greedy --json --vram 50% 2>&1 | tee "$out/run.json"
+if compgen -G '.whl/*.whl' >/dev/null; then
+    python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$view" .whl/*.whl || exit 1
+fi
+export PYTHONPATH="$view${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export OFFMOE_COMMIT=${OFFMOE_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
+
+failed=()
+stage() { # NAME LINES SECONDS COMMAND …: at most so long, its last LINES on the screen
+    local name=$1 lines=$2 limit=$3 began=$SECONDS rc=0
+    shift 3
+    # shellcheck disable=SC2086,SC2154
+    local more="ARGS_${name//-/_}"
+    printf '\n## %s: %s\n' "$name" "$*" >>"$out/log.txt"
+    # shellcheck disable=SC2086
+    timeout -k 5 "$limit" "$@" ${!more:-} 2>&1 | tee -a "$out/log.txt" | tail -n "$lines" || rc=$?
+    echo "== $name: $((SECONDS - began)) s, exit $rc"
+    [ $rc = 0 ] || failed+=("$name")
+}
+
+build() { # once a machine; its own session, so that it outlives this script
+    [ -e $peer.started ] && return
+    : >$peer.started
+    setsid bash -c "bash bench/peer.sh build $peer >$peer.log 2>&1; echo \$? >$peer.built" </dev/null >/dev/null 2>&1 &
+    echo "== build: begun, $peer.log"
+}
+
+run_peer() {
+    local gguf
+    build
+    for _ in $(seq "${PEER_WAIT:-400}"); do [ -e $peer.built ] && break || sleep 1; done
+    [ "$(cat $peer.built 2>/dev/null)" = 0 ] || { tail -n 15 $peer.log; echo "llama-bench is not built"; return 1; }
+    gguf=$(python3 bench/rig.py qwen3-30b-a3b | tail -n 1)
+    bash bench/peer.sh bench $peer "$gguf" "$out/peer.csv" 48
+}
+
+for name in "$@"; do
+    case $name in
+        build) build ;;
+        tests) stage tests 25 420 python3 -P -m pytest tests/gpu -q -p no:cacheprovider --durations=5 ;;
+        kernels)
+            for file in bench/kernels.py bench/gemm.py; do
+                [ ! -f $file ] || stage kernels 40 120 python3 $file "$out/$(basename $file .py).csv"
+            done
+            ;;
+        peer)
+            run_peer 2>&1 | tee -a "$out/log.txt" | tail -n 20 || failed+=(peer)
+            python3 bench/rig.py --peer "$out/peer.csv"
+            ;;
+        quick) stage quick 12 150 python3 bench/decode.py --quick --peer "$out/peer.csv" --out "$out/decode.csv" ;;
+        decode) stage decode 24 420 python3 bench/decode.py --caps 25,50,75,100 --routing realistic,uniform --policies crf:h=16,lru@25,lru@50 --peer "$out/peer.csv" --out "$out/decode.csv" ;;
+        decode-long) stage decode-long 10 200 python3 bench/decode.py --caps 50,100 --routing realistic --context 128,32768 --tokens 256 --peer "$out/peer.csv" --out "$out/decode.csv" ;;
+        decode-gpt-oss) stage decode-gpt-oss 10 240 python3 bench/decode.py --shape gpt-oss-20b --caps 25,50,100 --routing trace --policies crf:h=16,lru@50 --out "$out/decode.csv" ;;
+        decode-prefetch) # published pairs of recall and precision on the misses; and the bound
+            stage decode-prefetch 14 300 python3 bench/decode.py --caps 25,50 --routing realistic --prefetch none emulated:recall=0.727,precision=0.557,d=1 emulated:recall=0.142,precision=0.987,d=1 oracle:d=2 --out "$out/decode.csv" ;;
+        prefill) stage prefill 12 240 python3 bench/prefill.py --shape qwen3-30b-a3b,demo --peer "$out/peer.csv" --out "$out/prefill.csv" ;;
+        memory) stage memory 20 180 python3 bench/memory.py ${SHAPE_LAYERS:-} ;;
+        demo)
+            stage demo 12 60 python3 -P -m offmoe doctor
+            stage demo 30 90 python3 -P -m offmoe run demo 'What is the capital of France?' --greedy --json --vram 50%
+            ;;
+        *) echo "stage $name is unknown" >&2; exit 2 ;;
+    esac
+done
+[ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

@@ -1,7 +1,13 @@
 """Writes a GGUF of a real model's shape with random, sane weights: the size and the work without the download.
 
-python bench/shapes.py qwen3-30b-a3b /tmp/qwen3.gguf [LAYERS]
+    python bench/shapes.py qwen3-30b-a3b /tmp/qwen3.gguf [LAYERS]
+
+Tensors of one shape share their bytes, so 17 GB are written in seconds and take 0.7 GB of memory to make; the experts
+within a tensor differ. gpt-oss-20b is its shape, expert format and bytes only: that family (biases, sinks, clamped
+SwiGLU, sliding windows) is not implemented, so the file is a plain qwen3moe, which offmoe and llama.cpp both load.
 """
+
+from __future__ import annotations
 
 import sys
 from pathlib import Path
@@ -9,54 +15,99 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 
-from offmoe.kernels.formats import FORMATS
+from offmoe.kernels.formats import FORMATS, dequantise
 
+# experts, dense, head: formats of the routed experts, of what is left, and of v and the output head.
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": {"arch": "qwen3moe", "layers": 48, "hidden": 2048, "heads": 32, "kv_heads": 4, "head_dim": 128,
-                      "vocab": 151936, "experts": 128, "top_k": 8, "inner": 768, "format": "Q4_K", "qk_norm": True,
-                      "ctx": 40960, "theta": 1e6},
+                      "vocab": 151936, "experts": 128, "top_k": 8, "inner": 768, "format": "Q4_K", "dense": "Q4_K",
+                      "head": "Q6_K", "qk_norm": "head", "ctx": 40960, "theta": 1e6},
+    "gpt-oss-20b": {"arch": "qwen3moe", "layers": 24, "hidden": 2880, "heads": 64, "kv_heads": 8, "head_dim": 64,
+                    "vocab": 201088, "experts": 32, "top_k": 4, "inner": 2880, "format": "MXFP4", "dense": "Q8_0",
+                    "head": "Q8_0", "qk_norm": "head", "ctx": 131072, "theta": 150000.0},
+    "olmoe": {"arch": "olmoe", "layers": 16, "hidden": 2048, "heads": 16, "kv_heads": 16, "head_dim": 128,
+              "vocab": 50304, "experts": 64, "top_k": 8, "inner": 1024, "format": "Q8_0", "dense": "Q8_0",
+              "head": "Q8_0", "qk_norm": "full", "ctx": 4096, "theta": 1e4},
     "mixtral-8x7b": {"arch": "llama", "layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128,
-                     "vocab": 32000, "experts": 8, "top_k": 2, "inner": 14336, "format": "Q4_K", "qk_norm": False,
-                     "ctx": 32768, "theta": 1e6},
+                     "vocab": 32000, "experts": 8, "top_k": 2, "inner": 14336, "format": "Q4_K", "dense": "Q4_K",
+                     "head": "Q6_K", "qk_norm": "none", "ctx": 32768, "theta": 1e6},
+}  # fmt: skip
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Where a block keeps its float16 scales, and what each is as a multiple of the first: minima centre the weights.
+SCALES: dict[str, dict[int, float]] = {
+    "Q8_0": {0: 1}, "Q4_0": {0: 1}, "Q5_0": {0: 1}, "Q4_1": {0: 1, 2: -7.5}, "Q4_K": {0: 1, 2: 7.5},
+    "Q5_K": {0: 1, 2: 15.5}, "Q6_K": {208: 1},
 }  # fmt: skip
 
 
 def weights(rng: np.random.Generator, fmt: str, rows: int, cols: int) -> np.ndarray:
-    """Random blocks [rows, row bytes]; the float16 scales are set so that a weight is about 1 / sqrt(cols)."""
+    """Random rows as they lie in a file, uint8 [rows, row bytes]; a weight is about 1 / sqrt(cols) (RMS)."""
     form = FORMATS[fmt]
-    if fmt == "F32":
-        return (rng.standard_normal((rows, cols)) / cols**0.5).astype(np.float32)
-    blocks = rng.integers(0, 256, (rows * cols // form.block, form.bytes), np.uint8)
-    scales = {"Q4_K": (0, 2), "Q8_0": (0,), "Q4_0": (0,), "Q6_K": (208,)}[fmt]
-    size = {"Q4_K": 1 / (32 * 5), "Q8_0": 1 / 74, "Q4_0": 1 / 5, "Q6_K": 1 / (74 * 18)}[fmt] / cols**0.5
-    for at, factor in zip(scales, (1, 8), strict=False):  # a K-quant's minimum is eight steps: centred weights
-        blocks[:, at : at + 2] = np.full(1, size * factor, np.float16).view(np.uint8)
+    if fmt in FLOATS:
+        values = torch.from_numpy(rng.standard_normal((rows, cols), np.float32) / np.float32(cols**0.5))
+        return values.to(FLOATS[fmt]).view(torch.uint8).numpy()
+    blocks = np.frombuffer(rng.bytes(rows * form.nbytes(1, cols)), np.uint8).reshape(-1, form.bytes).copy()
+    sample = blocks[:256].copy()
+    set_scale(sample, fmt, 1.0)
+    unit = dequantise(torch.from_numpy(sample.reshape(1, -1)), fmt, 1, len(sample) * form.block).square().mean() ** 0.5
+    set_scale(blocks, fmt, 1 / (float(unit) * cols**0.5))
     return blocks.reshape(rows, -1)
+
+
+def set_scale(blocks: np.ndarray, fmt: str, scale: float) -> None:
+    """Give all blocks [n, bytes] this scale; MXFP4's is a power of two, the nearest."""
+    if fmt == "MXFP4":
+        blocks[:, 0] = 127 + round(np.log2(scale))
+    for at, factor in SCALES.get(fmt, {}).items():
+        blocks[:, at : at + 2] = np.array([scale * factor], np.float16).view(np.uint8)
 
 
 def tensors(s: dict[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, format, shape) of everything, in the order of the file."""
-    q, kv, fmt = s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"], s["format"]
-    rows = [("token_embd", fmt, (s["vocab"], s["hidden"])), ("output_norm", "F32", (s["hidden"],)),
-            ("output", "Q6_K", (s["vocab"], s["hidden"]))]  # fmt: skip
+    q, kv, h = s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"], s["hidden"]
+    dense, head, fmt = s["dense"], s["head"], s["format"]
+    rows = [("token_embd", dense, (s["vocab"], h)), ("output_norm", "F32", (h,)), ("output", head, (s["vocab"], h))]
+    norms = {"none": (), "head": (s["head_dim"], s["head_dim"]), "full": (q, kv)}[s["qk_norm"]]
     for layer in range(s["layers"]):
-        part = [("attn_norm", "F32", (s["hidden"],)), ("attn_q", fmt, (q, s["hidden"])),
-                ("attn_k", fmt, (kv, s["hidden"])), ("attn_v", "Q6_K", (kv, s["hidden"])),
-                ("attn_output", fmt, (s["hidden"], q)), ("ffn_norm", "F32", (s["hidden"],)),
-                ("ffn_gate_inp", "F32", (s["experts"], s["hidden"])),
-                ("ffn_gate_exps", fmt, (s["experts"], s["inner"], s["hidden"])),
-                ("ffn_up_exps", fmt, (s["experts"], s["inner"], s["hidden"])),
-                ("ffn_down_exps", fmt, (s["experts"], s["hidden"], s["inner"]))]  # fmt: skip
-        if s["qk_norm"]:
-            part += [("attn_q_norm", "F32", (s["head_dim"],)), ("attn_k_norm", "F32", (s["head_dim"],))]
+        part = [("attn_norm", "F32", (h,)), ("attn_q", dense, (q, h)), ("attn_k", dense, (kv, h)),
+                ("attn_v", head, (kv, h)), ("attn_output", dense, (h, q)), ("ffn_norm", "F32", (h,)),
+                ("ffn_gate_inp", "F32", (s["experts"], h)), ("ffn_gate_exps", fmt, (s["experts"], s["inner"], h)),
+                ("ffn_up_exps", fmt, (s["experts"], s["inner"], h)),
+                ("ffn_down_exps", fmt, (s["experts"], h, s["inner"]))]  # fmt: skip
+        part += [(name, "F32", (size,)) for name, size in zip(("attn_q_norm", "attn_k_norm"), norms, strict=False)]
         rows += [(f"blk.{layer}.{name}", *rest) for name, *rest in part]
     return [(f"{name}.weight", fmt, shape) for name, fmt, shape in rows]
 
 
-def write(name: str, path: Path, layers: int | None = None) -> None:
-    s = {**SHAPES[name], **({"layers": layers} if layers else {})}
+def shape(name: str, layers: int | None = None) -> dict[str, Any]:
+    return {**SHAPES[name], **({"layers": layers} if layers else {})}
+
+
+def write(name: str, path: Path, layers: int | None = None, seed: int = 0, **changes: Any) -> None:
+    """The same bytes for the same arguments; `changes` to the shape make a small one for tests."""
+    s = {**shape(name, layers), **changes}
     writer = gguf.GGUFWriter(path, s["arch"])
+    add_metadata(writer, s)
+    rng = np.random.default_rng(seed)
+    made: dict[tuple[str, int, int], np.ndarray] = {}
+    for tensor, fmt, dims in tensors(s):
+        rows, cols = int(np.prod(dims[:-1])), dims[-1]
+        key = (fmt, rows, cols)
+        if key not in made:
+            made[key] = weights(rng, fmt, rows, cols) if len(dims) > 1 else np.ones(cols, np.float32).view(np.uint8)
+        kind = gguf.GGMLQuantizationType(FORMATS[fmt].gguf_type)
+        data = made[key].reshape(*dims[:-1], FORMATS[fmt].nbytes(1, cols))
+        writer.add_tensor(tensor, data.view(np.float32) if fmt == "F32" else data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_metadata(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
     writer.add_block_count(s["layers"])
     writer.add_embedding_length(s["hidden"])
     writer.add_context_length(s["ctx"])
@@ -73,20 +124,6 @@ def write(name: str, path: Path, layers: int | None = None) -> None:
     writer.add_expert_used_count(s["top_k"])
     writer.add_vocab_size(s["vocab"])
     writer.add_tokenizer_model("no_vocab")
-    rng, made = np.random.default_rng(0), {}
-    for tensor, fmt, shape in tensors(s):
-        rows = int(np.prod(shape[:-1]))
-        key = (fmt, rows, shape[-1])  # tensors of one shape share their bytes: 17 GB need not be drawn
-        if key not in made:
-            made[key] = weights(rng, fmt, rows, shape[-1]) if len(shape) > 1 else np.ones(shape, np.float32)
-        data = made[key]
-        kind = gguf.GGMLQuantizationType(FORMATS[fmt].gguf_type)
-        byte_shape = shape if fmt == "F32" else (*shape[:-1], FORMATS[fmt].nbytes(1, shape[-1]))
-        writer.add_tensor(tensor, data.reshape(byte_shape), raw_dtype=None if fmt == "F32" else kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,207 @@
+"""What the GPU benchmarks share: the engine behind one small adapter, the file, the machine, the peer, rows."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import shapes
+import torch
+from numpy.typing import NDArray
+
+from offmoe.download import DEMO
+from offmoe.engine import Engine
+from offmoe.links import link_bandwidth, vram_bandwidth
+from offmoe.models.model import open_model
+from offmoe.settings import Settings
+
+Row = dict[str, Any]
+Floats = NDArray[np.float64]
+# llama.cpp on an H200 in an earlier call, tok/s: (shape, % of experts in VRAM, prompt, generated, depth).
+EARLIER = {
+    ("qwen3-30b-a3b", cap, *test): speed
+    for test, speeds in {
+        (0, 128, 0): {100: 292, 75: 123, 50: 79, 25: 55},
+        (0, 128, 32768): {100: 196, 50: 61},
+        (512, 0, 0): {100: 10828, 75: 2021, 50: 1613, 25: 1651},
+        (4096, 0, 0): {100: 12809, 50: 6449, 25: 6628},
+    }.items()
+    for cap, speed in speeds.items()
+}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Decoded steps, a value each."""
+
+    seconds: Floats
+    hits: Floats  # records that were in their slots, prefetched ones too
+    covered: Floats  # of the hits, those that prefetching brought
+    late: Floats
+    misses: Floats  # neither in their slots nor on their way
+    wasted: Floats  # prefetched records evicted unused
+
+
+class Rig:
+    """An engine on the GPU. The only code of the benchmarks that touches it: names change here."""
+
+    def __init__(self, path: Path, shape: str, vram: str, ctx: int, **settings: Any) -> None:
+        settings = {name: value for name, value in settings.items() if value is not None}
+        chosen = Settings.of(device="cuda", vram=vram, ram=path.stat().st_size + (1 << 30), ctx=ctx, **settings)
+        self.model = open_model(path)
+        self.shape, self.path = shape, path
+        self.engine = Engine(self.model, chosen)
+        c = self.model.config
+        self.layers, self.experts, self.k, self.vocab = c.layers, c.experts, c.top_k, c.vocab
+        self.slots = self.engine.plan.slots // c.layers  # a layer
+        self.record = self.model.record_bytes / self.model.records
+        self.device = self.engine.plan.device
+        self._wait_loaded()
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.engine.close()
+        torch.cuda.empty_cache()
+
+    def prefill(self, tokens: int, seed: int) -> tuple[float, float]:
+        """A fresh prompt of random ids: seconds, and bytes over the link."""
+        ids = np.random.default_rng(seed).integers(0, self.vocab, tokens).tolist()
+        self.engine.reset()
+        before = self.engine.store.counters.pcie_bytes
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        self.engine.prefill(ids)
+        torch.cuda.synchronize()
+        return time.perf_counter() - began, float(self.engine.store.counters.pcie_bytes - before)
+
+    def context(self, tokens: int) -> None:
+        """That many positions are filled: by zeros where a prefill would take long."""
+        if tokens <= 1024:
+            self.prefill(tokens, seed=tokens)
+        else:
+            self.engine.reset()
+            self.engine.kv.pretend(tokens)
+
+    def force(self, ids: NDArray[np.int16] | None, predicted: NDArray[np.int16] | None = None) -> None:
+        """Routing to replay from its first row on; None: the router's own."""
+        self.engine.decoder.force(ids)
+        self.engine.decoder.emulate(predicted)
+
+    def run(self, tokens: int) -> Steps:
+        found = self.engine.decoder.run(tokens)
+        names = ("seconds", "hits", "covered", "late", "misses", "wasted")
+        return Steps(*(np.asarray(getattr(found, name), np.float64) for name in names))
+
+    def floor(self, ids: NDArray[np.int16], steps: int = 32) -> float:
+        """Seconds of a step in which everything hits: the same experts again and again, at the context as it is."""
+        self.force(np.repeat(ids[:1], 8 + steps, axis=0))
+        self.run(8)
+        found = self.run(steps)
+        return float(np.median(found.seconds[found.misses + found.late == 0]))
+
+    def vram_bytes(self, context: float) -> float:
+        """That a token reads: all of the trunk but the embedding (its row apart), its experts and the KV cache."""
+        plan, embed = self.engine.plan, self.model.find("embed")
+        assert embed is not None
+        trunk = plan.trunk_bytes - (0 if self.model.config.tied else embed.range.nbytes)
+        return trunk + self.layers * self.k * self.record + plan.kv_bytes / plan.ctx * context
+
+    def bandwidths(self) -> tuple[float, float]:
+        """Of VRAM and of the link, bytes a second, measured once a process."""
+        return vram_bandwidth(self.device), link_bandwidth(self.device)
+
+    def _wait_loaded(self) -> None:
+        """The engine answers while records still stream in from the disk: not what is measured here."""
+        reads = getattr(self.engine.store.ram, "_reads", {})
+        while not all(read.done.done() for read in list(reads.values())):
+            time.sleep(0.05)
+
+
+def model_file(shape: str, layers: int | None = None) -> Path:
+    """The GGUF of a shape, written once."""
+    if shape == "demo":
+        return DEMO
+    folder = Path(tempfile.gettempdir()) / "offmoe-bench"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{shape}{f'-{layers}' if layers else ''}.gguf"
+    if not path.exists():
+        began = time.perf_counter()
+        part = path.with_suffix(".part")
+        shapes.write(shape, part, layers)
+        part.rename(path)
+        print(f"# {path}: {path.stat().st_size / 1e9:.1f} GB written in {time.perf_counter() - began:.1f} s")
+    return path
+
+
+def machine() -> Row:
+    import triton
+
+    commit = os.environ.get("OFFMOE_COMMIT")
+    if not commit:
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        commit = found.stdout.strip()
+    return {"gpu": torch.cuda.get_device_name(), "commit": commit, "torch": torch.__version__,
+            "triton": triton.__version__}  # fmt: skip
+
+
+class Peer:
+    """llama-bench's rows of this call (`bench/peer.sh bench`), else those of an earlier one."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.rows: list[Row] = []
+        if path is not None and path.exists():
+            with path.open(newline="") as file:
+                self.rows = list(csv.DictReader(file))
+
+    def speed(self, shape: str, layers: int, cap: float, prompt: int, generated: int, depth: int) -> tuple[float, str]:
+        """tok/s and where it is from; 0 where unknown. Static placement: so many layers' experts are in VRAM."""
+        on_cpu = layers * (100 - cap) / 100
+        for row in self.rows:
+            same = (int(row["n_prompt"]), int(row["n_depth"]), int(row["n_cpu_moe"])) == (prompt, depth, on_cpu)
+            if same and (int(row["n_gen"]) > 0) == (generated > 0) and Path(row["model_filename"]).stem == shape:
+                return float(row["avg_ts"]), "this call"
+        speed = EARLIER.get((shape, int(cap), prompt, generated, depth))
+        return (float(speed), "an earlier call") if speed else (0.0, "")
+
+
+def add_row(out: Path, row: Row) -> None:
+    """Append; what was measured is there even if the next cell breaks."""
+    fresh = not out.exists() or not out.stat().st_size
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def table(rows: list[Row], columns: dict[str, str]) -> str:
+    """`columns`: name → heading. Strings to the left, numbers to the right."""
+    lines = [list(columns.values())] + [[str(row[name]) for name in columns] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    left = [all(isinstance(row[name], str) for row in rows) for name in columns]
+    return "\n".join(
+        "  ".join(text.ljust(width) if to_left else text.rjust(width)
+                  for text, width, to_left in zip(line, widths, left, strict=True)).rstrip()
+        for line in lines
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--peer":
+        found = Peer(Path(sys.argv[2])).rows
+        names = ("n_cpu_moe", "n_prompt", "n_gen", "n_depth", "avg_ts", "stddev_ts")
+        print(table([{name: row[name] for name in names} for row in found], dict(zip(names, names, strict=True))))
+    else:
+        print(model_file(sys.argv[1]))
