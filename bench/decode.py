@@ -108,10 +108,10 @@ def cell(rig: Rig, load: Load, context: int, name: str, args: argparse.Namespace
         misses = (1 - expected) * rig.k
         names = routes.predicted(ids, rig.experts, emulated.recall, emulated.precision, rig.slots, misses)
     rig.context(context)
-    rig.force(ids, names)
-    rig.run(args.warm)
-    steps = rig.run(args.tokens)
-    rig.context(context)
+    parts = slice(args.warm), slice(args.warm, None)
+    for part, tokens in zip(parts, (args.warm, args.tokens), strict=True):
+        rig.force(None if ids is None else ids[part], None if names is None else names[part])
+        steps = rig.run(tokens)
     floor = rig.floor(ids if ids is not None else routes.uniform(1, rig.layers, rig.experts, rig.k))
     return row(rig, load, context, name, steps, floor, expected, Peer(args.peer))
 
@@ -120,7 +120,7 @@ def row(rig: Rig, load: Load, context: int, name: str, steps: Steps, floor: floa
     vram_rate, link_rate = rig.bandwidths()
     routed = rig.layers * rig.k
     demanded = float((steps.misses + steps.late + steps.covered).mean()) * rig.record
-    moved = demanded + float(steps.wasted.mean()) * rig.record
+    moved = float(steps.uploads.mean()) * rig.record
     link, vram = demanded / link_rate, rig.vram_bytes(context + len(steps.seconds) / 2) / vram_rate
     roofs = {"floor": floor, "link": link, "vram": vram}
     by = max(roofs, key=lambda what: roofs[what])
@@ -133,7 +133,7 @@ def row(rig: Rig, load: Load, context: int, name: str, steps: Steps, floor: floa
         "ms": f"{np.median(windows):.3f}", "ms_low": f"{min(windows):.3f}", "ms_high": f"{max(windows):.3f}",
         "hit_rate": f"{float(steps.hits.mean()) / routed:.3f}", "hit_replayed": f"{expected:.3f}",
         "misses": round(float(steps.misses.mean()), 2), "late": round(float(steps.late.mean()), 2),
-        "covered": round(float(steps.covered.mean()), 2), "wasted": round(float(steps.wasted.mean()), 2),
+        "covered": round(float(steps.covered.mean()), 2), "uploads": round(float(steps.uploads.mean()), 2),
         "link_mib": round(moved / 2**20, 2), "vram_mib": round(vram * vram_rate / 2**20),
         "floor_ms": f"{floor * 1e3:.3f}", "link_ms": f"{link * 1e3:.3f}",
         "of_floor_and_link": f"{seconds / (floor + link):.3f}", "roof_tok_s": round(1 / roofs[by], 1), "roof_by": by,

@@ -51,7 +51,7 @@ bench() {
     local on_cpu=(${PEER_ON_CPU:-0 $((layers / 4)) $((layers / 2)) $((layers * 3 / 4)) $layers})
     : >"$out"
     rows() { # llama-bench's rows, its header once
-        part=$("$tool" "${common[@]}" "$@" 2>"$dir/bench.log") || { echo "llama-bench $* failed:"; tail -n 5 "$dir/bench.log"; } >&2
+        part=$(timeout 150 "$tool" "${common[@]}" "$@" 2>"$dir/bench.log") || { echo "llama-bench $* failed:"; tail -n 5 "$dir/bench.log"; } >&2
         [ -z "$part" ] || { [ ! -s "$out" ] || part=$(tail -n +2 <<<"$part"); echo "$part" >>"$out"; }
     }
     for cpu in "${on_cpu[@]}"; do

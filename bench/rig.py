@@ -48,7 +48,7 @@ class Steps:
     covered: Floats  # of the hits, those that prefetching brought
     late: Floats
     misses: Floats  # neither in their slots nor on their way
-    wasted: Floats  # prefetched records evicted unused
+    uploads: Floats  # records that crossed the link, prefetched ones included
 
 
 class Rig:
@@ -94,21 +94,21 @@ class Rig:
             self.engine.kv.pretend(tokens)
 
     def force(self, ids: NDArray[np.int16] | None, predicted: NDArray[np.int16] | None = None) -> None:
-        """Routing to replay from its first row on; None: the router's own."""
+        """Routing for the next `run`, from its first row on; None: the router's own."""
         self.engine.decoder.force(ids)
         self.engine.decoder.emulate(predicted)
 
     def run(self, tokens: int) -> Steps:
         found = self.engine.decoder.run(tokens)
-        names = ("seconds", "hits", "covered", "late", "misses", "wasted")
+        names = ("seconds", "hits", "covered", "late", "misses", "uploads")
         return Steps(*(np.asarray(getattr(found, name), np.float64) for name in names))
 
-    def floor(self, ids: NDArray[np.int16], steps: int = 32) -> float:
+    def floor(self, ids: NDArray[np.int16], steps: int = 40) -> float:
         """Seconds of a step in which everything hits: the same experts again and again, at the context as it is."""
-        self.force(np.repeat(ids[:1], 8 + steps, axis=0))
-        self.run(8)
+        self.force(np.repeat(ids[:1], steps, axis=0))
         found = self.run(steps)
-        return float(np.median(found.seconds[found.misses + found.late == 0]))
+        settled = found.seconds[8:][(found.misses + found.late)[8:] == 0]
+        return float(np.median(settled)) if len(settled) else float("nan")
 
     def vram_bytes(self, context: float) -> float:
         """That a token reads: all of the trunk but the embedding (its row apart), its experts and the KV cache."""

@@ -125,7 +125,7 @@ def test_a_row_adds_up() -> None:
     """10 steps of 5 ms with 100 misses of 1 MB; 50 GB/s of link, 1 TB/s of VRAM."""
     rates = {"bandwidths": lambda: (1e12, 50e9), "vram_bytes": lambda context: 1e9, "record": 1e6}
     fake = SimpleNamespace(layers=48, k=8, shape="qwen3-30b-a3b", **rates)
-    ten = [np.full(10, value) for value in (5e-3, 284.0, 0.0, 0.0, 100.0, 0.0)]
+    ten = [np.full(10, value) for value in (5e-3, 284.0, 0.0, 0.0, 100.0, 100.0)]
     about = {"gpu": "", "commit": "", "torch": "", "triton": ""}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "machine", lambda: about)
