@@ -6,13 +6,11 @@ a row with it is whole. The host must have read step s before step s + rows is l
 | words | what |
 |---|---|
 | 0 | sequence number: step + 1 |
-| 1 | status after the step: RUN, DONE (an end token, or enough of them) or ABORTED |
-| 2 | the chosen token, -1: NaN in the logits, or aborted |
-| 3 | unused |
+| 1 | status after the step: RUN, or DONE: an end token, the last of as many as were asked for, or NaN |
+| 2 | the chosen token, -1: NaN in the logits |
 | 4, 5 | the GPU's clock in ns, int64 |
-| 6, 7 | unused |
-| 8 … 15 | counters of the step |
-| 16 … | the log: ids in the order of layers and ranks |
+| 8 … 15 | counters of the step, in the order of COUNTERS |
+| 16 … | routed ids [layers, k] |
 """
 
 from __future__ import annotations
@@ -24,56 +22,76 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-RUN, DONE, ABORTED = 0, 1, 2
-SEQUENCE, STATUS, TOKEN, STAMP, COUNTERS, LOG = 0, 1, 2, 4, 8, 16
-COUNTED = LOG - COUNTERS
+RUN, DONE, ABORTED = 0, 1, 2  # an aborted step writes no row
+SEQUENCE, STATUS, TOKEN, STAMP, COUNTED_FROM, IDS = 0, 1, 2, 4, 8, 16
+COUNTED = IDS - COUNTED_FROM
+COUNTERS = ("hits", "covered", "late", "misses", "wasted", "uploaded")
+UPLOADED_UNIT = 16  # bytes: a step may move more than int32 counts
 
 
 @dataclass(frozen=True)
 class Row:
-    """One step, copied out of the ring."""
+    """One step, copied out of the ring. Counters are records but for `uploaded_bytes`."""
 
     step: int
-    status: int
     token: int
-    stamp_ns: int
-    counters: NDArray[np.int32]  # [COUNTED]
-    log: NDArray[np.int32]
+    done: bool
+    stamp: int  # ns
+    hits: int
+    covered: int
+    late: int
+    misses: int
+    wasted: int
+    uploaded_bytes: int
+    ids: NDArray[np.int32]  # [layers, k]
 
 
-def row_words(log: int) -> int:
-    """int32 words of a row with a log of `log` words: whole lines of 64 bytes."""
-    return -(-(LOG + log) // 16) * 16
+def row_words(ids: int) -> int:
+    """int32 words of a row with so many ids: whole lines of 64 bytes."""
+    return -(-(IDS + ids) // 16) * 16
 
 
 class Ring:
-    """The host's view of `memory` [rows, row_words(log)] int32, pinned where a GPU writes it."""
+    """The host's view of `memory` [rows, row_words(layers · k)] int32, pinned where a GPU writes it."""
 
-    def __init__(self, memory: Tensor, log: int) -> None:
+    def __init__(self, memory: Tensor, layers: int, k: int) -> None:
         assert memory.dtype == torch.int32
         assert memory.is_contiguous()
-        assert memory.shape[1] == row_words(log)
-        self.memory, self.log = memory, log
+        assert memory.shape[1] == row_words(layers * k)
+        self.memory, self._layers, self._k = memory, layers, k
         self._rows = memory.numpy()
 
     @property
     def address(self) -> int:
         return self.memory.data_ptr()
 
+    @property
+    def rows(self) -> int:
+        return len(self._rows)
+
     def clear(self) -> None:
-        """Before a new count of steps begins, with no step under way."""
+        """Before steps are counted from 0 again, with none under way."""
         self.memory.zero_()
 
-    def read(self, step: int) -> Row | None:
+    def poll(self, step: int) -> Row | None:
         """Step `step`, or None while it has not arrived."""
-        row = self._rows[step % len(self._rows)]
-        if int(row[SEQUENCE]) != step + 1:
-            return None
+        return self.row(step) if int(self._rows[step % self.rows, SEQUENCE]) == step + 1 else None
+
+    def row(self, step: int) -> Row:
+        """Step `step`, which has arrived and is not overwritten yet."""
+        words = self._rows[step % self.rows]
+        assert int(words[SEQUENCE]) == step + 1, f"row of step {words[SEQUENCE] - 1}, expected {step}"
+        hits, covered, late, misses, wasted, uploaded = words[COUNTED_FROM:][: len(COUNTERS)].tolist()
         return Row(
             step=step,
-            status=int(row[STATUS]),
-            token=int(row[TOKEN]),
-            stamp_ns=int(row[STAMP : STAMP + 2].view(np.int64)[0]),
-            counters=row[COUNTERS:LOG].copy(),
-            log=row[LOG : LOG + self.log].copy(),
+            token=int(words[TOKEN]),
+            done=int(words[STATUS]) != RUN,
+            stamp=int(words[STAMP : STAMP + 2].view(np.int64)[0]),
+            hits=hits,
+            covered=covered,
+            late=late,
+            misses=misses,
+            wasted=wasted,
+            uploaded_bytes=uploaded * UPLOADED_UNIT,
+            ids=words[IDS : IDS + self._layers * self._k].reshape(self._layers, self._k).copy(),
         )

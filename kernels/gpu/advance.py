@@ -12,8 +12,8 @@ from offmoe.kernels.ring import COUNTED, row_words
 
 @triton.jit
 def _advance(
-    chosen, token, position, clock, steps, status, remaining, eos, counters, log, ring, rows, eos_count, log_count,
-    WORDS: tl.constexpr, COUNTED: tl.constexpr, EOS: tl.constexpr, LOG: tl.constexpr,
+    chosen, token, position, clock, steps, status, remaining, eos, counters, ids, ring, rows, eos_count, ids_count,
+    WORDS: tl.constexpr, COUNTED: tl.constexpr, EOS: tl.constexpr, IDS: tl.constexpr,
     DEVICE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program. Offsets in a row are those of kernels.ring."""
@@ -23,21 +23,18 @@ def _advance(
     state, step, taken = tl.load(status), tl.load(steps), tl.load(chosen).to(tl.int32)
     left, here, now = tl.load(remaining) - 1, tl.load(position), tl.load(clock)
     tl.debug_barrier()  # one thread stores below: by then all others have read
-    if state == 1:
+    if state != 0:
         return
+    i = tl.arange(0, EOS)
+    ends = tl.sum((tl.load(eos + i, mask=i < eos_count, other=-2) == taken).to(tl.int32), 0) > 0
+    state = (ends | (left <= 0) | (taken < 0)).to(tl.int32)
+    tl.store(remaining, left)
+    tl.store(token, taken.to(token.dtype.element_ty))
+    tl.store(position, here + 1)
+    tl.store(clock, now + 1)
+    tl.store(steps, step + 1)
+    tl.store(status, state)
     row = ring.to(tl.pointer_type(tl.int32)) + (step % rows).to(tl.int64) * WORDS
-    if state == 0:
-        i = tl.arange(0, EOS)
-        ends = tl.sum((tl.load(eos + i, mask=i < eos_count, other=-2) == taken).to(tl.int32), 0) > 0
-        state = (ends | (left <= 0) | (taken < 0)).to(tl.int32)
-        tl.store(remaining, left)
-        tl.store(token, taken.to(token.dtype.element_ty))
-        tl.store(position, here + 1)
-        tl.store(clock, now + 1)
-        tl.store(steps, step + 1)
-        tl.store(status, state)
-    else:
-        taken = taken * 0 - 1
     tl.store(row + 1, state)
     tl.store(row + 2, taken)
     if DEVICE:
@@ -45,8 +42,8 @@ def _advance(
     c = tl.arange(0, COUNTED)
     tl.store(row + 8 + c, tl.load(counters + c))
     tl.store(counters + c, tl.zeros((COUNTED,), tl.int32))
-    i = tl.arange(0, LOG)
-    tl.store(row + 16 + i, tl.load(log + i, mask=i < log_count, other=0), mask=i < log_count)
+    i = tl.arange(0, IDS)
+    tl.store(row + 16 + i, tl.load(ids + i, mask=i < ids_count, other=0), mask=i < ids_count)
     if DEVICE:  # every thread's words reach the host before the sequence number does
         fence()
         tl.debug_barrier()
@@ -61,19 +58,18 @@ def fence():
 
 def advance(
     chosen: Tensor, *, token: Tensor, position: Tensor, clock: Tensor, steps: Tensor, status: Tensor,
-    remaining: Tensor, eos: Tensor, counters: Tensor, log: Tensor, ring: int, rows: int, pdl: bool = False,
+    remaining: Tensor, eos: Tensor, counters: Tensor, ids: Tensor, ring: int, rows: int, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """Take `chosen` [1] (-1: NaN) unless `status` [1] says that the answer is over.
+    """Take `chosen` [1] (-1: NaN), where status [1] is RUN; otherwise nothing happens.
 
-    Running: token = chosen; position, clock and steps go up by one, remaining down; status becomes DONE at an id in
-    eos [n], where none remain, or at NaN. The row of the step is written at address `ring` (kernels.ring), the
-    step's counters [COUNTED] int32 start again at 0, log [n] int32 is copied. DONE at the start: nothing happens.
-    ABORTED at the start: the row says so, with token -1, and nothing advances. All state is [1], int32 or int64.
+    token = chosen; position, clock and steps go up by one, remaining down; status becomes DONE at an id in eos [n],
+    where none remain, or at NaN. The row of the step is written at address `ring` (kernels.ring): the counters
+    [COUNTED] int32, which start again at 0, and ids [layers, k] int32. All state is [1], int32 or int64.
     """
     assert counters.numel() == COUNTED
     _advance[(1,)](
-        chosen, token, position, clock, steps, status, remaining, eos, counters, log, ring, rows,
-        eos.numel(), log.numel(), WORDS=row_words(log.numel()), COUNTED=COUNTED,
-        EOS=triton.next_power_of_2(max(1, eos.numel())), LOG=triton.next_power_of_2(max(1, log.numel())),
+        chosen, token, position, clock, steps, status, remaining, eos, counters, ids, ring, rows,
+        eos.numel(), ids.numel(), WORDS=row_words(ids.numel()), COUNTED=COUNTED,
+        EOS=triton.next_power_of_2(max(1, eos.numel())), IDS=triton.next_power_of_2(max(1, ids.numel())),
         DEVICE=token.is_cuda, num_warps=4, **dependent(pdl),
     )  # fmt: skip

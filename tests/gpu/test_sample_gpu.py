@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from offmoe.kernels.ring import COUNTED, DONE, RUN, Ring, row_words
+from offmoe.kernels.ring import COUNTED, RUN, Ring, row_words
 from offmoe.kernels.sample import sample, uniforms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -132,10 +132,10 @@ def test_nan_is_no_token(settings: dict[str, Any]) -> None:
 def test_the_ring_is_read_behind_a_running_gpu() -> None:
     """A graph of sampler and end, launched 300 times without a wait; rows come in order and whole."""
     sampler = Sampler(torch.randn(50304))
-    log = torch.arange(384, dtype=torch.int32, device=CUDA)
+    ids = torch.arange(384, dtype=torch.int32, device=CUDA).view(48, 8)
     counters = torch.zeros(COUNTED, dtype=torch.int32, device=CUDA)
     state = {"token": int32(0), "position": int32(0), "clock": int32(0), "remaining": int32(250)}
-    ring = Ring(torch.zeros((512, row_words(384)), dtype=torch.int32).pin_memory(), 384)
+    ring = Ring(torch.zeros((512, row_words(384)), dtype=torch.int32).pin_memory(), 48, 8)
     sampler.step.zero_()
     sampler.params.copy_(fast.params_of(1.0, 40, 1.0, 0.0, 1.0, CUDA))
     pdl = pdl_supported(torch.device("cuda", torch.cuda.current_device()))
@@ -143,7 +143,7 @@ def test_the_ring_is_read_behind_a_running_gpu() -> None:
     def launch() -> None:
         sampler.launch("topk")
         advance(sampler.out, **state, steps=sampler.step, status=sampler.status, eos=int_eos, counters=counters,
-                log=log, ring=ring.address, rows=512, pdl=pdl)  # fmt: skip
+                ids=ids, ring=ring.address, rows=512, pdl=pdl)  # fmt: skip
 
     int_eos = int32(50303)
     sampler.logits[50303] = -torch.inf
@@ -160,15 +160,15 @@ def test_the_ring_is_read_behind_a_running_gpu() -> None:
         graph.replay()
     rows, deadline = [], time.monotonic() + 20
     for step in range(250):
-        while (row := ring.read(step)) is None:
+        while (row := ring.poll(step)) is None:
             assert time.monotonic() < deadline, f"step {step} never came"
         rows.append(row)
-        assert row.log.tolist() == list(range(384))
+        assert row.ids.ravel().tolist() == list(range(384))
     torch.cuda.synchronize()
-    assert [row.status for row in rows] == [RUN] * 249 + [DONE]
-    assert ring.read(250) is None
+    assert [row.done for row in rows] == [False] * 249 + [True]
+    assert ring.poll(250) is None
     assert int(state["position"]) == 250
-    stamps = [row.stamp_ns for row in rows]
+    stamps = [row.stamp for row in rows]
     assert stamps == sorted(stamps)
     assert stamps[0] > 0
     assert rows[-1].token == int(state["token"])
