@@ -20,6 +20,7 @@ class Access:
     slots: Slots  # [n]; -1: missed and bypassed
     hit: NDArray[np.bool_]  # [n] in its slot when asked for
     late: NDArray[np.bool_]  # [n] on its way when asked for
+    covered: NDArray[np.bool_]  # [n] of the hits, those that prefetching brought and nobody had used
     evicted: Slots  # [m] records that left
 
 
@@ -43,6 +44,9 @@ class Residency:
         self.owner = np.full(self.slots, -1, np.int32)  # [slots] record, -1: free
         self.slot_of = np.full(layers * experts, -1, np.int32)  # [records], -1: absent
         self.arriving = np.zeros(self.slots, np.bool_)  # [slots] owned, its bytes not there yet
+        self.prefetched = np.zeros(self.slots, np.bool_)  # [slots] owned by a prefetch, not used yet
+        self.guarded: dict[int, Slots] = {}  # layer → slots that were prefetched for its next event
+        self.wasted = 0  # prefetched records that were evicted unused
 
     def access(self, layer: int, experts: Ints, now: int, uses: Ints | int = 1) -> Access:
         """One event: `layer` asks for the distinct `experts` [n] at token `now`, which never goes back.
@@ -52,7 +56,9 @@ class Residency:
         neither were asked for nor are arriving.
         """
         records = np.asarray(experts, np.int64) + layer * self.experts
-        return self._event(layer if self.scope == "layer" else 0, 1, records, now, uses)
+        access = self._event(layer if self.scope == "layer" else 0, 1, records, now, uses)
+        self.guarded.pop(layer, None)
+        return access
 
     def access_token(self, experts: Ints, now: int) -> Access:
         """The events of all layers of token `now` at once, `experts` [layers, n]; layer scope only.
@@ -62,6 +68,27 @@ class Residency:
         assert self.pools == len(experts), f"pools = {self.pools} ≠ {len(experts)} layers"
         records = experts + np.arange(self.layers)[:, None] * self.experts
         return self._event(0, self.pools, records.reshape(-1), now, 1)
+
+    def prefetch(self, layer: int, experts: Ints, now: int, most: int, held: Ints = NONE) -> tuple[Ints, Slots]:
+        """Admit what is absent of predicted `experts`, in their order, at most `most`: (records, their slots).
+
+        Policies are not told. Neither what the prediction names nor the slots `held` leave for it, nor what arrives;
+        where that leaves too few slots, the last of the experts go without. What is admitted does not leave before the
+        layer's next event, for which `most` must leave room. A layer is predicted once between its events.
+        """
+        records = np.asarray(experts, np.int64) + layer * self.experts
+        slots = self.slot_of[records]
+        start = (layer if self.scope == "layer" else 0) * self.capacity
+        kept = np.concatenate([slots[slots >= 0], held]) - start
+        keys = self._keys(slice(start, start + self.capacity), kept[(kept >= 0) & (kept < self.capacity)], now)
+        absent = records[slots < 0][: min(most, np.count_nonzero(keys < np.inf))]
+        if not absent.size:
+            return absent, NONE
+        chosen = (lowest(keys[None], len(absent))[0] + start).astype(np.int32)
+        self._fill(chosen, absent)
+        self.prefetched[chosen] = True
+        self.guarded[layer] = chosen
+        return absent, chosen
 
     def landed(self, slots: Ints) -> None:
         """The bytes of these arriving slots are there."""
@@ -74,6 +101,7 @@ class Residency:
         self.slot_of[self.owner[slots]] = -1
         self.owner[slots] = -1
         self.arriving[slots] = False
+        self.prefetched[slots] = False
 
     def _event(self, pool: int, pools: int, records: Ints, now: int, uses: Ints | int) -> Access:
         """`records` [pools · n]: n of each pool from `pool` on."""
@@ -83,13 +111,15 @@ class Residency:
         slots = self.slot_of[records]
         late = self.arriving[slots]
         hit = ~late
+        covered = self.prefetched[slots] & hit & (slots >= 0)
+        self.prefetched[slots[slots >= 0]] = False
         self.policy.touch(records, now, uses)
         missed = (slots < 0).nonzero()[0]
         if not missed.size:
-            return Access(slots, hit, late, NONE)
+            return Access(slots, hit, late, covered, NONE)
         missed = missed[records[missed].argsort()]
         late[missed] = hit[missed] = False
-        return Access(slots, hit, late, self._admit(pool, pools, records, slots, missed, now))
+        return Access(slots, hit, late, covered, self._admit(pool, pools, records, slots, missed, now))
 
     def _admit(self, pool: int, pools: int, records: Ints, slots: Slots, missed: Ints, now: int) -> Slots:
         """Give the records[missed] slots, written into `slots`; returns the records evicted."""
@@ -115,6 +145,9 @@ class Residency:
         owner = self.owner[area]
         keys: Numbers = np.where(owner < 0, -np.inf, self.policy.score(owner, now))
         keys[self.arriving[area]] = np.inf
+        for slots in self.guarded.values():
+            inside = slots[(slots >= area.start) & (slots < area.stop)]
+            keys[inside - area.start] = np.inf
         keys[held] = np.inf
         return keys
 
@@ -122,6 +155,8 @@ class Residency:
         """`records` own `slots` from now on, arriving; returns those that did."""
         evicted = self.owner[slots]
         evicted = evicted[evicted >= 0]
+        self.wasted += int(np.count_nonzero(self.prefetched[slots]))
+        self.prefetched[slots] = False
         self.slot_of[evicted] = -1
         self.slot_of[records] = slots
         self.owner[slots] = records

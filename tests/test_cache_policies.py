@@ -22,6 +22,10 @@ class TestLFU(OnlineContract):
     spec = "lfu"
 
 
+class TestLFRU(OnlineContract):
+    spec = "lfru"
+
+
 class TestCRF(OnlineContract):
     spec = "crf:h=4"
 

@@ -3,8 +3,9 @@
 from offmoe.cache.policies.base import Policy
 from offmoe.cache.policies.belady import Belady, BeladyBypass
 from offmoe.cache.policies.crf import CRF
+from offmoe.cache.policies.lfru import LFRU
 from offmoe.cache.policies.lfu import LFU
 from offmoe.cache.policies.lru import LRU
 
-POLICIES: dict[str, type[Policy]] = {"lru": LRU, "crf": CRF, "lfu": LFU}
+POLICIES: dict[str, type[Policy]] = {"lru": LRU, "crf": CRF, "lfu": LFU, "lfru": LFRU}
 OFFLINE: dict[str, type[Belady]] = {"belady": Belady, "belady-bypass": BeladyBypass}

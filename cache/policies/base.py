@@ -31,12 +31,15 @@ class Policy(ABC):
     """
 
     parameters: ClassVar[Mapping[str, Parameter]] = {}
+    state: ClassVar[tuple[str, ...]] = ()  # the arrays [records] that a device needs to score alike; none: it cannot
     # True: a missed record enters only where it outscores the victim, which may be one just hit (a bound).
     bypass: ClassVar[bool] = False
 
     def __init__(self, records: int, name: str) -> None:
         self.records = records
         self.name = name  # the canonical spec, "crf:h=64"
+
+    event = 0  # accesses so far, where the score counts them
 
     @abstractmethod
     def touch(self, records: Ints, now: int, uses: Ints | int = 1) -> None:

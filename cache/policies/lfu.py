@@ -10,6 +10,8 @@ from offmoe.cache.policies.base import Ints, Numbers, Policy
 class LFU(Policy):
     """Score: uses since the start."""
 
+    state = ("uses",)
+
     def __init__(self, records: int, name: str = "lfu") -> None:
         super().__init__(records, name)
         self.uses = np.zeros(records, np.int64)

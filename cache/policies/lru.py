@@ -10,6 +10,8 @@ from offmoe.cache.policies.base import Ints, Numbers, Policy
 class LRU(Policy):
     """Score: the event of the last use. Events, not tokens, order the layers of one token."""
 
+    state = ("last",)
+
     def __init__(self, records: int, name: str = "lru") -> None:
         super().__init__(records, name)
         self.event = 0

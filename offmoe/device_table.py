@@ -1,0 +1,68 @@
+"""The residency table on the device: a mirror of the host's, moved whole when an answer begins and ends."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offmoe.cache.policies.base import Ints
+from offmoe.cache.policies.crf import decay_table
+from offmoe.cache.residency import Residency
+from offmoe.errors import OffmoeError
+from offmoe.kernels.gpu.route import Table
+
+
+def device_table(residency: Residency, reach: int, device: torch.device) -> Table:
+    """An empty mirror; `reach`: how many slots an event and a prefetch may take between two lists of candidates."""
+    policy = residency.policy
+    if not policy.state:
+        raise OffmoeError(f"policy {policy.name!r} has no score for a GPU: choose lru, crf, lfu or lfru")
+    records, slots = len(residency.slot_of), residency.slots
+
+    def ints(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=device)
+
+    decay = getattr(policy, "decay", decay_table(1))
+    return Table(
+        slot_of=ints(records), owner=ints(slots), arriving=ints(slots), fresh=ints(slots), landed=ints(slots),
+        progress=ints(slots), a=ints(records), b=ints(records), decay=torch.from_numpy(decay).to(device),
+        clock=ints(2), candidates=ints(residency.pools, reach), kind=policy.name.partition(":")[0],
+    )  # fmt: skip
+
+
+def push(residency: Residency, table: Table, now: int) -> None:
+    """Host → device. The next token is number `now`."""
+    policy = residency.policy
+    arrays = [getattr(policy, name) for name in policy.state]
+    a = arrays[0].view(np.int32) if arrays[0].dtype == np.float32 else arrays[0]
+    b = arrays[1] if len(arrays) > 1 else np.zeros(policy.records)
+    sent = (
+        (table.slot_of, residency.slot_of), (table.owner, residency.owner), (table.arriving, residency.arriving),
+        (table.fresh, residency.prefetched), (table.a, a), (table.b, b), (table.clock, np.array([now, policy.event])),
+    )  # fmt: skip
+    for target, source in sent:
+        target.copy_(torch.from_numpy(whole(source)))
+    table.landed.zero_()
+
+
+def whole(array: Ints) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
+    """As int32, which holds every counter for two billion uses."""
+    assert array.size == 0 or array.max() < 2**31, f"a counter is {array.max()}, too large for the device"
+    return array.astype(np.int32)
+
+
+def pull(residency: Residency, table: Table) -> int:
+    """Device → host; returns the number of the next token. What still arrives has been waited for."""
+    policy = residency.policy
+    residency.slot_of[:] = table.slot_of.cpu().numpy()
+    residency.owner[:] = table.owner.cpu().numpy()
+    residency.arriving[:] = False
+    residency.prefetched[:] = table.fresh.cpu().numpy() != 0
+    for name, source in zip(policy.state, (table.a, table.b), strict=False):
+        values = source.cpu().numpy()
+        target = getattr(policy, name)
+        target[:] = values.view(np.float32) if target.dtype == np.float32 else values
+    now, policy.event = table.clock.tolist()
+    residency.now = max(residency.now, now - 1)
+    return int(now)

@@ -1,0 +1,203 @@
+"""Residency on the device chooses what the host's table chooses: the same victims, tables and scores, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from traces import synthetic
+
+pytest.importorskip("triton")
+
+from offmoe.cache.policy import make_policy
+from offmoe.cache.residency import Residency
+from offmoe.device_table import device_table, pull, push
+from offmoe.kernels.gpu.resolve import candidates
+from offmoe.kernels.gpu.route import Table, predict, route
+from offmoe.kernels.ring import COUNTED, COUNTERS
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+POLICIES = ("lru", "lfu", "lfru", "crf:h=3")
+HIDDEN = 16
+
+
+@dataclass
+class Device:
+    """One mirror with everything that the kernels want beside it; the ids are forced, the router's only run."""
+
+    table: Table
+    layers: int
+    experts: int
+    k: int
+    forced: torch.Tensor
+
+    def __post_init__(self) -> None:
+        def ints(*shape: int) -> torch.Tensor:
+            return torch.full(shape, -7, dtype=torch.int32, device=DEVICE)
+
+        generator = torch.Generator().manual_seed(3)
+        self.x = torch.randn(HIDDEN, generator=generator).to(DEVICE)
+        self.norm = torch.rand(HIDDEN, generator=generator).to(DEVICE)
+        self.router = torch.randn((self.experts, HIDDEN), generator=generator).to(DEVICE)
+        self.logits, self.normed = torch.zeros(self.experts, device=DEVICE), torch.zeros(HIDDEN, device=DEVICE)
+        self.ids, self.slots, self.hit = ints(self.k), ints(self.k), ints(self.k)
+        self.miss_records, self.miss_slots, self.miss_count = ints(self.k), ints(self.k), ints(1)
+        self.fetch_records, self.fetch_slots = ints(self.layers, self.k), ints(self.layers, self.k)
+        self.fetch_count = torch.zeros((self.layers, 1), dtype=torch.int32, device=DEVICE)
+        self.weights = torch.zeros(self.k, device=DEVICE)
+        self.log = ints(self.layers * self.k)
+        self.ticket, self.status, self.step, self.counters = (
+            torch.zeros(n, dtype=torch.int32, device=DEVICE) for n in (1, 1, 1, COUNTED)
+        )
+
+    def find(self) -> None:
+        t = self.table
+        candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind)
+
+    def route(self, layer: int, **more: Any) -> None:
+        route(
+            self.x, self.norm, 1e-6, self.router, self.table, layer, layers=self.layers, top_k=self.k,
+            renormalise=True, logits=self.logits, normed=self.normed, ticket=self.ticket, ids=self.ids,
+            weights=self.weights, slots=self.slots, hit=self.hit, miss_count=self.miss_count,
+            miss_records=self.miss_records, miss_slots=self.miss_slots, status=self.status, counters=self.counters,
+            log=self.log, step=self.step, **{"forced": self.forced, "units": 2, **more},
+        )  # fmt: skip
+
+    def predict(self, layer: int, predicted: torch.Tensor, most: int, held: torch.Tensor) -> None:
+        predict(
+            self.x, self.norm, 1e-6, self.router, self.table, layer, layers=self.layers, top_k=self.k, least=0.0,
+            most=most, logits=self.logits, ticket=self.ticket, held=held, fetch_count=self.fetch_count[layer],
+            fetch_records=self.fetch_records[layer], fetch_slots=self.fetch_slots[layer], status=self.status,
+            counters=self.counters, step=self.step, units=2, emulated=predicted,
+        )  # fmt: skip
+
+    def count(self, name: str) -> int:
+        return int(self.counters[COUNTERS.index(name)])
+
+
+def pair(policy: str, scope: str, slots: int, reach: int, tokens: int = 13) -> tuple[Residency, Device]:
+    """Host and device, both empty, and a trace of 4 layers, 16 experts and top-4."""
+    trace = synthetic(tokens, layers=4, experts=16, k=4, seed=11)
+    residency = Residency(4, 16, slots * 4, make_policy(policy, 64), scope)
+    forced = torch.from_numpy(trace.experts.astype(np.int16)).to(DEVICE)
+    device = Device(device_table(residency, reach, DEVICE), 4, 16, 4, forced)
+    push(residency, device.table, 1)
+    return residency, device
+
+
+def same(residency: Residency, device: Device, policy: str) -> None:
+    """Every array of the mirror."""
+    mirror = Residency(4, 16, residency.slots, make_policy(policy, 64), residency.scope)
+    pull(mirror, device.table)
+    assert (mirror.owner == residency.owner).all()
+    assert (mirror.slot_of == residency.slot_of).all()
+    assert (mirror.prefetched == residency.prefetched).all()
+    for name in residency.policy.state:
+        assert (getattr(mirror.policy, name) == getattr(residency.policy, name)).all(), name
+    assert policy != "lru" or mirror.policy.event == residency.policy.event
+    mirror.check()
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("slots", [4, 7])
+def test_the_same_victims(policy: str, scope: str, slots: int) -> None:
+    """52 layer events; with 4 slots a layer an event takes a whole pool."""
+    residency, device = pair(policy, scope, slots, reach=4)
+    for token, layers in enumerate(device.forced.cpu().numpy()):
+        device.table.clock[0], device.step[0] = token + 1, token
+        if scope == "layer":
+            device.find()
+        for layer, experts in enumerate(layers):
+            if scope == "global":
+                device.find()
+            device.route(layer)
+            access = residency.access(layer, experts, token + 1)
+            missed = ~access.hit
+            residency.landed(access.slots[missed])
+            assert device.slots.tolist() == access.slots.tolist(), (token, layer)
+            assert device.hit.tolist() == access.hit.astype(int).tolist()
+            count = int(device.miss_count)
+            order = np.argsort(experts[missed])
+            assert device.miss_records[:count].tolist() == (experts[missed][order] + layer * 16).tolist()
+            assert device.miss_slots[:count].tolist() == access.slots[missed][order].tolist()
+            assert device.log[layer * 4 : layer * 4 + 4].tolist() == experts.tolist()
+    same(residency, device, policy)
+    assert device.count("hits") + device.count("misses") == 13 * 16
+    assert device.count("uploaded") == 2 * device.count("misses")
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("policy", ["lru", "crf:h=3"])
+@pytest.mark.parametrize("lands", [True, False])
+def test_the_same_prefetches(policy: str, scope: str, lands: bool) -> None:
+    """The layer after next is predicted, half right; what has landed is covered, what has not is late."""
+    residency, device = pair(policy, scope, 6, reach=4 + 2)
+    rng = np.random.default_rng(5)
+    covered = late = 0
+    for token, layers in enumerate(device.forced.cpu().numpy()):
+        device.table.clock[0], device.step[0] = token + 1, token
+        if scope == "layer":
+            device.find()
+        guesses = np.stack([rng.permutation(np.unique(np.r_[ids[:2], rng.integers(0, 16, 9)]))[:4] for ids in layers])
+        predicted = torch.from_numpy(np.repeat(guesses[None], 13, 0).astype(np.int16)).to(DEVICE)
+        for layer, experts in enumerate(layers):
+            if scope == "global":
+                device.find()
+            device.route(layer, fetched=(device.fetch_count[layer], device.fetch_slots[layer]))
+            access = residency.access(layer, experts, token + 1)
+            covered, late = covered + access.covered.sum(), late + access.late.sum()
+            missed = ~access.hit & ~access.late
+            residency.landed(np.flatnonzero(residency.arriving & (residency.owner // 16 == layer)))  # the join
+            assert device.slots.tolist() == access.slots.tolist(), (token, layer)
+            assert device.hit.tolist() == access.hit.astype(int).tolist()
+            assert int(device.miss_count) == missed.sum()
+            if layer + 2 < 4:
+                device.predict(layer + 2, predicted, 2, device.slots)
+                held = access.slots if scope == "global" else access.slots[:0]
+                records, slots = residency.prefetch(layer + 2, guesses[layer + 2], token + 1, 2, held)
+                count = int(device.fetch_count[layer + 2])
+                assert device.fetch_records[layer + 2, :count].tolist() == records.tolist()
+                assert device.fetch_slots[layer + 2, :count].tolist() == slots.tolist()
+                if lands:
+                    device.table.landed[device.fetch_slots[layer + 2, :count].long()] = 1
+                    residency.landed(slots)
+    same(residency, device, policy)
+    assert (device.count("covered"), device.count("late")) == (covered, late)
+    assert (covered > 0, late > 0) == (lands, not lands)
+    assert device.count("wasted") == residency.wasted > 0
+
+
+def test_a_step_behind_the_end_changes_nothing() -> None:
+    residency, device = pair("crf:h=3", "layer", 7, reach=4)
+    device.status[0] = 1
+    device.find()
+    device.route(0)
+    assert int(device.miss_count) == 0
+    assert device.slots.tolist() == [0, 0, 0, 0]
+    same(residency, device, "crf:h=3")
+    assert not device.counters.any()
+
+
+@pytest.mark.parametrize("experts", [16, 300])
+def test_the_router_is_the_naive_one(experts: int) -> None:
+    """Without forced ids: norm, softmax over all, top-k, renormalised."""
+    residency = Residency(1, experts, 8, make_policy("lru", experts), "layer")
+    device = Device(device_table(residency, 4, DEVICE), 1, experts, 4, torch.zeros((1, 1, 4), dtype=torch.int16))
+    push(residency, device.table, 1)
+    device.find()
+    device.route(0, forced=None)
+    x = device.x.double()
+    normed = x * torch.rsqrt(x.square().mean() + 1e-6) * device.norm.double()
+    weights, ids = (device.router.double() @ normed).softmax(0).topk(4)
+    assert device.ids.tolist() == ids.tolist()
+    assert torch.allclose(device.weights.double(), weights / weights.sum(), rtol=1e-5)
+    assert torch.allclose(device.normed.double(), normed, rtol=1e-5)
+    device.router[7] = device.router[3]
+    device.router[3:8:4] *= 50
+    device.find()
+    device.route(0, forced=None)
+    assert {3, 7} <= set(device.ids.tolist()) or float(device.logits[3]) < 0
