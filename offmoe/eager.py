@@ -20,6 +20,8 @@ NAN = "the model answers with NaN: its weights are damaged, or --dtype is too na
 class EagerDecoder:
     """`step(token)` runs one token behind those in the KV cache and returns its logits [V]."""
 
+    floor_s: float | None = None  # the store takes the time of its stalls
+
     def __init__(self, step: Callable[[int], Tensor], kv: KVCache, device: torch.device) -> None:
         self._step, self._kv, self._device = step, kv, device
 

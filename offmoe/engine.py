@@ -111,6 +111,8 @@ class Engine:
         """Of the last answer; its roof needs bandwidths, which are measured on first use."""
         if self._meter is None:
             raise OffmoeError("there are no statistics yet: generate an answer first")
+        if self._meter.steps:
+            self._meter.floored(self.decoder.floor_s)
         used = self.plan.real_slot_bytes / self.plan.slots
         cost = self._meter.cost(self.plan, self.trunk.nbytes, used)
         file = self.model.checkpoint.files[0]

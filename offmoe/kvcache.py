@@ -47,6 +47,10 @@ class KVCache:
         """Positions to read for a context of `length`: a multiple of BUCKET, at most all."""
         return min(self.ctx, -(-length // BUCKET) * BUCKET)
 
+    def pretend(self, count: int) -> None:
+        """For benchmarks: so many positions are taken, by whatever lies there."""
+        self.tokens[:] = [0] * count
+
     def reuse(self, tokens: list[int]) -> int:
         """Keep the longest common prefix with `tokens`; returns its length.
 

@@ -44,6 +44,11 @@ class Meter:
         self.context += context
         self.decoded = self.store.counters.since(self._before)
 
+    def floored(self, floor_s: float | None) -> None:
+        """The time of a step in which everything hits was measured: what went beyond it was stall."""
+        if floor_s is not None:
+            self.decoded.stall_s = max(0.0, self.decode_s - floor_s * self.steps)
+
     def cost(self, plan: Plan, trunk_bytes: int, used_record_bytes: float) -> TokenCost | None:
         """A decoded token's; `used_record_bytes` are those of one record in the form that is computed with."""
         if not self.steps:

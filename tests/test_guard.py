@@ -11,7 +11,9 @@ from offmoe.guard import ROUNDS, WINDOW, Guard
 TRIAL = 2 * ROUNDS * WINDOW
 
 
-def run(guard: Guard, steps: int, gain: float, ahead: int = 2, noise: float = 0.05, seed: int = 1) -> tuple[float, list[bool]]:
+def run(
+    guard: Guard, steps: int, gain: float, ahead: int = 2, noise: float = 0.05, seed: int = 1
+) -> tuple[float, list[bool]]:
     """Time of `steps` steps of 1 s, `gain` as long with prefetching; as many as `ahead` are under way at a time."""
     rng = random.Random(seed)
     used, seconds, waiting = [], 0.0, []

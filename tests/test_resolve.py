@@ -108,7 +108,7 @@ def test_the_same_victims(policy: str, scope: str, slots: int) -> None:
     """52 layer events; with 4 slots a layer an event takes a whole pool."""
     residency, device = pair(policy, scope, slots, reach=4)
     for token, layers in enumerate(device.forced.cpu().numpy()):
-        device.table.clock[0], device.step[0] = token + 1, token
+        device.table.clock[0], device.step[0] = token + 1, token + 1
         if scope == "layer":
             device.find()
         for layer, experts in enumerate(layers):
@@ -139,7 +139,7 @@ def test_the_same_prefetches(policy: str, scope: str, lands: bool) -> None:
     rng = np.random.default_rng(5)
     covered = late = 0
     for token, layers in enumerate(device.forced.cpu().numpy()):
-        device.table.clock[0], device.step[0] = token + 1, token
+        device.table.clock[0], device.step[0] = token + 1, token + 1
         if scope == "layer":
             device.find()
         guesses = np.stack([rng.permutation(np.unique(np.r_[ids[:2], rng.integers(0, 16, 9)]))[:4] for ids in layers])

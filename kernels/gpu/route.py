@@ -37,12 +37,16 @@ class Table:
 
 
 @triton.jit
-def router_logits(x, norm, router, logits, normed, eps, experts, H: tl.constexpr, WIDE: tl.constexpr,
+def router_logits(x, norm, router, logits, normed, raw, eps, experts, H: tl.constexpr, WIDE: tl.constexpr,
                   EACH: tl.constexpr, WRITE: tl.constexpr):  # fmt: skip
-    """Of the program's experts; the first program leaves the normed x behind."""
+    """Of the program's experts; the first program leaves the normed x behind, and x as it was for who predicts."""
     i = tl.arange(0, WIDE)
     inside = i < H
     value = tl.load(x + i, mask=inside, other=0.0)
+    if WRITE:
+        if raw is not None:
+            if tl.program_id(0) == 0:
+                tl.store(raw + i, value, mask=inside)
     value = value * tl.rsqrt(tl.sum(value * value, 0) / H + eps) * tl.load(norm + i, mask=inside, other=0.0)
     if WRITE:
         if tl.program_id(0) == 0:
@@ -94,7 +98,7 @@ def most_likely(value, p, k, EP: tl.constexpr, KP: tl.constexpr):
 
 @triton.jit
 def _route(
-    x, norm, router, logits, normed, ticket, eps, experts, k, layer, layers,
+    x, norm, router, logits, normed, raw, ticket, eps, experts, k, layer, layers,
     forced, forced_rows, step, ids_out, weights,
     slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock, candidate_row,
     status, slots, hit, miss_count, miss_records, miss_slots, fetch_count, fetch_slots, counters, log, units,
@@ -105,12 +109,12 @@ def _route(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    router_logits(x, norm, router, logits, normed, eps, experts, H, WIDE, EACH, True)
+    router_logits(x, norm, router, logits, normed, raw, eps, experts, H, WIDE, EACH, True)
     if last_arriver(ticket):
         value, p = probabilities(logits, experts, EP)
         j = tl.arange(0, KP)
         if FORCED:
-            row = (tl.load(step) % forced_rows) * layers + layer
+            row = (tl.maximum(tl.load(step) - 1, 0) % forced_rows) * layers + layer
             ids = tl.load(forced + row * k + j, mask=j < k, other=0).to(tl.int32)
             e = tl.arange(0, EP)
             chosen = tl.sum(tl.where(e[None, :] == ids[:, None], p[None, :], 0.0), 1)
@@ -138,11 +142,11 @@ def _predict(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    router_logits(x, norm, router, logits, x, eps, experts, H, WIDE, EACH, False)
+    router_logits(x, norm, router, logits, x, None, eps, experts, H, WIDE, EACH, False)
     if last_arriver(ticket):
         j = tl.arange(0, KP)
         if EMULATED:
-            row = (tl.load(step) % emulated_rows) * layers + layer
+            row = (tl.maximum(tl.load(step) - 1, 0) % emulated_rows) * layers + layer
             ids = tl.load(emulated + row * M + j, mask=j < M, other=-1).to(tl.int32)
             likely = ids >= 0
         else:
@@ -160,19 +164,19 @@ def route(
     miss_count: Tensor, miss_records: Tensor, miss_slots: Tensor,
     status: Tensor, counters: Tensor, log: Tensor, step: Tensor,
     units: int = 0, forced: Tensor | None = None,
-    fetched: tuple[Tensor, Tensor] | None = None, pdl: bool = False,
+    fetched: tuple[Tensor, Tensor] | None = None, raw: Tensor | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
     """x [H] float32 → normed [H], ids, weights (float32), slots, hit [k], and the missing records with their slots.
 
     router [E, H] in a float type. hit: 1 where the record can be read at once; those that are missing must be paged in
     and those that are late waited for. `forced` [steps, layers, k] int16: ids to take in place of the router's, the
-    row by `step` [1]. `fetched`: count [1] and
-    slots of what `predict` fetched for this layer. `units`: a record's bytes ÷ 16, for the counters. While status [1] is not 0 nothing is changed and nothing missing.
+    row by `step` [1], which counts from 1. `fetched`: count [1] and
+    slots of what `predict` fetched for this layer. `raw` [H]: x as it is. `units`: a record's bytes ÷ 16, for the counters. While status [1] is not 0 nothing is changed and nothing missing.
     """
     experts, h = router.shape
     assert router.is_contiguous() and x.numel() == h
     _route[(triton.cdiv(experts, EACH),)](
-        x, norm, router, logits, normed, ticket, eps, experts, top_k, layer, layers,
+        x, norm, router, logits, normed, raw, ticket, eps, experts, top_k, layer, layers,
         forced, 1 if forced is None else forced.shape[0], step, ids, weights,
         table.slot_of, table.owner, table.arriving, table.fresh, table.landed, table.a, table.b,
         table.decay, table.decay.numel(), table.clock, candidate_row(table, layer),

@@ -64,8 +64,8 @@ class DeviceTrunk:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held; a token reads all but the embedding."""
-        tensors = [self.embedding[0], self.final_norm] + ([] if self.config.tied else [self.head[0][0]])
+        """Bytes that a token reads: all but the embedding, where it is not the head too."""
+        tensors = [self.final_norm, *(buffer for buffer, _ in self.head)]
         tensors += [tensor for layer in self.layers for tensor in layer.tensors()]
         return sum(tensor.nbytes for tensor in tensors)
 

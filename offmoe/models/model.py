@@ -8,6 +8,7 @@ from pathlib import Path
 
 from offmoe.checkpoint import ByteRange, Checkpoint, TensorInfo, open_checkpoint
 from offmoe.errors import OffmoeError
+from offmoe.kernels.planes import slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.models.config import ModelConfig, from_gguf, from_hf
 from offmoe.models.family import GGUF_NAMES, Family, Names, family_of
@@ -25,8 +26,8 @@ class Model:
 
     @property
     def slot_bytes(self) -> int:
-        """A slot holds the largest record, rounded up to 256 bytes so that every slot starts aligned."""
-        return -(-max(layout.nbytes for layout in self.layouts) // 256) * 256
+        """A slot holds the largest record in its planes, rounded up to 256 bytes so that every slot starts aligned."""
+        return -(-max(slot_layout(layout).nbytes for layout in set(self.layouts)) // 256) * 256
 
     @property
     def records(self) -> int:

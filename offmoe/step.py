@@ -1,0 +1,352 @@
+"""One decoded token as a sequence of launches: what the graph captures, and what tests run through the interpreter.
+
+A layer is eight nodes: norm and qkv → attention → output → norm, router, top-k and residency → gate and up of the
+records that are there, beside it the copies of those that are missing → gate and up of these → down, summed into x.
+Nothing here allocates, waits or reads a tensor on the host.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from offmoe.cache.residency import Residency
+from offmoe.device_table import device_table, pull, push
+from offmoe.errors import OffmoeError
+from offmoe.kernels.gpu.advance import advance
+from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
+from offmoe.kernels.gpu.embed import embed
+from offmoe.kernels.gpu.gemv import ALL, HITS, MISSES, dense, expert_down, expert_gate_up
+from offmoe.kernels.gpu.launch import pdl_supported
+from offmoe.kernels.gpu.page_in import page_in, scratch_for
+from offmoe.kernels.gpu.request import request
+from offmoe.kernels.gpu.resolve import candidates
+from offmoe.kernels.gpu.route import predict, route
+from offmoe.kernels.gpu.sample import FULL, Scratch, sample_step
+from offmoe.kernels.gpu.sample import variant as sampler_variant
+from offmoe.kernels.ring import COUNTED, Ring, row_words
+from offmoe.kvcache import KVCache
+from offmoe.memory import host_memory, register, unregister
+from offmoe.models.config import ModelConfig
+from offmoe.models.device_trunk import DeviceTrunk
+from offmoe.plan import Plan
+from offmoe.settings import Sampling
+from offmoe.streams import Lane, Mark
+from offmoe.vram import VramStore
+
+
+RING_ROWS = 64  # many more than are ever under way
+MOST_EOS = 16
+NONE = "none"
+GATE = re.compile(r"gate((?::|,)?(?:[dn]=\d+|p=[\d.]+)(?:,(?:[dn]=\d+|p=[\d.]+))*)?")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a captured graph is for; another is captured where one of these changes. The context's length is not one:
+    attention divides it on the device."""
+
+    sampler: str = "greedy"  # or topk, full
+    served: bool = False  # missing records may have to be asked of the host
+    forced: bool = False  # routing out of a table, for benchmarks and the floor
+    prefetch: bool = False
+    emulated: bool = False  # the predictor out of a table
+
+
+class StepBuffers:
+    """Everything that a captured graph reads and writes beside weights, slots and cache."""
+
+    def __init__(self, config: ModelConfig, splits: int, device: torch.device) -> None:
+        c = config
+
+        def floats(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.x, self.normed, self.raw = floats(1, c.hidden), floats(1, c.hidden), floats(c.hidden)
+        self.qkv = floats(1, (c.heads + 2 * c.kv_heads) * c.head_dim)
+        self.mixed = floats(1, c.heads * c.head_dim)
+        self.partial = floats(partial_size(c.heads, c.head_dim, splits))
+        self.router_logits, self.weights = floats(c.experts), floats(c.top_k)
+        self.inner = floats(c.top_k, c.expert_hidden)
+        self.logits = floats(1, c.vocab)
+        self.ids, self.slots, self.hit = ints(c.top_k), ints(c.top_k), ints(c.top_k)
+        self.miss_count, self.miss_records, self.miss_slots = ints(1), ints(c.top_k), ints(c.top_k)
+        self.sources = torch.zeros(c.top_k, dtype=torch.int64, device=device)
+        self.log = ints(c.layers * c.top_k)
+        self.counters = ints(COUNTED)
+        self.chosen, self.token, self.position, self.status = ints(1), ints(1), ints(1), ints(1)
+        self.steps, self.remaining = ints(1), ints(1)
+        self.attention_tickets, self.route_ticket, self.predict_ticket = ints(c.kv_heads), ints(1), ints(1)
+        self.predict_logits = floats(c.experts)
+        self.fetch_count = ints(c.layers, 1)
+        self.fetch_records, self.fetch_slots = ints(c.layers, c.top_k), ints(c.layers, c.top_k)
+        self.params, self.seed = floats(5), torch.zeros(1, dtype=torch.int64, device=device)
+        self.seen = torch.zeros(c.vocab, dtype=torch.uint8, device=device)
+        self.eos = torch.full((MOST_EOS,), -2, dtype=torch.int32, device=device)
+
+
+class DecodeStep:
+    """Launches of one token over static buffers. On the CPU (tests) the same launches are interpreted."""
+
+    def __init__(self, plan: Plan, trunk: DeviceTrunk, store: VramStore, kv: KVCache) -> None:
+        self.config, self.plan, self.trunk, self.store, self.kv = trunk.config, plan, trunk, store, kv
+        c, device = self.config, plan.device
+        self.device = device
+        self.pdl = pdl_supported(device)
+        sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        self.splits, self.split_size = pick_splits(plan.ctx, c.kv_heads, sms)
+        self.buffers = StepBuffers(c, self.splits, device)
+        self.gate = Gate.of(plan.prefetch, store.table, c.top_k)
+        self.table = device_table(store.table, c.top_k + self.gate.most, device)
+        self.routed = c.layers * c.top_k  # records a step
+        self.sampler = Scratch.of(c.vocab, device)
+        words = row_words(self.routed)
+        memory = host_memory(RING_ROWS * words * 4).view(torch.int32).view(RING_ROWS, words)
+        self._pinned = [memory] if device.type == "cuda" else []
+        for tensor in self._pinned:
+            register(tensor)
+        self.ring = Ring(memory, c.layers, c.top_k)
+        self._forced: Tensor | None = None
+        self._predicted: Tensor | None = None
+        self._scratch, self._ahead_scratch = scratch_for(device), scratch_for(device)
+        self._units = [nbytes // 16 for nbytes in store.record_bytes]
+        self._paging, self._beside, self._ahead = Lane(device), Lane(device), Lane(device)
+        self._forked, self._arrived, self._listed, self._routed = (Mark(device) for _ in range(4))
+        self._predicted_mark = Mark(device)
+        self._fetched = [Mark(device) for _ in range(c.layers)]
+        self._rows = torch.full((store.table.layers * c.experts,), -1, dtype=torch.int32, device=device)
+        self._rows_version = -1
+        self._request_seq = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def launch(self, variant: Variant) -> None:
+        """Run the token in `buffers.token` at `buffers.position`, and choose the next one."""
+        b, c = self.buffers, self.config
+        embed(b.token, self.trunk.embedding, b.x)
+        if not self.plan.all_in_slots and self.store.table.scope == "layer":
+            self._list_candidates()
+        for layer in range(c.layers):
+            self._attend(layer)
+            self._route(layer, variant)
+            self._experts(layer, variant)
+        dense(b.x, self.trunk.head, b.logits, norm=self.trunk.final_norm, eps=c.norm_eps, pdl=self.pdl)
+        self.choose(variant, self.pdl)
+
+    def choose(self, variant: Variant, pdl: bool = False) -> None:
+        """Sample from `buffers.logits`, advance all clocks, tell the host."""
+        b = self.buffers
+        sample_step(
+            b.logits[0], b.params, b.seed, b.steps, b.seen, b.status, b.chosen, self.sampler,
+            variant=variant.sampler, pdl=pdl and variant.sampler != FULL,
+        )  # fmt: skip
+        advance(
+            b.chosen, token=b.token, position=b.position, clock=self.table.clock, steps=b.steps, status=b.status,
+            remaining=b.remaining, eos=b.eos, counters=b.counters, ids=b.log, ring=self.ring.address,
+            rows=self.ring.rows, pdl=pdl and variant.sampler != FULL,
+        )  # fmt: skip
+
+    def _attend(self, layer: int) -> None:
+        b, c, w = self.buffers, self.config, self.trunk.layers[layer]
+        keys, values = self.kv.layer(layer)
+        dense(b.x, w.qkv, b.qkv, norm=w.attn_norm, eps=c.norm_eps, pdl=self.pdl and layer > 0)
+        decode_attention(
+            b.qkv[0], keys, values, b.position, self.trunk.rope, b.mixed[0], b.partial, b.attention_tickets,
+            heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
+            norm_full=c.qk_norm == "full", clip=c.clip_qkv, eps=c.norm_eps, splits=self.splits,
+            split_size=self.split_size, scales=self.kv.scales(layer), pdl=self.pdl,
+        )  # fmt: skip
+        dense(b.mixed, w.o, b.x, residual=True, pdl=self.pdl)
+
+    def _route(self, layer: int, variant: Variant) -> None:
+        """Whoever lists candidates or predicts beside the main lane is waited for first: a whole edge."""
+        b, c, w = self.buffers, self.config, self.trunk.layers[layer]
+        joins = not self.plan.all_in_slots and (self.store.table.scope == "global" or layer == 0)
+        if not self.plan.all_in_slots:
+            if self.store.table.scope == "global":
+                self._list_candidates()
+            if joins:
+                self._listed.wait()
+            if variant.prefetch and layer > 0:
+                self._predicted_mark.wait()
+                joins = True
+        route(
+            b.x[0], w.ffn_norm, c.norm_eps, w.router, self.table, layer, layers=c.layers, top_k=c.top_k,
+            renormalise=c.renormalise, logits=b.router_logits, normed=b.normed[0], ticket=b.route_ticket, ids=b.ids,
+            weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count, miss_records=b.miss_records,
+            miss_slots=b.miss_slots, status=b.status, counters=b.counters, log=b.log, step=b.steps,
+            units=self._units[layer], forced=self._forced if variant.forced else None,
+            fetched=(b.fetch_count[layer], b.fetch_slots[layer]) if variant.prefetch else None,
+            raw=b.raw if variant.prefetch else None,  # expert_down changes x while the prediction reads it
+            pdl=self.pdl and not joins,
+        )  # fmt: skip
+        self._routed.set()
+        if variant.prefetch and layer + self.gate.ahead < c.layers:
+            self._prefetch(layer + self.gate.ahead, variant)
+
+    def _list_candidates(self) -> None:
+        """Beside the main lane: behind all that changed the table, before the next event."""
+        t = self.table
+        self._forked.set()
+        with self._beside():
+            self._forked.wait()
+            candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind)
+            self._listed.set()
+
+    def _prefetch(self, layer: int, variant: Variant) -> None:
+        """Predict `layer` from the stream as it is now, and fetch; all beside the main lane."""
+        b, c, w = self.buffers, self.config, self.trunk.layers[layer]
+        with self._ahead():
+            self._routed.wait()
+            predict(
+                b.raw, w.ffn_norm, c.norm_eps, w.router, self.table, layer, layers=c.layers, top_k=c.top_k,
+                least=self.gate.least, most=self.gate.most, logits=b.predict_logits, ticket=b.predict_ticket,
+                held=b.slots, fetch_count=b.fetch_count[layer], fetch_records=b.fetch_records[layer],
+                fetch_slots=b.fetch_slots[layer], status=b.status, counters=b.counters, step=b.steps,
+                units=self._units[layer], emulated=self._predicted if variant.emulated else None,
+            )  # fmt: skip
+            self._predicted_mark.set()
+            page_in(
+                None, b.fetch_count[layer], b.fetch_slots[layer], self.store.records, self.store.layouts[layer],
+                self._ahead_scratch, records=b.fetch_records[layer], base=self.store.ram.base,
+                stride=self.plan.stride, landed=self.table.landed, progress=self.table.progress,
+            )  # fmt: skip
+            self._fetched[layer].set()
+
+    def _experts(self, layer: int, variant: Variant) -> None:
+        """Multiply what is there while what is missing comes; a join is a whole edge, so no early start behind it."""
+        b, store = self.buffers, self.store
+        records, layout = store.records, store.layouts[layer]
+        if self.plan.all_in_slots:
+            expert_gate_up(records, layout, b.slots, b.normed, b.inner, phase=ALL, pdl=self.pdl)
+        else:
+            with self._paging():
+                self._routed.wait()
+                self._page_in(layer, variant)
+                self._arrived.set()
+            expert_gate_up(records, layout, b.slots, b.normed, b.inner, hit=b.hit, phase=HITS, pdl=self.pdl)
+            self._arrived.wait()
+            if variant.prefetch and layer >= self.gate.ahead:
+                self._fetched[layer].wait()
+            expert_gate_up(records, layout, b.slots, b.normed, b.inner, hit=b.hit, phase=MISSES)
+        expert_down(records, layout, b.slots, b.weights, b.inner, b.x, pdl=self.pdl)
+
+    def _page_in(self, layer: int, variant: Variant) -> None:
+        b, ram = self.buffers, self.store.ram
+        if variant.served:
+            request(
+                ram.mailbox, b.miss_count, b.miss_records, b.sources, self._rows, ram.base, self.plan.stride,
+                b.status, self._request_seq,
+            )  # fmt: skip
+        page_in(
+            b.sources if variant.served else None, b.miss_count, b.miss_slots, self.store.records,
+            self.store.layouts[layer], self._scratch, records=b.miss_records, base=ram.base, stride=self.plan.stride,
+        )  # fmt: skip
+
+    def set_sampling(self, sampling: Sampling, ids: list[int], eos: frozenset[int], most: int) -> str:
+        """Parameters of an answer of at most `most` tokens to the prompt `ids`; returns the variant that they need."""
+        b = self.buffers
+        temperature, top_k = sampling.temperature or 0.0, sampling.top_k or 0
+        top_p = 1.0 if sampling.top_p is None else sampling.top_p
+        params = (temperature, top_k, top_p, sampling.min_p or 0.0, sampling.repeat_penalty or 1.0)
+        b.params.copy_(torch.tensor(params))
+        b.seed.fill_(sampling.seed if sampling.seed is not None else secrets.randbits(63))
+        b.seen.zero_()
+        if ids:
+            b.seen[torch.tensor(sorted(set(ids)), device=self.device)] = 1
+        ends = torch.full((MOST_EOS,), -2, dtype=torch.int32)
+        ends[: min(len(eos), MOST_EOS)] = torch.tensor(sorted(eos)[:MOST_EOS], dtype=torch.int32)
+        b.eos.copy_(ends)
+        b.remaining.fill_(most)
+        return sampler_variant(temperature, top_k)
+
+    def push(self, clock: int, position: int) -> None:
+        """Residency to the device; `position`: where the next token will stand. Steps count from 0 again.
+
+        The first `choose` advances token number and position without a step before it.
+        """
+        push(self.store.table, self.table, clock)
+        b = self.buffers
+        b.position.fill_(position - 1)
+        b.status.zero_()
+        b.steps.zero_()
+        b.counters.zero_()
+        b.fetch_count.zero_()
+        self.ring.clear()
+
+    def pull(self) -> int:
+        """Residency back to the host, once nothing runs any more; returns the number of the last token."""
+        return pull(self.store.table, self.table) - 1
+
+    def know_rows(self) -> None:
+        """Tell the device which rows of RAM have been filled since it was told last."""
+        ram = self.store.ram
+        if ram.version != self._rows_version:
+            self._rows_version = ram.version
+            self._rows.copy_(torch.from_numpy(ram.known_rows()))
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Launches inside change nothing, as if the answer were over."""
+        status = self.buffers.status.clone()
+        self.buffers.status.fill_(1)
+        yield
+        self.buffers.status.copy_(status)
+
+    def force(self, ids: NDArray[np.int16] | None) -> bool:
+        """Routing to replay; True where a graph that was captured before points to other memory."""
+        self._forced, moved = into(self._forced, ids, self.device)
+        return moved
+
+    def emulate(self, predicted: NDArray[np.int16] | None) -> bool:
+        """Predictions to replay, likewise."""
+        self._predicted, moved = into(self._predicted, predicted, self.device)
+        return moved
+
+    def close(self) -> None:
+        for tensor in self._pinned:
+            unregister(tensor)
+        self._pinned.clear()
+
+
+def into(held: Tensor | None, ids: NDArray[np.int16] | None, device: torch.device) -> tuple[Tensor | None, bool]:
+    """`ids` on the device, in the memory of `held` where they fit it."""
+    if ids is None:
+        return held, False
+    fresh = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int16))
+    if held is not None and held.shape == fresh.shape:
+        return held.copy_(fresh), False
+    return fresh.to(device), True
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The gate-ahead predictor of `--prefetch gate:d=1,p=0.05,n=2`; most = 0: none."""
+
+    ahead: int = 1  # layers
+    least: float = 0.05  # probability
+    most: int = 0  # records a layer: a started copy cannot be called back
+
+    @classmethod
+    def of(cls, spec: str, table: Residency, k: int) -> Gate:
+        """Raises OffmoeError for what is unknown, and where the slots leave no room."""
+        if spec == NONE:
+            return cls()
+        match = GATE.fullmatch(spec)
+        if match is None:
+            raise OffmoeError(f"prefetch {spec!r} is unknown: write none, or gate:d=1…4,p=0…1,n=1…{k}")
+        given = dict(pair.split("=") for pair in (match[1] or "").removeprefix(":").split(",") if pair)
+        ahead, least, most = int(given.get("d", 1)), float(given.get("p", 0.05)), int(given.get("n", 2))
+        room = (table.capacity - k) // (1 if table.scope == "layer" else ahead + 1)
+        if not (1 <= ahead <= 4 and 0 <= least <= 1 and 1 <= most <= k):
+            raise OffmoeError(f"prefetch {spec!r} is out of range: write gate:d=1…4,p=0…1,n=1…{k}")
+        return cls(ahead, least, max(0, min(most, room)))

@@ -1,0 +1,83 @@
+"""The decode step through Triton's interpreter: a whole token, launch for launch what the graph captures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from close import assert_close
+from tiny import reference, saved
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu runs the graph itself", allow_module_level=True)
+
+from offmoe.kvcache import KVCache
+from offmoe.models.device_trunk import DeviceTrunk
+from offmoe.models.model import open_model
+from offmoe.plan import make_plan
+from offmoe.settings import Sampling, Settings
+from offmoe.step import DecodeStep, Variant
+from offmoe.vram import VramStore
+
+IDS = [5, 17, 3, 60, 9, 33]
+
+
+@contextmanager
+def step_of(path: Path, **settings: Any) -> Iterator[DecodeStep]:
+    model = open_model(path)
+    plan = make_plan(model, Settings.of(**{"device": "cpu", "ctx": 32, "ram": "64MiB", **settings}))
+    store = VramStore(model, plan)
+    store.records.fill_(0xFF)  # NaN
+    store.ram.fill()
+    store.ram.wait_complete()
+    trunk = DeviceTrunk(model, plan.device, torch.float32, plan.ctx)
+    trunk.load_layers(lambda *_: None)
+    step = DecodeStep(plan, trunk, store, KVCache(model.config, plan.ctx, plan.device, torch.float32))
+    if plan.all_in_slots:
+        store.preload(lambda *_: None)
+    yield step
+    store.close()
+    model.checkpoint.close()
+
+
+def run(step: DecodeStep, variant: Variant) -> torch.Tensor:
+    """Logits [T, V] after each of IDS, teacher-forced."""
+    b = step.buffers
+    step.set_sampling(Sampling(temperature=0.0), [], frozenset(), 100)
+    step.push(0, 0)
+    step.table.clock[0] += 1
+    b.position += 1  # as the first `choose` would
+    rows = []
+    for id in IDS:
+        b.token[0] = id
+        step.launch(variant)
+        rows.append(b.logits[0].clone())
+        row = step.ring.poll(len(rows) - 1)
+        assert row is not None
+        assert row.token == int(rows[-1].argmax())
+        assert row.hits + row.misses + row.late == step.routed
+    step.pull()
+    step.store.check()
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "olmoe-clipped"])
+def test_logits_are_those_of_transformers(family: str, scope: str, tmp_path: Path) -> None:
+    want, _ = reference(family, IDS)
+    with step_of(saved(family, tmp_path), vram="60%", scope=scope, policy="crf:h=16") as step:
+        assert_close("logits", run(step, Variant()), want, 1e-5)
+
+
+@pytest.mark.parametrize("prefetch", ["none", "gate:d=1,p=0,n=2", "gate:d=2,p=0,n=1"])
+def test_prefetching_changes_no_logit(prefetch: str, tmp_path: Path) -> None:
+    want, _ = reference("qwen3_moe", IDS)
+    with step_of(saved("qwen3_moe", tmp_path), vram="75%", prefetch=prefetch) as step:
+        got = run(step, Variant(prefetch=prefetch != "none"))
+        assert_close("logits", got, want, 1e-5)
+        assert bool(step.table.landed.any()) == (prefetch != "none"), "nothing was prefetched"
