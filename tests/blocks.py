@@ -1,0 +1,55 @@
+"""Quantised matrices for tests of kernels: random ones, extreme ones, and slots full of NaN around them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offmoe.kernels.formats import FORMATS
+from offmoe.kernels.planes import SlotLayout, rearrange
+from offmoe.kernels.record import RecordLayout
+
+# Where a block's float16 scales lie.
+SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q6_K": (208,)}
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EXTREMES = ("zero", "subnormal", "ones")
+
+
+def random_matrix(fmt: str, rows: int, cols: int, n: int = 1, kind: str = "normal", seed: int = 0) -> Tensor:
+    """As it lies in the file, uint8 [n, bytes]: all codes occur, scales are of one magnitude.
+
+    kind "zero": scales are 0; "subnormal": subnormal float16 (float32 for MXFP4); "ones": every code has all its bits.
+    """
+    g = torch.Generator().manual_seed(seed)
+    raw = torch.randint(0, 256, (n, FORMATS[fmt].nbytes(rows, cols)), dtype=torch.uint8, generator=g)
+    if kind == "ones":
+        raw.fill_(0xFF)
+    if fmt in FLOATS:
+        sizes = {"normal": 1.0, "zero": 0.0, "subnormal": 1e-6, "ones": 1e4}
+        values = torch.randn((n, rows * cols), generator=g) * sizes[kind]
+        return values.to(FLOATS[fmt]).view(torch.uint8)
+    blocks = raw.view(n, -1, FORMATS[fmt].bytes)
+    many = blocks.shape[1]
+    if fmt == "MXFP4":
+        low, high = {"normal": (118, 128), "zero": (0, 1), "subnormal": (0, 3), "ones": (200, 210)}[kind]
+        blocks[..., 0] = torch.randint(low, high, (n, many), dtype=torch.uint8, generator=g)
+        if kind == "zero":  # a scale is never 0, a code may be
+            blocks[..., 1:] = torch.tensor([0x00, 0x88, 0x80, 0x08], dtype=torch.uint8).repeat(4)
+    for at in SCALES.get(fmt, ()):
+        scale = torch.rand((n, many, 1), generator=g) * 0.1 + 0.01
+        scale *= {"normal": 1.0, "zero": 0.0, "subnormal": 5e-4, "ones": 1.0}[kind]
+        blocks[..., at : at + 2] = scale.half().view(torch.uint8)
+    return raw
+
+
+def random_records(layout: RecordLayout, n: int, kind: str = "normal", seed: int = 0) -> Tensor:
+    """uint8 [n, record bytes]."""
+    parts = [random_matrix(p.format, p.rows, p.cols, n, kind, seed + i) for i, p in enumerate(layout.parts)]
+    return torch.cat(parts, dim=1)
+
+
+def filled_slots(raw: Tensor, layout: SlotLayout, where: list[int], count: int) -> Tensor:
+    """`count` slots of a 256-byte stride, 0xFF but for the records `raw` at `where`."""
+    slots = torch.full((count, -(-layout.nbytes // 256) * 256), 0xFF, dtype=torch.uint8)
+    slots[where, : layout.nbytes] = rearrange(raw, layout)
+    return slots

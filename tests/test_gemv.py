@@ -1,0 +1,158 @@
+"""GEMV in every format against float64; what is not in a slot is NaN, and what is not to be written stays so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from blocks import EXTREMES, filled_slots, random_matrix, random_records
+from close import assert_close
+from torch import Tensor
+
+from offmoe.kernels import gemv as naive
+from offmoe.kernels.formats import FORMATS
+from offmoe.kernels.planes import PLANES, SlotLayout, matrix, rearrange_matrix, slot_layout
+from offmoe.kernels.record import RecordLayout
+
+pytest.importorskip("triton")
+from offmoe.kernels.gpu import gemv as fast
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RATIO = 2e-6
+HITS, MISSES = fast.HITS, fast.MISSES
+
+
+def randn(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def nan(*shape: int) -> Tensor:
+    return torch.full(shape, torch.nan, device=DEVICE)
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def slots_of(fmt: str, down: str, kind: str = "normal", stacked: bool = False) -> tuple[Tensor, SlotLayout]:
+    """Four slots, of which 1 holds NaN; 96 and 160 weights a row where blocks are of 32."""
+    large = 256 in (FORMATS[fmt].block, FORMATS[down].block)
+    h, f = (256, 256) if large else (160, 96)
+    record = RecordLayout.of(("gate", fmt, f, h), ("up", fmt, f, h), ("down", down, h, f))
+    if stacked:
+        record = RecordLayout.of(("gate_up", fmt, 2 * f, h), ("down", down, h, f))
+    layout = slot_layout(record)
+    return filled_slots(random_records(record, 3, kind), layout, [0, 2, 3], 4).to(DEVICE), layout
+
+
+def check_experts(fmt: str, down: str, kind: str, tokens: int, stacked: bool) -> None:
+    records, layout = slots_of(fmt, down, kind, stacked)
+    slots = ints(2, 0, 3, 2)[: 2 * tokens]
+    x = 0.05 * randn(tokens, layout.hidden)  # gates of about 1 to 15
+    out = nan(2 * tokens, layout.expert_hidden)
+    want = out.double()
+    fast.expert_gate_up(records, layout, slots, x, out)
+    naive.expert_gate_up(records, layout, slots, x, want)
+    assert_close("gate_up", out, want, RATIO)
+    inner, weights, y = randn(*out.shape, seed=2), randn(2 * tokens, seed=3).abs(), randn(*x.shape, seed=4)
+    summed = y.double()
+    fast.expert_down(records, layout, slots, weights, inner, y)
+    naive.expert_down(records, layout, slots, weights, inner, summed)
+    assert_close("down", y, summed, RATIO)
+
+
+@pytest.mark.parametrize("fmt", PLANES)
+def test_experts_of_two_tokens(fmt: str) -> None:
+    check_experts(fmt, fmt, "normal", 2, fmt in ("Q8_0", "Q6_K", "MXFP4"))
+
+
+@pytest.mark.parametrize(("fmt", "down"), [("Q4_K", "Q6_K"), ("MXFP4", "Q8_0"), ("F16", "Q4_1")])
+def test_experts_of_two_formats(fmt: str, down: str) -> None:
+    check_experts(fmt, down, "normal", 1, False)
+
+
+@pytest.mark.parametrize("kind", EXTREMES)
+@pytest.mark.parametrize("fmt", PLANES)
+def test_extreme_blocks(fmt: str, kind: str) -> None:
+    """Sums in float64 of codes that are all alike, of scales that are subnormal, or 0."""
+    cols = 512 if FORMATS[fmt].block == 256 else 160
+    form = matrix(fmt, 5, cols)
+    buffer = rearrange_matrix(random_matrix(fmt, 5, cols, kind=kind)[0], form).to(DEVICE)
+    x, out = 1 + 0.1 * randn(1, cols), nan(1, 5)
+    want = out.double()
+    fast.dense(x, [(buffer, form)], out)
+    naive.dense(x, [(buffer, form)], want)
+    if kind == "zero":
+        assert (out == 0).all()
+        assert (want == 0).all()
+    else:
+        assert want.abs().min() > 0
+        assert_close(f"{fmt} {kind}", out, want, RATIO)
+
+
+@pytest.mark.parametrize("fmt", ["Q4_K", "MXFP4"])
+def test_each_phase_leaves_the_others_alone(fmt: str) -> None:
+    """The slot of a miss holds NaN while the hits are multiplied."""
+    records, layout = slots_of(fmt, fmt)
+    slots, hit = ints(2, 1, 0), ints(1, 0, 1)
+    x, out = 0.05 * randn(1, layout.hidden), nan(3, layout.expert_hidden)
+    want = out.double()
+    fast.expert_gate_up(records, layout, slots, x, out, hit=hit, phase=HITS)
+    naive.expert_gate_up(records, layout, slots, x, want, hit=hit, phase=HITS)
+    assert out[1].isnan().all()
+    assert want[1].isnan().all()
+    assert_close("hits", out[::2], want[::2], RATIO)
+    records[1] = records[3]  # arrived
+    before = out[::2].clone()
+    fast.expert_gate_up(records, layout, slots, x, out, hit=hit, phase=MISSES)
+    naive.expert_gate_up(records, layout, slots, x, want, hit=hit, phase=MISSES)
+    assert torch.equal(out[::2], before)
+    assert_close("misses", out, want, RATIO)
+    whole = nan(*out.shape)
+    fast.expert_gate_up(records, layout, slots, x, whole)
+    assert torch.equal(whole, out)  # bit for bit: what is resident does not change a token
+
+
+def parts_of(cols: int, *formats: str) -> list[tuple[Tensor, fast.Matrix]]:
+    """37, 5 and 18 rows: no whole number of programs."""
+    parts = []
+    for i, (fmt, rows) in enumerate(zip(formats, (37, 5, 18), strict=False)):
+        form = matrix(fmt, rows, cols)
+        parts.append((rearrange_matrix(random_matrix(fmt, rows, cols, seed=i)[0], form).to(DEVICE), form))
+    return parts
+
+
+@pytest.mark.parametrize("formats", [("Q5_0",), ("Q4_K", "F16", "Q6_K"), ("Q8_0", "Q4_0", "BF16"), ("F32", "MXFP4")])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_parts_of_different_formats_with_norm(formats: tuple[str, ...], tokens: int) -> None:
+    cols = 256 if any(FORMATS[f].block == 256 for f in formats) else 224
+    parts = parts_of(cols, *formats)
+    x, norm = 30 * randn(tokens, cols), randn(cols, seed=5)
+    out = nan(tokens, sum(form.rows for _, form in parts))
+    want = out.double()
+    fast.dense(x, parts, out, norm=norm, eps=1e-5)
+    naive.dense(x, parts, want, norm=norm, eps=1e-5)
+    assert_close("out", out, want, RATIO)
+
+
+@pytest.mark.parametrize("fmt", ["Q5_K", "Q4_1"])
+def test_residual(fmt: str) -> None:
+    """Twice, so that a result which is not added shows."""
+    cols = 768 if fmt == "Q5_K" else 96
+    parts = parts_of(cols, fmt)
+    x, out = randn(2, cols), randn(2, 37, seed=6)
+    want = out.double()
+    for _ in range(2):
+        fast.dense(x, parts, out, residual=True)
+        naive.dense(x, parts, want, residual=True)
+    assert_close("out", out, want, RATIO)
+
+
+def test_a_row_of_several_steps() -> None:
+    """More units than a tile holds; and `words` is a matter of speed alone."""
+    parts, x = parts_of(2560, "Q6_K", "Q4_0"), randn(1, 2560)
+    want = nan(1, 42).double()
+    naive.dense(x, parts, want)
+    for words in (128, 4096):
+        out = nan(1, 42)
+        fast.dense(x, parts, out, words=words)
+        assert_close(f"words={words}", out, want, RATIO)
