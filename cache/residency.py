@@ -46,6 +46,7 @@ class Residency:
         self.arriving = np.zeros(self.slots, np.bool_)  # [slots] owned, its bytes not there yet
         self.prefetched = np.zeros(self.slots, np.bool_)  # [slots] owned by a prefetch, not used yet
         self.guarded: dict[int, Slots] = {}  # layer → slots that were prefetched for its next event
+        self.leaving = NONE  # those of the last event: guarded until the next one
         self.wasted = 0  # prefetched records that were evicted unused
 
     def access(self, layer: int, experts: Ints, now: int, uses: Ints | int = 1) -> Access:
@@ -56,8 +57,9 @@ class Residency:
         neither were asked for nor are arriving.
         """
         records = np.asarray(experts, np.int64) + layer * self.experts
+        self.leaving = NONE
         access = self._event(layer if self.scope == "layer" else 0, 1, records, now, uses)
-        self.guarded.pop(layer, None)
+        self.leaving = self.guarded.pop(layer, NONE)
         return access
 
     def access_token(self, experts: Ints, now: int) -> Access:
@@ -73,8 +75,9 @@ class Residency:
         """Admit what is absent of predicted `experts`, in their order, at most `most`: (records, their slots).
 
         Policies are not told. Neither what the prediction names nor the slots `held` leave for it, nor what arrives;
-        where that leaves too few slots, the last of the experts go without. What is admitted does not leave before the
-        layer's next event, for which `most` must leave room. A layer is predicted once between its events.
+        where that leaves too few slots, the last of the experts go without. What is admitted stays for the layer's next
+        event, for which `most` must leave room, and until the event after that: a device's list of who may leave is as
+        old as the event. A layer is predicted once between its events.
         """
         records = np.asarray(experts, np.int64) + layer * self.experts
         slots = self.slot_of[records]
@@ -145,7 +148,7 @@ class Residency:
         owner = self.owner[area]
         keys: Numbers = np.where(owner < 0, -np.inf, self.policy.score(owner, now))
         keys[self.arriving[area]] = np.inf
-        for slots in self.guarded.values():
+        for slots in (*self.guarded.values(), self.leaving):
             inside = slots[(slots >= area.start) & (slots < area.stop)]
             keys[inside - area.start] = np.inf
         keys[held] = np.inf

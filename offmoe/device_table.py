@@ -10,11 +10,23 @@ from offmoe.cache.policies.base import Ints
 from offmoe.cache.policies.crf import decay_table
 from offmoe.cache.residency import Residency
 from offmoe.errors import OffmoeError
+from offmoe.kernels.gpu.resolve import scratch_size
 from offmoe.kernels.gpu.route import Table
 
 
+def reach(residency: Residency, k: int, most: int) -> int:
+    """Candidates that are enough for an event of k and a prediction of up to k records, of which `most` are fetched.
+
+    Each passes over what it asks for itself: the event takes or passes over k. Under layer scope the prediction came
+    before it, and what that took stays; under global scope it comes after, and may take or pass over k others.
+    """
+    if not most:
+        return k
+    return k + most if residency.scope == "layer" else 2 * k
+
+
 def device_table(residency: Residency, reach: int, device: torch.device) -> Table:
-    """An empty mirror; `reach`: how many slots an event and a prefetch may take between two lists of candidates."""
+    """An empty mirror, with lists of `reach` candidates."""
     policy = residency.policy
     if not policy.state:
         raise OffmoeError(f"policy {policy.name!r} has no score for a GPU: choose lru, crf, lfu or lfru")
@@ -27,7 +39,8 @@ def device_table(residency: Residency, reach: int, device: torch.device) -> Tabl
     return Table(
         slot_of=ints(records), owner=ints(slots), arriving=ints(slots), fresh=ints(slots), landed=ints(slots),
         progress=ints(slots), a=ints(records), b=ints(records), decay=torch.from_numpy(decay).to(device),
-        clock=ints(2), candidates=ints(residency.pools, reach), kind=policy.name.partition(":")[0],
+        clock=ints(2), candidates=ints(residency.pools, reach), scratch=ints(scratch_size(slots, reach)),
+        kind=policy.name.partition(":")[0],
     )  # fmt: skip
 
 

@@ -2,8 +2,10 @@
 
 The choices are those of cache.residency.Residency, bit for bit: a score is a fraction of two whole numbers (a float32
 that is not negative orders as its bits), fractions are compared by cross-multiplication, ties go to the lowest slot.
-Scanning a pool is done beside the critical path: `candidates` lists the slots that would leave first, and `resolve`,
-inside the router's kernel, takes from the list what this event does not need.
+
+Scanning a pool is done beside the critical path: `candidates` lists the slots that would leave first. What the table
+says of all experts of the layer is read while the router multiplies (`look`); once it is known who is asked for,
+`resolve` reads nothing more: it works on vectors over the experts, in whose order records ascend.
 """
 
 from __future__ import annotations
@@ -16,15 +18,9 @@ KINDS = {"lru": 0, "lfu": 1, "lfru": 2, "crf": 3}
 LRU, LFU, LFRU, CRF = (tl.constexpr(kind) for kind in range(4))
 # Words of a step's counters, in the order of kernels.ring; what is uploaded counts in units of 16 bytes.
 HITS, COVERED, LATE, MISSES, WASTED, UPLOADED = (tl.constexpr(word) for word in range(6))
-NEVER = tl.constexpr(1 << 40)  # the numerator of what must not leave
-
-
-@triton.jit
-def crf_score(a, b, decay, decays, record, now, mask):
-    """value · 2^(-age / h) float32 at token `now`; the product alone, so that nothing is fused into it."""
-    value = tl.load(a + record, mask=mask, other=0).to(tl.float32, bitcast=True)
-    age = tl.minimum(now - tl.load(b + record, mask=mask, other=0), decays - 1)
-    return value * tl.load(decay + age, mask=mask, other=0.0)
+COUNTED = tl.constexpr(8)
+NEVER = tl.constexpr(1 << 31)  # the numerator of what must not leave; times a denominator it still fits int64
+PART = 1024  # slots of a pool that one program ranks, where several share a pool
 
 
 @triton.jit
@@ -36,147 +32,197 @@ def lower(n0, d0, s0, n1, d1, s1):
 
 
 @triton.jit
-def _candidates(
-    owner, arriving, a, b, decay, decays, clock, out, capacity,
+def list_first(
+    slot, inside, owner, arriving, a, b, decay, decays, clock, out,
     C: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pools): the C slots of a pool that leave first, in that order; -1 where there are no more."""
-    pool = tl.program_id(0)
-    i = tl.arange(0, BLOCK)
-    slot = pool * capacity + i
-    inside = i < capacity
+    """Of slots [BLOCK] the C that leave first, in that order, into out [C]; -1 where there are no more."""
     record = tl.load(owner + slot, mask=inside, other=-1)
     owned = inside & (record >= 0)
+    stays = tl.load(arriving + slot, mask=inside, other=1) != 0
     now = tl.load(clock)
+    number = tl.load(a + record, mask=owned, other=0)
+    age = tl.zeros((BLOCK,), tl.int32)
+    if (KIND == CRF) | (KIND == LFRU):
+        age = tl.where(owned, now - tl.load(b + record, mask=owned, other=0), 0)
     if KIND == CRF:
-        number = crf_score(a, b, decay, decays, record, now, owned).to(tl.int32, bitcast=True).to(tl.int64)
-    else:
-        number = tl.load(a + record, mask=owned, other=0).to(tl.int64)
-    number = tl.where(owned, number, -1)  # free slots go first
-    number = tl.where(inside & (tl.load(arriving + slot, mask=inside, other=0) == 0), number, NEVER)
+        faded = tl.load(decay + tl.minimum(age, decays - 1), mask=owned, other=0.0)
+        number = (number.to(tl.float32, bitcast=True) * faded).to(tl.int32, bitcast=True)
+    number = tl.where(owned, number, -1).to(tl.int64)  # free slots go first
+    number = tl.where(stays, NEVER, number)
+    place = slot.to(tl.int64)
     if KIND == LFRU:
-        age = (now - tl.load(b + record, mask=owned, other=0) + 1).to(tl.int64)
-        age = tl.where(owned, age, 1)
+        age = tl.where(stays, 1, age.to(tl.int64) + 1)
         for c in range(C):
-            n, _, first = tl.reduce((number, age, slot.to(tl.int64)), 0, lower)
-            tl.store(out + pool * C + c, tl.where(n < NEVER, first, -1).to(tl.int32))
-            number = tl.where(slot == first, NEVER, number)
-            age = tl.where(slot == first, 1, age)
+            n, _, first = tl.reduce((number, age, place), 0, lower)
+            tl.store(out + c, tl.where(n < NEVER, first, -1).to(tl.int32))
+            number = tl.where(place == first, NEVER, number)
+            age = tl.where(place == first, 1, age)
     else:
-        place = i.to(tl.int64)
-        never = tl.full((BLOCK,), NEVER, tl.int64) << 20 | place
-        key = tl.where(number == NEVER, never, (number + 1) << 20 | place)
+        end: tl.constexpr = (NEVER + 1) << 20
+        key = (number + 1) << 20 | place
         for c in range(C):
             first = tl.min(key, 0)
-            found = first >> 20 < NEVER
-            tl.store(out + pool * C + c, tl.where(found, pool * capacity + (first & 0xFFFFF), -1).to(tl.int32))
-            key = tl.where(key == first, never, key)
+            tl.store(out + c, tl.where(first < end, first & 0xFFFFF, -1).to(tl.int32))
+            key = tl.where(key == first, end | place, key)
+
+
+@triton.jit
+def _candidates(
+    owner, arriving, a, b, decay, decays, clock, out, scratch, capacity, parts,
+    C: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Grid (pools, parts): each lists its part; the last to finish ranks what all listed (then there is one pool)."""
+    pool, part = tl.program_id(0), tl.program_id(1)
+    i = part * BLOCK + tl.arange(0, BLOCK)
+    target = out + pool * C
+    if MERGED:
+        target = scratch + 1 + part * C
+    list_first(pool * capacity + i, i < capacity, owner, arriving, a, b, decay, decays, clock, target, C, BLOCK, KIND)
+    if MERGED:
+        tl.debug_barrier()  # all threads' stores come before the ticket
+        if tl.atomic_add(scratch, 1, sem="acq_rel") == parts - 1:
+            tl.store(scratch, 0)
+            j = tl.arange(0, MERGED)
+            slot = tl.load(scratch + 1 + j, mask=j < parts * C, other=-1, cache_modifier=".cg")
+            list_first(slot, slot >= 0, owner, arriving, a, b, decay, decays, clock, out, C, MERGED, KIND)
 
 
 def candidates(
     owner: Tensor, arriving: Tensor, a: Tensor, b: Tensor, decay: Tensor, clock: Tensor, out: Tensor,
-    *, kind: str,
+    *, kind: str, scratch: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """out [pools, C] int32: of every pool of owner's slots, those that would leave first at token clock[0]."""
+    """out [pools, C] int32: of every pool of owner's slots, those that would leave first at token clock[0].
+
+    `scratch` int32 of scratch_size(), zero before the first launch: several programs share a large pool.
+    """
     pools, count = out.shape
     capacity = owner.numel() // pools
     assert capacity <= 1 << 20
-    _candidates[(pools,)](
-        owner, arriving, a, b, decay, decay.numel(), clock, out, capacity, C=count,
-        BLOCK=triton.next_power_of_2(capacity), KIND=KINDS[kind], num_warps=4 if capacity <= 1024 else 16,
-        enable_fp_fusion=False,
+    parts = 1 if scratch is None or pools > 1 else triton.cdiv(capacity, PART)
+    block = triton.next_power_of_2(capacity) if parts == 1 else PART
+    _candidates[(pools, parts)](
+        owner, arriving, a, b, decay, decay.numel(), clock, out, scratch, capacity, parts, C=count, BLOCK=block,
+        MERGED=0 if parts == 1 else triton.next_power_of_2(parts * count), KIND=KINDS[kind],
+        num_warps=4 if block <= 1024 else 16, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-@triton.jit
-def pick(candidate, held, present, arriving, wanted, rank, C: tl.constexpr):
-    """For each wanted [K] the rank-th candidate [C] that is neither held [H] (where present) nor arriving."""
-    there = candidate >= 0
-    taken = tl.sum(((candidate[:, None] == held[None, :]) & present[None, :]).to(tl.int32), 1) > 0
-    usable = there & ~taken & (tl.load(arriving + candidate, mask=there, other=1) == 0)
-    i = tl.arange(0, C)
-    before = tl.sum((usable[None, :] & (i[None, :] < i[:, None])).to(tl.int32), 1)
-    chosen = usable[None, :] & (before[None, :] == rank[:, None]) & wanted[:, None]
-    return tl.sum(tl.where(chosen, candidate[None, :] + 1, 0), 1) - 1
+def scratch_size(slots: int, count: int) -> int:
+    """int32 words that `candidates` needs to share a pool of so many slots: a ticket, and a list from every part."""
+    return 1 + triton.cdiv(slots, PART) * count
 
 
 @triton.jit
-def admit(slot, record, wanted, slot_of, owner, arriving, fresh, counters, PREFETCHED: tl.constexpr):
-    """Records take slots: who owned them is absent from now on."""
-    old = tl.load(owner + slot, mask=wanted, other=-1)
-    unused = tl.load(fresh + slot, mask=wanted & (old >= 0), other=0)
-    tl.store(slot_of + old, tl.full(old.shape, -1, tl.int32), mask=wanted & (old >= 0))
-    tl.store(owner + slot, record, mask=wanted)
-    tl.store(slot_of + record, slot, mask=wanted)
-    tl.store(arriving + slot, slot * 0 + PREFETCHED, mask=wanted)
-    tl.store(fresh + slot, slot * 0 + PREFETCHED, mask=wanted)
-    add(counters + WASTED, tl.sum(unused, 0))
+def look(
+    first_record, experts, slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock, candidate_row,
+    fetch_count, fetch_slots, counters, status,
+    EP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr,
+    PREFETCHED: tl.constexpr,
+):  # fmt: skip
+    """Everything that the event will need of the table, before it is known who is asked for.
 
-
-@triton.jit
-def add(counter, count):
-    tl.store(counter, tl.load(counter) + count)
+    Of the layer's experts [EP]: slot, state and the policy's value after a use; of the candidates [CP]: slot (-1: not
+    to be had), owner, whether it was prefetched and is unused yet; the slots [KP] fetched for this event (-1: no more);
+    clock, event, counters, status. State: 0 absent, 1 there, 2 there by prefetch and unused so far, 3 on its way.
+    """
+    e, c, w = tl.arange(0, EP), tl.arange(0, CP), tl.arange(0, COUNTED)
+    there = e < experts
+    slot = tl.load(slot_of + first_record + e, mask=there, other=-1)
+    candidate = tl.load(candidate_row + c, mask=c < C, other=-1)
+    value = tl.load(a + first_record + e, mask=there, other=0)
+    now, event = tl.load(clock), tl.load(clock + 1) + 1
+    counts, running = tl.load(counters + w), tl.load(status) == 0
+    present, known = slot >= 0, candidate >= 0
+    state = tl.load(fresh + slot, mask=present, other=-1) + 1
+    old = tl.load(owner + candidate, mask=known, other=-1)
+    unused = tl.load(fresh + candidate, mask=known, other=0)
+    fetched = tl.full((KP,), -1, tl.int32)
+    if PREFETCHED:
+        f = tl.arange(0, KP)
+        fetched = tl.load(fetch_slots + f, mask=f < tl.load(fetch_count), other=-1)
+        flying = tl.load(arriving + slot, mask=present, other=0) != 0
+        # never from L1: the copy may end meanwhile
+        whole = tl.load(landed + slot, mask=present, other=0, volatile=True) != 0
+        state = tl.where(flying & ~whole, 3, state)
+        candidate = tl.where(tl.load(arriving + candidate, mask=known, other=0) != 0, -1, candidate)
+    if KIND == CRF:  # the product is rounded before the sum: compiled without fusing
+        age = now - tl.load(b + first_record + e, mask=there, other=0)
+        faded = tl.load(decay + tl.minimum(age, decays - 1), mask=there, other=0.0)
+        value = (value.to(tl.float32, bitcast=True) * faded + 1.0).to(tl.int32, bitcast=True)
+    elif KIND == LRU:
+        value = value * 0 + event
+    else:
+        value += 1
+    return slot, state, value, candidate, old, unused, fetched, now, event, counts, running
 
 
 @triton.jit
 def resolve(
-    ids, k, layer, first_record, slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock, candidate_row,
-    status, slots, hit, miss_count, miss_records, miss_slots, fetch_count, fetch_slots,
-    counters, log, units, KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, KIND: tl.constexpr, PREFETCHED: tl.constexpr,
+    seen, rank, k, layer, first_record, slot_of, owner, arriving, fresh, a, b, clock,
+    slots, hit, miss_count, miss_records, miss_slots, counters, log, units,
+    EP: tl.constexpr, CP: tl.constexpr, KIND: tl.constexpr, PREFETCHED: tl.constexpr,
 ):  # fmt: skip
-    """One event: ids [KP] in the router's order, k of them real. All are classified before any is admitted."""
-    j = tl.arange(0, KP)
-    real = j < k
-    record = first_record + ids
-    running = tl.load(status) == 0
-    slot = tl.load(slot_of + record, mask=real, other=-1)
-    present = real & (slot >= 0)
-    flying, here = present & (slot < 0), present
-    if PREFETCHED:
-        flying = present & (tl.load(arriving + slot, mask=present, other=0) != 0)
-        here = present & (~flying | (tl.load(landed + slot, mask=present, other=0) != 0))
-    missed = real & ~present & running
-    rank = tl.sum((missed[None, :] & (record[None, :] < record[:, None])).to(tl.int32), 1)
-    c = tl.arange(0, CP)
-    candidate = tl.load(candidate_row + c, mask=c < C, other=-1)
-    new = pick(candidate, slot, present, arriving, missed, rank, CP)
-    now, event = tl.load(clock), tl.load(clock + 1) + 1
-    if KIND == CRF:
-        value = crf_score(a, b, decay, decays, record, now, real) + 1.0
-    else:
-        value = tl.load(a + record, mask=real, other=0) + 1
-    tl.debug_barrier()  # all have read what is written below
-    touched = real & running
-    if KIND == CRF:
-        tl.store(a + record, value.to(tl.int32, bitcast=True), mask=touched)
-    elif KIND == LRU:
-        tl.store(a + record, value * 0 + event, mask=touched)
-    else:
-        tl.store(a + record, value, mask=touched)
+    """One event. `seen` is what `look` saw; rank [EP]: an expert's place among the k asked for, k or more: none.
+
+    All are classified before any is admitted. Misses by ascending record take the candidates in turn that nobody asks
+    for. Outputs are in the router's order, the miss list by ascending record.
+    """
+    slot, state, value, candidate, old, unused, fetched, now, event, counts, running = seen
+    e, c = tl.arange(0, EP), tl.arange(0, CP)
+    record = first_record + e
+    asked = rank < k
+    touched = asked & running
+    missed = touched & (state == 0)
+    here = asked & ((state == 1) | (state == 2))
+    # Four counts of at most 16 in one sum, a byte each.
+    word = here.to(tl.int32) | missed.to(tl.int32) << 8 | (state == 2).to(tl.int32) << 16
+    total = tl.sum(tl.where(touched, word | (state == 3).to(tl.int32) << 24, 0), 0)
+    misses = total >> 8 & 255
+    miss_rank = tl.cumsum(missed.to(tl.int32), 0) - 1
+    needed = tl.sum(((candidate[None, :] == slot[:, None]) & asked[:, None]).to(tl.int32), 0) > 0
+    usable = (candidate >= 0) & ~needed
+    before = tl.sum((usable[:, None] & (c[:, None] < c[None, :])).to(tl.int32), 0)
+    leaves = usable & (before < misses)
+    match = leaves[:, None] & (before[:, None] == miss_rank[None, :])
+    new = tl.where(missed, tl.sum(tl.where(match, candidate[:, None], 0), 0), slot)
+
+    tl.store(slot_of + old, old * 0 - 1, mask=leaves & (old >= 0))
+    tl.store(fresh + candidate, old * 0, mask=leaves)
+    tl.store(owner + new, record, mask=missed)
+    tl.store(slot_of + record, new, mask=missed)
+    tl.store(a + record, value, mask=touched)
     if (KIND == CRF) | (KIND == LFRU):
         tl.store(b + record, record * 0 + now, mask=touched)
-    admit(new, record, missed & (new >= 0), slot_of, owner, arriving, fresh, counters, 0)
-    if PREFETCHED:
-        covered = flying & here
-        f = tl.arange(0, KP)  # from now on what was fetched for this event is like any other
-        fetched = tl.load(fetch_slots + f, mask=f < tl.load(fetch_count), other=0)
-        tl.store(arriving + fetched, fetched * 0, mask=(f < tl.load(fetch_count)) & running)
-        tl.store(fresh + slot, slot * 0, mask=present & running)
-        late = flying & ~here
-        add(counters + COVERED, tl.sum((covered & running).to(tl.int32), 0))
-        add(counters + LATE, tl.sum((late & running).to(tl.int32), 0))
-    misses = tl.sum(missed.to(tl.int32), 0)
-    tl.store(slots + j, tl.maximum(tl.where(missed, new, slot), 0), mask=real)
-    tl.store(hit + j, here.to(tl.int32), mask=real)
+    tl.store(fresh + slot, slot * 0, mask=touched & (state >= 2))
+    if PREFETCHED:  # from now on what was fetched for this event is like any other
+        tl.store(arriving + fetched, fetched * 0, mask=(fetched >= 0) & running)
+    tl.store(slots + rank, tl.maximum(new, 0), mask=asked)
+    tl.store(hit + rank, here.to(tl.int32), mask=asked)
     tl.store(miss_count, misses)
-    tl.store(miss_records + rank, record, mask=missed)
-    tl.store(miss_slots + rank, new, mask=missed)
-    tl.store(log + layer * k + j, ids, mask=touched)
+    tl.store(miss_records + miss_rank, record, mask=missed)
+    tl.store(miss_slots + miss_rank, new, mask=missed)
+    tl.store(log + layer * k + rank, e, mask=touched)
     if running:
         tl.store(clock + 1, event)
-        add(counters + HITS, tl.sum(here.to(tl.int32), 0))
-        add(counters + MISSES, misses)
-        add(counters + UPLOADED, misses * units)
+        w = tl.arange(0, COUNTED)
+        wasted = tl.sum(tl.where(leaves & (old >= 0), unused, 0), 0)
+        counts += tl.where(w == HITS, total & 255, 0) + tl.where(w == COVERED, total >> 16 & 255, 0)
+        counts += tl.where(w == LATE, total >> 24, 0) + tl.where(w == MISSES, misses, 0)
+        counts += tl.where(w == WASTED, wasted, 0) + tl.where(w == UPLOADED, misses * units, 0)
+        tl.store(counters + w, counts)
+
+
+@triton.jit
+def pick(candidate, held, present, arriving, wanted, rank, CP: tl.constexpr):
+    """For each wanted [K] the rank-th candidate [CP] that is neither held [H] (where present) nor arriving."""
+    there = candidate >= 0
+    taken = tl.sum(((candidate[:, None] == held[None, :]) & present[None, :]).to(tl.int32), 1) > 0
+    usable = there & ~taken & (tl.load(arriving + candidate, mask=there, other=1) == 0)
+    i = tl.arange(0, CP)
+    before = tl.sum((usable[None, :] & (i[None, :] < i[:, None])).to(tl.int32), 1)
+    chosen = usable[None, :] & (before[None, :] == rank[:, None]) & wanted[:, None]
+    return tl.sum(tl.where(chosen, candidate[None, :] + 1, 0), 1) - 1
 
 
 @triton.jit
@@ -205,12 +251,20 @@ def prefetch(
     candidate = tl.where(in_use, -1, candidate)
     new = pick(candidate, slot, present, arriving, absent & (rank < most), rank, CP)
     wanted = absent & (rank < most) & (new >= 0)
-    tl.debug_barrier()
-    admit(new, record, wanted, slot_of, owner, arriving, fresh, counters, 1)
-    tl.store(landed + new, slot * 0, mask=wanted)
-    count = tl.sum(wanted.to(tl.int32), 0)
+    old = tl.load(owner + new, mask=wanted, other=-1)
+    unused = tl.load(fresh + new, mask=wanted & (old >= 0), other=0)
+    count, wasted = tl.sum(wanted.to(tl.int32), 0), tl.sum(unused, 0)
+    w = tl.arange(0, COUNTED)
+    counts = tl.load(counters + w) + tl.where(w == WASTED, wasted, 0) + tl.where(w == UPLOADED, count * units, 0)
+    tl.debug_barrier()  # all have read what is written below
+    tl.store(slot_of + old, old * 0 - 1, mask=wanted & (old >= 0))
+    tl.store(owner + new, record, mask=wanted)
+    tl.store(slot_of + record, new, mask=wanted)
+    tl.store(arriving + new, new * 0 + 1, mask=wanted)
+    tl.store(fresh + new, new * 0 + 1, mask=wanted)
+    tl.store(landed + new, new * 0, mask=wanted)
     tl.store(fetch_count, count)
     tl.store(fetch_records + rank, record, mask=wanted)
     tl.store(fetch_slots + rank, new, mask=wanted)
     if running:
-        add(counters + UPLOADED, count * units)
+        tl.store(counters + w, counts)

@@ -1,6 +1,8 @@
 """Norm, router, top-k and residency in one launch; and the same a few layers ahead, to predict.
 
-A few programs each make some of the router's logits; the last to finish has them all and decides.
+A few programs each make some of the router's logits; the last to finish has them all and decides. It stands between
+attention and the experts of every layer, so whatever can be read early is: weights before the kernel before this one
+has ended, the table before the logits are there.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.gpu.launch import dependent
-from offmoe.kernels.gpu.resolve import KINDS, prefetch, resolve
+from offmoe.kernels.gpu.resolve import KINDS, look, prefetch, resolve
 
-EACH = 4  # experts whose logits one program makes
+PROGRAMS = 128  # at most
 RANKED = tl.constexpr(256)  # up to so many experts are ranked by comparing all with all, in one go
+LAST = tl.constexpr(1 << 30)  # the place of an expert that nobody asks for
 
 
 @dataclass(frozen=True)
@@ -33,28 +36,37 @@ class Table:
     decay: Tensor  # float32
     clock: Tensor  # token, event
     candidates: Tensor  # [layers or 1, C]
+    scratch: Tensor  # of `candidates`
     kind: str  # of the policy
 
 
 @triton.jit
-def router_logits(x, norm, router, logits, normed, raw, eps, experts, H: tl.constexpr, WIDE: tl.constexpr,
-                  EACH: tl.constexpr, WRITE: tl.constexpr):  # fmt: skip
-    """Of the program's experts; the first program leaves the normed x behind, and x as it was for who predicts."""
+def router_logits(
+    x, weight, gain, logits, normed, raw, eps, experts, H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr,
+    WRITE: tl.constexpr,
+):  # fmt: skip
+    """Of the program's experts, weight [EACH, WIDE]; the first leaves the normed x behind, and x as it was."""
     i = tl.arange(0, WIDE)
     inside = i < H
     value = tl.load(x + i, mask=inside, other=0.0)
-    if WRITE:
-        if raw is not None:
-            if tl.program_id(0) == 0:
-                tl.store(raw + i, value, mask=inside)
-    value = value * tl.rsqrt(tl.sum(value * value, 0) / H + eps) * tl.load(norm + i, mask=inside, other=0.0)
-    if WRITE:
-        if tl.program_id(0) == 0:
-            tl.store(normed + i, value, mask=inside)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / H + eps)
+    dot = tl.sum(weight.to(tl.float32) * (value * gain)[None, :], 1) * scale
     expert = tl.program_id(0) * EACH + tl.arange(0, EACH)
-    there = expert < experts
-    weight = tl.load(router + expert[:, None] * H + i[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-    tl.store(logits + expert, tl.sum(weight.to(tl.float32) * value[None, :], 1), mask=there)
+    tl.store(logits + expert, dot, mask=expert < experts)
+    if WRITE and tl.program_id(0) == 0:
+        tl.store(normed + i, value * scale * gain, mask=inside)
+        if raw is not None:
+            tl.store(raw + i, value, mask=inside)
+
+
+@triton.jit
+def router_weights(router, norm, experts, H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr):
+    """The program's rows [EACH, WIDE], and the norm's weights [WIDE]."""
+    i = tl.arange(0, WIDE)
+    expert = tl.program_id(0) * EACH + tl.arange(0, EACH)
+    there = (expert < experts)[:, None] & (i < H)[None, :]
+    weight = tl.load(router + expert[:, None] * H + i[None, :], mask=there, other=0.0)
+    return weight, tl.load(norm + i, mask=i < H, other=0.0)
 
 
 @triton.jit
@@ -68,69 +80,79 @@ def last_arriver(ticket):
 
 
 @triton.jit
-def probabilities(logits, experts, EP: tl.constexpr):
-    """Softmax over all experts [EP], 0 beyond."""
+def powers(logits, experts, EP: tl.constexpr):
+    """The logits [EP] and their softmax over all experts before it is divided by its sum; 0 beyond."""
     e = tl.arange(0, EP)
     value = tl.load(logits + e, mask=e < experts, other=-float("inf"), cache_modifier=".cg")
-    power = tl.exp(value - tl.max(value, 0))
-    return value, power / tl.sum(power, 0)
+    return value, tl.exp(value - tl.max(value, 0))
 
 
 @triton.jit
-def most_likely(value, p, k, EP: tl.constexpr, KP: tl.constexpr):
-    """The k largest of value [EP], the lowest of equals first: ids and p of them [KP]."""
-    e, j = tl.arange(0, EP), tl.arange(0, KP)
-    ids, chosen = tl.zeros((KP,), tl.int32), tl.zeros((KP,), tl.float32)
+def ranked(value, experts, k, EP: tl.constexpr):
+    """The place of each of value [EP] in falling order, the lowest of equals first; NaN has a place too."""
+    e = tl.arange(0, EP)
+    bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
+    whole = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)  # orders as the floats do
+    key = whole << 10 | (1023 - e).to(tl.int64)
+    key = tl.where(e < experts, key, -(1 << 60) - e.to(tl.int64))
     if EP <= RANKED:
-        above = (value[None, :] > value[:, None]) | ((value[None, :] == value[:, None]) & (e[None, :] < e[:, None]))
-        rank = tl.sum(above.to(tl.int32), 1)
-        mine = (rank[None, :] == j[:, None]) & (j < k)[:, None]
-        ids = tl.sum(tl.where(mine, e[None, :], 0), 1)
-        chosen = tl.sum(tl.where(mine, p[None, :], 0.0), 1)
-    else:
-        for n in range(k):
-            best = tl.argmax(value, 0, tie_break_left=True)
-            ids = tl.where(j == n, best, ids)
-            chosen = tl.where(j == n, tl.sum(tl.where(e == best, p, 0.0), 0), chosen)
-            value = tl.where(e == best, -float("inf"), value)
-    return ids, chosen
+        return tl.sum((key[:, None] > key[None, :]).to(tl.int32), 0)
+    rank = tl.full((EP,), LAST, tl.int32)
+    for n in range(k):
+        best = key == tl.max(key, 0)
+        rank = tl.where(best, n, rank)
+        key = tl.where(best, -(1 << 62), key)
+    return rank
 
 
 @triton.jit
+def places(ids, EP: tl.constexpr, KP: tl.constexpr):
+    """The place of each expert [EP] among ids [KP], -1 padded."""
+    found = ids[:, None] == tl.arange(0, EP)[None, :]
+    rank = tl.sum(tl.where(found, tl.arange(0, KP)[:, None] + 1, 0), 0)
+    return tl.where(rank > 0, rank - 1, LAST)
+
+
+@triton.jit(
+    do_not_specialize=["layer", "units"],
+    do_not_specialize_on_alignment=["candidate_row", "fetch_count", "fetch_slots", "norm", "router"],
+)
 def _route(
     x, norm, router, logits, normed, raw, ticket, eps, experts, k, layer, layers,
-    forced, forced_rows, step, ids_out, weights,
+    forced, forced_rows, step, ids, weights,
     slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock, candidate_row,
     status, slots, hit, miss_count, miss_records, miss_slots, fetch_count, fetch_slots, counters, log, units,
     H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
     RENORMALISE: tl.constexpr, FORCED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, KIND: tl.constexpr,
     PREFETCHED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    weight, gain = router_weights(router, norm, experts, H, WIDE, EACH)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    router_logits(x, norm, router, logits, normed, raw, eps, experts, H, WIDE, EACH, True)
+    seen = look(layer * experts, experts, slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock,
+                candidate_row, fetch_count, fetch_slots, counters, status, EP, C, CP, KP, KIND, PREFETCHED)  # fmt: skip
+    j = tl.arange(0, KP)
+    if FORCED:
+        row = (tl.maximum(tl.load(step) - 1, 0) % forced_rows) * layers + layer
+        given = tl.load(forced + row * k + j, mask=j < k, other=-1).to(tl.int32)
+    router_logits(x, weight, gain, logits, normed, raw, eps, experts, H, WIDE, EACH, True)
     if last_arriver(ticket):
-        value, p = probabilities(logits, experts, EP)
-        j = tl.arange(0, KP)
-        if FORCED:
-            row = (tl.maximum(tl.load(step) - 1, 0) % forced_rows) * layers + layer
-            ids = tl.load(forced + row * k + j, mask=j < k, other=0).to(tl.int32)
-            e = tl.arange(0, EP)
-            chosen = tl.sum(tl.where(e[None, :] == ids[:, None], p[None, :], 0.0), 1)
-            chosen = tl.where(j < k, chosen, 0.0)
-        else:
-            ids, chosen = most_likely(value, p, k, EP, KP)
-        if RENORMALISE:
-            chosen = chosen / tl.sum(chosen, 0)
-        tl.store(ids_out + j, ids, mask=j < k)
-        tl.store(weights + j, chosen, mask=j < k)
-        resolve(ids, k, layer, layer * experts, slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock,
-                candidate_row, status, slots, hit, miss_count, miss_records, miss_slots, fetch_count, fetch_slots,
-                counters, log, units, KP, C, CP, KIND, PREFETCHED)  # fmt: skip
+        value, power = powers(logits, experts, EP)
+        rank = places(given, EP, KP) if FORCED else ranked(value, experts, k, EP)
+        asked = rank < k
+        power = power / tl.sum(tl.where(asked, power, 0.0) if RENORMALISE else power, 0)
+        tl.store(ids + rank, tl.arange(0, EP), mask=asked)
+        tl.store(weights + rank, power, mask=asked)
+        resolve(seen, rank, k, layer, layer * experts, slot_of, owner, arriving, fresh, a, b, clock,
+                slots, hit, miss_count, miss_records, miss_slots, counters, log, units, EP, CP, KIND,
+                PREFETCHED)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["layer", "units", "most"],
+    do_not_specialize_on_alignment=["candidate_row", "fetch_count", "fetch_records", "fetch_slots", "norm", "router"],
+)
 def _predict(
     x, norm, router, logits, ticket, eps, experts, k, layer, layers, least, most,
     emulated, emulated_rows, step, M: tl.constexpr,
@@ -139,10 +161,11 @@ def _predict(
     H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
     EMULATED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, HELD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    weight, gain = router_weights(router, norm, experts, H, WIDE, EACH)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    router_logits(x, norm, router, logits, x, None, eps, experts, H, WIDE, EACH, False)
+    router_logits(x, weight, gain, logits, x, None, eps, experts, H, WIDE, EACH, False)
     if last_arriver(ticket):
         j = tl.arange(0, KP)
         if EMULATED:
@@ -150,9 +173,11 @@ def _predict(
             ids = tl.load(emulated + row * M + j, mask=j < M, other=-1).to(tl.int32)
             likely = ids >= 0
         else:
-            value, p = probabilities(logits, experts, EP)
-            ids, chosen = most_likely(value, p, k, EP, KP)
-            likely = (j < k) & (chosen >= least)
+            value, power = powers(logits, experts, EP)
+            chosen = ranked(value, experts, k, EP)[:, None] == j[None, :]
+            ids = tl.sum(tl.where(chosen, tl.arange(0, EP)[:, None], 0), 0)
+            p = tl.sum(tl.where(chosen, power[:, None], 0.0), 0) / tl.sum(power, 0)
+            likely = (j < k) & (p >= least)
         prefetch(ids, likely, layer * experts, slot_of, owner, arriving, fresh, landed, candidate_row, held, held_count,
                  status, fetch_count, fetch_records, fetch_slots, counters, most, units, KP, C, CP, HELD)  # fmt: skip
 
@@ -170,21 +195,22 @@ def route(
 
     router [E, H] in a float type. hit: 1 where the record can be read at once; those that are missing must be paged in
     and those that are late waited for. `forced` [steps, layers, k] int16: ids to take in place of the router's, the
-    row by `step` [1], which counts from 1. `fetched`: count [1] and
-    slots of what `predict` fetched for this layer. `raw` [H]: x as it is. `units`: a record's bytes ÷ 16, for the counters. While status [1] is not 0 nothing is changed and nothing missing.
+    row by `step` [1], which counts from 1. `fetched`: count [1] and slots of what `predict` fetched for this layer.
+    `raw` [H]: x as it is. `units`: a record's bytes ÷ 16, for the counters. While status [1] is not 0 the table stays
+    as it is, and nothing is missing.
     """
     experts, h = router.shape
-    assert router.is_contiguous() and x.numel() == h
-    _route[(triton.cdiv(experts, EACH),)](
+    assert router.is_contiguous()
+    assert x.numel() == h
+    _route[grid(router)](
         x, norm, router, logits, normed, raw, ticket, eps, experts, top_k, layer, layers,
         forced, 1 if forced is None else forced.shape[0], step, ids, weights,
         table.slot_of, table.owner, table.arriving, table.fresh, table.landed, table.a, table.b,
         table.decay, table.decay.numel(), table.clock, candidate_row(table, layer),
         status, slots, hit, miss_count, miss_records, miss_slots, *(fetched or (None, None)), counters, log, units,
-        H=h, WIDE=triton.next_power_of_2(h), EACH=EACH, EP=triton.next_power_of_2(experts),
         KP=triton.next_power_of_2(top_k), RENORMALISE=renormalise, FORCED=forced is not None,
         C=table.candidates.shape[1], CP=triton.next_power_of_2(table.candidates.shape[1]), KIND=KINDS[table.kind],
-        PREFETCHED=fetched is not None, num_warps=4, enable_fp_fusion=False, **dependent(pdl),
+        PREFETCHED=fetched is not None, enable_fp_fusion=False, **sizes(router), **dependent(pdl),
     )  # fmt: skip
 
 
@@ -200,18 +226,33 @@ def predict(
     to be fetched. `held` [n] int32 slots do not leave for them. `emulated` [steps, layers, m] int16, −1 padded: what
     is predicted instead.
     """
-    experts, h = router.shape
+    experts = len(router)
     m = 1 if emulated is None else emulated.shape[2]
-    _predict[(triton.cdiv(experts, EACH),)](
+    _predict[grid(router)](
         x, norm, router, logits, ticket, eps, experts, top_k, layer, layers, least, most,
         emulated, 1 if emulated is None else emulated.shape[0], step, m,
         table.slot_of, table.owner, table.arriving, table.fresh, table.landed, candidate_row(table, layer),
         held, held.numel(), status, fetch_count, fetch_records, fetch_slots, counters, units,
-        H=h, WIDE=triton.next_power_of_2(h), EACH=EACH, EP=triton.next_power_of_2(experts),
         KP=triton.next_power_of_2(max(top_k, m)), EMULATED=emulated is not None,
         C=table.candidates.shape[1], CP=triton.next_power_of_2(table.candidates.shape[1]),
-        HELD=triton.next_power_of_2(held.numel()), num_warps=4, **dependent(pdl),
+        HELD=triton.next_power_of_2(held.numel()), **sizes(router), **dependent(pdl),
     )  # fmt: skip
+
+
+def each(router: Tensor) -> int:
+    """Experts a program: a hundred programs, so that every one reads little; the interpreter pays for each of them."""
+    return max(1, triton.next_power_of_2(len(router)) // (PROGRAMS if router.is_cuda else 2))
+
+
+def grid(router: Tensor) -> tuple[int]:
+    return (triton.cdiv(len(router), each(router)),)
+
+
+def sizes(router: Tensor) -> dict[str, int]:
+    experts, h = router.shape
+    wide = triton.next_power_of_2(h)
+    warps = 8 if wide * each(router) > 8192 else 4
+    return {"H": h, "WIDE": wide, "EACH": each(router), "EP": triton.next_power_of_2(experts), "num_warps": warps}
 
 
 def candidate_row(table: Table, layer: int) -> Tensor:
