@@ -1,6 +1,7 @@
 """Products of a few tokens with quantised matrices out of slots, naive: unpack the whole matrix, then multiply.
 
-All is computed in the type of what is written: float64 outputs make the reference of kernels.gpu.gemv.
+All is computed in the type of what is written: float64 outputs make the reference of kernels.gpu.gemv. Vectors that
+are read here are striped (kernels.striped).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from offmoe.kernels.formats import dequantise
 from offmoe.kernels.planes import Matrix, SlotLayout, unplane
+from offmoe.kernels.striped import stripe, unstripe
 
 ALL, HITS, MISSES = 0, 1, 2  # which pairs: by the phase of a layer
 
@@ -28,41 +30,40 @@ def dense(
     x: Tensor, parts: Sequence[Part], out: Tensor, *,
     norm: Tensor | None = None, eps: float = 0.0, residual: bool = False,
 ) -> None:  # fmt: skip
-    """x [T, K] times the transpose of matrices, rows one after another: out [T, N].
+    """x [T, K], striped, times the transpose of matrices, rows one after another: out [T, N].
 
-    norm [K]: x is RMS-normed with it first. residual: added to what is in `out`.
+    norm [K], striped: x is RMS-normed with it first. residual: `out` is the residual stream, striped, and is added
+    to; else it is in natural order.
     """
-    x = x.to(out.dtype)
+    x = unstripe(x).to(out.dtype)
     if norm is not None:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm.to(out.dtype)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * unstripe(norm).to(out.dtype)
     result = torch.cat([x @ weights_of(buffer[None], form, out.dtype)[0].T for buffer, form in parts], dim=1)
-    if residual:
-        result += out
-    out.copy_(result)
+    out.copy_(out + stripe(result) if residual else result)
 
 
 def expert_gate_up(
-    records: Tensor, layout: SlotLayout, slots: Tensor, x: Tensor, out: Tensor, *,
+    records: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, x: Tensor, out: Tensor, *,
     hit: Tensor | None = None, phase: int = ALL,
 ) -> None:  # fmt: skip
-    """silu(gate x) · (up x) of every pair: records [S, stride] uint8, slots [P] int32, x [T, H] → out [P, F].
+    """weight · silu(gate x) · (up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P],
+    x [T, H] striped → out [P, F] striped.
 
     Pair p is of token p // (P / T). hit [P] int32: phase HITS takes pairs where it is not 0, MISSES the others.
     """
-    of_token = x.to(out.dtype).repeat_interleave(len(slots) // len(x), dim=0)
+    of_token = unstripe(x).to(out.dtype).repeat_interleave(len(slots) // len(x), dim=0)
     for pair, slot in enumerate(slots.tolist()):
         if phase == ALL or (hit is not None and bool(hit[pair]) == (phase == HITS)):
             gate, up = (weights_of(records[slot][None], form, out.dtype)[0] for form in (layout.gate, layout.up))
-            out[pair] = F.silu(gate @ of_token[pair]) * (up @ of_token[pair])
+            inner = F.silu(gate @ of_token[pair]) * (up @ of_token[pair])
+            out[pair] = stripe(inner * weights[pair].to(out.dtype))
 
 
-def expert_down(
-    records: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, inner: Tensor, x: Tensor,
-) -> None:  # fmt: skip
-    """x [T, H] += Σ_j weights[t, j] · down_j inner[t, j].
+def expert_down(records: Tensor, layout: SlotLayout, slots: Tensor, inner: Tensor, x: Tensor) -> None:
+    """x [T, H] += Σ_j down_j inner[t, j]; `inner` is weighted already.
 
-    records [S, stride] uint8, slots and weights [T · k], inner [T · k, F].
+    records [S, stride] uint8, slots [T · k], inner [T · k, F] and x striped.
     """
     down = weights_of(records[slots.long()], layout.down, x.dtype)  # [P, H, F]
-    products = (down @ inner.to(x.dtype).unsqueeze(2)).squeeze(2) * weights.to(x.dtype).unsqueeze(1)
-    x += products.unflatten(0, (len(x), -1)).sum(1)
+    products = (down @ unstripe(inner).to(x.dtype).unsqueeze(2)).squeeze(2)
+    x += stripe(products.unflatten(0, (len(x), -1)).sum(1))

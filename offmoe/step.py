@@ -132,7 +132,7 @@ class DecodeStep:
     def launch(self, variant: Variant) -> None:
         """Run the token in `buffers.token` at `buffers.position`, and choose the next one."""
         b, c = self.buffers, self.config
-        embed(b.token, self.trunk.embedding, b.x)
+        embed(b.token, self.trunk.embedding, b.x, striped=True)
         if not self.plan.all_in_slots and self.store.table.scope == "layer":
             self._list_candidates()
         for layer in range(c.layers):
@@ -158,7 +158,7 @@ class DecodeStep:
     def _attend(self, layer: int) -> None:
         b, c, w = self.buffers, self.config, self.trunk.layers[layer]
         keys, values = self.kv.layer(layer)
-        dense(b.x, w.qkv, b.qkv, norm=w.attn_norm, eps=c.norm_eps, pdl=self.pdl and layer > 0)
+        dense(b.x, w.qkv, b.qkv, norm=w.attn_norm_striped, eps=c.norm_eps, pdl=self.pdl and layer > 0)
         decode_attention(
             b.qkv[0], keys, values, b.position, self.trunk.rope, b.mixed[0], b.partial, b.attention_tickets,
             heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
@@ -180,7 +180,7 @@ class DecodeStep:
                 self._predicted_mark.wait()
                 joins = True
         route(
-            b.x[0], w.ffn_norm, c.norm_eps, w.router, self.table, layer, layers=c.layers, top_k=c.top_k,
+            b.x[0], w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.layers, top_k=c.top_k,
             renormalise=c.renormalise, logits=b.router_logits, normed=b.normed[0], ticket=b.route_ticket, ids=b.ids,
             weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count, miss_records=b.miss_records,
             miss_slots=b.miss_slots, status=b.status, counters=b.counters, log=b.log, step=b.steps,
@@ -208,7 +208,7 @@ class DecodeStep:
         with self._ahead():
             self._routed.wait()
             predict(
-                b.raw, w.ffn_norm, c.norm_eps, w.router, self.table, layer, layers=c.layers, top_k=c.top_k,
+                b.raw, w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.layers, top_k=c.top_k,
                 least=self.gate.least, most=self.gate.most, logits=b.predict_logits, ticket=b.predict_ticket,
                 held=b.slots, fetch_count=b.fetch_count[layer], fetch_records=b.fetch_records[layer],
                 fetch_slots=b.fetch_slots[layer], status=b.status, counters=b.counters, step=b.steps,
@@ -227,18 +227,18 @@ class DecodeStep:
         b, store = self.buffers, self.store
         records, layout = store.records, store.layouts[layer]
         if self.plan.all_in_slots:
-            expert_gate_up(records, layout, b.slots, b.normed, b.inner, phase=ALL, pdl=self.pdl)
+            expert_gate_up(records, layout, b.slots, b.weights, b.normed, b.inner, phase=ALL, pdl=self.pdl)
         else:
             with self._paging():
                 self._routed.wait()
                 self._page_in(layer, variant)
                 self._arrived.set()
-            expert_gate_up(records, layout, b.slots, b.normed, b.inner, hit=b.hit, phase=HITS, pdl=self.pdl)
+            expert_gate_up(records, layout, b.slots, b.weights, b.normed, b.inner, hit=b.hit, phase=HITS, pdl=self.pdl)
             self._arrived.wait()
             if variant.prefetch and layer >= self.gate.ahead:
                 self._fetched[layer].wait()
-            expert_gate_up(records, layout, b.slots, b.normed, b.inner, hit=b.hit, phase=MISSES)
-        expert_down(records, layout, b.slots, b.weights, b.inner, b.x, pdl=self.pdl)
+            expert_gate_up(records, layout, b.slots, b.weights, b.normed, b.inner, hit=b.hit, phase=MISSES)
+        expert_down(records, layout, b.slots, b.inner, b.x, pdl=self.pdl)
 
     def _page_in(self, layer: int, variant: Variant) -> None:
         b, ram = self.buffers, self.store.ram

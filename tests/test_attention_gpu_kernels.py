@@ -12,6 +12,7 @@ from torch import Tensor
 from offmoe.kernels import kv as naive_kv
 from offmoe.kernels.attention import attention
 from offmoe.kernels.norm_rope import rms_norm, rope, rope_table
+from offmoe.kernels.striped import unstripe
 
 pytest.importorskip("triton")
 from offmoe.kernels.gpu import attention as fast
@@ -111,7 +112,7 @@ def decode(case: Case, qkv: Tensor, here: int, splits: int, split_size: int, **o
     )  # fmt: skip
     assert not tickets.any(), "tickets are not back at 0"
     k, v = (contents(x, None if scales is None else scales[i])[:, here] for i, x in enumerate((keys, values)))
-    return mixed, k, v
+    return unstripe(mixed), k, v
 
 
 CASES = {

@@ -49,14 +49,14 @@ def check_experts(fmt: str, down: str, kind: str, tokens: int, stacked: bool) ->
     slots = ints(2, 0, 3, 2)[: 2 * tokens]
     x = 0.05 * randn(tokens, layout.hidden)  # gates of about 1 to 15
     out = nan(2 * tokens, layout.expert_hidden)
-    want = out.double()
-    fast.expert_gate_up(records, layout, slots, x, out)
-    naive.expert_gate_up(records, layout, slots, x, want)
+    weights, want = randn(2 * tokens, seed=3).abs(), out.double()
+    fast.expert_gate_up(records, layout, slots, weights, x, out)
+    naive.expert_gate_up(records, layout, slots, weights, x, want)
     assert_close("gate_up", out, want, RATIO)
-    inner, weights, y = randn(*out.shape, seed=2), randn(2 * tokens, seed=3).abs(), randn(*x.shape, seed=4)
+    inner, y = randn(*out.shape, seed=2), randn(*x.shape, seed=4)
     summed = y.double()
-    fast.expert_down(records, layout, slots, weights, inner, y)
-    naive.expert_down(records, layout, slots, weights, inner, summed)
+    fast.expert_down(records, layout, slots, inner, y)
+    naive.expert_down(records, layout, slots, inner, summed)
     assert_close("down", y, summed, RATIO)
 
 
@@ -86,29 +86,30 @@ def test_extreme_blocks(fmt: str, kind: str) -> None:
         assert (want == 0).all()
     else:
         assert want.abs().min() > 0
-        assert_close(f"{fmt} {kind}", out, want, RATIO)
+        # Q8_0's -1 is 127 - 128 there: what is left of two large sums
+        assert_close(f"{fmt} {kind}", out, want, 2e-5 if (fmt, kind) == ("Q8_0", "ones") else RATIO)
 
 
 @pytest.mark.parametrize("fmt", ["Q4_K", "MXFP4"])
 def test_each_phase_leaves_the_others_alone(fmt: str) -> None:
     """The slot of a miss holds NaN while the hits are multiplied."""
     records, layout = slots_of(fmt, fmt)
-    slots, hit = ints(2, 1, 0), ints(1, 0, 1)
+    slots, hit, weights = ints(2, 1, 0), ints(1, 0, 1), randn(3, seed=3).abs()
     x, out = 0.05 * randn(1, layout.hidden), nan(3, layout.expert_hidden)
     want = out.double()
-    fast.expert_gate_up(records, layout, slots, x, out, hit=hit, phase=HITS)
-    naive.expert_gate_up(records, layout, slots, x, want, hit=hit, phase=HITS)
+    fast.expert_gate_up(records, layout, slots, weights, x, out, hit=hit, phase=HITS)
+    naive.expert_gate_up(records, layout, slots, weights, x, want, hit=hit, phase=HITS)
     assert out[1].isnan().all()
     assert want[1].isnan().all()
     assert_close("hits", out[::2], want[::2], RATIO)
     records[1] = records[3]  # arrived
     before = out[::2].clone()
-    fast.expert_gate_up(records, layout, slots, x, out, hit=hit, phase=MISSES)
-    naive.expert_gate_up(records, layout, slots, x, want, hit=hit, phase=MISSES)
+    fast.expert_gate_up(records, layout, slots, weights, x, out, hit=hit, phase=MISSES)
+    naive.expert_gate_up(records, layout, slots, weights, x, want, hit=hit, phase=MISSES)
     assert torch.equal(out[::2], before)
     assert_close("misses", out, want, RATIO)
     whole = nan(*out.shape)
-    fast.expert_gate_up(records, layout, slots, x, whole)
+    fast.expert_gate_up(records, layout, slots, weights, x, whole)
     assert torch.equal(whole, out)  # bit for bit: what is resident does not change a token
 
 
@@ -148,11 +149,11 @@ def test_residual(fmt: str) -> None:
 
 
 def test_a_row_of_several_steps() -> None:
-    """More units than a tile holds; and `words` is a matter of speed alone."""
-    parts, x = parts_of(2560, "Q6_K", "Q4_0"), randn(1, 2560)
+    """More units than a warp takes at once; rows a program and warps are a matter of speed alone."""
+    parts, x = parts_of(5120, "Q6_K", "Q4_0"), randn(1, 5120)
     want = nan(1, 42).double()
     naive.dense(x, parts, want)
-    for words in (128, 4096):
+    for rows, warps in ((1, 1), (16, 8)):
         out = nan(1, 42)
-        fast.dense(x, parts, out, words=words)
-        assert_close(f"words={words}", out, want, RATIO)
+        fast.dense(x, parts, out, rows=rows, warps=warps)
+        assert_close(f"rows={rows}", out, want, RATIO)

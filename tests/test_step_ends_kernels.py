@@ -34,7 +34,7 @@ def test_a_row_is_the_dequantised_one(fmt: str) -> None:
     buffer = rearrange_matrix(raw, form).to(DEVICE)
     tokens = torch.tensor([3, 0, 4], dtype=torch.int32, device=DEVICE)
     out = torch.full((3, cols), torch.nan, device=DEVICE)
-    embed(tokens, (buffer, form), out)
+    embed(tokens, (buffer, form), out, striped=False)
     assert_close(fmt, out, dequantise(raw, fmt, rows, cols)[[3, 0, 4]], 1e-6)
 
 
@@ -42,7 +42,7 @@ def test_no_token_reads_the_first_row() -> None:
     form = matrix("F32", 2, 32)
     buffer = torch.ones(64).view(torch.uint8).to(DEVICE)
     out = torch.full((1, 32), torch.nan, device=DEVICE)
-    embed(torch.tensor([-1], device=DEVICE), (buffer, form), out)
+    embed(torch.tensor([-1], device=DEVICE), (buffer, form), out, striped=False)
     assert (out == 1).all()
 
 

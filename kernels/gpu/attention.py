@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from offmoe.kernels.gpu.dot import place
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.norm_rope import clipped, full_factor, in_int8, norm_factor, norm_kind
 from offmoe.kernels.kv import dequantise
@@ -77,8 +78,8 @@ def combine(
         )
         result += tl.sum(values * weight[:, :, None], 0)
     total = tl.where(g < GROUP, total, 1.0)
-    place = (head * GROUP + g[:, None]) * D + d[None, :]
-    tl.store(mixed + place, result / total[:, None], mask=(g < GROUP)[:, None] & (d < D)[None, :])
+    at = place((head * GROUP + g[:, None]) * D + d[None, :], KV_HEADS * GROUP * D)
+    tl.store(mixed + at, result / total[:, None], mask=(g < GROUP)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -186,11 +187,12 @@ def _decode(
         top, total, mixed = fold(q, k_n, v_n, k_scale_n, v_scale_n, seen, top, total, mixed, to_log2, INT8, DOT)
 
     if active == 1:
-        tl.store(mixed_out + (head * GROUP + r) * D + d, mixed / total[:, None], mask=is_q & (d < D))
+        at = place((head * GROUP + r) * D + d, HEADS * D)
+        tl.store(mixed_out + at, mixed / total[:, None], mask=is_q & (d < D))
         return
-    place, g = head * splits + split, tl.arange(0, ROWS)
-    tl.store(partial + (place * GROUP + r) * D + d, mixed, mask=is_q & (d < D))
-    stats = partial + KV_HEADS * splits * GROUP * D + (place * GROUP + g) * 2
+    part, g = head * splits + split, tl.arange(0, ROWS)
+    tl.store(partial + (part * GROUP + r) * D + d, mixed, mask=is_q & (d < D))
+    stats = partial + KV_HEADS * splits * GROUP * D + (part * GROUP + g) * 2
     tl.store(stats, top, mask=g < GROUP)
     tl.store(stats + 1, total, mask=g < GROUP)
     tl.debug_barrier()  # all warps' stores come before the ticket
@@ -220,7 +222,7 @@ def decode_attention(
     clip: float | None, eps: float, splits: int, split_size: int = LEAST, scales: Tensor | None = None,
     pdl: bool = False, block: int | None = None, warps: int = 4, stages: int = 3,
 ) -> None:  # fmt: skip
-    """One token at `position` [1]: q, k, v [(heads + 2 kv_heads) · D] float32 → mixed [heads · D] float32.
+    """One token at `position` [1]: q, k, v [(heads + 2 kv_heads) · D] float32 → mixed [heads · D] float32, striped.
 
     Norm, clip, rotation as in kernels.norm_rope; k and v are written into keys, values [kv_heads, ctx, D] at
     `position` (int8: with scales [2, kv_heads, ctx]), unless it is ctx, where nothing fits any more.

@@ -15,19 +15,34 @@ import triton.language as tl
 from offmoe.kernels.formats import FORMATS
 
 BACK = tl.constexpr(2.0**49)
-# Weights a unit, and words of quants in it, by format; a unit of a float format is 32 weights too.
+# Weights a unit: a block of 256, or one of 32; 32 of a float format.
 UNIT = {name: max(32, form.block) for name, form in FORMATS.items()}
-WORDS = {"Q4_K": 32, "Q5_K": 32, "Q6_K": 32, "Q4_0": 4, "Q4_1": 4, "Q5_0": 4, "MXFP4": 4, "Q8_0": 8,
-         "F32": 32, "F16": 16, "BF16": 16}  # fmt: skip
 
 
 @triton.jit
-def load_x(x, norm, i, factor, mask, NORM: tl.constexpr):
-    """x at i, times the norm's weight at i, times a factor."""
-    value = tl.load(x + i, mask=mask, other=0.0).to(tl.float32)
+def place(i, K: tl.constexpr):
+    """Where value i of an activation of K values stands: see kernels.striped."""
+    if K % 64 == 0:
+        return i % 64 * (K // 64) + i // 64
+    else:
+        return i
+
+
+@triton.jit
+def load_x(x, norm, base, i, factor, mask, K: tl.constexpr, NORM: tl.constexpr):
+    """Value i of the vector at `base` of x, times the norm's weight, times a factor."""
+    at = place(i, K)
+    value = tl.load(x + base + at, mask=mask, other=0.0)
     if NORM:
-        value = value * tl.load(norm + i, mask=mask, other=0.0).to(tl.float32)
+        value = value * tl.load(norm + at, mask=mask, other=0.0)
     return value * factor
+
+
+@triton.jit
+def load_4(x, norm, base, i, factor, mask, K: tl.constexpr, NORM: tl.constexpr):
+    """Four neighbours from i on."""
+    return (load_x(x, norm, base, i, factor, mask, K, NORM), load_x(x, norm, base, i + 1, factor, mask, K, NORM),
+            load_x(x, norm, base, i + 2, factor, mask, K, NORM), load_x(x, norm, base, i + 3, factor, mask, K, NORM))  # fmt: skip
 
 
 @triton.jit
@@ -37,30 +52,35 @@ def code(word, MASK: tl.constexpr):
 
 
 @triton.jit
-def dot_nibbles(word, l0, l1, l2, l3, h0, h1, h2, h3):
-    """Σ of a word's 8 nibbles times x, · 2^-49: low nibbles of its bytes times l, high ones times h.
-
-    The x come scaled: see scale_nibbles.
-    """
+def dot_nibbles(low, high, word, l0, l1, l2, l3, h0, h1, h2, h3):
+    """Adds Σ of a word's low nibbles times l, and of its high ones times h, both · 2^-49. One chain of FMA each."""
     top = word >> 20
-    low = code(word, 0xF) * l0 + code(word, 0xF00) * l1 + code(word, 0xF0000) * l2 + code(top, 0xF0) * l3
-    high = code(word, 0xF0) * h0 + code(word, 0xF000) * h1 + code(top, 0xF) * h2 + code(top, 0xF00) * h3
+    low = code(word, 0xF) * (l0 * 2.0**100)[None] + low
+    high = code(word, 0xF0) * (h0 * 2.0**96)[None] + high
+    low = code(word, 0xF00) * (l1 * 2.0**92)[None] + low
+    high = code(word, 0xF000) * (h1 * 2.0**88)[None] + high
+    low = code(word, 0xF0000) * (l2 * 2.0**84)[None] + low
+    high = code(top, 0xF) * (h2 * 2.0**100)[None] + high
+    low = code(top, 0xF0) * (l3 * 2.0**96)[None] + low
+    high = code(top, 0xF00) * (h3 * 2.0**92)[None] + high
     return low, high
 
 
 @triton.jit
-def dot_bytes(word, x0, x1, x2, x3):
-    """Σ of a word's 4 unsigned bytes times x, · 2^-49; x1 and x3 come scaled by 2^92, x0 and x2 by 2^100."""
+def dot_bytes(total, word, x0, x1, x2, x3):
+    """Adds Σ of a word's 4 unsigned bytes times x, · 2^-49."""
     top = word >> 16
-    return code(word, 0xFF) * x0 + code(word, 0xFF00) * x1 + code(top, 0xFF) * x2 + code(top, 0xFF00) * x3
+    total = code(word, 0xFF) * (x0 * 2.0**100)[None] + total
+    total = code(word, 0xFF00) * (x1 * 2.0**92)[None] + total
+    total = code(top, 0xFF) * (x2 * 2.0**100)[None] + total
+    return code(top, 0xFF00) * (x3 * 2.0**92)[None] + total
 
 
 @triton.jit
 def k_scale(h1, h2, h3, group):
     """Scale and minimum (whole numbers) of a group 0 … 7 out of the 12 bytes of Q4_K and Q5_K; see formats.k_scales."""
     shift = (group & 3) * 8
-    scale, minimum = h1 >> shift, h2 >> shift
-    rest = h3 >> shift
+    scale, minimum, rest = h1 >> shift, h2 >> shift, h3 >> shift
     late = group >= 4
     scale = tl.where(late, rest & 15 | scale >> 2 & 48, scale & 63)
     minimum = tl.where(late, rest >> 4 & 15 | minimum >> 2 & 48, minimum & 63)
@@ -75,107 +95,103 @@ def half_of(word, HIGH: tl.constexpr):
 
 
 @triton.jit
-def dot_k(buffer, origin, at, mask, x, norm, start, factor, FIVE: tl.constexpr, P0: tl.constexpr, NORM: tl.constexpr):
-    """Q4_K and Q5_K: `at` [R, U] blocks of a matrix at word `origin` [U]; x from `start` [U] → [R, U, 4]."""
+def k_words(low, high, quants, fifth, l0, l1, l2, l3, g0, g1, g2, g3, FIVE: tl.constexpr):
+    """Adds a word's low and high nibbles, with their fifth bits."""
+    if FIVE:
+        low = dot_bytes(low, quants & 0x0F0F0F0F | (fifth & 0x01010101) << 4, l0, l1, l2, l3)
+        high = dot_bytes(high, quants >> 4 & 0x0F0F0F0F | (fifth & 0x02020202) << 3, g0, g1, g2, g3)
+        return low, high
+    else:
+        return dot_nibbles(low, high, quants, l0, l1, l2, l3, g0, g1, g2, g3)
+
+
+@triton.jit
+def dot_k(buffer, origin, at, mask, x, norm, base, start, factor,
+          FIVE: tl.constexpr, P0: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    """Q4_K and Q5_K → [R, U, 4]. A lane has 32 bytes of quants: two groups of 32 weights, their scales read once."""
     SIZE: tl.constexpr = 44 if FIVE else 36
     words = buffer.to(tl.pointer_type(tl.uint32))
     head = origin[None, :] + (P0 // 4) + at * SIZE  # [R, U]
-    j, w = tl.arange(0, 4), tl.arange(0, 8)
-    place = head[:, :, None, None] + (SIZE - 32) + (j[:, None] * 8 + w[None, :])[None, None]
-    quants = tl.load(words + place, mask=mask[:, :, None, None], other=0)  # [R, U, 4, 8]
+    j, w = tl.arange(0, 4), tl.arange(0, 4)
+    spot = head[:, :, None, None] + (SIZE - 32) + (j[:, None] * 8 + w[None, :])[None, None]
+    m4 = mask[:, :, None, None]
+    first = tl.load(words + spot, mask=m4, other=0)  # [R, U, 4, 4]
+    second = tl.load(words + spot + 4, mask=m4, other=0)
     h0 = tl.load(words + head, mask=mask, other=0)[:, :, None]
     h1 = tl.load(words + head + 1, mask=mask, other=0)[:, :, None]
     h2 = tl.load(words + head + 2, mask=mask, other=0)[:, :, None]
     h3 = tl.load(words + head + 3, mask=mask, other=0)[:, :, None]
-    i = start[:, None, None] + j[None, :, None] * 64 + w[None, None, :] * 4  # [U, 4, 8]
-    f, m = factor[:, None, None], (factor != 0)[:, None, None]
-    l0 = load_x(x, norm, i, f, m, NORM)
-    l1 = load_x(x, norm, i + 1, f, m, NORM)
-    l2 = load_x(x, norm, i + 2, f, m, NORM)
-    l3 = load_x(x, norm, i + 3, f, m, NORM)
-    g0 = load_x(x, norm, i + 32, f, m, NORM)
-    g1 = load_x(x, norm, i + 33, f, m, NORM)
-    g2 = load_x(x, norm, i + 34, f, m, NORM)
-    g3 = load_x(x, norm, i + 35, f, m, NORM)
-    x_low = tl.sum(l0 + l1 + l2 + l3, 2)[None]  # [1, U, 4]
-    x_high = tl.sum(g0 + g1 + g2 + g3, 2)[None]
+    i = start[:, None, None] + j[None, :, None] * 64 + w[None, None, :] * 4  # [U, 4, 4]
+    b, f, m = base[:, None, None], factor[:, None, None], (factor != 0)[:, None, None]
+    l0, l1, l2, l3 = load_4(x, norm, b, i, f, m, K, NORM)
+    k0, k1, k2, k3 = load_4(x, norm, b, i + 16, f, m, K, NORM)
+    g0, g1, g2, g3 = load_4(x, norm, b, i + 32, f, m, K, NORM)
+    n0, n1, n2, n3 = load_4(x, norm, b, i + 48, f, m, K, NORM)
+    x_low = tl.sum((l0 + l1) + (l2 + l3) + ((k0 + k1) + (k2 + k3)), 2)[None]  # [1, U, 4]
+    x_high = tl.sum((g0 + g1) + (g2 + g3) + ((n0 + n1) + (n2 + n3)), 2)[None]
+    fifth, fifth_second = first, second
     if FIVE:
-        fifth = tl.load(words + head[:, :, None, None] + 4 + w[None, None, None, :], mask=mask[:, :, None, None],
-                        other=0) >> (2 * j)[None, None, :, None]  # fmt: skip
-        low = dot_bytes(quants & 0x0F0F0F0F | (fifth & 0x01010101) << 4,
-                        (l0 * 2.0**100)[None], (l1 * 2.0**92)[None], (l2 * 2.0**100)[None], (l3 * 2.0**92)[None])  # fmt: skip
-        high = dot_bytes(quants >> 4 & 0x0F0F0F0F | (fifth & 0x02020202) << 3,
-                         (g0 * 2.0**100)[None], (g1 * 2.0**92)[None], (g2 * 2.0**100)[None], (g3 * 2.0**92)[None])  # fmt: skip
-    else:
-        low, high = dot_nibbles(
-            quants, (l0 * 2.0**100)[None], (l1 * 2.0**92)[None], (l2 * 2.0**84)[None], (l3 * 2.0**96)[None],
-            (g0 * 2.0**96)[None], (g1 * 2.0**88)[None], (g2 * 2.0**100)[None], (g3 * 2.0**92)[None],
-        )  # fmt: skip
-    low, high = tl.sum(low, 3) * BACK, tl.sum(high, 3) * BACK  # [R, U, 4]
+        bits = head[:, :, None, None] + 4 + w[None, None, None, :]
+        shift = (2 * j)[None, None, :, None]
+        fifth = tl.load(words + bits, mask=m4, other=0) >> shift
+        fifth_second = tl.load(words + bits + 4, mask=m4, other=0) >> shift
+    zero = tl.zeros(first.shape, tl.float32)
+    low, high = k_words(zero, zero, first, fifth, l0, l1, l2, l3, g0, g1, g2, g3, FIVE)
+    low, high = k_words(low, high, second, fifth_second, k0, k1, k2, k3, n0, n1, n2, n3, FIVE)
+    low, high = tl.sum(low, 3), tl.sum(high, 3)
     s_low, m_low = k_scale(h1, h2, h3, (2 * j)[None, None, :])
     s_high, m_high = k_scale(h1, h2, h3, (2 * j + 1)[None, None, :])
-    scaled = half_of(h0, False) * (low * s_low + high * s_high)
+    scaled = (half_of(h0, False) * BACK) * (low * s_low + high * s_high)
     return scaled - half_of(h0, True) * (m_low * x_low + m_high * x_high)
 
 
 @triton.jit
-def dot_q6_k(buffer, origin, at, mask, x, norm, start, factor,
-             P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
-    """Planes: 128 bytes of low nibbles, 64 of upper bits, 16 scales, 1 float16 → [R, U, 8] by pairs of 16 weights."""
+def dot_q6_k(buffer, origin, at, mask, x, norm, base, start, factor,
+             P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
+             K: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    """Planes: 128 bytes of low nibbles, 64 of upper bits, 16 scales, 1 float16 → [R, U, 4]; four sixteens a lane."""
     words = buffer.to(tl.pointer_type(tl.uint32))
-    g, w = tl.arange(0, 8), tl.arange(0, 4)  # g = 4 half + 2 part + sixteen
-    half, part, sixteen = g // 4, g // 2 % 2, g % 2
-    base = origin[None, :, None, None]
-    low_place = base + P0 // 4 + at[:, :, None, None] * 32 + (g[:, None] * 4 + w[None, :])[None, None]
-    high_word = (half * 8 + sixteen * 4)[:, None] + w[None, :]
-    high_place = base + P1 // 4 + at[:, :, None, None] * 16 + high_word[None, None]
-    m4 = mask[:, :, None, None]
-    nibbles = tl.load(words + low_place, mask=m4, other=0)
-    crumbs = tl.load(words + high_place, mask=m4, other=0) >> (2 * part)[None, None, :, None]
-    i = start[:, None, None] + (half * 128 + part * 32 + sixteen * 16)[None, :, None] + w[None, None, :] * 4
-    f, m = factor[:, None, None], (factor != 0)[:, None, None]
-    l0 = load_x(x, norm, i, f, m, NORM)
-    l1 = load_x(x, norm, i + 1, f, m, NORM)
-    l2 = load_x(x, norm, i + 2, f, m, NORM)
-    l3 = load_x(x, norm, i + 3, f, m, NORM)
-    h0 = load_x(x, norm, i + 64, f, m, NORM)
-    h1 = load_x(x, norm, i + 65, f, m, NORM)
-    h2 = load_x(x, norm, i + 66, f, m, NORM)
-    h3 = load_x(x, norm, i + 67, f, m, NORM)
-    x_low, x_high = tl.sum(l0 + l1 + l2 + l3, 2)[None], tl.sum(h0 + h1 + h2 + h3, 2)[None]
-    low = dot_bytes(nibbles & 0x0F0F0F0F | (crumbs & 0x03030303) << 4,
-                    (l0 * 2.0**100)[None], (l1 * 2.0**92)[None], (l2 * 2.0**100)[None], (l3 * 2.0**92)[None])  # fmt: skip
-    high = dot_bytes(nibbles >> 4 & 0x0F0F0F0F | crumbs & 0x30303030,
-                     (h0 * 2.0**100)[None], (h1 * 2.0**92)[None], (h2 * 2.0**100)[None], (h3 * 2.0**92)[None])  # fmt: skip
-    low, high = tl.sum(low, 3) * BACK - 32 * x_low, tl.sum(high, 3) * BACK - 32 * x_high
-    scales = buffer.to(tl.pointer_type(tl.int8))
-    scale_place = (origin[None, :, None] * 4 + P2 + at[:, :, None] * 16) + (half * 8 + part * 2 + sixteen)[None, None]
+    j, w = tl.arange(0, 4), tl.arange(0, 4)  # j = 2 half + part
+    half, part = j // 2, j % 2
+    m4, origin4 = mask[:, :, None, None], origin[None, :, None, None]
+    low_spot = origin4 + P0 // 4 + at[:, :, None, None] * 32 + (j[:, None] * 8 + w[None, :])[None, None]
+    high_spot = origin4 + P1 // 4 + at[:, :, None, None] * 16 + (half[:, None] * 8 + w[None, :])[None, None]
+    shift = (2 * part)[None, None, :, None]
+    i = start[:, None, None] + (half * 128 + part * 32)[None, :, None] + w[None, None, :] * 4
+    b, f, m = base[:, None, None], factor[:, None, None], (factor != 0)[:, None, None]
+    scales = buffer.to(tl.pointer_type(tl.int8)) + origin[None, :, None] * 4 + P2 + at[:, :, None] * 16
+    scales += (half * 8 + part * 2)[None, None]
     m3 = mask[:, :, None]
-    s_low = tl.load(scales + scale_place, mask=m3, other=0).to(tl.float32)
-    s_high = tl.load(scales + scale_place + 4, mask=m3, other=0).to(tl.float32)
+    total = tl.zeros(mask.shape, tl.float32)[:, :, None] + tl.zeros((4,), tl.float32)[None, None]
+    for s in tl.static_range(2):
+        nibbles = tl.load(words + low_spot + 4 * s, mask=m4, other=0)
+        crumbs = tl.load(words + high_spot + 4 * s, mask=m4, other=0) >> shift
+        zero = tl.zeros(nibbles.shape, tl.float32)
+        l0, l1, l2, l3 = load_4(x, norm, b, i + 16 * s, f, m, K, NORM)
+        h0, h1, h2, h3 = load_4(x, norm, b, i + 16 * s + 64, f, m, K, NORM)
+        low = tl.sum(dot_bytes(zero, nibbles & 0x0F0F0F0F | (crumbs & 0x03030303) << 4, l0, l1, l2, l3), 3) * BACK
+        high = tl.sum(dot_bytes(zero, nibbles >> 4 & 0x0F0F0F0F | crumbs & 0x30303030, h0, h1, h2, h3), 3) * BACK
+        low -= 32 * tl.sum((l0 + l1) + (l2 + l3), 2)[None]
+        high -= 32 * tl.sum((h0 + h1) + (h2 + h3), 2)[None]
+        total += low * tl.load(scales + s, mask=m3, other=0).to(tl.float32)
+        total += high * tl.load(scales + 4 + s, mask=m3, other=0).to(tl.float32)
     d = tl.load(buffer.to(tl.pointer_type(tl.float16)) + origin[None, :] * 2 + P3 // 2 + at, mask=mask, other=0.0)
-    return d.to(tl.float32)[:, :, None] * (low * s_low + high * s_high)
+    return d.to(tl.float32)[:, :, None] * total
 
 
 @triton.jit
-def dot_small(buffer, origin, at, mask, x, norm, start, factor, FORMAT: tl.constexpr,
-              P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+def dot_small(buffer, origin, at, mask, x, norm, base, start, factor, FORMAT: tl.constexpr,
+              P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
     """Blocks of 32 in nibbles: Q4_0, Q4_1, Q5_0, MXFP4 → [R, U]."""
     words = buffer.to(tl.pointer_type(tl.uint32))
     w = tl.arange(0, 4)
     QUANTS: tl.constexpr = P1 if (FORMAT == "Q4_0" or FORMAT == "MXFP4") else P2
-    place = (origin[None, :] + QUANTS // 4 + at * 4)[:, :, None] + w[None, None, :]
-    quants = tl.load(words + place, mask=mask[:, :, None], other=0)  # [R, U, 4]
+    spot = (origin[None, :] + QUANTS // 4 + at * 4)[:, :, None] + w[None, None, :]
+    quants = tl.load(words + spot, mask=mask[:, :, None], other=0)  # [R, U, 4]
     i = start[:, None] + w[None, :] * 4
-    f, m = factor[:, None], (factor != 0)[:, None]
-    l0 = load_x(x, norm, i, f, m, NORM)
-    l1 = load_x(x, norm, i + 1, f, m, NORM)
-    l2 = load_x(x, norm, i + 2, f, m, NORM)
-    l3 = load_x(x, norm, i + 3, f, m, NORM)
-    h0 = load_x(x, norm, i + 16, f, m, NORM)
-    h1 = load_x(x, norm, i + 17, f, m, NORM)
-    h2 = load_x(x, norm, i + 18, f, m, NORM)
-    h3 = load_x(x, norm, i + 19, f, m, NORM)
+    b, f, m = base[:, None], factor[:, None], (factor != 0)[:, None]
+    l0, l1, l2, l3 = load_4(x, norm, b, i, f, m, K, NORM)
+    h0, h1, h2, h3 = load_4(x, norm, b, i + 16, f, m, K, NORM)
     if FORMAT == "MXFP4":
         total = (fp4(quants, 28, 22) * (l0 * 2.0**63)[None] + fp4(quants, 20, 14) * (l1 * 2.0**63)[None]
                  + fp4(quants, 12, 6) * (l2 * 2.0**63)[None] + fp4(quants, 4, -2) * (l3 * 2.0**63)[None]
@@ -186,19 +202,15 @@ def dot_small(buffer, origin, at, mask, x, norm, start, factor, FORMAT: tl.const
         return tl.sum(total, 2) * 2.0**63 * scale
     halves = buffer.to(tl.pointer_type(tl.float16)) + origin[None, :] * 2 + at
     d = tl.load(halves + P0 // 2, mask=mask, other=0.0).to(tl.float32)
-    x_sum = tl.sum(l0 + l1 + l2 + l3 + h0 + h1 + h2 + h3, 1)[None]
+    x_sum = tl.sum((l0 + l1) + (l2 + l3) + ((h0 + h1) + (h2 + h3)), 1)[None]
     if FORMAT == "Q5_0":
         bits = tl.load(words + origin[None, :] + P1 // 4 + at, mask=mask, other=0)[:, :, None]
         first = bits >> (4 * w)[None, None, :]
-        low = dot_bytes(quants & 0x0F0F0F0F | fifth_bits(first),
-                        (l0 * 2.0**100)[None], (l1 * 2.0**92)[None], (l2 * 2.0**100)[None], (l3 * 2.0**92)[None])  # fmt: skip
-        high = dot_bytes(quants >> 4 & 0x0F0F0F0F | fifth_bits(first >> 16),
-                         (h0 * 2.0**100)[None], (h1 * 2.0**92)[None], (h2 * 2.0**100)[None], (h3 * 2.0**92)[None])  # fmt: skip
-        return d * (tl.sum(low + high, 2) * BACK - 16 * x_sum)
-    low, high = dot_nibbles(
-        quants, (l0 * 2.0**100)[None], (l1 * 2.0**92)[None], (l2 * 2.0**84)[None], (l3 * 2.0**96)[None],
-        (h0 * 2.0**96)[None], (h1 * 2.0**88)[None], (h2 * 2.0**100)[None], (h3 * 2.0**92)[None],
-    )  # fmt: skip
+        total = dot_bytes(tl.zeros(quants.shape, tl.float32), quants & 0x0F0F0F0F | fifth_bits(first), l0, l1, l2, l3)
+        total = dot_bytes(total, quants >> 4 & 0x0F0F0F0F | fifth_bits(first >> 16), h0, h1, h2, h3)
+        return d * (tl.sum(total, 2) * BACK - 16 * x_sum)
+    zero = tl.zeros(quants.shape, tl.float32)
+    low, high = dot_nibbles(zero, zero, quants, l0, l1, l2, l3, h0, h1, h2, h3)
     total = tl.sum(low + high, 2) * BACK
     if FORMAT == "Q4_0":
         return d * (total - 8 * x_sum)
@@ -222,61 +234,66 @@ def fp4(word, SIGN: tl.constexpr, MAGNITUDE: tl.constexpr):
 
 
 @triton.jit
-def dot_q8_0(buffer, origin, at, mask, x, norm, start, factor,
-             P0: tl.constexpr, P1: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
-    """Signed bytes, read as unsigned ones that are 128 too large → [R, U]."""
+def dot_q8_0(buffer, origin, at, mask, x, norm, base, start, factor,
+             P0: tl.constexpr, P1: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+    """Signed bytes, read as unsigned ones that are 128 too large → [R, U]; a block a lane."""
     words = buffer.to(tl.pointer_type(tl.uint32))
-    w = tl.arange(0, 8)
-    place = (origin[None, :] + P1 // 4 + at * 8)[:, :, None] + w[None, None, :]
-    quants = tl.load(words + place, mask=mask[:, :, None], other=0) ^ 0x80808080
+    w = tl.arange(0, 4)
+    spot = (origin[None, :] + P1 // 4 + at * 8)[:, :, None] + w[None, None, :]
     i = start[:, None] + w[None, :] * 4
-    f, m = factor[:, None], (factor != 0)[:, None]
-    x0 = load_x(x, norm, i, f, m, NORM)
-    x1 = load_x(x, norm, i + 1, f, m, NORM)
-    x2 = load_x(x, norm, i + 2, f, m, NORM)
-    x3 = load_x(x, norm, i + 3, f, m, NORM)
-    total = dot_bytes(quants, (x0 * 2.0**100)[None], (x1 * 2.0**92)[None], (x2 * 2.0**100)[None], (x3 * 2.0**92)[None])
+    b, f, m = base[:, None], factor[:, None], (factor != 0)[:, None]
+    m3 = mask[:, :, None]
+    x0, x1, x2, x3 = load_4(x, norm, b, i, f, m, K, NORM)
+    y0, y1, y2, y3 = load_4(x, norm, b, i + 16, f, m, K, NORM)
+    first = tl.load(words + spot, mask=m3, other=0) ^ 0x80808080
+    second = tl.load(words + spot + 4, mask=m3, other=0) ^ 0x80808080
+    total = dot_bytes(tl.zeros(first.shape, tl.float32), first, x0, x1, x2, x3)
+    total = dot_bytes(total, second, y0, y1, y2, y3)
+    x_sum = tl.sum((x0 + x1) + (x2 + x3) + ((y0 + y1) + (y2 + y3)), 1)[None]
     d = tl.load(buffer.to(tl.pointer_type(tl.float16)) + origin[None, :] * 2 + P0 // 2 + at, mask=mask, other=0.0)
-    return d.to(tl.float32) * (tl.sum(total, 2) * BACK - 128 * tl.sum(x0 + x1 + x2 + x3, 1)[None])
+    return d.to(tl.float32) * (tl.sum(total, 2) * BACK - 128 * x_sum)
 
 
 @triton.jit
-def dot_float(buffer, origin, at, mask, x, norm, start, factor, FORMAT: tl.constexpr,
-              P0: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+def dot_float(buffer, origin, at, mask, x, norm, base, start, factor, FORMAT: tl.constexpr,
+              P0: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
     """F32, F16 and BF16, 32 weights a unit → [R, U]."""
     m3 = mask[:, :, None]
     i = tl.arange(0, 32)
     if FORMAT == "F32":
-        place = (origin[None, :] + P0 // 4 + at * 32)[:, :, None] + i[None, None, :]
-        weights = tl.load(buffer.to(tl.pointer_type(tl.float32)) + place, mask=m3, other=0.0)
+        spot = (origin[None, :] + P0 // 4 + at * 32)[:, :, None] + i[None, None, :]
+        weights = tl.load(buffer.to(tl.pointer_type(tl.float32)) + spot, mask=m3, other=0.0)
     elif FORMAT == "F16":
-        place = (origin[None, :] * 2 + P0 // 2 + at * 32)[:, :, None] + i[None, None, :]
-        weights = tl.load(buffer.to(tl.pointer_type(tl.float16)) + place, mask=m3, other=0.0).to(tl.float32)
+        spot = (origin[None, :] * 2 + P0 // 2 + at * 32)[:, :, None] + i[None, None, :]
+        weights = tl.load(buffer.to(tl.pointer_type(tl.float16)) + spot, mask=m3, other=0.0).to(tl.float32)
     else:  # by its bits: the interpreter has bfloat16 wrong
-        place = (origin[None, :] * 2 + P0 // 2 + at * 32)[:, :, None] + i[None, None, :]
-        bits = tl.load(buffer.to(tl.pointer_type(tl.uint16)) + place, mask=m3, other=0).to(tl.uint32)
+        spot = (origin[None, :] * 2 + P0 // 2 + at * 32)[:, :, None] + i[None, None, :]
+        bits = tl.load(buffer.to(tl.pointer_type(tl.uint16)) + spot, mask=m3, other=0).to(tl.uint32)
         weights = (bits << 16).to(tl.float32, bitcast=True)
-    values = load_x(x, norm, start[:, None] + i[None, :], factor[:, None], (factor != 0)[:, None], NORM)
+    m = (factor != 0)[:, None]
+    values = load_x(x, norm, base[:, None], start[:, None] + i[None, :], factor[:, None], m, K, NORM)
     return tl.sum(weights * values[None], 2)
 
 
 @triton.jit
-def dot(buffer, origin, at, mask, x, norm, start, factor, FORMAT: tl.constexpr,
-        P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+def dot(buffer, origin, at, mask, x, norm, base, start, factor, FORMAT: tl.constexpr,
+        P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
+        K: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
     """Rows times x over one tile of units → [R].
 
     buffer: uint8; `origin` [U] the word at which the matrix of each unit starts; `at` [R, U] the unit's index in its
-    matrix (row · units a row + unit); x [·] float32 from `start` [U], times `factor` [U]; factor 0 is not read.
+    matrix (row · units a row + unit). x: striped vectors of K float32; a unit's values are those from `start` [U] of
+    the vector at `base` [U], times `factor` [U]; where that is 0, x is not read.
     """
     if FORMAT == "Q4_K" or FORMAT == "Q5_K":
-        sums = dot_k(buffer, origin, at, mask, x, norm, start, factor, FORMAT == "Q5_K", P0, NORM)
+        sums = dot_k(buffer, origin, at, mask, x, norm, base, start, factor, FORMAT == "Q5_K", P0, K, NORM)
         return tl.sum(tl.sum(sums, 2), 1)
     elif FORMAT == "Q6_K":
-        sums = dot_q6_k(buffer, origin, at, mask, x, norm, start, factor, P0, P1, P2, P3, NORM)
+        sums = dot_q6_k(buffer, origin, at, mask, x, norm, base, start, factor, P0, P1, P2, P3, K, NORM)
         return tl.sum(tl.sum(sums, 2), 1)
     elif FORMAT == "Q8_0":
-        return tl.sum(dot_q8_0(buffer, origin, at, mask, x, norm, start, factor, P0, P1, NORM), 1)
+        return tl.sum(dot_q8_0(buffer, origin, at, mask, x, norm, base, start, factor, P0, P1, K, NORM), 1)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
-        return tl.sum(dot_float(buffer, origin, at, mask, x, norm, start, factor, FORMAT, P0, NORM), 1)
+        return tl.sum(dot_float(buffer, origin, at, mask, x, norm, base, start, factor, FORMAT, P0, K, NORM), 1)
     else:
-        return tl.sum(dot_small(buffer, origin, at, mask, x, norm, start, factor, FORMAT, P0, P1, P2, NORM), 1)
+        return tl.sum(dot_small(buffer, origin, at, mask, x, norm, base, start, factor, FORMAT, P0, P1, P2, K, NORM), 1)

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.formats import FORMATS
+from offmoe.kernels.gpu.dot import place
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.planes import Matrix
 
@@ -97,7 +98,8 @@ def large(buffer, p0, p1, p2, p3, b, i, mask, FORMAT: tl.constexpr):
 @triton.jit
 def _embed(
     tokens, buffer, out, p0, p1, p2, p3,
-    H: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FORMAT: tl.constexpr, PDL: tl.constexpr,
+    H: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FORMAT: tl.constexpr,
+    STRIPED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, columns)."""
     if PDL:
@@ -114,16 +116,20 @@ def _embed(
         x = small(buffer, p0, p1, p2, b, i, mask, FORMAT)
     else:
         x = large(buffer, p0, p1, p2, p3, b, i, mask, FORMAT)
-    tl.store(out + t.to(tl.int64) * H + col, x, mask=mask)
+    spot = place(col, H) if STRIPED else col
+    tl.store(out + t.to(tl.int64) * H + spot, x, mask=mask)
 
 
-def embed(tokens: Tensor, matrix: tuple[Tensor, Matrix], out: Tensor, *, pdl: bool = False) -> None:
-    """Ids [T], int32 or int64, of the matrix [V, H] (uint8 in slot layout) → out [T, H] float32."""
+def embed(tokens: Tensor, matrix: tuple[Tensor, Matrix], out: Tensor, *, striped: bool, pdl: bool = False) -> None:
+    """Ids [T], int32 or int64, of the matrix [V, H] (uint8 in slot layout) → out [T, H] float32.
+
+    striped: in the order of kernels.striped.
+    """
     buffer, form = matrix
     assert out.is_contiguous()
     assert out.numel() == tokens.numel() * form.cols
     planes = (*form.planes, 0, 0, 0)[:4]
     _embed[(tokens.numel(), triton.cdiv(form.cols, COLUMNS))](
         tokens, buffer, out, *planes, H=form.cols, COLUMNS=COLUMNS, BLOCK=FORMATS[form.format].block,
-        FORMAT=form.format, num_warps=4, **dependent(pdl),
+        FORMAT=form.format, STRIPED=striped, num_warps=4, **dependent(pdl),
     )  # fmt: skip

@@ -1,19 +1,18 @@
 """Products of one to eight tokens with quantised matrices, straight from slots: what a decoded token spends its time on.
 
-All activations and sums are float32. A program takes a few rows over all columns; nothing is shared between programs,
+All activations and sums are float32; vectors that are read here are striped (kernels.striped). A program takes a few rows over all columns; nothing is shared between programs,
 so a row's result is the same whatever else is launched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from offmoe.kernels.gpu.dot import UNIT, WORDS, dot
+from offmoe.kernels.gpu.dot import UNIT, dot, place
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.planes import Matrix, SlotLayout
 
@@ -22,42 +21,40 @@ ALL, HITS, MISSES = 0, 1, 2  # which pairs: by the phase of a layer
 Part = tuple[Tensor, Matrix]
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Rows a program, units a step, and warps; tuned on an H200 by bench/kernels.py."""
-
-    rows: int
-    units: int
-    warps: int
+# Lanes of a warp that one unit of a row keeps busy: a row of 2,048 weights in blocks of 256 is one warp's.
+LANES = {"Q4_K": 4, "Q5_K": 4, "Q6_K": 4, "F32": 8, "F16": 4, "BF16": 4}
 
 
-def tile(form: Matrix, units: int, words: int, warps: int = 4) -> Tile:
-    """About `words` words of quants a program and step, over at most `units` units of a row."""
-    across = min(triton.next_power_of_2(units), max(1, 2048 // WORDS[form.format]))
-    return Tile(max(1, min(16, words // (across * WORDS[form.format]))), across, warps)
+def across(fmt: str, units: int) -> int:
+    """Units of a row that a warp takes at once, about 2,048 weights."""
+    return min(triton.next_power_of_2(units), 32 // LANES[fmt] if fmt in LANES else 64)
 
 
 @triton.jit
 def row_sums(buffer, row, x, norm, inverse, ROWS: tl.constexpr, UNITS: tl.constexpr, U: tl.constexpr,
              WIDTH: tl.constexpr, FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-             P3: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+             P3: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
     """Rows [R] of the matrix at `buffer` times x: [R]."""
     total = tl.zeros(row.shape, tl.float32)
     origin = tl.zeros((U,), tl.int64)
-    for first in tl.range(0, UNITS, U):
+    base = tl.zeros((U,), tl.int32)
+    for first in tl.static_range(0, UNITS, U):
         u = first + tl.arange(0, U)
         factor = tl.where(u < UNITS, inverse, 0.0)
         mask = (row < ROWS)[:, None] & (u < UNITS)[None, :]
-        total += dot(buffer, origin, row[:, None] * UNITS + u[None, :], mask, x, norm, u * WIDTH, factor,
-                     FORMAT, P0, P1, P2, P3, NORM)  # fmt: skip
+        total += dot(buffer, origin, row[:, None] * UNITS + u[None, :], mask, x, norm, base, u * WIDTH, factor,
+                     FORMAT, P0, P1, P2, P3, K, NORM)  # fmt: skip
     return total
 
 
 @triton.jit
-def finish(row, sums, out, ROWS: tl.constexpr, RESIDUAL: tl.constexpr):
+def finish(row, sums, out, first, ROWS: tl.constexpr, N: tl.constexpr, RESIDUAL: tl.constexpr):
+    """Into `out` from its row `first` on; the residual stream is striped, anything else is not."""
+    at = first + row
     if RESIDUAL:
-        sums += tl.load(out + row, mask=row < ROWS, other=0.0)
-    tl.store(out + row, sums, mask=row < ROWS)
+        at = place(at, N)
+        sums += tl.load(out + at, mask=row < ROWS, other=0.0)
+    tl.store(out + at, sums, mask=row < ROWS)
 
 
 @triton.jit
@@ -86,27 +83,29 @@ def _dense(
     SECOND: tl.constexpr = FIRST + (ROWS1 + R1 - 1) // R1
     if pid < FIRST:
         row = pid * R0 + tl.arange(0, R0)
-        sums = row_sums(b0, row, x, norm, inverse, ROWS0, K // WIDTH0, U0, WIDTH0, F0, A0, A1, A2, A3, NORM)
-        finish(row, sums, out, ROWS0, RESIDUAL)
+        sums = row_sums(b0, row, x, norm, inverse, ROWS0, K // WIDTH0, U0, WIDTH0, F0, A0, A1, A2, A3, K, NORM)
+        finish(row, sums, out, 0, ROWS0, N, RESIDUAL)
     if ROWS1 > 0:
         if (pid >= FIRST) & (pid < SECOND):
             row = (pid - FIRST) * R1 + tl.arange(0, R1)
-            sums = row_sums(b1, row, x, norm, inverse, ROWS1, K // WIDTH1, U1, WIDTH1, F1, B0, B1, B2, B3, NORM)
-            finish(row, sums, out + ROWS0, ROWS1, RESIDUAL)
+            sums = row_sums(b1, row, x, norm, inverse, ROWS1, K // WIDTH1, U1, WIDTH1, F1, B0, B1, B2, B3, K, NORM)
+            finish(row, sums, out, ROWS0, ROWS1, N, RESIDUAL)
     if ROWS2 > 0:
         if pid >= SECOND:
             row = (pid - SECOND) * R2 + tl.arange(0, R2)
-            sums = row_sums(b2, row, x, norm, inverse, ROWS2, K // WIDTH2, U2, WIDTH2, F2, C0, C1, C2, C3, NORM)
-            finish(row, sums, out + ROWS0 + ROWS1, ROWS2, RESIDUAL)
+            sums = row_sums(b2, row, x, norm, inverse, ROWS2, K // WIDTH2, U2, WIDTH2, F2, C0, C1, C2, C3, K, NORM)
+            finish(row, sums, out, ROWS0 + ROWS1, ROWS2, N, RESIDUAL)
 
 
 def dense(
     x: Tensor, parts: Sequence[Part], out: Tensor, *,
-    norm: Tensor | None = None, eps: float = 0.0, residual: bool = False, pdl: bool = False, words: int = 1024,
+    norm: Tensor | None = None, eps: float = 0.0, residual: bool = False, pdl: bool = False,
+    rows: int = 8, warps: int = 4,
 ) -> None:  # fmt: skip
-    """x [T, K] float32 times the transpose of up to three matrices, rows one after another: out [T, N] float32.
+    """x [T, K] float32, striped, times the transpose of up to three matrices, rows one after another: out [T, N].
 
-    norm [K]: x is RMS-normed with it first. residual: added to what is in `out`.
+    norm [K], striped: x is RMS-normed with it first. residual: `out` is the residual stream, striped, and is added
+    to; else it is in natural order.
     """
     assert 1 <= len(parts) <= 3 and out.is_contiguous() and x.is_contiguous()
     k, n = x.shape[1], sum(form.rows for _, form in parts)
@@ -116,20 +115,19 @@ def dense(
     settings: dict[str, object] = {}
     programs = 0
     for i, (_, form) in enumerate(parts):
-        t = tile(form, k // UNIT[form.format], words)
-        settings |= {f"F{i}": form.format, f"ROWS{i}": form.rows, f"R{i}": t.rows, f"U{i}": t.units,
-                     f"WIDTH{i}": UNIT[form.format]}  # fmt: skip
+        settings |= {f"F{i}": form.format, f"ROWS{i}": form.rows, f"R{i}": rows, f"WIDTH{i}": UNIT[form.format],
+                     f"U{i}": across(form.format, k // UNIT[form.format])}  # fmt: skip
         settings |= {f"{'ABC'[i]}{j}": at for j, at in enumerate((*form.planes, 0, 0, 0)[:4])}
-        programs += triton.cdiv(form.rows, t.rows)
+        programs += triton.cdiv(form.rows, rows)
     _dense[(programs, len(x))](
         x, norm, out, *(buffer for buffer, _ in parts), eps, K=k, WIDE=triton.next_power_of_2(k), N=n,
-        NORM=norm is not None, RESIDUAL=residual, **settings, num_warps=4, **dependent(pdl),
+        NORM=norm is not None, RESIDUAL=residual, **settings, num_warps=warps, **dependent(pdl),
     )  # fmt: skip
 
 
 @triton.jit
 def _gate_up(
-    records, stride, slots, hit, x, out, k,
+    records, stride, slots, hit, weights, x, out, k,
     H: tl.constexpr, INNER: tl.constexpr, PHASE: tl.constexpr, R: tl.constexpr,
     FG: tl.constexpr, UG: tl.constexpr, WG: tl.constexpr,
     G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
@@ -147,35 +145,34 @@ def _gate_up(
     record = records + tl.load(slots + pair).to(tl.int64) * stride
     x = x + (pair // k) * H
     row = tl.program_id(0) * R + tl.arange(0, R)
-    gate = row_sums(record, row, x, x, 1.0, INNER, H // WG, UG, WG, FG, G0, G1, G2, G3, False)
-    up = row_sums(record, row, x, x, 1.0, INNER, H // WU, UU, WU, FU, U0, U1, U2, U3, False)
-    tl.store(out + pair * INNER + row, gate * tl.sigmoid(gate) * up, mask=row < INNER)
+    gate = row_sums(record, row, x, x, 1.0, INNER, H // WG, UG, WG, FG, G0, G1, G2, G3, H, False)
+    up = row_sums(record, row, x, x, 1.0, INNER, H // WU, UU, WU, FU, U0, U1, U2, U3, H, False)
+    inner = gate * tl.sigmoid(gate) * up * tl.load(weights + pair)
+    tl.store(out + pair * INNER + place(row, INNER), inner, mask=row < INNER)
 
 
 def expert_gate_up(
-    records: Tensor, layout: SlotLayout, slots: Tensor, x: Tensor, out: Tensor, *,
-    hit: Tensor | None = None, phase: int = ALL, pdl: bool = False, words: int = 1024, warps: int = 4,
+    records: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, x: Tensor, out: Tensor, *,
+    hit: Tensor | None = None, phase: int = ALL, pdl: bool = False, rows: int = 2, warps: int = 1,
 ) -> None:  # fmt: skip
-    """silu(gate x) · (up x) of every pair: records [S, stride] uint8, slots [P] int32, x [T, H] → out [P, F].
+    """weight · silu(gate x) · (up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P] float32,
+    x [T, H] striped → out [P, F] striped.
 
     Pair p is of token p // (P / T). hit [P] int32: phase HITS takes pairs where it is not 0, MISSES the others.
     """
     assert x.is_contiguous() and out.is_contiguous() and records.stride(1) == 1
     gate, up, h = layout.gate, layout.up, x.shape[1]
-    g = tile(gate, h // UNIT[gate.format], words)
-    u = tile(up, h // UNIT[up.format], words)
-    rows = min(g.rows, u.rows)
     _gate_up[(triton.cdiv(gate.rows, rows), len(slots))](
-        records, records.stride(0), slots, hit, x, out, len(slots) // len(x),
+        records, records.stride(0), slots, hit, weights, x, out, len(slots) // len(x),
         H=h, INNER=gate.rows, PHASE=phase, R=rows,
-        FG=gate.format, UG=g.units, WG=UNIT[gate.format], **planes("G", gate),
-        FU=up.format, UU=u.units, WU=UNIT[up.format], **planes("U", up), num_warps=warps, **dependent(pdl),
+        FG=gate.format, UG=across(gate.format, h // UNIT[gate.format]), WG=UNIT[gate.format], **planes("G", gate),
+        FU=up.format, UU=across(up.format, h // UNIT[up.format]), WU=UNIT[up.format], **planes("U", up), num_warps=warps, **dependent(pdl),
     )  # fmt: skip
 
 
 @triton.jit
 def _down(
-    records, stride, slots, weights, inner, x,
+    records, stride, slots, inner, x,
     K: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, R: tl.constexpr, U: tl.constexpr,
     FORMAT: tl.constexpr, WIDTH: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, PDL: tl.constexpr,
@@ -188,33 +185,31 @@ def _down(
     UNITS: tl.constexpr = INNER // WIDTH
     row = tl.program_id(0) * R + tl.arange(0, R)
     total = tl.zeros((R,), tl.float32)
-    for first in tl.range(0, K * UNITS, U):
+    for first in tl.static_range(0, K * UNITS, U):
         u = first + tl.arange(0, U)
         there = u < K * UNITS
         pair = t * K + u // UNITS
         origin = tl.load(slots + pair, mask=there, other=0).to(tl.int64) * (stride // 4)
-        factor = tl.load(weights + pair, mask=there, other=0.0)
+        factor = tl.where(there, 1.0, 0.0)
         mask = (row < H)[:, None] & there[None, :]
         total += dot(records, origin, row[:, None] * UNITS + (u % UNITS)[None, :], mask, inner, inner,
-                     pair * INNER + u % UNITS * WIDTH, factor, FORMAT, P0, P1, P2, P3, False)  # fmt: skip
-    total += tl.load(x + t * H + row, mask=row < H, other=0.0)
-    tl.store(x + t * H + row, total, mask=row < H)
+                     pair * INNER, u % UNITS * WIDTH, factor, FORMAT, P0, P1, P2, P3, INNER, False)  # fmt: skip
+    finish(row, total, x + t * H, 0, H, H, True)
 
 
 def expert_down(
-    records: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, inner: Tensor, x: Tensor, *,
-    pdl: bool = False, words: int = 512, warps: int = 4, units: int | None = None,
+    records: Tensor, layout: SlotLayout, slots: Tensor, inner: Tensor, x: Tensor, *,
+    pdl: bool = False, rows: int = 4, warps: int = 2,
 ) -> None:  # fmt: skip
-    """x [T, H] += Σ_j weights[t, j] · down_j inner[t, j], summed in float32 in one fixed order.
+    """x [T, H] += Σ_j down_j inner[t, j], summed in float32 in one fixed order; `inner` is weighted already.
 
-    records [S, stride] uint8, slots and weights [T · k], inner [T · k, F] float32.
+    records [S, stride] uint8, slots [T · k] int32, inner [T · k, F] and x float32, striped.
     """
     assert x.is_contiguous() and inner.is_contiguous() and records.stride(1) == 1
     down, k = layout.down, len(slots) // len(x)
-    across = units or min(triton.next_power_of_2(down.cols // UNIT[down.format] * k), 256 // WORDS[down.format])
-    rows = max(1, words // (across * WORDS[down.format]))
+    units = across(down.format, down.cols // UNIT[down.format] * k)
     _down[(triton.cdiv(down.rows, rows), len(x))](
-        records, records.stride(0), slots, weights, inner, x, K=k, H=down.rows, INNER=down.cols, R=rows, U=across,
+        records, records.stride(0), slots, inner, x, K=k, H=down.rows, INNER=down.cols, R=rows, U=units,
         FORMAT=down.format, WIDTH=UNIT[down.format], **planes("P", down), num_warps=warps, **dependent(pdl),
     )  # fmt: skip
 

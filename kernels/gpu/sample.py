@@ -64,11 +64,11 @@ def uniform(seed, step, ids):
 
 
 @triton.jit
-def draw(keys, params, seed, step, KEEP: tl.constexpr):
+def draw(keys, knobs, seed, step, KEEP: tl.constexpr):
     """One of `keys` [KEEP], largest first: top-k, top-p, min-p, then argmax of p / Exp(1)."""
     rank = tl.arange(0, KEEP)
-    temperature, top_k = tl.load(params + rank * 0), tl.load(params + 1 + rank * 0).to(tl.int32)
-    top_p, min_p = tl.load(params + 2 + rank * 0), tl.load(params + 3 + rank * 0)
+    temperature, top_k = tl.load(knobs + rank * 0), tl.load(knobs + 1 + rank * 0).to(tl.int32)
+    top_p, min_p = tl.load(knobs + 2 + rank * 0), tl.load(knobs + 3 + rank * 0)
     scores, ids = from_keys(keys)
     inside = (keys != _NOTHING) & (rank < tl.where(temperature < _COLD, 1, top_k))
     scores = tl.where(inside, scores, -float("inf"))
@@ -82,7 +82,7 @@ def draw(keys, params, seed, step, KEEP: tl.constexpr):
 
 @triton.jit
 def _sample(
-    logits, params, seed, step, seen, status, best, ticket, out, vocab,
+    logits, knobs, seed, step, seen, status, best, ticket, out, vocab,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of the vocabulary, at most BLOCKS. KEEP: keys that a block may win, 1 is greedy."""
@@ -92,7 +92,7 @@ def _sample(
     block, blocks = tl.program_id(0), tl.num_programs(0)
     ids = block * BLOCK + tl.arange(0, BLOCK)
     inside = ids < vocab
-    keys = as_keys(tempered(logits, seen, params, ids, inside), ids, inside)
+    keys = as_keys(tempered(logits, seen, knobs, ids, inside), ids, inside)
     kept = tl.arange(0, KEEP)
     if KEEP == 1:
         tl.store(best + block, tl.max(keys, 0))
@@ -107,7 +107,7 @@ def _sample(
     if KEEP == 1:
         chosen = 0x7FFFFFFF - (top & 0x7FFFFFFF).to(tl.int32)
     else:
-        chosen = draw(tl.topk(keys, KEEP), params, tl.load(seed), tl.load(step), KEEP)
+        chosen = draw(tl.topk(keys, KEEP), knobs, tl.load(seed), tl.load(step), KEEP)
     chosen = tl.where((top >> 32).to(tl.int32) == _NAN, -1, chosen)
     tl.store(out, chosen.to(out.dtype.element_ty))
     tl.store(seen + tl.maximum(chosen, 0), 1, mask=(chosen >= 0) & (tl.load(status) == 0))
@@ -115,14 +115,14 @@ def _sample(
 
 
 @triton.jit
-def _scores(logits, params, seed, step, seen, scores, noise, vocab, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _scores(logits, knobs, seed, step, seen, scores, noise, vocab, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Tempered scores and Exp(1) of every id."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = ids < vocab
-    tl.store(scores + ids, tempered(logits, seen, params, ids, inside), mask=inside)
+    tl.store(scores + ids, tempered(logits, seen, knobs, ids, inside), mask=inside)
     tl.store(noise + ids, -tl.log(uniform(tl.load(seed), tl.load(step), ids)), mask=inside)
 
 

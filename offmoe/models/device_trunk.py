@@ -17,6 +17,7 @@ from torch import Tensor
 from offmoe.kernels.norm_rope import rms_norm, rope_table
 from offmoe.kernels.planes import Matrix, matrix, rearrange_matrix
 from offmoe.kernels.route import softmax_top_k
+from offmoe.kernels.striped import stripe
 from offmoe.kvcache import KVCache
 from offmoe.models.model import Model
 from offmoe.models.trunk import uninterleaved
@@ -27,15 +28,17 @@ FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True)
 class DeviceLayer:
-    """One layer's trunk; norms in float32."""
+    """One layer's trunk; norms in float32. Striped ones are the step's, see kernels.striped."""
 
     attn_norm: Tensor  # [H]
+    attn_norm_striped: Tensor
     qkv: tuple[Part, ...]  # rows of q, k and v one after another; neighbours of one format are one part
     q_norm: Tensor | None  # [head_dim] or [Q]
     k_norm: Tensor | None
     o: tuple[Part, ...]  # [H, Q]
     ffn_norm: Tensor  # [H]
-    router: Tensor  # [E, H] in a float type
+    ffn_norm_striped: Tensor
+    router: Tensor  # [E, H] in a float type, striped
 
     def tensors(self) -> list[Tensor]:
         values = [getattr(self, field.name) for field in fields(self)]
@@ -51,7 +54,7 @@ class DeviceTrunk:
         self.layers: list[DeviceLayer] = []
         self._model, self._device, self._dtype = model, device, dtype
         self.embedding = self._parts("embed")[0]  # [V, H]
-        self.final_norm = self._float("final_norm")
+        self.final_norm = stripe(self._float("final_norm"))  # only the step and `logits` use it
         self.head = (self.embedding,) if self.config.tied else self._parts("head")
         self.rope = rope_table(ctx, self.config.head_dim, self.config.rope_theta, device)
         self._positions = torch.arange(ctx, device=device)
@@ -74,7 +77,7 @@ class DeviceTrunk:
         from offmoe.kernels.gpu.embed import embed
 
         out = torch.empty((len(tokens), self.config.hidden), device=self._device)
-        embed(tokens, self.embedding, out)
+        embed(tokens, self.embedding, out, striped=False)
         return out
 
     def attend(self, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
@@ -96,7 +99,7 @@ class DeviceTrunk:
         """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
         w = self.layers[layer]
         normed = rms_norm(x, w.ffn_norm, self.config.norm_eps)
-        ids, weights = softmax_top_k(normed @ w.router.float().t(), self.config.top_k, self.config.renormalise)
+        ids, weights = softmax_top_k(stripe(normed) @ w.router.float().t(), self.config.top_k, self.config.renormalise)
         return normed.to(self._dtype), ids, weights
 
     def logits(self, x: Tensor) -> Tensor:
@@ -104,7 +107,7 @@ class DeviceTrunk:
         from offmoe.kernels.gpu.gemv import dense
 
         out = torch.empty((len(x), self.config.vocab), device=self._device)
-        dense(x.contiguous(), self.head, out, norm=self.final_norm, eps=self.config.norm_eps)
+        dense(stripe(x).contiguous(), self.head, out, norm=self.final_norm, eps=self.config.norm_eps)
         return out
 
     def _product(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
@@ -122,13 +125,15 @@ class DeviceTrunk:
     def _load_layer(self, layer: int) -> DeviceLayer:
         normed = self.config.qk_norm != "none"
         return DeviceLayer(
-            attn_norm=self._float("attn_norm", layer),
+            attn_norm=(attn_norm := self._float("attn_norm", layer)),
+            attn_norm_striped=stripe(attn_norm),
             qkv=self._parts("q", "k", "v", layer=layer),
             q_norm=self._float("q_norm", layer) if normed else None,
             k_norm=self._float("k_norm", layer) if normed else None,
             o=self._parts("o", layer=layer),
-            ffn_norm=self._float("ffn_norm", layer),
-            router=self._float("router", layer, keep=True),
+            ffn_norm=(ffn_norm := self._float("ffn_norm", layer)),
+            ffn_norm_striped=stripe(ffn_norm),
+            router=stripe(self._float("router", layer, keep=True)).contiguous(),
         )
 
     def _float(self, role: str, layer: int = 0, keep: bool = False) -> Tensor:
