@@ -75,6 +75,13 @@ def test_several_chunks_a_run() -> None:
     Memory(record).check(ints(0, 3), 2, ints(2, 0), addressed=False)
 
 
+@pytest.mark.parametrize(("fmt", "rows", "cols"), [("MXFP4", 8, 32), ("Q8_0", 4, 32), ("Q6_K", 4, 256)])
+def test_a_run_that_starts_within_16_bytes(fmt: str, rows: int, cols: int) -> None:
+    record = RecordLayout.of(("gate", fmt, rows, cols), ("up", fmt, rows, cols), ("down", "BF16", cols, rows))
+    assert record.parts[1].offset % 16 == 8
+    Memory(record).check(ints(3, 1), 2, ints(0, 2), addressed=True)
+
+
 def test_nothing_missing() -> None:
     """What a count of 0 leaves behind in the list is not read."""
     memory = Memory(record_of("Q4_0", "Q4_0", False))

@@ -1,8 +1,12 @@
 """Records into slots, by the GPU itself: pinned host memory (or VRAM) is read through raw addresses.
 
 A few programs saturate the link: what counts is bytes under way, not threads. Formats whose blocks are aligned are
-copied in 16-byte words; of the others a program stages its chunk in VRAM, then gathers the planes from there (L1 and L2),
-so that the link sees whole lines only.
+copied in 16-byte words; of the others a program stages its chunk in VRAM, then gathers the planes from there (L1 and
+L2), so that the link sees whole lines only.
+
+Triton reads 16 bytes at once where it can prove two things: that the pointer is a multiple of 16, which a cast forgets
+and has to be said of what comes out of it, and that a mask holds for four words at once, so that masks compare words
+with a multiple of 4.
 """
 
 from __future__ import annotations
@@ -24,12 +28,23 @@ RUNS = 3
 
 
 @triton.jit
+def words_at(address):
+    """An address that is a multiple of 16, as a pointer to words."""
+    return tl.multiple_of(address.to(tl.pointer_type(tl.uint32)), 16)
+
+
+@triton.jit
+def whole(nbytes):
+    """Words of so many bytes, up to the next 16: rows and planes have room for them."""
+    return tl.cdiv(nbytes, 16) * 4
+
+
+@triton.jit
 def copy_words(source, target, chunk, nbytes, CHUNK: tl.constexpr):
-    """One chunk of an aligned run, word by word; addresses are those of the run."""
+    """One chunk of an aligned run; addresses are those of the run."""
     word = chunk * (CHUNK // 4) + tl.arange(0, CHUNK // 4)
-    inside = word * 4 < nbytes
-    words = tl.load(source.to(tl.pointer_type(tl.uint32)) + word, mask=inside, other=0)
-    tl.store(target.to(tl.pointer_type(tl.uint32)) + word, words, mask=inside)
+    inside = word < whole(nbytes)
+    tl.store(words_at(target) + word, tl.load(words_at(source) + word, mask=inside, other=0), mask=inside)
 
 
 @triton.jit
@@ -40,13 +55,20 @@ def gather_plane(stage, skip, target, count, BYTES: tl.constexpr, FIRST: tl.cons
     STEP: tl.constexpr = 1024
     for start in tl.static_range(0, WORDS, STEP):
         word = start + tl.arange(0, STEP)
-        value = tl.zeros((STEP,), tl.uint32)
-        for b in tl.static_range(4):
-            at = word * 4 + b
-            inside = at < count * SIZE
-            byte = tl.load(stage + skip + at // SIZE * BYTES + FIRST + at % SIZE, mask=inside, other=0)
-            value |= byte.to(tl.uint32) << (8 * b)
-        tl.store(target.to(tl.pointer_type(tl.uint32)) + word, value, mask=word * 4 < count * SIZE)
+        inside = word < tl.minimum(whole(count * SIZE), WORDS)
+        if SIZE % 4 == 0:  # a word of one block, out of the two that it lies across
+            at = skip + word // (SIZE // 4) * BYTES + FIRST + word % (SIZE // 4) * 4
+            two = stage.to(tl.pointer_type(tl.uint32)) + at // 4
+            low = tl.load(two, mask=inside, other=0).to(tl.uint64)
+            high = tl.load(two + 1, mask=inside, other=0).to(tl.uint64)
+            value = (high << 32 | low) >> (at % 4 * 8).to(tl.uint64)
+        else:
+            value = tl.zeros((STEP,), tl.uint32)
+            for b in tl.static_range(4):
+                at = word * 4 + b
+                spot = stage + skip + at // SIZE * BYTES + FIRST + at % SIZE
+                value |= tl.load(spot, mask=inside, other=0).to(tl.uint32) << (8 * b)
+        tl.store(words_at(target) + word, value.to(tl.uint32), mask=inside)
 
 
 @triton.jit
@@ -60,10 +82,9 @@ def copy_blocks(source, target, stage, chunk, blocks, BYTES: tl.constexpr, BLOCK
     address = source + first.to(tl.int64) * BYTES
     skip = (address % 16).to(tl.int32)
     word = tl.arange(0, CHUNK // 4)
-    inside = word * 4 < skip + count * BYTES  # the last word may read up to 3 bytes more: rows are whole words
-    words = tl.load((address - skip).to(tl.pointer_type(tl.uint32)) + word, mask=inside, other=0)
+    words = tl.load(words_at(address - skip) + word, mask=word < whole(skip + count * BYTES), other=0)
     tl.debug_barrier()  # the chunk before is gathered
-    tl.store(stage.to(tl.pointer_type(tl.uint32)) + word, words, mask=inside)
+    tl.store(words_at(stage) + word, words)
     tl.debug_barrier()
     place = target + first.to(tl.int64) * S0 + P0
     gather_plane(stage, skip, place, count, BYTES, 0, S0, BLOCKS)
@@ -77,7 +98,8 @@ def copy_blocks(source, target, stage, chunk, blocks, BYTES: tl.constexpr, BLOCK
 @triton.jit
 def copy_chunk(source, target, stage, chunk, nbytes, blocks, SOURCE: tl.constexpr, BYTES: tl.constexpr,
                BLOCKS: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
-               P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+               P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
+               CHUNK: tl.constexpr):  # fmt: skip
     if S1 > 0:
         copy_blocks(source + SOURCE, target, stage, chunk, blocks, BYTES, BLOCKS, S0, S1, S2, S3, P0, P1, P2, P3, CHUNK)
     else:
@@ -106,10 +128,7 @@ def _page_in(
     for work in range(tl.program_id(0), tl.load(count).to(tl.int32) * chunks, tl.num_programs(0)):
         i, chunk = work // chunks, work % chunks
         slot = tl.load(slots + i).to(tl.int64)
-        if sources is None:
-            source = base + tl.load(records + i).to(tl.int64) * stride
-        else:
-            source = tl.load(sources + i)
+        source = base + tl.load(records + i).to(tl.int64) * stride if sources is None else tl.load(sources + i)
         source = tl.multiple_of(source, 16)
         to = target + slot * target_stride
         if chunk < C0:
@@ -139,7 +158,9 @@ def page_in(
     way. scratch [programs · CHUNK] uint8 belongs to this launch alone. `landed` [S] int32: set to 1 once a slot is
     whole; `progress` [S] int32 is 0 before and after.
     """
-    assert scratch.numel() >= programs * CHUNK and target.stride(1) == 1
+    assert scratch.numel() >= programs * CHUNK, f"{programs} programs stage {programs * CHUNK} bytes"
+    assert target.stride(1) == 1
+    assert target.stride(0) % 16 == 0, f"slots of {target.stride(0)} bytes are no whole number of 16"
     settings: dict[str, int] = {}
     numbers: list[int] = []
     for i, run in enumerate(merged(layout.runs)):
@@ -171,6 +192,7 @@ def described(run: Run) -> tuple[dict[str, int], list[int]]:
     """Constants of a run by their letter, and bytes, blocks and chunks."""
     size, parts = FORMATS[run.format].bytes, PLANES[run.format]
     if len(parts) == 1:
+        assert run.source % 16 == 0, f"{run.format} at byte {run.source} of a record is not aligned"
         blocks, chunks, parts = 0, -(-run.nbytes // CHUNK), (*parts, 0)
     else:
         blocks = 1 << ((CHUNK - 16) // size).bit_length() - 1
