@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import mmap
+import threading
+from collections import deque
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offmoe.errors import OffmoeError
 from offmoe.settings import format_size
+
+PIECE = 256 << 20  # bytes, about: what somebody who needs another piece may have to wait for
 
 
 def host_memory(nbytes: int) -> Tensor:
@@ -32,3 +38,77 @@ def register(tensor: Tensor) -> None:
 
 def unregister(tensor: Tensor) -> None:
     torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+
+
+class Pinning:
+    """Page-locks `memory` [rows, stride] in a thread of its own, while others fill it.
+
+    Pieces are whole rows and whole pages. A copy must not span two of them: CUDA knows each as memory of its own.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        rows, stride = memory.shape
+        together = math.lcm(stride, mmap.PAGESIZE) // stride  # rows after which a page ends too
+        self.piece_rows = -(-PIECE // (together * stride)) * together
+        self.rows: NDArray[np.bool_] = np.zeros(rows, np.bool_)  # [rows] that are pinned; they stay so
+        self.pieces = 0  # that are pinned
+        self.error: OffmoeError | None = None  # after which no more is pinned
+        self._parts = memory.split(self.piece_rows)
+        self._waiting = deque(range(len(self._parts)))
+        self._changed = threading.Condition()
+        self._pinned: list[Tensor] = []
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def start(self) -> None:
+        with self._changed:
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, daemon=True)
+                self._thread.start()
+
+    def check(self) -> None:
+        if self.error:
+            raise self.error
+
+    def wait(self, rows: NDArray[np.integer]) -> None:
+        """Until these rows are pinned; their pieces come next."""
+        if self.rows[rows].all():
+            return
+        with self._changed:
+            for piece in set((rows // self.piece_rows).tolist()).intersection(self._waiting):
+                self._waiting.remove(piece)
+                self._waiting.appendleft(piece)
+            self._changed.wait_for(lambda: self.rows[rows].all() or self.error or self._closed)
+        if not self.rows[rows].all():
+            raise self.error or OffmoeError("the engine was closed while memory was being pinned")
+
+    def close(self) -> None:
+        """Waits for the piece that is being pinned."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread:
+            self._thread.join()
+        while self._pinned:
+            unregister(self._pinned.pop())
+
+    def _run(self) -> None:
+        try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)  # a thread begins on the first GPU
+            while (piece := self._next()) is not None:
+                register(self._parts[piece])
+                self._pinned.append(self._parts[piece])
+                with self._changed:
+                    self.rows[piece * self.piece_rows :][: self.piece_rows] = True
+                    self.pieces += 1
+                    self._changed.notify_all()
+        except Exception as error:
+            with self._changed:
+                self.error = error if isinstance(error, OffmoeError) else OffmoeError(f"pinning memory failed: {error}")
+                self._changed.notify_all()
+
+    def _next(self) -> int | None:
+        with self._changed:
+            return self._waiting.popleft() if self._waiting and not self._closed else None
