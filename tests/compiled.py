@@ -1,0 +1,186 @@
+"""Compiles every kernel of the decode graph for real, with no GPU: `python -P compiled.py 80`, a line of JSON a kernel.
+
+Launches are caught before they start; a kernel is compiled for the arguments that it was called with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from offmoe.cache.policy import make_policy
+from offmoe.cache.residency import Residency
+from offmoe.device_table import device_table
+from offmoe.kernels.gpu.advance import advance
+from offmoe.kernels.gpu.attention import decode_attention, partial_size
+from offmoe.kernels.gpu.embed import embed
+from offmoe.kernels.gpu.gemv import HITS, dense, expert_down, expert_gate_up
+from offmoe.kernels.gpu.page_in import page_in, scratch_for
+from offmoe.kernels.gpu.request import request
+from offmoe.kernels.gpu.resolve import candidates
+from offmoe.kernels.gpu.route import predict, route
+from offmoe.kernels.gpu.sample import Scratch, sample_step
+from offmoe.kernels.planes import matrix, slot_layout
+from offmoe.kernels.record import RecordLayout
+from offmoe.kernels.ring import COUNTED
+
+CPU = torch.device("cpu")
+H, F, LAYERS, EXPERTS, K = 2048, 768, 2, 128, 8
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int16: "*i16",
+         torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+@contextmanager
+def caught() -> Iterator[list[Launch]]:
+    """Launches inside do not happen: they are listed."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+    JITFunction.run = lambda kernel, *values, grid, warmup, **named: launches.append((kernel, values, named))
+    yield launches
+    JITFunction.run = run
+
+
+def compiled(launch: Launch, capability: int) -> dict[str, Any]:
+    """Pointers and whole numbers that divide by 16 are said to, as at a launch."""
+    kernel, values, named = launch
+    options = {key: named.pop(key) for key in list(named) if key not in kernel.arg_names}
+    given = dict(zip(kernel.arg_names, values, strict=False)) | named
+    fixed = {p.name for p in kernel.params if p.is_constexpr}
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = given[name]
+        if name == "DEVICE":
+            value = True  # the tensors here lie in RAM
+        if name in fixed or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[i,] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i64" if abs(value) >= 2**31 else "i32"
+            if value % 16 == 0:
+                attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = made.asm["ptx"]
+    return {
+        "kernel": kernel.__name__,
+        "flushing_fma": re.findall(r"fma[.\w]*ftz", ptx),
+        "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v4", ptx)),
+        **resources(made.asm["cubin"]),
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, and bytes of stack, which is where they spill to."""
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name.lower(): int(re.findall(rf"{name}:(\d+)", said)[-1]) for name in ("REG", "STACK")}
+
+
+def floats(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape)
+
+
+def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def products(fmt: str, pdl: bool) -> None:
+    """The experts' two, and a dense one with a norm and a second part."""
+    record = RecordLayout.of(("gate", fmt, F, H), ("up", fmt, F, H), ("down", fmt, H, F))
+    layout = slot_layout(record)
+    records = torch.empty((2, -(-layout.nbytes // 256) * 256), dtype=torch.uint8)
+    expert_gate_up(records, layout, ints(K), floats(K), floats(1, H), floats(K, F), hit=ints(K), phase=HITS, pdl=pdl)
+    expert_down(records, layout, ints(K), floats(K, F), floats(1, H), pdl=pdl)
+    parts = [(ints(form.nbytes, dtype=torch.uint8), form) for form in (matrix(fmt, 512, H), matrix("Q6_K", 512, H))]
+    dense(floats(1, H), parts, floats(1, 1024), norm=floats(H), eps=1e-6, pdl=pdl)
+
+
+def copies(fmt: str, pdl: bool) -> None:
+    layout = slot_layout(RecordLayout.of(("gate_up", fmt, 2 * F, H), ("down", "Q4_K", H, F)))
+    records = torch.empty((2, -(-layout.nbytes // 256) * 256), dtype=torch.uint8)
+    page_in(None, ints(1), ints(K), records, layout, scratch_for(CPU), records=ints(K), base=1 << 40, stride=1 << 21,
+            landed=ints(2), progress=ints(2), pdl=pdl)  # fmt: skip
+    sources, rows = ints(K, dtype=torch.int64), ints(LAYERS * EXPERTS)
+    request(1 << 40, ints(1), ints(K), sources, rows, 1 << 40, 1 << 21, ints(1), ints(1))
+
+
+def residency(policy: str, pdl: bool) -> None:
+    table = device_table(Residency(LAYERS, EXPERTS, 128, make_policy(policy, LAYERS * EXPERTS), "layer"), 10, CPU)
+    t, ids = table, ints(1, LAYERS, K, dtype=torch.int16)
+    candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind)
+    route(
+        floats(H), floats(H), 1e-6, floats(EXPERTS, H).bfloat16(), table, 1, layers=LAYERS, top_k=K, renormalise=True,
+        logits=floats(EXPERTS), normed=floats(H), ticket=ints(1), ids=ints(K), weights=floats(K), slots=ints(K),
+        hit=ints(K), miss_count=ints(1), miss_records=ints(K), miss_slots=ints(K), status=ints(1),
+        counters=ints(COUNTED), log=ints(LAYERS * K), step=ints(1), units=1 << 17, raw=floats(H), pdl=pdl,
+        fetched=(ints(1), ints(K)), forced=ids if policy == "lru" else None,
+    )  # fmt: skip
+    predict(
+        floats(H), floats(H), 1e-6, floats(EXPERTS, H).bfloat16(), table, 1, layers=LAYERS, top_k=K, least=0.05,
+        most=2, logits=floats(EXPERTS), ticket=ints(1), held=ints(K), fetch_count=ints(1), fetch_records=ints(K),
+        fetch_slots=ints(K), status=ints(1), counters=ints(COUNTED), step=ints(1), units=1 << 17, pdl=pdl,
+        emulated=ids if policy == "lru" else None,
+    )  # fmt: skip
+
+
+def attention(pdl: bool) -> None:
+    heads, kv_heads, dim, ctx, splits = 32, 4, 128, 4096, 33
+    keys = torch.zeros((kv_heads, ctx, dim), dtype=torch.bfloat16)
+    decode_attention(
+        floats((heads + 2 * kv_heads) * dim), keys, keys, ints(1), floats(2, ctx, dim), floats(heads * dim),
+        floats(partial_size(heads, dim, splits)), ints(kv_heads), heads=heads, kv_heads=kv_heads, head_dim=dim,
+        q_norm=floats(dim), k_norm=floats(dim), norm_full=False, clip=None, eps=1e-6, splits=splits, pdl=pdl,
+    )  # fmt: skip
+
+
+def ends(pdl: bool) -> None:
+    form = matrix("Q4_K", 1024, H)
+    embed(ints(1), (ints(form.nbytes, dtype=torch.uint8), form), floats(1, H), striped=True, pdl=pdl)
+    sample_step(floats(151936), floats(5), ints(1, dtype=torch.int64), ints(1), ints(151936, dtype=torch.uint8),
+                ints(1), ints(1), Scratch.of(151936, CPU), variant="greedy", pdl=pdl)  # fmt: skip
+    state = {name: ints(1) for name in ("token", "position", "steps", "status", "remaining")}
+    advance(ints(1), clock=ints(2), eos=ints(16), counters=ints(COUNTED), ids=ints(LAYERS * K), ring=1 << 40, rows=64,
+            pdl=pdl, **state)  # fmt: skip
+
+
+def main(capability: int) -> None:
+    pdl = capability >= 90
+    with caught() as launches:
+        products("Q4_K", pdl)
+        products("MXFP4", pdl)
+        copies("Q6_K", pdl)
+        residency("lru", pdl)
+        residency("lfru", pdl)
+        attention(pdl)
+        ends(pdl)
+    for launch in launches:
+        try:
+            print(json.dumps(compiled(launch, capability)), flush=True)
+        except Exception as error:  # the next kernel is tried too
+            print(json.dumps({"kernel": launch[0].__name__, "error": f"{type(error).__name__}: {error}"}), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
