@@ -2,7 +2,7 @@
 # Everything for a GPU machine, in stages; a stage prints the end of its output, $OUT/log.txt holds all of it.
 #   bash bench/gpu.sh OUT [STAGE …]      OUT: a folder for the log and the rows; no stage: all of them
 # Stages: build (the peer, in the background: it goes on when this script ends), tests, kernels, peer (waits for its
-# build), decode, decode-long, decode-gpt-oss, decode-prefetch, quick, prefill, memory, demo.
+# build), decode, decode-long, decode-gpt-oss, decode-prefetch, quick, prefill, memory, demo; sweep (tiles of the GEMV).
 # Ignored folders that it takes if they are there: .whl (wheels of missing packages), .traces, .peer (bench/peer.sh pack).
 # ARGS_decode="--caps 50" and so on: further arguments of a stage.
 set -uo pipefail
@@ -62,9 +62,10 @@ for name in "$@"; do
         tests) stage tests 25 420 python3 -P -m pytest tests/gpu -q -p no:cacheprovider --durations=5 ;;
         kernels)
             for file in bench/kernels.py bench/gemm.py; do
-                [ ! -f $file ] || stage kernels 40 120 python3 $file "$out/$(basename $file .py).csv"
+                [ ! -f $file ] || stage kernels 60 120 python3 $file "$out/$(basename $file .py).csv"
             done
             ;;
+        sweep) stage sweep 100 240 python3 bench/kernels.py --sweep "$out/sweep.csv" ;;
         peer)
             run_peer 2>&1 | tee -a "$out/log.txt" | tail -n 20 || failed+=(peer)
             python3 bench/rig.py --peer "$out/peer.csv"

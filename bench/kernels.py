@@ -1,0 +1,289 @@
+"""Microseconds of the decode graph's kernels at Qwen3-30B-A3B's shape, beside the roof: python bench/kernels.py OUT.csv
+
+A figure is the median of five replays of a CUDA graph of 20 or more launches that take other slots each, out of more
+than 200 MB. Bytes are those of weights (or keys and values); the share is of VRAM's bandwidth, of copies the link's.
+`--sweep`: rows a program and warps of the products in Q4_K instead, fastest first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rig import Row, add_row, machine, table
+from torch import Tensor
+
+from offmoe.cache.policy import make_policy
+from offmoe.cache.residency import Residency
+from offmoe.device_table import device_table
+from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
+from offmoe.kernels.gpu.gemv import dense, expert_down, expert_gate_up
+from offmoe.kernels.gpu.launch import pdl_supported
+from offmoe.kernels.gpu.page_in import page_in, scratch_for
+from offmoe.kernels.gpu.resolve import candidates
+from offmoe.kernels.gpu.route import Table, route
+from offmoe.kernels.norm_rope import rope_table
+from offmoe.kernels.planes import PLANES, SlotLayout, matrix, slot_layout
+from offmoe.kernels.record import RecordLayout
+from offmoe.kernels.ring import COUNTED
+from offmoe.links import link_bandwidth, vram_bandwidth
+
+H, F, EXPERTS, K, LAYERS, VOCAB = 2048, 768, 128, 8, 48, 151936
+HEADS, KV_HEADS, DIM, CTX = 32, 4, 128, 32768
+LAUNCHES, LEAST, PINNED = 24, 400 << 20, 288 << 20
+DENSE = {"qkv": (5120, H, "Q4_K"), "o": (H, HEADS * DIM, "Q4_K"), "head": (VOCAB, H, "Q6_K")}
+# F of records of 0.9, 2.65 and 9 MB.
+COPIED = {"Q4_K": (256, 768, 2560), "Q8_0": (160, 416, 1376)}
+MISSES = (1, 4)
+PARTS = (*PLANES, "dense", "pages", "rest")
+
+
+class Bench:
+    """Times and prints; `warm`: each kernel runs once, so that it lies in Triton's cache."""
+
+    def __init__(self, out: Path | None, warm: bool = False) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.pdl, self.out, self.warm = pdl_supported(self.device), out, warm
+        self.rows: list[Row] = []
+        self.generator = torch.Generator(self.device).manual_seed(3)
+        self.roofs = {} if warm else {"vram": vram_bandwidth(self.device), "link": link_bandwidth(self.device)}
+        self.machine = {} if warm else machine()
+
+    def measure(self, kernel: str, what: str, nbytes: float, launch: Callable[[Any], object], inputs: Sequence[Any],
+                roof: str = "vram", graph: bool = True) -> float:  # fmt: skip
+        """`launch` of each of the inputs, `nbytes` each: seconds of one, and a row."""
+
+        def all_of_them() -> None:
+            for each in inputs:
+                launch(each)
+
+        launch(inputs[0])
+        torch.cuda.synchronize()
+        if self.warm:
+            return 0.0
+        seconds = (graph_time(all_of_them) if graph else event_time(all_of_them)) / len(inputs)
+        rate = nbytes / seconds
+        row: Row = {"kernel": kernel, "what": what, "us": round(seconds * 1e6, 2), "mb": round(nbytes / 1e6, 3),
+                    "gb_s": round(rate / 1e9, 1), "share": round(rate / self.roofs[roof], 3), "roof": roof}  # fmt: skip
+        self.rows.append(row)
+        if self.out is not None:
+            add_row(self.out, row | self.machine)
+        return seconds
+
+    def floats(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, generator=self.generator)
+
+    def ints(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=self.device)
+
+    def noise(self, *shape: int) -> Tensor:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device, generator=self.generator)
+
+    def drawn(self, count: int, n: int) -> Tensor:
+        """n of `count` slots."""
+        return torch.randperm(count, device=self.device, generator=self.generator)[:n].to(torch.int32)
+
+
+def graph_time(run: Callable[[], None]) -> float:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    return event_time(graph.replay)
+
+
+def event_time(run: Callable[[], None], repeats: int = 5) -> float:
+    """Seconds of the median run."""
+    times = []
+    for _ in range(repeats):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+        began.record()
+        run()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended) / 1e3)
+    return statistics.median(times)
+
+
+def record_of(fmt: str, inner: int) -> RecordLayout:
+    return RecordLayout.of(("gate", fmt, inner, H), ("up", fmt, inner, H), ("down", fmt, H, inner))
+
+
+def experts_of(b: Bench, fmt: str) -> tuple[Tensor, SlotLayout]:
+    """Slots full of noise."""
+    layout = slot_layout(record_of(fmt, F))
+    stride = -(-layout.nbytes // 256) * 256
+    return b.noise(8 * K if b.warm else max(EXPERTS, LEAST // stride), stride), layout
+
+
+def products(b: Bench, records: Tensor, layout: SlotLayout, n: int, **tuning: int) -> dict[str, float]:
+    """The n experts of n ÷ 8 tokens."""
+    x, inner, weights = b.floats(n // K, H), b.floats(n, F), b.floats(n).abs()
+    draws = [b.drawn(len(records), n) for _ in range(LAUNCHES)]
+    upper, what = layout.down.planes[0], f"{layout.gate.format} {n} experts"
+    return {
+        "gate_up": b.measure(
+            "gate_up", what, n * upper,
+            lambda slots: expert_gate_up(records, layout, slots, weights, x, inner, pdl=b.pdl, **tuning), draws,
+        ),
+        "down": b.measure(
+            "down", what, n * (layout.nbytes - upper),
+            lambda slots: expert_down(records, layout, slots, inner, x, pdl=b.pdl, **tuning), draws,
+        ),
+    }  # fmt: skip
+
+
+def dense_product(b: Bench, name: str, **tuning: int) -> float:
+    rows, cols, fmt = DENSE[name]
+    form = matrix(fmt, rows, cols)
+    buffers = b.noise(1 if b.warm else max(2, -(-LEAST // 2 // form.nbytes)), form.nbytes)
+    x, out, norm = b.floats(1, cols), b.floats(1, rows), None if name == "o" else b.floats(cols)
+    return b.measure(
+        "dense", f"{name} {rows}×{cols} {fmt}", form.nbytes,
+        lambda buffer: dense(x, [(buffer, form)], out, norm=norm, eps=1e-6, residual=norm is None, pdl=b.pdl, **tuning),
+        [buffers[i % len(buffers)] for i in range(max(LAUNCHES, len(buffers)))],
+    )  # fmt: skip
+
+
+def pages(b: Bench, pinned: Tensor, fmt: str, inner: int) -> None:
+    """page_in of one and of four records, and the copy engine, each record a copy."""
+    record = record_of(fmt, inner)
+    layout, stride, size = slot_layout(record), -(-record.nbytes // 256) * 256, record.nbytes
+    rows, scratch = len(pinned) // stride, scratch_for(b.device)
+    target = torch.empty((32, max(stride, -(-layout.nbytes // 256) * 256)), dtype=torch.uint8, device=b.device)
+    count, what = b.ints(1), f"{fmt} {size / 1e6:.2f} MB"
+    for n in MISSES:
+        count.fill_(n)
+        draws = [(b.drawn(rows, n), b.drawn(32, n)) for _ in range(LAUNCHES)]
+        b.measure("page_in", f"{what} × {n}", n * size, lambda pair: page_in(
+            None, count, pair[1], target, layout, scratch, records=pair[0], base=pinned.data_ptr(), stride=stride
+        ), draws, "link")  # fmt: skip
+    places = [(i * 7 % rows * stride, i % 32) for i in range(LAUNCHES)]
+    b.measure("copy engine", what, size, lambda pair: target[pair[1], :size].copy_(
+        pinned[pair[0] : pair[0] + size], non_blocking=True
+    ), places, "link", graph=False)  # fmt: skip
+
+
+def listing(b: Bench, scope: str) -> Table:
+    """Half of all records are there."""
+    slots = EXPERTS // 2 * LAYERS
+    t = device_table(Residency(LAYERS, EXPERTS, slots, make_policy("crf:h=16", LAYERS * EXPERTS), scope), K, b.device)
+    t.owner.copy_(torch.arange(slots) // (EXPERTS // 2) * EXPERTS + torch.arange(slots) % (EXPERTS // 2))
+    t.slot_of.fill_(-1)
+    t.slot_of[t.owner.long()] = torch.arange(slots, dtype=torch.int32, device=b.device)
+    b.measure("candidates", f"{scope}, {slots} slots", 0, lambda _: candidates(
+        t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, scratch=t.scratch
+    ), range(LAUNCHES))  # fmt: skip
+    return t
+
+
+def routes(b: Bench, t: Table) -> None:
+    """Norm, router, top-k and residency; no layer comes twice, and after the first replay all is there."""
+    x, norm, router = b.floats(H), b.floats(H), b.floats(EXPERTS, H).bfloat16()
+    logits, normed, weights = b.floats(EXPERTS), b.floats(H), b.floats(K)
+    ids, slots, hit, missing, places = (b.ints(K) for _ in range(5))
+    count, ticket, status, step = (b.ints(1) for _ in range(4))
+    counters, log = b.ints(COUNTED), b.ints(LAYERS * K)
+    b.measure("route", f"{EXPERTS} experts, top-{K}, bf16", router.nbytes, lambda layer: route(
+        x, norm, 1e-6, router, t, layer, layers=LAYERS, top_k=K, renormalise=True, logits=logits, normed=normed,
+        ticket=ticket, ids=ids, weights=weights, slots=slots, hit=hit, miss_count=count, miss_records=missing,
+        miss_slots=places, status=status, counters=counters, log=log, step=step, units=1, pdl=b.pdl,
+    ), [layer for layer in range(2, LAYERS) if layer % 16])  # fmt: skip
+
+
+def attentions(b: Bench, context: int, keys: Tensor, values: Tensor) -> None:
+    splits, rope = pick_splits(CTX, KV_HEADS)[0], rope_table(CTX, DIM, 1e6, b.device)
+    qkv, mixed, norm = b.floats((HEADS + 2 * KV_HEADS) * DIM), b.floats(HEADS * DIM), b.floats(DIM)
+    partial, tickets, position = b.floats(partial_size(HEADS, DIM, splits)), b.ints(KV_HEADS), b.ints(1) + context - 1
+    b.measure("attention", f"context {context}", 4 * KV_HEADS * DIM * context, lambda i: decode_attention(
+        qkv, keys[i], values[i], position, rope, mixed, partial, tickets, heads=HEADS, kv_heads=KV_HEADS,
+        head_dim=DIM, q_norm=norm, k_norm=norm, norm_full=False, clip=None, eps=1e-6, splits=splits, pdl=b.pdl,
+    ), range(len(keys)))  # fmt: skip
+
+
+def run(b: Bench, part: str) -> None:
+    if part == "pages":
+        pinned = torch.empty((64 << 20) if b.warm else PINNED, dtype=torch.uint8, pin_memory=True)
+        for fmt, sizes in COPIED.items():
+            for inner in sizes:
+                pages(b, pinned, fmt, inner)
+    elif part == "dense":
+        for name in DENSE:
+            dense_product(b, name)
+    elif part == "rest":
+        listing(b, "global")
+        routes(b, listing(b, "layer"))
+        shape = (2 if b.warm else LAUNCHES, KV_HEADS, CTX, DIM)
+        keys, values = (torch.randn(shape, device=b.device, dtype=torch.bfloat16) for _ in "kv")
+        for context in (128, CTX):
+            attentions(b, context, keys, values)
+    elif part.startswith("sweep"):
+        rows, warps = map(int, part.split(":")[1:])
+        sweep(b, rows, warps)
+    else:
+        records, layout = experts_of(b, part)
+        for n in (K, 8 * K):
+            products(b, records, layout, n)
+
+
+def sweep(b: Bench, rows: int, warps: int) -> list[Row]:
+    """Q4_K, one token, so many rows a program."""
+    found = products(b, *experts_of(b, "Q4_K"), K, rows=rows, warps=warps)
+    found |= {name: dense_product(b, name, rows=rows, warps=warps) for name in ("qkv", "o")}
+    return [{"kernel": name, "rows": rows, "warps": warps, "us": round(t * 1e6, 2)} for name, t in found.items()]
+
+
+def warm_up(parts: Sequence[str]) -> None:
+    """Triton compiles on one core: a process each. What fails here fails again later, with its message."""
+    waiting, running = list(parts), set()
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 2):
+            command = [sys.executable, __file__, "--warm", waiting.pop()]
+            running.add(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        running = {process for process in running if process.poll() is None}
+        time.sleep(0.05)
+
+
+def swept(out: Path | None) -> None:
+    sizes = list(itertools.product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8)))
+    warm_up([f"sweep:{rows}:{warps}" for rows, warps in sizes])
+    b = Bench(None)
+    found = [row for rows, warps in sizes for row in sweep(b, rows, warps)]
+    for row in found if out else ():
+        add_row(out, row | b.machine)
+    found.sort(key=lambda row: (row["kernel"], row["us"]))
+    print(table(found, {name: name for name in ("kernel", "rows", "warps", "us")}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?", help="rows are added to this file")
+    parser.add_argument("--sweep", action="store_true", help="rows a program and warps of the products in Q4_K")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--warm", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.warm:
+        run(Bench(None, warm=True), args.warm)
+    elif args.sweep:
+        swept(args.out)
+    else:
+        warm_up(args.only)
+        b = Bench(args.out)
+        for part in args.only:
+            run(b, part)
+        print(b.machine | {roof: f"{value / 1e9:.0f} GB/s" for roof, value in b.roofs.items()})
+        names = {"kernel": "kernel", "what": "what", "us": "µs", "mb": "MB", "gb_s": "GB/s", "share": "of roof"}
+        print(table(b.rows, names))
+
+
+if __name__ == "__main__":
+    main()
