@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offmoe.cache.residency import Residency
-from offmoe.device_table import device_table, pull, push
+from offmoe.device_table import device_table, pull, push, reach
 from offmoe.errors import OffmoeError
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
@@ -108,7 +108,7 @@ class DecodeStep:
         self.splits, self.split_size = pick_splits(plan.ctx, c.kv_heads, sms)
         self.buffers = StepBuffers(c, self.splits, device)
         self.gate = Gate.of(plan.prefetch, store.table, c.top_k)
-        self.table = device_table(store.table, c.top_k + self.gate.most, device)
+        self.table = device_table(store.table, reach(store.table, c.top_k, self.gate.most), device)
         self.routed = c.layers * c.top_k  # records a step
         self.sampler = Scratch.of(c.vocab, device)
         words = row_words(self.routed)
@@ -199,7 +199,7 @@ class DecodeStep:
         self._forked.set()
         with self._beside():
             self._forked.wait()
-            candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind)
+            candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, scratch=t.scratch)
             self._listed.set()
 
     def _prefetch(self, layer: int, variant: Variant) -> None:

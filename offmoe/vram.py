@@ -10,15 +10,21 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offmoe.experts import Counters, ExpertStore, Ints
-from offmoe.kernels.planes import slot_layout
+from offmoe.kernels.gpu.gemm import combine, expert_group, rows_a_tile
+from offmoe.kernels.gpu.page_in import page_in, scratch_for
+from offmoe.kernels.gpu.unpack import unpack_into
+from offmoe.kernels.planes import SlotLayout, slot_layout
 from offmoe.models.model import Model
 from offmoe.plan import Plan
 from offmoe.uploads import Landing, Uploads
 
 NONE = np.empty(0, np.int64)
+Multiply = Callable[[Ints, Ints], None]  # experts, and the addresses of their records
+PROGRAMS = 128  # within VRAM it is many that saturate, not few
 
 
 class VramStore(ExpertStore):
@@ -26,6 +32,7 @@ class VramStore(ExpertStore):
 
     def __init__(self, model: Model, plan: Plan) -> None:
         super().__init__(model, plan)
+        config = model.config
         self.device = plan.device
         self.layouts = tuple(slot_layout(layout) for layout in model.layouts)
         self.record_bytes = [layout.nbytes for layout in model.layouts]
@@ -33,52 +40,46 @@ class VramStore(ExpertStore):
         self.records = torch.empty(
             (self.table.slots + self.uploads.batch, plan.stride), dtype=torch.uint8, device=plan.device
         )
+        self._scratch = scratch_for(plan.device, PROGRAMS)
+        self._group = plan.group
+        self._k = config.top_k
         self._streaming = False
 
     def preload(self, progress: Callable[[int, int], None]) -> None:
         experts = np.arange(self.table.experts)
         for layer in range(self.table.layers):
             self._admit(layer, experts, experts * 0)
-            self._stream(layer, experts, lambda _: None)
+            self._stream(layer, experts, lambda *_: None)
             progress(layer + 1, self.table.layers)
         self.counts = Counters()
 
     def begin(self, tokens: int) -> None:
         """Where a chunk routes to nearly every expert, all absent ones stream ahead of the routing."""
         super().begin(tokens)
-        self._streaming = tokens * self.top_k >= 2 * self.table.experts
+        self._streaming = tokens * self._k >= 2 * self.table.experts
         self._send_ahead(0)
 
     def apply(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
-
         host_ids = ids.cpu().numpy()  # waits for the router: about 0.1 ms a layer
         if self.routed:
             self.routed(layer, host_ids, weights)
-        experts, uses = np.unique(host_ids, return_counts=True)
+        counts = np.bincount(host_ids.ravel(), minlength=self.table.experts)
+        experts = np.flatnonzero(counts)
         resident = self.table.slot_of[layer * self.table.experts + experts]  # before any is evicted
-        self._admit(layer, experts, uses)
-        tiles = plan_tiles(ids, self.table.experts, x.dtype)
-        out = torch.empty((ids.numel(), x.shape[1]), dtype=x.dtype, device=x.device)
-
-        def multiply(addresses: Ints) -> None:
-            expert_mlp(x, ids, tiles, self._upload(addresses), self.layouts[layer], out)
-
+        self._admit(layer, experts, counts[experts])
+        chunk = Chunk(x, ids, counts, self.layouts[layer], self._group)
         there = resident >= 0
-        addresses = np.zeros(self.table.experts, np.int64)
-        addresses[experts[there]] = self._address(resident[there])
-        if there.any():
-            multiply(addresses)
-        self._stream(layer, experts[~there], multiply)
-        return combine(out, weights)
+        chunk.multiply(experts[there], self._address(resident[there]))
+        self._stream(layer, experts[~there], chunk.multiply)
+        return combine(chunk.out, weights)
 
     def _admit(self, layer: int, experts: Ints, uses: Ints) -> None:
         for order in self.waves(layer, experts, uses):
             self.access(layer, experts[order], uses[order])
             self.table.landed(np.flatnonzero(self.table.arriving))  # their bytes come in the stream's order
 
-    def _stream(self, layer: int, missing: Ints, multiply: Callable[[Ints], None]) -> None:
-        """Bring `missing` in batches: into the slots that they own by now, or past them; `multiply(addresses [E])`."""
+    def _stream(self, layer: int, missing: Ints, multiply: Multiply) -> None:
+        """Bring `missing` in batches: into the slots that they own by now, or past them, and multiply."""
         try:
             under_way = np.concatenate([NONE, *(landing.experts for landing in self.uploads.waiting)])
             todo = np.setdiff1d(missing, under_way)
@@ -100,22 +101,22 @@ class VramStore(ExpertStore):
         waiting = self.uploads.waiting
         return bool(waiting) and waiting[0].layer == layer
 
-    def _place(self, landing: Landing, missing: Ints, multiply: Callable[[Ints], None]) -> None:
+    def _place(self, landing: Landing, missing: Ints, multiply: Multiply) -> None:
         """Move a batch out of its zone, rearranged, and multiply."""
-        from offmoe.kernels.gpu.page_in import page_in
-
         wanted = np.isin(landing.experts, missing)
         experts, sources = landing.experts[wanted], self.uploads.addresses(landing)[wanted]
+        n = len(experts)
         slots = self.table.slot_of[landing.layer * self.table.experts + experts].astype(np.int64)
         slots[slots < 0] = self.table.slots + np.arange(np.count_nonzero(slots < 0))
-        packed = self._upload(np.concatenate([sources, slots, [len(experts)]]))
-        n = len(experts)
-        page_in(packed[:n], packed[2 * n :], packed[n : 2 * n], self.records, self.layouts[landing.layer])
+        if n:
+            packed = torch.from_numpy(np.concatenate([sources, slots, [n]])).to(self.device)
+            page_in(
+                packed[:n], packed[2 * n :], packed[n : 2 * n], self.records, self.layouts[landing.layer],
+                self._scratch, programs=PROGRAMS,
+            )  # fmt: skip
         self.uploads.release(landing)
         self.counts.pcie_bytes += self.record_bytes[landing.layer] * len(landing.experts)
-        addresses = np.zeros(self.table.experts, np.int64)
-        addresses[experts] = self._address(slots)
-        multiply(addresses)
+        multiply(experts, self._address(slots))
 
     def _send_ahead(self, layer: int) -> None:
         """Fill free zones with what `layer` lacks, if all of it will be wanted."""
@@ -140,5 +141,40 @@ class VramStore(ExpertStore):
     def _address(self, slots: Ints) -> Ints:
         return self.records.data_ptr() + slots.astype(np.int64) * self.records.stride(0)
 
-    def _upload(self, numbers: Ints) -> Tensor:
-        return torch.from_numpy(numbers.astype(np.int64)).to(self.device)
+
+class Chunk:
+    """A chunk's tokens in one layer; `multiply` some of its experts, wherever they lie, until all are done."""
+
+    def __init__(self, x: Tensor, ids: Tensor, counts: Ints, layout: SlotLayout, group: int) -> None:
+        self._x, self._layout, self._k, self._group = x, layout, ids.shape[1], group
+        self._order = ids.flatten().argsort(stable=True)
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
+        self._rows = rows_a_tile(ids.numel(), len(counts))
+        self._inner = x.new_empty((ids.numel(), layout.expert_hidden))
+        self.out = x.new_empty((ids.numel(), layout.hidden))
+
+    def multiply(self, experts: Ints, addresses: Ints) -> None:
+        """`addresses` [n]: of the experts' records, in slots."""
+        for at in range(0, len(experts), self._group):
+            self._multiply(experts[at : at + self._group], addresses[at : at + self._group])
+
+    def _multiply(self, experts: Ints, addresses: Ints) -> None:
+        layout, x, n = self._layout, self._x, len(experts)
+        hidden, inner = layout.hidden, layout.expert_hidden
+        sources = torch.from_numpy(addresses.astype(np.int64)).to(x.device)
+        gate_up, down = x.new_empty((n, 2 * inner, hidden)), x.new_empty((n, hidden, inner))
+        unpack_into(sources, layout.gate, gate_up[:, :inner])
+        unpack_into(sources, layout.up, gate_up[:, inner:])
+        unpack_into(sources, layout.down, down)
+        tiles = torch.from_numpy(self._tiles(experts)).to(x.device)
+        expert_group(x, self._order, tiles, gate_up, down, self._inner, self.out, self._k, self._rows)
+
+    def _tiles(self, experts: Ints) -> NDArray[np.int32]:
+        """[n, 3]: which of `experts`, first row and end."""
+        tiles = [
+            (i, first, self._ends[expert])
+            for i, expert in enumerate(experts)
+            for first in range(self._starts[expert], self._ends[expert], self._rows)
+        ]
+        return np.array(tiles, np.int32)

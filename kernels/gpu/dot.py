@@ -29,9 +29,10 @@ def place(i, K: tl.constexpr):
 
 
 @triton.jit
-def load_x(x, norm, base, i, factor, mask, K: tl.constexpr, NORM: tl.constexpr):
-    """Value i of the vector at `base` of x, times the norm's weight, times a factor."""
-    at = place(i, K)
+def load_x(x, norm, base, first, p, factor, mask, K: tl.constexpr, NORM: tl.constexpr):
+    """Of the vector at `base` of x: p values behind the one that stands at `first`, within its lane's 64; times the
+    norm's weight, times a factor."""
+    at = first + p * (K // 64 if K % 64 == 0 else 1)
     value = tl.load(x + base + at, mask=mask, other=0.0)
     if NORM:
         value = value * tl.load(norm + at, mask=mask, other=0.0)
@@ -39,10 +40,12 @@ def load_x(x, norm, base, i, factor, mask, K: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
-def load_4(x, norm, base, i, factor, mask, K: tl.constexpr, NORM: tl.constexpr):
-    """Four neighbours from i on."""
-    return (load_x(x, norm, base, i, factor, mask, K, NORM), load_x(x, norm, base, i + 1, factor, mask, K, NORM),
-            load_x(x, norm, base, i + 2, factor, mask, K, NORM), load_x(x, norm, base, i + 3, factor, mask, K, NORM))  # fmt: skip
+def load_4(x, norm, base, first, p, factor, mask, K: tl.constexpr, NORM: tl.constexpr):
+    """Four neighbours from p on."""
+    return (load_x(x, norm, base, first, p, factor, mask, K, NORM),
+            load_x(x, norm, base, first, p + 1, factor, mask, K, NORM),
+            load_x(x, norm, base, first, p + 2, factor, mask, K, NORM),
+            load_x(x, norm, base, first, p + 3, factor, mask, K, NORM))  # fmt: skip
 
 
 @triton.jit
@@ -77,14 +80,15 @@ def dot_bytes(total, word, x0, x1, x2, x3):
 
 
 @triton.jit
-def k_scale(h1, h2, h3, group):
-    """Scale and minimum (whole numbers) of a group 0 … 7 out of the 12 bytes of Q4_K and Q5_K; see formats.k_scales."""
-    shift = (group & 3) * 8
+def k_scales(h1, h2, h3, j):
+    """Scales and minima (whole numbers, in bytes 0 and 1) of the groups 2j and 2j + 1 out of the 12 bytes of Q4_K and
+    Q5_K; see formats.k_scales."""
+    shift = (j & 1) * 16
     scale, minimum, rest = h1 >> shift, h2 >> shift, h3 >> shift
-    late = group >= 4
-    scale = tl.where(late, rest & 15 | scale >> 2 & 48, scale & 63)
-    minimum = tl.where(late, rest >> 4 & 15 | minimum >> 2 & 48, minimum & 63)
-    return scale.to(tl.float32), minimum.to(tl.float32)
+    late = j >= 2
+    scale = tl.where(late, rest & 0x0F0F | scale >> 2 & 0x3030, scale & 0x3F3F)
+    minimum = tl.where(late, rest >> 4 & 0x0F0F | minimum >> 2 & 0x3030, minimum & 0x3F3F)
+    return scale, minimum
 
 
 @triton.jit
@@ -121,12 +125,13 @@ def dot_k(buffer, origin, at, mask, x, norm, base, start, factor,
     h1 = tl.load(words + head + 1, mask=mask, other=0)[:, :, None]
     h2 = tl.load(words + head + 2, mask=mask, other=0)[:, :, None]
     h3 = tl.load(words + head + 3, mask=mask, other=0)[:, :, None]
-    i = start[:, None, None] + j[None, :, None] * 64 + w[None, None, :] * 4  # [U, 4, 4]
+    at_lane = place(start[:, None] + j[None, :] * 64, K)[:, :, None]  # [U, 4, 1]
+    p = (w * 4)[None, None, :]
     b, f, m = base[:, None, None], factor[:, None, None], (factor != 0)[:, None, None]
-    l0, l1, l2, l3 = load_4(x, norm, b, i, f, m, K, NORM)
-    k0, k1, k2, k3 = load_4(x, norm, b, i + 16, f, m, K, NORM)
-    g0, g1, g2, g3 = load_4(x, norm, b, i + 32, f, m, K, NORM)
-    n0, n1, n2, n3 = load_4(x, norm, b, i + 48, f, m, K, NORM)
+    l0, l1, l2, l3 = load_4(x, norm, b, at_lane, p, f, m, K, NORM)
+    k0, k1, k2, k3 = load_4(x, norm, b, at_lane, p + 16, f, m, K, NORM)
+    g0, g1, g2, g3 = load_4(x, norm, b, at_lane, p + 32, f, m, K, NORM)
+    n0, n1, n2, n3 = load_4(x, norm, b, at_lane, p + 48, f, m, K, NORM)
     x_low = tl.sum((l0 + l1) + (l2 + l3) + ((k0 + k1) + (k2 + k3)), 2)[None]  # [1, U, 4]
     x_high = tl.sum((g0 + g1) + (g2 + g3) + ((n0 + n1) + (n2 + n3)), 2)[None]
     fifth, fifth_second = first, second
@@ -139,10 +144,10 @@ def dot_k(buffer, origin, at, mask, x, norm, base, start, factor,
     low, high = k_words(zero, zero, first, fifth, l0, l1, l2, l3, g0, g1, g2, g3, FIVE)
     low, high = k_words(low, high, second, fifth_second, k0, k1, k2, k3, n0, n1, n2, n3, FIVE)
     low, high = tl.sum(low, 3), tl.sum(high, 3)
-    s_low, m_low = k_scale(h1, h2, h3, (2 * j)[None, None, :])
-    s_high, m_high = k_scale(h1, h2, h3, (2 * j + 1)[None, None, :])
-    scaled = (half_of(h0, False) * BACK) * (low * s_low + high * s_high)
-    return scaled - half_of(h0, True) * (m_low * x_low + m_high * x_high)
+    scale, minimum = k_scales(h1, h2, h3, j[None, None, :])
+    scaled = code(scale, 0xFF) * (low * 2.0**100) + code(scale, 0xFF00) * (high * 2.0**92)  # · 2^-98
+    lowered = code(minimum, 0xFF) * (x_low * 2.0**100) + code(minimum, 0xFF00) * (x_high * 2.0**92)  # · 2^-49
+    return half_of(h0, False) * 2.0**98 * scaled - half_of(h0, True) * BACK * lowered
 
 
 @triton.jit
@@ -157,7 +162,9 @@ def dot_q6_k(buffer, origin, at, mask, x, norm, base, start, factor,
     low_spot = origin4 + P0 // 4 + at[:, :, None, None] * 32 + (j[:, None] * 8 + w[None, :])[None, None]
     high_spot = origin4 + P1 // 4 + at[:, :, None, None] * 16 + (half[:, None] * 8 + w[None, :])[None, None]
     shift = (2 * part)[None, None, :, None]
-    i = start[:, None, None] + (half * 128 + part * 32)[None, :, None] + w[None, None, :] * 4
+    begin = start[:, None] + (half * 128 + part * 32)[None, :]
+    low_lane, high_lane = place(begin, K)[:, :, None], place(begin + 64, K)[:, :, None]
+    p = (w * 4)[None, None, :]
     b, f, m = base[:, None, None], factor[:, None, None], (factor != 0)[:, None, None]
     scales = buffer.to(tl.pointer_type(tl.int8)) + origin[None, :, None] * 4 + P2 + at[:, :, None] * 16
     scales += (half * 8 + part * 2)[None, None]
@@ -167,8 +174,8 @@ def dot_q6_k(buffer, origin, at, mask, x, norm, base, start, factor,
         nibbles = tl.load(words + low_spot + 4 * s, mask=m4, other=0)
         crumbs = tl.load(words + high_spot + 4 * s, mask=m4, other=0) >> shift
         zero = tl.zeros(nibbles.shape, tl.float32)
-        l0, l1, l2, l3 = load_4(x, norm, b, i + 16 * s, f, m, K, NORM)
-        h0, h1, h2, h3 = load_4(x, norm, b, i + 16 * s + 64, f, m, K, NORM)
+        l0, l1, l2, l3 = load_4(x, norm, b, low_lane, p + 16 * s, f, m, K, NORM)
+        h0, h1, h2, h3 = load_4(x, norm, b, high_lane, p + 16 * s, f, m, K, NORM)
         low = tl.sum(dot_bytes(zero, nibbles & 0x0F0F0F0F | (crumbs & 0x03030303) << 4, l0, l1, l2, l3), 3) * BACK
         high = tl.sum(dot_bytes(zero, nibbles >> 4 & 0x0F0F0F0F | crumbs & 0x30303030, h0, h1, h2, h3), 3) * BACK
         low -= 32 * tl.sum((l0 + l1) + (l2 + l3), 2)[None]
@@ -188,10 +195,10 @@ def dot_small(buffer, origin, at, mask, x, norm, base, start, factor, FORMAT: tl
     QUANTS: tl.constexpr = P1 if (FORMAT == "Q4_0" or FORMAT == "MXFP4") else P2
     spot = (origin[None, :] + QUANTS // 4 + at * 4)[:, :, None] + w[None, None, :]
     quants = tl.load(words + spot, mask=mask[:, :, None], other=0)  # [R, U, 4]
-    i = start[:, None] + w[None, :] * 4
+    lane, p = place(start, K)[:, None], (w * 4)[None, :]
     b, f, m = base[:, None], factor[:, None], (factor != 0)[:, None]
-    l0, l1, l2, l3 = load_4(x, norm, b, i, f, m, K, NORM)
-    h0, h1, h2, h3 = load_4(x, norm, b, i + 16, f, m, K, NORM)
+    l0, l1, l2, l3 = load_4(x, norm, b, lane, p, f, m, K, NORM)
+    h0, h1, h2, h3 = load_4(x, norm, b, lane, p + 16, f, m, K, NORM)
     if FORMAT == "MXFP4":
         total = (fp4(quants, 28, 22) * (l0 * 2.0**63)[None] + fp4(quants, 20, 14) * (l1 * 2.0**63)[None]
                  + fp4(quants, 12, 6) * (l2 * 2.0**63)[None] + fp4(quants, 4, -2) * (l3 * 2.0**63)[None]
@@ -240,11 +247,11 @@ def dot_q8_0(buffer, origin, at, mask, x, norm, base, start, factor,
     words = buffer.to(tl.pointer_type(tl.uint32))
     w = tl.arange(0, 4)
     spot = (origin[None, :] + P1 // 4 + at * 8)[:, :, None] + w[None, None, :]
-    i = start[:, None] + w[None, :] * 4
+    lane, p = place(start, K)[:, None], (w * 4)[None, :]
     b, f, m = base[:, None], factor[:, None], (factor != 0)[:, None]
     m3 = mask[:, :, None]
-    x0, x1, x2, x3 = load_4(x, norm, b, i, f, m, K, NORM)
-    y0, y1, y2, y3 = load_4(x, norm, b, i + 16, f, m, K, NORM)
+    x0, x1, x2, x3 = load_4(x, norm, b, lane, p, f, m, K, NORM)
+    y0, y1, y2, y3 = load_4(x, norm, b, lane, p + 16, f, m, K, NORM)
     first = tl.load(words + spot, mask=m3, other=0) ^ 0x80808080
     second = tl.load(words + spot + 4, mask=m3, other=0) ^ 0x80808080
     total = dot_bytes(tl.zeros(first.shape, tl.float32), first, x0, x1, x2, x3)
@@ -271,7 +278,7 @@ def dot_float(buffer, origin, at, mask, x, norm, base, start, factor, FORMAT: tl
         bits = tl.load(buffer.to(tl.pointer_type(tl.uint16)) + spot, mask=m3, other=0).to(tl.uint32)
         weights = (bits << 16).to(tl.float32, bitcast=True)
     m = (factor != 0)[:, None]
-    values = load_x(x, norm, base[:, None], start[:, None] + i[None, :], factor[:, None], m, K, NORM)
+    values = load_x(x, norm, base[:, None], place(start, K)[:, None], i[None, :], factor[:, None], m, K, NORM)
     return tl.sum(weights * values[None], 2)
 
 

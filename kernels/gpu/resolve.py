@@ -50,7 +50,7 @@ def list_first(
         number = (number.to(tl.float32, bitcast=True) * faded).to(tl.int32, bitcast=True)
     number = tl.where(owned, number, -1).to(tl.int64)  # free slots go first
     number = tl.where(stays, NEVER, number)
-    place = slot.to(tl.int64)
+    place = tl.where(inside, slot, 0).to(tl.int64)
     if KIND == LFRU:
         age = tl.where(stays, 1, age.to(tl.int64) + 1)
         for c in range(C):

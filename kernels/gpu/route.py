@@ -239,20 +239,20 @@ def predict(
     )  # fmt: skip
 
 
-def each(router: Tensor) -> int:
+def each(experts: int) -> int:
     """Experts a program: a hundred programs, so that every one reads little; the interpreter pays for each of them."""
-    return max(1, triton.next_power_of_2(len(router)) // (PROGRAMS if router.is_cuda else 2))
+    return max(1, triton.next_power_of_2(experts) // (PROGRAMS if isinstance(_route, triton.JITFunction) else 2))
 
 
 def grid(router: Tensor) -> tuple[int]:
-    return (triton.cdiv(len(router), each(router)),)
+    return (triton.cdiv(len(router), each(len(router))),)
 
 
 def sizes(router: Tensor) -> dict[str, int]:
     experts, h = router.shape
     wide = triton.next_power_of_2(h)
-    warps = 8 if wide * each(router) > 8192 else 4
-    return {"H": h, "WIDE": wide, "EACH": each(router), "EP": triton.next_power_of_2(experts), "num_warps": warps}
+    warps = 8 if wide * each(experts) > 4096 else 4
+    return {"H": h, "WIDE": wide, "EACH": each(experts), "EP": triton.next_power_of_2(experts), "num_warps": warps}
 
 
 def candidate_row(table: Table, layer: int) -> Tensor:

@@ -1,0 +1,205 @@
+"""Products of many tokens with routed experts, straight from slots: a grouped GEMM that unpacks weights as it reads.
+
+Pairs (token, choice) are sorted by expert and cut into tiles of one expert each. Which experts are in a set, and where
+they lie, changes no tile: a pair's result is the same bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from offmoe.kernels.gpu.gemv import planes
+from offmoe.kernels.gpu.unpack import tile
+from offmoe.kernels.planes import SlotLayout
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """`order` int32 [T · k]: pairs sorted by expert. Tile i takes the sorted pairs starts[i] … min(starts[i] + block,
+    ends[i]) of experts[i], int32 [n]; the last tiles may hold none (expert -1)."""
+
+    order: Tensor
+    experts: Tensor
+    starts: Tensor
+    ends: Tensor
+    block: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Rows of a weight tile, warps, stages; swap: weights are the left operand, so that few tokens fill an MMA."""
+
+    rows: int
+    warps: int
+    stages: int
+    swap: bool
+
+
+def block_of(pairs: int, experts: int, dtype: torch.dtype) -> int:
+    """Pairs a tile: half as many again as an expert has on average, for a second tile unpacks the weights again."""
+    block = triton.next_power_of_2(max(16, 3 * pairs // (2 * experts)))
+    return min(block, 32 if dtype == torch.float32 else 128)
+
+
+def plan_tiles(ids: Tensor, experts: int, dtype: torch.dtype, block: int | None = None) -> Tiles:
+    """ids int64 [T, k] → tiles, as many as there can be at most. Nothing is read on the host."""
+    flat = ids.reshape(-1)
+    block = block or block_of(len(flat), experts, dtype)
+    sorted_ids, order = torch.sort(flat, stable=True)
+    ends = torch.searchsorted(sorted_ids, torch.arange(experts, device=ids.device), right=True)
+    firsts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    counts = (ends - firsts + block - 1) // block
+    last = counts.cumsum(0)
+    index = torch.arange(min(-(-len(flat) // block) + experts, len(flat)), device=ids.device)
+    expert = torch.searchsorted(last, index, right=True)
+    there = expert < experts
+    expert = expert.clamp(max=experts - 1)
+    starts = firsts[expert] + (index - last[expert] + counts[expert]) * block
+    return Tiles(order.int(), torch.where(there, expert, -1).int(), starts.int(), ends[expert].int(), block)
+
+
+def tuning_of(block: int, dtype: torch.dtype, two: bool) -> Tuning:
+    """`two`: gate and up, with an accumulator each."""
+    if dtype == torch.float32:
+        return Tuning(32, 4, 1, False)
+    if block < 64:
+        return Tuning(64, 4, 3, True)
+    return Tuning(64 if two else 128, 8 if block == 128 else 4, 3, False)
+
+
+@triton.jit
+def product(a, w, total, SWAP: tl.constexpr):
+    """total [M, N] += a [M, K] times the transpose of w [N, K]; all transposed if SWAP."""
+    w = w.to(a.dtype)
+    if SWAP:
+        return tl.dot(w, tl.trans(a), total, input_precision="ieee")
+    else:
+        return tl.dot(a, tl.trans(w), total, input_precision="ieee")
+
+
+@triton.jit
+def pairs_of(order, starts, ends, t, M: tl.constexpr):
+    """The pairs [M] of tile t, int64, and which of them are there."""
+    at = tl.load(starts + t) + tl.arange(0, M)
+    held = at < tl.load(ends + t)
+    return tl.load(order + at, mask=held, other=0).to(tl.int64), held
+
+
+@triton.jit
+def record_at(address):
+    return tl.multiple_of(tl.multiple_of(address, 16).to(tl.pointer_type(tl.uint8)), 16)
+
+
+@triton.jit
+def _gate_up(
+    x, order, experts, starts, ends, addresses, inner, k,
+    H: tl.constexpr, INNER: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SWAP: tl.constexpr,
+    FG: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
+    FU: tl.constexpr, U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, U3: tl.constexpr,
+):  # fmt: skip
+    """Grid (INNER / N, tiles)."""
+    t = tl.program_id(1)
+    expert = tl.load(experts + t)
+    address = tl.load(addresses + tl.maximum(expert, 0))
+    if (expert < 0) | (address == 0):
+        return
+    record = record_at(address)
+    pair, held = pairs_of(order, starts, ends, t, M)
+    row = tl.program_id(0) * N + tl.arange(0, N)
+    there, long = row < INNER, row.to(tl.int64)
+    tokens = x + (pair // k) * H
+    gate = tl.zeros((N, M) if SWAP else (M, N), tl.float32)
+    up = tl.zeros((N, M) if SWAP else (M, N), tl.float32)
+    for step in range((H + 63) // 64):
+        column = step * 64 + tl.arange(0, 64)
+        a = tl.load(tokens[:, None] + column[None], mask=held[:, None] & (column < H)[None], other=0.0)
+        gate = product(a, tile(record, long, there, step, FG, H, G0, G1, G2, G3), gate, SWAP)
+        up = product(a, tile(record, long, there, step, FU, H, U0, U1, U2, U3), up, SWAP)
+    value = (gate * tl.sigmoid(gate) * up).to(inner.dtype.element_ty)
+    if SWAP:
+        value = tl.trans(value)
+    tl.store(inner + pair[:, None] * INNER + row[None], value, mask=held[:, None] & there[None])
+
+
+@triton.jit
+def _down(
+    inner, order, experts, starts, ends, addresses, out,
+    H: tl.constexpr, INNER: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SWAP: tl.constexpr,
+    FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
+):  # fmt: skip
+    """Grid (H / N, tiles)."""
+    t = tl.program_id(1)
+    expert = tl.load(experts + t)
+    address = tl.load(addresses + tl.maximum(expert, 0))
+    if (expert < 0) | (address == 0):
+        return
+    record = record_at(address)
+    pair, held = pairs_of(order, starts, ends, t, M)
+    row = tl.program_id(0) * N + tl.arange(0, N)
+    there, long = row < H, row.to(tl.int64)
+    tokens = inner + pair * INNER
+    total = tl.zeros((N, M) if SWAP else (M, N), tl.float32)
+    for step in range((INNER + 63) // 64):
+        column = step * 64 + tl.arange(0, 64)
+        a = tl.load(tokens[:, None] + column[None], mask=held[:, None] & (column < INNER)[None], other=0.0)
+        total = product(a, tile(record, long, there, step, FORMAT, INNER, P0, P1, P2, P3), total, SWAP)
+    value = total.to(out.dtype.element_ty)
+    if SWAP:
+        value = tl.trans(value)
+    tl.store(out + pair[:, None] * H + row[None], value, mask=held[:, None] & there[None])
+
+
+def expert_mlp(
+    x: Tensor, ids: Tensor, tiles: Tiles, addresses: Tensor, layout: SlotLayout, out: Tensor, *,
+    first: Tuning | None = None, second: Tuning | None = None,
+) -> None:  # fmt: skip
+    """down (silu(gate x) · up x) of every pair, unweighted: x [T, H], ids [T, k] → out [T · k, H] in x's type.
+
+    addresses int64 [E], on the device: where an expert's record lies in `layout`, a multiple of 16; 0: it is not in
+    this set, and what `out` holds for its pairs stays.
+    """
+    h, f, k = layout.hidden, layout.expert_hidden, ids.shape[1]
+    assert x.is_contiguous() and out.is_contiguous() and x.dtype == out.dtype and addresses.dtype == torch.int64
+    assert x.shape == (len(ids), h) and out.shape == (ids.numel(), h) and h % 32 == 0 and f % 32 == 0
+    inner = torch.empty((len(out), f), dtype=x.dtype, device=x.device)
+    first = first or tuning_of(tiles.block, x.dtype, True)
+    second = second or tuning_of(tiles.block, x.dtype, False)
+    listed = (tiles.order, tiles.experts, tiles.starts, tiles.ends, addresses)
+    n = len(tiles.experts)
+    _gate_up[(triton.cdiv(f, first.rows), n)](
+        x, *listed, inner, k, H=h, INNER=f, M=tiles.block, N=first.rows, SWAP=first.swap,
+        FG=layout.gate.format, **planes("G", layout.gate), FU=layout.up.format, **planes("U", layout.up),
+        num_warps=first.warps, num_stages=first.stages,
+    )  # fmt: skip
+    _down[(triton.cdiv(h, second.rows), n)](
+        inner, *listed, out, H=h, INNER=f, M=tiles.block, N=second.rows, SWAP=second.swap,
+        FORMAT=layout.down.format, **planes("P", layout.down), num_warps=second.warps, num_stages=second.stages,
+    )  # fmt: skip
+
+
+@triton.jit
+def _combine(out, weights, total, H: tl.constexpr, K: tl.constexpr, B: tl.constexpr):
+    """Grid (H / B, tokens)."""
+    t = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * B + tl.arange(0, B)
+    mask = column < H
+    value = tl.zeros((B,), tl.float32)
+    for j in tl.static_range(K):
+        row = tl.load(out + (t * K + j) * H + column, mask=mask, other=0.0)
+        value += tl.load(weights + t * K + j) * row.to(tl.float32)
+    tl.store(total + t * H + column, value, mask=mask)
+
+
+def combine(out: Tensor, weights: Tensor) -> Tensor:
+    """Σ_j weights[t, j] · out[t · k + j], in float32 and in the order of j: out [T · k, H], weights [T, k] → [T, H]."""
+    tokens, k = weights.shape
+    h = out.shape[1]
+    assert out.is_contiguous() and weights.is_contiguous() and len(out) == tokens * k
+    total = torch.empty((tokens, h), device=out.device)
+    _combine[(triton.cdiv(h, 1024), tokens)](out, weights, total, H=h, K=k, B=1024)
+    return total

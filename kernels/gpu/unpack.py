@@ -1,0 +1,170 @@
+"""Quantised weights as floats, 64 columns of some rows at a time: for the grouped GEMM and for whole matrices.
+
+A whole number becomes a float32 with one OR and one subtraction; conversion proper runs at an eighth of the rate. All
+products of codes with scales are exact in float32, so contraction to FMA changes no bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from offmoe.kernels.formats import FORMATS
+from offmoe.kernels.gpu.dot import fifth_bits, half_of, k_scales  # noqa: F401
+from offmoe.kernels.gpu.gemv import planes
+from offmoe.kernels.planes import Matrix
+
+STEP = 64  # columns of a tile
+
+
+@triton.jit
+def number(value):
+    """A whole number from 0 to 2^23 - 1 as float32."""
+    return (value.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def tile_k(base, row, there, step, FIVE: tl.constexpr, COLS: tl.constexpr, P0: tl.constexpr):
+    """Q4_K and Q5_K: low nibbles of 32 bytes, then the high ones."""
+    SIZE: tl.constexpr = 176 if FIVE else 144
+    head = base + P0 + row * (COLS // 256 * SIZE) + step // 4 * SIZE  # [R]
+    j = step % 4
+    g, i = tl.arange(0, 2), tl.arange(0, 32)
+    m3 = there[:, None, None]
+    quants = tl.load(head[:, None, None] + (SIZE - 128 + j * 32) + i[None, None, :], mask=m3, other=0)  # [R, 1, 32]
+    codes = quants.to(tl.uint32) >> (4 * g)[None, :, None] & 15
+    if FIVE:
+        fifth = tl.load(head[:, None, None] + 16 + i[None, None, :], mask=m3, other=0).to(tl.uint32)
+        codes |= (fifth >> (2 * j + g)[None, :, None] & 1) << 4
+    words = head.to(tl.pointer_type(tl.uint32))
+    h0 = tl.load(words, mask=there, other=0)
+    h1 = tl.load(words + 1, mask=there, other=0)
+    h2 = tl.load(words + 2, mask=there, other=0)
+    h3 = tl.load(words + 3, mask=there, other=0)
+    scale, minimum = k_scales(h1, h2, h3, j)
+    scale = half_of(h0, False)[:, None] * number(scale[:, None] >> (8 * g)[None] & 63)  # [R, 2]
+    minimum = half_of(h0, True)[:, None] * number(minimum[:, None] >> (8 * g)[None] & 63)
+    return number(codes) * scale[:, :, None] - minimum[:, :, None]
+
+
+@triton.jit
+def tile_q6_k(base, row, there, step, COLS: tl.constexpr,
+              P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
+    """Four sixteens: low or high nibbles of 64 bytes, upper bits in 32."""
+    BLOCKS: tl.constexpr = COLS // 256
+    block, half, part = step // 4, step % 4 // 2, step % 2
+    g, i = tl.arange(0, 4), tl.arange(0, 16)
+    m3 = there[:, None, None]
+    low = base + P0 + row * (BLOCKS * 128) + block * 128 + half * 64
+    low = tl.load(low[:, None, None] + (g * 16)[None, :, None] + i[None, None, :], mask=m3, other=0)  # [R, 4, 16]
+    high = base + P1 + row * (BLOCKS * 64) + block * 64 + half * 32
+    high = tl.load(high[:, None, None] + (g % 2 * 16)[None, :, None] + i[None, None, :], mask=m3, other=0)
+    codes = low.to(tl.uint32) >> (4 * part) & 15
+    codes |= (high.to(tl.uint32) >> (4 * part + g // 2 * 2)[None, :, None] & 3) << 4
+    scales = (base + P2 + row * (BLOCKS * 16) + block * 16 + step % 4 * 4)[:, None] + g[None]
+    scale = number(tl.load(scales, mask=there[:, None], other=0).to(tl.uint32) ^ 0x80) - 128.0
+    d = (base + P3 + row * (BLOCKS * 2) + block * 2).to(tl.pointer_type(tl.float16))
+    scale *= tl.load(d, mask=there, other=0.0).to(tl.float32)[:, None]
+    return (number(codes) - 32.0) * scale[:, :, None]
+
+
+@triton.jit
+def tile_small(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
+               P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr):  # fmt: skip
+    """Two blocks of 32 in nibbles: Q4_0, Q4_1, Q5_0, MXFP4; the last tile of a row may hold one."""
+    BLOCKS: tl.constexpr = COLS // 32
+    QUANTS: tl.constexpr = P1 if (FORMAT == "Q4_0" or FORMAT == "MXFP4") else P2
+    b, h, i = step * 2 + tl.arange(0, 2), tl.arange(0, 2), tl.arange(0, 16)
+    m2 = there[:, None] & (b < BLOCKS)[None]
+    quants = (base + QUANTS + row * (BLOCKS * 16))[:, None, None, None] + (b * 16)[None, :, None, None]
+    quants = tl.load(quants + i[None, None, None, :], mask=m2[:, :, None, None], other=0)  # [R, 2, 1, 16]
+    codes = quants.to(tl.uint32) >> (4 * h)[None, None, :, None] & 15
+    if FORMAT == "MXFP4":
+        scales = (base + P0 + row * BLOCKS)[:, None] + b[None]
+        exponent = tl.load(scales, mask=m2, other=0).to(tl.int32)
+        half = tl.where(exponent < 2, 0x00200000 << tl.minimum(exponent, 1), (exponent - 1) << 23)
+        half = half.to(tl.float32, bitcast=True)
+        # the three bits are low exponent and high mantissa: 2^-126 times the value, perhaps subnormal
+        value = ((codes & 8) << 28 | (codes & 7) << 22).to(tl.float32, bitcast=True) * 2.0**127
+        return value * half[:, :, None, None]
+    scales = (base + P0 + row * (BLOCKS * 2)).to(tl.pointer_type(tl.float16))[:, None] + b[None]
+    scale = tl.load(scales, mask=m2, other=0.0).to(tl.float32)[:, :, None, None]
+    if FORMAT == "Q4_0":
+        return (number(codes) - 8.0) * scale
+    if FORMAT == "Q4_1":
+        minima = (base + P1 + row * (BLOCKS * 2)).to(tl.pointer_type(tl.float16))[:, None] + b[None]
+        return number(codes) * scale + tl.load(minima, mask=m2, other=0.0).to(tl.float32)[:, :, None, None]
+    bits = (base + P1 + row * (BLOCKS * 4)).to(tl.pointer_type(tl.uint32))[:, None] + b[None]
+    bits = tl.load(bits, mask=m2, other=0)[:, :, None, None]
+    codes |= (bits >> (16 * h[:, None] + i[None])[None, None] & 1) << 4
+    return (number(codes) - 16.0) * scale
+
+
+@triton.jit
+def tile_q8_0(base, row, there, step, COLS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+    BLOCKS: tl.constexpr = COLS // 32
+    b, i = step * 2 + tl.arange(0, 2), tl.arange(0, 32)
+    m2 = there[:, None] & (b < BLOCKS)[None]
+    quants = (base + P1 + row * (BLOCKS * 32))[:, None, None] + (b * 32)[None, :, None] + i[None, None, :]
+    codes = tl.load(quants, mask=m2[:, :, None], other=0).to(tl.uint32) ^ 0x80
+    scales = (base + P0 + row * (BLOCKS * 2)).to(tl.pointer_type(tl.float16))[:, None] + b[None]
+    return (number(codes) - 128.0) * tl.load(scales, mask=m2, other=0.0).to(tl.float32)[:, :, None]
+
+
+@triton.jit
+def tile_float(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr, P0: tl.constexpr):
+    k = step * 64 + tl.arange(0, 64)
+    mask = there[:, None] & (k < COLS)[None]
+    if FORMAT == "F32":
+        values = (base + P0 + row * (COLS * 4)).to(tl.pointer_type(tl.float32))
+        return tl.load(values[:, None] + k[None], mask=mask, other=0.0)
+    elif FORMAT == "F16":
+        values = (base + P0 + row * (COLS * 2)).to(tl.pointer_type(tl.float16))
+        return tl.load(values[:, None] + k[None], mask=mask, other=0.0).to(tl.float32)
+    else:  # by its bits: the interpreter has bfloat16 wrong
+        values = (base + P0 + row * (COLS * 2)).to(tl.pointer_type(tl.uint16))
+        return (tl.load(values[:, None] + k[None], mask=mask, other=0).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def tile(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
+         P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
+    """Columns 64 · step … + 63 of rows [R] int64 of the matrix at `base`, float32 [R, 64]; 0 past COLS and where not
+    `there` [R] — but for Q8_0 and Q4_0, all formats must be multiplied by an x that is 0 past COLS as well."""
+    if FORMAT == "Q4_K" or FORMAT == "Q5_K":
+        values = tile_k(base, row, there, step, FORMAT == "Q5_K", COLS, P0)
+    elif FORMAT == "Q6_K":
+        values = tile_q6_k(base, row, there, step, COLS, P0, P1, P2, P3)
+    elif FORMAT == "Q8_0":
+        values = tile_q8_0(base, row, there, step, COLS, P0, P1)
+    elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
+        values = tile_float(base, row, there, step, FORMAT, COLS, P0)
+    else:
+        values = tile_small(base, row, there, step, FORMAT, COLS, P0, P1, P2)
+    return tl.reshape(values, (row.shape[0], 64))
+
+
+@triton.jit
+def _unpack(buffer, out, stride, rows, COLS: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr,
+            P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
+    """Grid (rows / R, columns / 64)."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    there = row < rows
+    step = tl.program_id(1)
+    values = tile(buffer, row, there, step, FORMAT, COLS, P0, P1, P2, P3)
+    k = step * 64 + tl.arange(0, 64)
+    mask = there[:, None] & (k < COLS)[None]
+    tl.store(out + row[:, None] * stride + k[None], values.to(out.dtype.element_ty), mask=mask)
+
+
+def dequantise_into(buffer: Tensor, form: Matrix, out: Tensor) -> None:
+    """The matrix `form` in `buffer` uint8 [bytes] → out [rows, cols] in its type, each value rounded once.
+
+    The buffer starts at a multiple of 16 bytes; rows of `out` may be apart.
+    """
+    assert out.shape == (form.rows, form.cols) and out.stride(1) == 1
+    assert buffer.is_contiguous() and form.cols % max(32, FORMATS[form.format].block) == 0
+    _unpack[(triton.cdiv(form.rows, 64), triton.cdiv(form.cols, STEP))](
+        buffer, out, out.stride(0), form.rows, COLS=form.cols, R=64, FORMAT=form.format, **planes("P", form),
+    )  # fmt: skip

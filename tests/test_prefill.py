@@ -1,0 +1,67 @@
+"""A prompt's chunk through the GPU's path, its kernels interpreted: experts that stream past, stay or were there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from close import assert_close
+from tiny import reference, saved
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu runs the engine itself", allow_module_level=True)
+
+from offmoe.kvcache import KVCache
+from offmoe.models.device_trunk import DeviceTrunk
+from offmoe.models.model import open_model
+from offmoe.plan import make_plan
+from offmoe.settings import Settings
+from offmoe.vram import VramStore
+
+IDS = [5, 17, 3, 60, 9, 33, 2, 71, 14, 8]
+
+
+def prefill(path: Path, chunk: int, batch: int, **settings: Any) -> torch.Tensor:
+    """Logits [T, V]; slots hold NaN before they are filled."""
+    model = open_model(path)
+    plan = make_plan(model, Settings.of(**{"device": "cpu", "ctx": 32, "ram": "64MiB", **settings}))
+    store = VramStore(model, replace(plan, batch=batch, group=2))
+    store.records.fill_(0xFF)
+    trunk = DeviceTrunk(model, plan.device, torch.float32, plan.ctx)
+    trunk.load_layers(lambda *_: None)
+    kv = KVCache(model.config, plan.ctx, plan.device, torch.float32)
+    if plan.ram_rows >= model.records:
+        store.ram.fill()
+    rows = []
+    for at in range(0, len(IDS), chunk):
+        ids = IDS[at : at + chunk]
+        store.begin(len(ids))
+        x = trunk.embed(torch.tensor(ids))
+        for layer in range(model.config.layers):
+            x = x + trunk.attend(layer, x, kv, at)
+            x = x + store.apply(layer, *trunk.route(layer, x))
+        rows.append(trunk.logits(x))
+    store.check()
+    store.close()
+    model.checkpoint.close()
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
+@pytest.mark.parametrize(("chunk", "batch", "vram"), [(10, 2, "50%"), (4, 8, "60%"), (5, 3, "100%")])
+def test_logits_are_those_of_transformers(family: str, chunk: int, batch: int, vram: str, tmp_path: Path) -> None:
+    want, _ = reference(family, IDS)
+    assert_close("logits", prefill(saved(family, tmp_path), chunk, batch, vram=vram), want, 1e-5)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_what_is_resident_changes_no_bit(scope: str, tmp_path: Path) -> None:
+    path = saved("qwen3_moe", tmp_path)
+    rows = [prefill(path, 5, batch, vram=vram, scope=scope) for batch, vram in ((1, "40%"), (3, "75%"), (8, "100%"))]
+    assert torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0], rows[2])
+    assert torch.equal(rows[0], prefill(path, 5, 2, vram="50%", ram=0)), "out of a RAM tier that is too small"
