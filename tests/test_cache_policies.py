@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from offmoe.cache.policies import OFFLINE, POLICIES
 from offmoe.cache.policies.crf import CRF, decay_table
+from offmoe.cache.policies.lfru import LFRU
 from offmoe.cache.policies.lru import LRU
 from offmoe.cache.policy import make_policy
 
@@ -74,6 +75,26 @@ def test_lfu_counts_uses() -> None:
     lfu.touch(np.array([0, 1]), 0, np.array([3, 1]))
     lfu.touch(np.array([1]), 900)
     assert lfu.score(np.arange(3), 5000).tolist() == [3, 2, 0]
+
+
+@given(*[st.integers(0, 2**25 - 1)] * 2, *[st.integers(1, 2**25 - 1)] * 2)
+def test_lfru_orders_as_the_integers_do(uses: int, more: int, age: int, longer: int) -> None:
+    """Two records' quotients compare as their cross-products, which is how a kernel compares them."""
+    lfru = LFRU(2)
+    lfru.uses[:] = uses, more
+    lfru.last[:] = 2**25 - age, 2**25 - longer
+    one, other = lfru.score(np.arange(2), 2**25 - 1)
+    left, right = uses * longer, more * age
+    assert ((one > other), (one == other)) == ((left > right), (left == right))
+
+
+def test_lfru_tells_neighbouring_fractions_apart() -> None:
+    n = 2**25 - 1
+    lfru = LFRU(2)
+    lfru.uses[:] = n - 2, n - 1  # (n - 2) / (n - 1) < (n - 1) / n by 2^-50
+    lfru.last[:] = 1, 0
+    one, other = lfru.score(np.arange(2), n - 1)
+    assert one < other
 
 
 def test_crf_halves_in_a_half_life() -> None:

@@ -66,9 +66,11 @@ class Device:
             log=self.log, step=self.step, **{"forced": self.forced, "units": 2, **more},
         )  # fmt: skip
 
-    def predict(self, layer: int, predicted: torch.Tensor, most: int, held: torch.Tensor) -> None:
+    def predict(
+        self, layer: int, predicted: torch.Tensor | None, most: int, held: torch.Tensor, least: float = 0.0
+    ) -> None:
         predict(
-            self.x, self.norm, 1e-6, self.router, self.table, layer, layers=self.layers, top_k=self.k, least=0.0,
+            self.x, self.norm, 1e-6, self.router, self.table, layer, layers=self.layers, top_k=self.k, least=least,
             most=most, logits=self.logits, ticket=self.ticket, held=held, fetch_count=self.fetch_count[layer],
             fetch_records=self.fetch_records[layer], fetch_slots=self.fetch_slots[layer], status=self.status,
             counters=self.counters, step=self.step, units=2, emulated=predicted,
@@ -210,3 +212,69 @@ def test_the_router_is_the_naive_one(experts: int) -> None:
     device.find()
     device.route(0, forced=None)
     assert {3, 7} <= set(device.ids.tolist()) or float(device.logits[3]) < 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_large_pool_is_listed_in_parts(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With free slots, arriving ones, ties, and counters near the end of int32."""
+    monkeypatch.setattr("offmoe.kernels.gpu.resolve.PART", 8)
+    rng = np.random.default_rng(4)
+    residency = Residency(4, 16, 29, make_policy(policy, 64), "global")
+    records = rng.permutation(64)[:25]
+    residency._fill(rng.permutation(29)[:25].astype(np.int32), records)
+    residency.arriving[:] = rng.random(29) < 0.2
+    residency.arriving &= residency.owner >= 0
+    for name in residency.policy.state:
+        low, high = (0, 2**31 - 1) if policy[:3] == "lfu" or name == "uses" else (0, 12)
+        getattr(residency.policy, name)[records[::2]] = rng.integers(low, high, 13)
+    table = device_table(residency, 10, DEVICE)
+    push(residency, table, 2**31 - 1 if policy == "lfru" else 12)
+    for scratch in (None, table.scratch, table.scratch):
+        table.candidates.fill_(-7)
+        candidates(table.owner, table.arriving, table.a, table.b, table.decay, table.clock, table.candidates,
+                   kind=table.kind, scratch=scratch)  # fmt: skip
+        keys = residency._keys(slice(0, 29), np.empty(0, np.int32), int(table.clock[0]))
+        order = keys.argsort(kind="stable")
+        assert table.candidates[0].tolist() == order[:10].tolist()
+    assert int(table.scratch[0]) == 0
+
+
+def test_a_list_ends_where_nothing_may_leave() -> None:
+    residency, device = pair("lru", "layer", 4)
+    residency.landed(residency.access(1, np.arange(4), 0).slots[:3])
+    push(residency, device.table, 1)
+    device.find()
+    assert device.table.candidates[:2].tolist() == [[0, 1, 2, 3], [4, 5, 6, -1]]
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN")
+def test_nan_is_routed_somewhere() -> None:
+    """A step that is broken goes on to its end, where NaN is noticed; it must not write outside its tables."""
+    residency, device = pair("crf:h=3", "layer", 4)
+    device.x[3] = float("nan")
+    device.find()
+    device.route(0, forced=None)
+    residency.landed(residency.access(0, device.ids.cpu().numpy(), 1).slots)
+    assert sorted(device.ids.tolist()) == [0, 1, 2, 3]
+    same(residency, device, "crf:h=3")
+
+
+@pytest.mark.parametrize("experts", [16, 300])
+def test_what_the_router_of_a_later_layer_finds_likely_is_fetched(experts: int) -> None:
+    """Its top 4 but for what is there already and what is less likely than asked, the likeliest first."""
+    residency = Residency(2, experts, 16, make_policy("lru", 2 * experts), "layer")
+    forced = torch.zeros((1, 2, 4), dtype=torch.int16, device=DEVICE)
+    device = Device(device_table(residency, reach(residency, 4, 2), DEVICE), 2, experts, 4, forced)
+    normed = device.x.double() * torch.rsqrt(device.x.double().square().mean() + 1e-6) * device.norm.double()
+    weights, ids = (device.router.double() @ normed).softmax(0).topk(4)
+    residency.landed(residency.access(1, ids[1:2].cpu().numpy(), 0).slots)
+    push(residency, device.table, 1)
+    device.find()
+    for least, most, fetched in ((float(weights[2:4].mean()), 4, [0, 2]), (0.0, 4, [3]), (0.0, 4, [])):
+        device.predict(1, None, most, device.slots, least)
+        count = int(device.fetch_count[1])
+        records = (ids[fetched] + experts).tolist()
+        assert device.fetch_records[1, :count].tolist() == records
+        want = residency.prefetch(1, ids[: 3 if least else 4].cpu().numpy(), 1, most)
+        assert device.fetch_slots[1, :count].tolist() == want[1].tolist()
+        assert device.table.owner[device.fetch_slots[1, :count].long()].tolist() == records
