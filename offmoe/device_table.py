@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from offmoe.cache.policies.base import Ints
 from offmoe.cache.policies.crf import decay_table
 from offmoe.cache.residency import Residency
 from offmoe.errors import OffmoeError
@@ -49,7 +51,7 @@ def push(residency: Residency, table: Table, now: int) -> None:
     policy = residency.policy
     arrays = [getattr(policy, name) for name in policy.state]
     a = arrays[0].view(np.int32) if arrays[0].dtype == np.float32 else arrays[0]
-    b = arrays[1] if len(arrays) > 1 else np.zeros(policy.records)
+    b = arrays[1] if len(arrays) > 1 else np.zeros(policy.records, np.int64)
     sent = (
         (table.slot_of, residency.slot_of), (table.owner, residency.owner), (table.arriving, residency.arriving),
         (table.fresh, residency.prefetched), (table.a, a), (table.b, b), (table.clock, np.array([now, policy.event])),
@@ -59,7 +61,7 @@ def push(residency: Residency, table: Table, now: int) -> None:
     table.landed.zero_()
 
 
-def whole(array: Ints) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
+def whole(array: NDArray[Any]) -> NDArray[np.int32]:
     """As int32, which holds every counter for two billion uses."""
     assert array.size == 0 or array.max() < 2**31, f"a counter is {array.max()}, too large for the device"
     return array.astype(np.int32)
@@ -79,3 +81,14 @@ def pull(residency: Residency, table: Table) -> int:
     now, policy.event = table.clock.tolist()
     residency.now = max(residency.now, now - 1)
     return int(now)
+
+
+def lose(residency: Residency, miss_records: Tensor, miss_slots: Tensor) -> None:
+    """After `pull` of a step that was aborted: what its last event admitted may never have been filled; it is absent.
+
+    How many of the pairs [k] are that event's is not known any more, so those of earlier ones go too.
+    """
+    records, slots = np.unique(torch.stack((miss_records, miss_slots)).cpu().numpy(), axis=1)
+    mine = slots[residency.slot_of[records] == slots]
+    residency.arriving[mine] = True
+    residency.abandon(mine)

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
-from offmoe.device_table import device_table, pull, push, reach
+from offmoe.device_table import device_table, lose, pull, push, reach
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import Table, predict, route
 from offmoe.kernels.ring import COUNTED, COUNTERS
@@ -245,6 +245,27 @@ def test_a_list_ends_where_nothing_may_leave() -> None:
     push(residency, device.table, 1)
     device.find()
     assert device.table.candidates[:2].tolist() == [[0, 1, 2, 3], [4, 5, 6, -1]]
+
+
+def test_what_an_aborted_step_admitted_is_absent_again() -> None:
+    """Its copies may not have been made; a slot that it left alone stays."""
+    residency, device = pair("lru", "layer", 6)
+    residency.landed(residency.access(0, device.forced[0, 0, :2].cpu().numpy(), 0).slots)
+    push(residency, device.table, 1)
+    device.find()
+    device.step.fill_(1)
+    device.miss_records.zero_()
+    device.miss_slots.zero_()  # a pair that is no miss of anyone
+    device.route(0)
+    device.status.fill_(2)
+    device.route(1)
+    pull(residency, device.table)
+    assert np.count_nonzero(residency.owner >= 0) == 4
+    lose(residency, device.miss_records, device.miss_slots)
+    residency.check()
+    assert set(residency.owner[residency.owner >= 0].tolist()) <= set(device.forced[0, 0, :2].tolist())
+    assert (residency.slot_of[device.forced[0, 0, 2:].cpu().numpy()] == -1).all()
+    assert residency.access(0, device.forced[0, 0].cpu().numpy(), 1).hit.sum() >= 1
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN")
