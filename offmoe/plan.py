@@ -21,7 +21,6 @@ DEFAULT_CTX = 8192
 SHARE_OF_FREE = 0.6  # of free memory: the desktop goes on living
 VRAM_MARGIN = 512 << 20  # what CUDA's libraries and compiled kernels take after the start
 BATCH_BYTES = 96 << 20  # of records that cross the link together: 2 ms on PCIe 5, and the CPU's 0.2 ms to ask vanish
-GROUP_BYTES = 160 << 20  # of unpacked experts that are multiplied together
 CHUNK, CHUNK_GPU = 512, 4096  # a GPU streams all absent experts past every chunk: the fewer the better
 STAGING_ROWS = 32  # RAM rows kept even with --ram 0: what passes from disk to slots
 
@@ -45,7 +44,6 @@ class Plan:
     waste_bytes: int  # in slots that are larger than their record
     chunk: int  # tokens of a prompt that are run at once
     batch: int  # records that cross the link together while a prompt is run
-    group: int  # experts that are unpacked together
     workspace_bytes: int  # VRAM for a chunk's activations and batches of records; 0 on the CPU device
     kv: str  # what keys and values are kept in: "same" as the activations, or "int8"
     prefetch: str  # canonical
@@ -123,7 +121,6 @@ def make_plan(model: Model, settings: Settings) -> Plan:
         waste_bytes=wasted(model, slots),
         chunk=chunk,
         batch=batch_records(model),
-        group=group_records(model, dtype.itemsize),
         workspace_bytes=workspace,
         kv=settings.kv or "same",
         prefetch=settings.prefetch or "none",
@@ -136,17 +133,12 @@ def batch_records(model: Model) -> int:
     return max(1, min(BATCH_BYTES // model.slot_bytes, model.config.experts))
 
 
-def group_records(model: Model, itemsize: int) -> int:
-    return max(1, min(GROUP_BYTES // (model.record_weights * itemsize), model.config.experts))
-
-
 def workspace_nbytes(model: Model, chunk: int, itemsize: int) -> int:
     """VRAM that a chunk needs beside weights, context and slots: its activations, and batches of records passing by."""
     c = model.config
     heads = (c.heads + 2 * c.kv_heads) * c.head_dim
     a_token = c.hidden * (12 + 4 * itemsize) + heads * 4 * itemsize + c.top_k * (c.hidden + c.expert_hidden) * itemsize
     unpacked = max(heads, c.hidden) * max(c.hidden, c.heads * c.head_dim) * itemsize
-    unpacked += group_records(model, itemsize) * model.record_weights * itemsize
     return chunk * a_token + unpacked + 3 * batch_records(model) * model.slot_bytes + 16 * c.vocab
 
 

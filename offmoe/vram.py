@@ -10,14 +10,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from offmoe.experts import Counters, ExpertStore, Ints
-from offmoe.kernels.gpu.gemm import combine, expert_group, rows_a_tile
+from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
 from offmoe.kernels.gpu.page_in import page_in, scratch_for
-from offmoe.kernels.gpu.unpack import unpack_into
-from offmoe.kernels.planes import SlotLayout, slot_layout
+from offmoe.kernels.planes import slot_layout
 from offmoe.models.model import Model
 from offmoe.plan import Plan
 from offmoe.uploads import Landing, Uploads
@@ -41,7 +39,6 @@ class VramStore(ExpertStore):
             (self.table.slots + self.uploads.batch, plan.stride), dtype=torch.uint8, device=plan.device
         )
         self._scratch = scratch_for(plan.device, PROGRAMS)
-        self._group = plan.group
         self._k = config.top_k
         self._streaming = False
 
@@ -67,11 +64,20 @@ class VramStore(ExpertStore):
         experts = np.flatnonzero(counts)
         resident = self.table.slot_of[layer * self.table.experts + experts]  # before any is evicted
         self._admit(layer, experts, counts[experts])
-        chunk = Chunk(x, ids, counts, self.layouts[layer], self._group)
+        tiles = plan_tiles(ids, self.table.experts, x.dtype)
+        out = x.new_empty((ids.numel(), x.shape[1]))
+
+        def multiply(some: Ints, places: Ints) -> None:
+            addresses = np.zeros(self.table.experts, np.int64)
+            addresses[some] = places
+            on_device = torch.from_numpy(addresses).to(self.device)
+            expert_mlp(x, ids, tiles, on_device, self.layouts[layer], out)
+
         there = resident >= 0
-        chunk.multiply(experts[there], self._address(resident[there]))
-        self._stream(layer, experts[~there], chunk.multiply)
-        return combine(chunk.out, weights)
+        if there.any():
+            multiply(experts[there], self._address(resident[there]))
+        self._stream(layer, experts[~there], multiply)
+        return combine(out, weights)
 
     def _admit(self, layer: int, experts: Ints, uses: Ints) -> None:
         for order in self.waves(layer, experts, uses):
@@ -116,7 +122,8 @@ class VramStore(ExpertStore):
             )  # fmt: skip
         self.uploads.release(landing)
         self.counts.pcie_bytes += self.record_bytes[landing.layer] * len(landing.experts)
-        multiply(experts, self._address(slots))
+        if n:
+            multiply(experts, self._address(slots))
 
     def _send_ahead(self, layer: int) -> None:
         """Fill free zones with what `layer` lacks, if all of it will be wanted."""
@@ -140,41 +147,3 @@ class VramStore(ExpertStore):
 
     def _address(self, slots: Ints) -> Ints:
         return self.records.data_ptr() + slots.astype(np.int64) * self.records.stride(0)
-
-
-class Chunk:
-    """A chunk's tokens in one layer; `multiply` some of its experts, wherever they lie, until all are done."""
-
-    def __init__(self, x: Tensor, ids: Tensor, counts: Ints, layout: SlotLayout, group: int) -> None:
-        self._x, self._layout, self._k, self._group = x, layout, ids.shape[1], group
-        self._order = ids.flatten().argsort(stable=True)
-        self._ends = np.cumsum(counts)
-        self._starts = self._ends - counts
-        self._rows = rows_a_tile(ids.numel(), len(counts))
-        self._inner = x.new_empty((ids.numel(), layout.expert_hidden))
-        self.out = x.new_empty((ids.numel(), layout.hidden))
-
-    def multiply(self, experts: Ints, addresses: Ints) -> None:
-        """`addresses` [n]: of the experts' records, in slots."""
-        for at in range(0, len(experts), self._group):
-            self._multiply(experts[at : at + self._group], addresses[at : at + self._group])
-
-    def _multiply(self, experts: Ints, addresses: Ints) -> None:
-        layout, x, n = self._layout, self._x, len(experts)
-        hidden, inner = layout.hidden, layout.expert_hidden
-        sources = torch.from_numpy(addresses.astype(np.int64)).to(x.device)
-        gate_up, down = x.new_empty((n, 2 * inner, hidden)), x.new_empty((n, hidden, inner))
-        unpack_into(sources, layout.gate, gate_up[:, :inner])
-        unpack_into(sources, layout.up, gate_up[:, inner:])
-        unpack_into(sources, layout.down, down)
-        tiles = torch.from_numpy(self._tiles(experts)).to(x.device)
-        expert_group(x, self._order, tiles, gate_up, down, self._inner, self.out, self._k, self._rows)
-
-    def _tiles(self, experts: Ints) -> NDArray[np.int32]:
-        """[n, 3]: which of `experts`, first row and end."""
-        tiles = [
-            (i, first, self._ends[expert])
-            for i, expert in enumerate(experts)
-            for first in range(self._starts[expert], self._ends[expert], self._rows)
-        ]
-        return np.array(tiles, np.int32)

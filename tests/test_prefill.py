@@ -29,7 +29,7 @@ def prefill(path: Path, chunk: int, batch: int, **settings: Any) -> torch.Tensor
     """Logits [T, V]; slots hold NaN before they are filled."""
     model = open_model(path)
     plan = make_plan(model, Settings.of(**{"device": "cpu", "ctx": 32, "ram": "64MiB", **settings}))
-    store = VramStore(model, replace(plan, batch=batch, group=2))
+    store = VramStore(model, replace(plan, batch=batch))
     store.records.fill_(0xFF)
     trunk = DeviceTrunk(model, plan.device, torch.float32, plan.ctx)
     trunk.load_layers(lambda *_: None)
