@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -205,7 +207,7 @@ class RamTier:
         for expert, row in zip(experts.tolist(), rows.tolist(), strict=True):
             read = self._reads[row] = self._reader.read(self._ranges[layer][expert], self._bytes[row], priority)
             if self.whole:
-                read.done.add_done_callback(lambda _, row=row, read=read: self._finished.append((row, read)))
+                read.done.add_done_callback(partial(self._finish, row, read))
         return [(row, self._reads[row]) for row in rows.tolist()]
 
     def _wait(self, reads: list[tuple[int, Read]]) -> None:
@@ -220,6 +222,10 @@ class RamTier:
     def _count(self, reads: list[Read]) -> None:
         self.counts.bytes += sum(read.done.result() for read in reads)
         self.counts.record_bytes += sum(wanted.nbytes for read in reads for wanted in read.ranges)
+
+    def _finish(self, row: int, read: Read, _: Future[int]) -> None:
+        """In a reader's thread."""
+        self._finished.append((row, read))
 
     def _land_finished(self) -> None:
         with self._lock:

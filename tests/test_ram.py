@@ -265,7 +265,9 @@ def test_a_demanded_record_overtakes_the_fill(model: Model, monkeypatch: pytest.
         for _ in range(30):  # 4 readers are in the first records; two or three ranges a record
             time.sleep(2e-3)
             reads.release()
-        thread.join(20)
-        assert not thread.is_alive()
-        assert ram.loaded()[0] < 20
+        thread.join(2)
+        overtook, loaded = not thread.is_alive(), ram.loaded()[0]
         reads.release(10 * RECORDS)
+        thread.join(20)
+        assert overtook
+        assert loaded < 20
