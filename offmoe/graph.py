@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -147,7 +147,7 @@ class Decoder:
         self.step.push(self._store.clock, len(self._kv.tokens))
         if logits is not None:
             self.step.buffers.logits[0].copy_(logits)
-        with self._store.ram.service():
+        with nullcontext() if self.plan.all_in_slots else self._store.ram.service():
             self._stream.wait_stream(torch.cuda.current_stream(self.plan.device))
             try:
                 with torch.cuda.stream(self._stream):
@@ -155,7 +155,7 @@ class Decoder:
                 yield
             finally:
                 self._stream.synchronize()
-                self._store.clock = self.step.pull()
+                self._store.clock = self.step.pull()  # and forgets what an aborted step may not have filled
 
     def _launch_ahead(self, launched: int, read: int, most: int) -> int:
         """Keep AHEAD steps under way; returns how many were launched."""

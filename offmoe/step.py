@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offmoe.cache.residency import Residency
-from offmoe.device_table import device_table, pull, push, reach
+from offmoe.device_table import device_table, lose, pull, push, reach
 from offmoe.errors import OffmoeError
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
@@ -32,7 +32,7 @@ from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
 from offmoe.kernels.gpu.sample import FULL, Scratch, sample_step
 from offmoe.kernels.gpu.sample import variant as sampler_variant
-from offmoe.kernels.ring import COUNTED, Ring, row_words
+from offmoe.kernels.ring import ABORTED, COUNTED, Ring, row_words
 from offmoe.kvcache import KVCache
 from offmoe.memory import host_memory, register, unregister
 from offmoe.models.config import ModelConfig
@@ -285,7 +285,10 @@ class DecodeStep:
 
     def pull(self) -> int:
         """Residency back to the host, once nothing runs any more; returns the number of the last token."""
-        return pull(self.store.table, self.table) - 1
+        token = pull(self.store.table, self.table) - 1
+        if int(self.buffers.status) == ABORTED:
+            lose(self.store.table, self.buffers.miss_records, self.buffers.miss_slots)
+        return token
 
     def know_rows(self) -> None:
         """Tell the device which rows of RAM have been filled since it was told last."""

@@ -51,7 +51,7 @@ class Uploads:
         rows = self._fetch(layer, experts, now)
         with self._lane():
             self._free[landing.zone].wait()
-            for at, row, count in runs(rows):
+            for at, row, count in runs(rows, self._ram.piece_rows):
                 self.zones[landing.zone, at : at + count].copy_(self._ram.rows[row : row + count], non_blocking=True)
             self._ready[landing.zone].set()
         self.waiting.append(landing)
@@ -85,8 +85,11 @@ class Uploads:
         return rows.numpy()
 
 
-def runs(rows: Ints) -> list[tuple[int, int, int]]:
-    """Neighbouring rows as (index of the first, its row, count): one copy each, which the link likes better."""
-    starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 2) != 1)
+def runs(rows: Ints, piece: int) -> list[tuple[int, int, int]]:
+    """Neighbouring rows as (index of the first, its row, count): one copy each, which the link likes better.
+
+    None crosses a multiple of `piece` rows: those are pinned apart, and CUDA refuses a copy out of two.
+    """
+    starts = np.flatnonzero((np.diff(rows, prepend=rows[:1] - 2) != 1) | (rows % piece == 0))
     ends = np.append(starts[1:], len(rows))
     return [(int(at), int(rows[at]), int(end - at)) for at, end in zip(starts, ends, strict=True)]

@@ -88,7 +88,7 @@ def powers(logits, experts, EP: tl.constexpr):
 
 
 @triton.jit
-def ranked(value, experts, k, EP: tl.constexpr):
+def ranked(value, experts, k: tl.constexpr, EP: tl.constexpr):
     """The place of each of value [EP] in falling order, the lowest of equals first; NaN has a place too."""
     e = tl.arange(0, EP)
     bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
@@ -118,7 +118,7 @@ def places(ids, EP: tl.constexpr, KP: tl.constexpr):
     do_not_specialize_on_alignment=["candidate_row", "fetch_count", "fetch_slots", "norm", "router"],
 )
 def _route(
-    x, norm, router, logits, normed, raw, ticket, eps, experts, k, layer, layers,
+    x, norm, router, logits, normed, raw, ticket, eps, experts, k: tl.constexpr, layer, layers,
     forced, forced_rows, step, ids, weights,
     slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock, candidate_row,
     status, slots, hit, miss_count, miss_records, miss_slots, fetch_count, fetch_slots, counters, log, units,
@@ -154,7 +154,7 @@ def _route(
     do_not_specialize_on_alignment=["candidate_row", "fetch_count", "fetch_records", "fetch_slots", "norm", "router"],
 )
 def _predict(
-    x, norm, router, logits, ticket, eps, experts, k, layer, layers, least, most,
+    x, norm, router, logits, ticket, eps, experts, k: tl.constexpr, layer, layers, least, most,
     emulated, emulated_rows, step, M: tl.constexpr,
     slot_of, owner, arriving, fresh, landed, candidate_row, held, held_count, status,
     fetch_count, fetch_records, fetch_slots, counters, units,

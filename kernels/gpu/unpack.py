@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.formats import FORMATS
-from offmoe.kernels.gpu.dot import fifth_bits, half_of, k_scales  # noqa: F401
+from offmoe.kernels.gpu.dot import half_of, k_scales
 from offmoe.kernels.gpu.gemv import planes
 from offmoe.kernels.planes import Matrix
 
@@ -119,19 +119,19 @@ def tile_float(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
     if FORMAT == "F32":
         values = (base + P0 + row * (COLS * 4)).to(tl.pointer_type(tl.float32))
         return tl.load(values[:, None] + k[None], mask=mask, other=0.0)
-    elif FORMAT == "F16":
+    if FORMAT == "F16":
         values = (base + P0 + row * (COLS * 2)).to(tl.pointer_type(tl.float16))
         return tl.load(values[:, None] + k[None], mask=mask, other=0.0).to(tl.float32)
-    else:  # by its bits: the interpreter has bfloat16 wrong
-        values = (base + P0 + row * (COLS * 2)).to(tl.pointer_type(tl.uint16))
-        return (tl.load(values[:, None] + k[None], mask=mask, other=0).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    # by its bits: the interpreter has bfloat16 wrong
+    values = (base + P0 + row * (COLS * 2)).to(tl.pointer_type(tl.uint16))
+    return (tl.load(values[:, None] + k[None], mask=mask, other=0).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def tile(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
          P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
-    """Columns 64 · step … + 63 of rows [R] int64 of the matrix at `base`, float32 [R, 64]; 0 past COLS and where not
-    `there` [R] — but for Q8_0 and Q4_0, all formats must be multiplied by an x that is 0 past COLS as well."""
+    """Columns 64 · step … + 63 of rows [R] int64 of the matrix at `base`, float32 [R, 64]. Finite past COLS, and
+    where not `there` [R]: what they are multiplied by has to be 0."""
     if FORMAT == "Q4_K" or FORMAT == "Q5_K":
         values = tile_k(base, row, there, step, FORMAT == "Q5_K", COLS, P0)
     elif FORMAT == "Q6_K":
@@ -163,8 +163,10 @@ def dequantise_into(buffer: Tensor, form: Matrix, out: Tensor) -> None:
 
     The buffer starts at a multiple of 16 bytes; rows of `out` may be apart.
     """
-    assert out.shape == (form.rows, form.cols) and out.stride(1) == 1
-    assert buffer.is_contiguous() and form.cols % max(32, FORMATS[form.format].block) == 0
+    assert out.shape == (form.rows, form.cols)
+    assert out.stride(1) == 1
+    assert buffer.is_contiguous()
+    assert form.cols % max(32, FORMATS[form.format].block) == 0
     _unpack[(triton.cdiv(form.rows, 64), triton.cdiv(form.cols, STEP))](
         buffer, out, out.stride(0), form.rows, COLS=form.cols, R=64, FORMAT=form.format, **planes("P", form),
     )  # fmt: skip
