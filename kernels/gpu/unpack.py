@@ -87,18 +87,21 @@ def tile_small(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
         half = half.to(tl.float32, bitcast=True)
         # the three bits are low exponent and high mantissa: 2^-126 times the value, perhaps subnormal
         value = ((codes & 8) << 28 | (codes & 7) << 22).to(tl.float32, bitcast=True) * 2.0**127
-        return value * half[:, :, None, None]
-    scales = (base + P0 + row * (BLOCKS * 2)).to(tl.pointer_type(tl.float16))[:, None] + b[None]
-    scale = tl.load(scales, mask=m2, other=0.0).to(tl.float32)[:, :, None, None]
-    if FORMAT == "Q4_0":
-        return (number(codes) - 8.0) * scale
-    if FORMAT == "Q4_1":
-        minima = (base + P1 + row * (BLOCKS * 2)).to(tl.pointer_type(tl.float16))[:, None] + b[None]
-        return number(codes) * scale + tl.load(minima, mask=m2, other=0.0).to(tl.float32)[:, :, None, None]
-    bits = (base + P1 + row * (BLOCKS * 4)).to(tl.pointer_type(tl.uint32))[:, None] + b[None]
-    bits = tl.load(bits, mask=m2, other=0)[:, :, None, None]
-    codes |= (bits >> (16 * h[:, None] + i[None])[None, None] & 1) << 4
-    return (number(codes) - 16.0) * scale
+        values = value * half[:, :, None, None]
+    else:
+        scales = (base + P0 + row * (BLOCKS * 2)).to(tl.pointer_type(tl.float16))[:, None] + b[None]
+        scale = tl.load(scales, mask=m2, other=0.0).to(tl.float32)[:, :, None, None]
+        if FORMAT == "Q4_0":
+            values = (number(codes) - 8.0) * scale
+        elif FORMAT == "Q4_1":
+            minima = (base + P1 + row * (BLOCKS * 2)).to(tl.pointer_type(tl.float16))[:, None] + b[None]
+            values = number(codes) * scale + tl.load(minima, mask=m2, other=0.0).to(tl.float32)[:, :, None, None]
+        else:
+            bits = (base + P1 + row * (BLOCKS * 4)).to(tl.pointer_type(tl.uint32))[:, None] + b[None]
+            bits = tl.load(bits, mask=m2, other=0)[:, :, None, None]
+            codes |= (bits >> (16 * h[:, None] + i[None])[None, None] & 1) << 4
+            values = (number(codes) - 16.0) * scale
+    return values
 
 
 @triton.jit
@@ -117,14 +120,15 @@ def tile_float(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
     k = step * 64 + tl.arange(0, 64)
     mask = there[:, None] & (k < COLS)[None]
     if FORMAT == "F32":
-        values = (base + P0 + row * (COLS * 4)).to(tl.pointer_type(tl.float32))
-        return tl.load(values[:, None] + k[None], mask=mask, other=0.0)
-    if FORMAT == "F16":
-        values = (base + P0 + row * (COLS * 2)).to(tl.pointer_type(tl.float16))
-        return tl.load(values[:, None] + k[None], mask=mask, other=0.0).to(tl.float32)
-    # by its bits: the interpreter has bfloat16 wrong
-    values = (base + P0 + row * (COLS * 2)).to(tl.pointer_type(tl.uint16))
-    return (tl.load(values[:, None] + k[None], mask=mask, other=0).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        spot = (base + P0 + row * (COLS * 4)).to(tl.pointer_type(tl.float32))[:, None] + k[None]
+        values = tl.load(spot, mask=mask, other=0.0)
+    elif FORMAT == "F16":
+        spot = (base + P0 + row * (COLS * 2)).to(tl.pointer_type(tl.float16))[:, None] + k[None]
+        values = tl.load(spot, mask=mask, other=0.0).to(tl.float32)
+    else:  # by its bits: the interpreter has bfloat16 wrong
+        spot = (base + P0 + row * (COLS * 2)).to(tl.pointer_type(tl.uint16))[:, None] + k[None]
+        values = (tl.load(spot, mask=mask, other=0).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return values
 
 
 @triton.jit

@@ -1,0 +1,39 @@
+"""Products of many tokens with routed experts out of slots, naive: unpack each expert, then multiply its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from offmoe.kernels.gemv import weights_of
+from offmoe.kernels.planes import Matrix, SlotLayout
+
+
+def dequantise_into(buffer: Tensor, form: Matrix, out: Tensor) -> None:
+    """The matrix `form` in `buffer` uint8 [bytes] → out [rows, cols] in its type, each value rounded once."""
+    out.copy_(weights_of(buffer[None], form, torch.float32)[0])
+
+
+def expert_mlp(x: Tensor, ids: Tensor, slots: Mapping[int, Tensor], layout: SlotLayout, out: Tensor) -> None:
+    """down (silu(gate x) · up x) of every pair whose expert is in `slots`, unweighted: out [T · k, H]; the others stay.
+
+    x [T, H], ids [T, k], slots: expert → uint8 [≥ layout.nbytes]; computed in the type of `out`.
+    """
+    k, flat = ids.shape[1], ids.reshape(-1)
+    for expert, slot in slots.items():
+        pairs = (flat == expert).nonzero()[:, 0]
+        gate, up, down = (weights_of(slot[None], m, out.dtype)[0] for m in (layout.gate, layout.up, layout.down))
+        tokens = x[pairs // k].to(out.dtype)
+        out[pairs] = (F.silu(tokens @ gate.T) * (tokens @ up.T)) @ down.T
+
+
+def combine(out: Tensor, weights: Tensor) -> Tensor:
+    """Σ_j weights[t, j] · out[t · k + j] in float32, in the order of j: out [T · k, H], weights [T, k] → [T, H]."""
+    products = out.float().unflatten(0, weights.shape) * weights.unsqueeze(2)
+    total = products[:, 0]
+    for j in range(1, weights.shape[1]):
+        total = total + products[:, j]
+    return total
