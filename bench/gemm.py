@@ -109,11 +109,11 @@ def sweep(tokens: int) -> list[Row]:
     """Blocks; then the tuning of one of the two products at a time, the other as it is."""
     layer, rows = Layer("Q4_K", tokens), []
     usual = block_of(tokens * K, EXPERTS, layer.x.dtype)
-    for block in {max(16, usual // 2), usual, min(128, usual * 2)}:
+    for block in {usual, min(128, usual * 2)}:
         tiles = layer.tiles(block)
         for which, formats in (("first", 2), ("second", 1)):
             given = tuning_of(block, layer.x.dtype, *["Q4_K"] * formats)
-            for n, warps, stages, swap in itertools.product((64, 128), (4, 8), (2, 3, 4), (False, True)):
+            for n, warps, stages, swap in itertools.product((64, 128), (4, 8), (3, 4), (False, True)):
                 tuning = replace(given, rows=n, warps=warps, stages=stages, swap=swap)
                 try:
                     took = layer.products(tiles, **{which: tuning})
