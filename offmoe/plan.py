@@ -20,7 +20,8 @@ DEFAULT_SCOPE = "layer"  # hits 1.6–3 points more than one global pool on trac
 DEFAULT_CTX = 8192
 SHARE_OF_FREE = 0.6  # of free memory: the desktop goes on living
 VRAM_MARGIN = 512 << 20  # what CUDA's libraries and compiled kernels take after the start
-BATCH_BYTES = 96 << 20  # of records that cross the link together: 2 ms on PCIe 5, and the CPU's 0.2 ms to ask vanish
+BATCH_BYTES = 48 << 20  # of records that cross the link together: 1 ms on PCIe 5
+BATCHES = 5  # four under way, one rearranged
 CHUNK, CHUNK_GPU = 512, 4096  # a GPU streams all absent experts past every chunk: the fewer the better
 STAGING_ROWS = 32  # RAM rows kept even with --ram 0: what passes from disk to slots
 
@@ -139,7 +140,7 @@ def workspace_nbytes(model: Model, chunk: int, itemsize: int) -> int:
     heads = (c.heads + 2 * c.kv_heads) * c.head_dim
     a_token = c.hidden * (12 + 4 * itemsize) + heads * 4 * itemsize + c.top_k * (c.hidden + c.expert_hidden) * itemsize
     unpacked = max(heads, c.hidden) * max(c.hidden, c.heads * c.head_dim) * itemsize
-    return chunk * a_token + unpacked + 3 * batch_records(model) * model.slot_bytes + 16 * c.vocab
+    return chunk * a_token + unpacked + BATCHES * batch_records(model) * model.slot_bytes + 16 * c.vocab
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -121,7 +121,7 @@ class DecodeStep:
         self._predicted: Tensor | None = None
         self._scratch, self._ahead_scratch = scratch_for(device), scratch_for(device)
         self._units = [nbytes // 16 for nbytes in store.record_bytes]
-        self._paging, self._beside, self._ahead = Lane(device), Lane(device), Lane(device)
+        self._paging, self._beside, self._ahead, self._fetching = (Lane(device) for _ in range(4))
         self._forked, self._arrived, self._listed, self._routed = (Mark(device) for _ in range(4))
         self._predicted_mark = Mark(device)
         self._fetched = [Mark(device) for _ in range(c.layers)]
@@ -133,8 +133,9 @@ class DecodeStep:
         """Run the token in `buffers.token` at `buffers.position`, and choose the next one."""
         b, c = self.buffers, self.config
         embed(b.token, self.trunk.embedding, b.x, striped=True)
-        if not self.plan.all_in_slots and self.store.table.scope == "layer":
-            self._list_candidates()
+        if not self.plan.all_in_slots:
+            self._forked.set()
+            self._list_candidates(self._forked)
         for layer in range(c.layers):
             self._attend(layer)
             self._route(layer, variant)
@@ -170,15 +171,13 @@ class DecodeStep:
     def _route(self, layer: int, variant: Variant) -> None:
         """Whoever lists candidates or predicts beside the main lane is waited for first: a whole edge."""
         b, c, w = self.buffers, self.config, self.trunk.layers[layer]
-        joins = not self.plan.all_in_slots and (self.store.table.scope == "global" or layer == 0)
-        if not self.plan.all_in_slots:
-            if self.store.table.scope == "global":
-                self._list_candidates()
-            if joins:
-                self._listed.wait()
-            if variant.prefetch and layer > 0:
-                self._predicted_mark.wait()
-                joins = True
+        joins = False
+        if not self.plan.all_in_slots and (layer == 0 or self.store.table.scope == "global"):
+            self._listed.wait()
+            joins = True
+        if variant.prefetch and 0 < layer <= c.layers - self.gate.ahead:
+            self._predicted_mark.wait()
+            joins = True
         route(
             b.x[0], w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.layers, top_k=c.top_k,
             renormalise=c.renormalise, logits=b.router_logits, normed=b.normed[0], ticket=b.route_ticket, ids=b.ids,
@@ -190,15 +189,17 @@ class DecodeStep:
             pdl=self.pdl and not joins,
         )  # fmt: skip
         self._routed.set()
-        if variant.prefetch and layer + self.gate.ahead < c.layers:
+        predicts = variant.prefetch and layer + self.gate.ahead < c.layers
+        if predicts:
             self._prefetch(layer + self.gate.ahead, variant)
+        if not self.plan.all_in_slots and self.store.table.scope == "global" and layer + 1 < c.layers:
+            self._list_candidates(self._predicted_mark if predicts else self._routed)
 
-    def _list_candidates(self) -> None:
+    def _list_candidates(self, behind: Mark) -> None:
         """Beside the main lane: behind all that changed the table, before the next event."""
         t = self.table
-        self._forked.set()
         with self._beside():
-            self._forked.wait()
+            behind.wait()
             candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, scratch=t.scratch)
             self._listed.set()
 
@@ -215,6 +216,8 @@ class DecodeStep:
                 units=self._units[layer], emulated=self._predicted if variant.emulated else None,
             )  # fmt: skip
             self._predicted_mark.set()
+        with self._fetching():  # a lane of its own: the next prediction does not wait for copies
+            self._predicted_mark.wait()
             page_in(
                 None, b.fetch_count[layer], b.fetch_slots[layer], self.store.records, self.store.layouts[layer],
                 self._ahead_scratch, records=b.fetch_records[layer], base=self.store.ram.base,

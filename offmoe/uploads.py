@@ -1,4 +1,4 @@
-"""Records on their way to the GPU by its copy engine: two landing zones, one filled while the other is used.
+"""Records on their way to the GPU by its copy engine: a few landing zones, filled while others are used.
 
 Raw bytes land here; the consumer puts them where they belong, rearranged. Who waits on whom: a zone is filled again
 only after its consumer is done (`release`), in the order in which batches were sent.
@@ -17,6 +17,8 @@ from offmoe.experts import Ints
 from offmoe.ram import RamTier
 from offmoe.streams import Lane, Mark
 
+ZONES = 4  # deep enough that the link does not wait while the host is busy with a layer's launches
+
 
 @dataclass(frozen=True)
 class Landing:
@@ -28,26 +30,26 @@ class Landing:
 
 
 class Uploads:
-    """At most two batches at a time; `send`, then `receive` and `release` in the same order."""
+    """At most ZONES batches at a time; `send`, then `receive` and `release` in the same order."""
 
     def __init__(self, ram: RamTier, batch: int, stride: int, device: torch.device) -> None:
         self.batch = min(batch, ram.table.capacity)  # records
         self.stride = stride
-        self.zones = torch.empty((2, self.batch, stride), dtype=torch.uint8, device=device)
+        self.zones = torch.empty((ZONES, self.batch, stride), dtype=torch.uint8, device=device)
         self.waiting: deque[Landing] = deque()
         self._ram, self._sent = ram, 0
         self._lane = Lane(device)
-        self._ready = [Mark(device), Mark(device)]
-        self._free = [Mark(device), Mark(device)]
+        self._ready = [Mark(device) for _ in range(ZONES)]
+        self._free = [Mark(device) for _ in range(ZONES)]
 
     @property
     def room(self) -> bool:
-        return len(self.waiting) < 2
+        return len(self.waiting) < ZONES
 
     def send(self, layer: int, experts: Ints, now: int) -> None:
         """Start to bring at most `batch` experts; returns once the copies are queued (and the disk has answered)."""
-        assert self.room, f"batches under way {len(self.waiting)} < 2"
-        landing = Landing(layer, experts, self._sent % 2)
+        assert self.room, f"batches under way {len(self.waiting)} < {ZONES}"
+        landing = Landing(layer, experts, self._sent % ZONES)
         rows = self._fetch(layer, experts, now)
         with self._lane():
             self._free[landing.zone].wait()
@@ -80,7 +82,7 @@ class Uploads:
     def _fetch(self, layer: int, experts: Ints, now: int) -> Ints:
         """RAM rows [n]; where rows are scarce, only once the copies that read them before are done."""
         if not self._ram.whole:
-            self._ready[(self._sent + 1) % 2].synchronise()
+            self._ready[(self._sent - 1) % ZONES].synchronise()
         rows: Tensor = self._ram.fetch(layer, experts, now)
         return rows.numpy()
 
