@@ -123,9 +123,8 @@ class Rig:
 
     def _wait_loaded(self) -> None:
         """The engine answers while records still stream in from the disk: not what is measured here."""
-        reads = getattr(self.engine.store.ram, "_reads", {})
-        while not all(read.done.done() for read in list(reads.values())):
-            time.sleep(0.05)
+        if not self.engine.plan.all_in_slots:
+            self.engine.store.ram.wait_complete()
 
 
 def model_file(shape: str, layers: int | None = None) -> Path:

@@ -100,7 +100,7 @@ def _dense(
 def dense(
     x: Tensor, parts: Sequence[Part], out: Tensor, *,
     norm: Tensor | None = None, eps: float = 0.0, residual: bool = False, pdl: bool = False,
-    rows: int = 8, warps: int = 4,
+    rows: int = 4, warps: int = 1,
 ) -> None:  # fmt: skip
     """x [T, K] float32, striped, times the transpose of up to three matrices, rows one after another: out [T, N].
 
