@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class EagerDecoder:
 
     def tokens(
         self, logits: Tensor, ids: list[int], sampling: Sampling, eos: frozenset[int], meter: Meter
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Chosen tokens, until the caller has enough; `logits` [V] are those after the prompt `ids`."""
         random = seeded(sampling.seed, self._device)
         history = list(ids)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from offmoe.checkpoint import Checkpoint
 from offmoe.download import find_model
-from offmoe.errors import ContextFull, OffmoeError
 from offmoe.eager import EagerDecoder
+from offmoe.errors import ContextFull, OffmoeError
 from offmoe.experts import ExpertStore
 from offmoe.host_store import HostStore
 from offmoe.kvcache import KVCache
@@ -35,6 +35,7 @@ from offmoe.tokenizer import Message, StopStrings, Tokenizer, load_tokenizer
 if TYPE_CHECKING:
     from offmoe.graph import Decoder
     from offmoe.models.device_trunk import DeviceTrunk
+    from offmoe.vram import VramStore
 
 Prompt = str | Sequence[Message] | Sequence[int]
 Progress = Callable[[str, int, int], None]  # what, done, of how many
@@ -225,7 +226,8 @@ class Engine:
             return EagerDecoder(self.step, self.kv, self.plan.device)
         from offmoe.graph import Decoder  # imports triton
 
-        return Decoder(self.plan, self.trunk, self.store, self.kv)
+        trunk, store = cast("DeviceTrunk", self.trunk), cast("VramStore", self.store)
+        return Decoder(self.plan, trunk, store, self.kv)
 
     def _finished(self, stopped: bool, sampling: Sampling, meter: Meter) -> str | None:
         """Why the answer ends after the present token, or None."""

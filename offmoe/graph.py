@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -63,11 +63,11 @@ class Decoder:
         self._read = 0  # ring rows read in this answer
         self._floor: float | None = None
         self._stamp = 0  # GPU clock at the end of the last token, ns
-        self._capture(self._next_variant())
+        self._capture(replace(self._variant, served=self._served()))
 
     def tokens(
         self, logits: Tensor, ids: list[int], sampling: Sampling, eos: frozenset[int], meter: Meter
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Chosen tokens until one is of `eos`, max_tokens are there or the context is full.
 
         `logits` [V] are those after the prompt `ids`, whose keys and values are in the cache.
@@ -144,6 +144,9 @@ class Decoder:
         """Hand residency, position and sampling to the device, choose the first token there; take all back."""
         self._read = 0
         self._variant = replace(self._variant, sampler=self.step.set_sampling(sampling, ids, eos, most))
+        plain = replace(self._variant, served=self._served(), prefetch=self._variant.emulated)
+        if plain not in self._graphs:
+            self._capture(plain)  # now, not between two tokens
         self.step.push(self._store.clock, len(self._kv.tokens))
         if logits is not None:
             self.step.buffers.logits[0].copy_(logits)
@@ -162,7 +165,7 @@ class Decoder:
         while launched < min(read + AHEAD, most):
             variant = self._next_variant()
             if variant not in self._graphs:
-                self._capture(variant)
+                self._capture(variant)  # another way than that of the answer's start
             with torch.cuda.stream(self._stream):
                 if variant.served:
                     self.step.know_rows()
@@ -172,9 +175,13 @@ class Decoder:
 
     def _next_variant(self) -> Variant:
         """Without prefetching while records may have to be asked of the host."""
-        served = not (self.plan.all_in_slots or self._store.ram.complete)
+        served = self._served()
         prefetch = not served and (self._variant.emulated or bool(self.guard and self.guard.use()))
         return replace(self._variant, served=served, prefetch=prefetch)
+
+    def _served(self) -> bool:
+        """Whether records may have to be asked of the host."""
+        return not (self.plan.all_in_slots or self._store.ram.complete)
 
     def _capture(self, variant: Variant) -> None:
         """Compile by launching once with the done flag up, which changes nothing; then record."""

@@ -20,8 +20,10 @@ DEFAULT_SCOPE = "layer"  # hits 1.6–3 points more than one global pool on trac
 DEFAULT_CTX = 8192
 SHARE_OF_FREE = 0.6  # of free memory: the desktop goes on living
 VRAM_MARGIN = 512 << 20  # what CUDA's libraries and compiled kernels take after the start
-BATCH_BYTES = 48 << 20  # of records that cross the link together: 1 ms on PCIe 5
-BATCHES = 5  # four under way, one rearranged
+BATCH_BYTES = (
+    96 << 20
+)  # of records that cross the link together: 2 ms on PCIe 5; half of it took a prompt 1.3 × the time
+BATCHES = 3  # two under way, one rearranged
 CHUNK, CHUNK_GPU = 512, 4096  # a GPU streams all absent experts past every chunk: the fewer the better
 STAGING_ROWS = 32  # RAM rows kept even with --ram 0: what passes from disk to slots
 
@@ -250,7 +252,8 @@ def check_fits(plan: Plan, free: Free) -> None:
         raise OffmoeError(
             f"the GPU has {format_size(free.vram)} free; the model's other weights need "
             f"{format_size(plan.trunk_bytes)}, the context {format_size(plan.kv_bytes)}, a chunk of the prompt "
-            f"{format_size(plan.workspace_bytes)} and the slots {format_size(plan.real_slot_bytes)}: give at most --vram {max(smallest, 0)}, or a smaller --ctx"
+            f"{format_size(plan.workspace_bytes)} and the slots {format_size(plan.real_slot_bytes)}: "
+            f"give at most --vram {max(smallest, 0)}, or a smaller --ctx"
         )
     on_host = plan.ram_bytes + (resident if free.vram is None else 0)
     if on_host > free.ram:

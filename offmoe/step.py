@@ -42,7 +42,6 @@ from offmoe.settings import Sampling
 from offmoe.streams import Lane, Mark
 from offmoe.vram import VramStore
 
-
 RING_ROWS = 64  # many more than are ever under way
 MOST_EOS = 16
 NONE = "none"

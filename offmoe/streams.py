@@ -1,4 +1,4 @@
-"""Streams and events of one GPU. On the CPU, where tests interpret the kernels, all is in order and these do nothing."""
+"""Streams and events of one GPU. On the CPU, where tests interpret kernels, all is in order and these do nothing."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from offmoe.experts import Ints
 from offmoe.ram import RamTier
 from offmoe.streams import Lane, Mark
 
-ZONES = 4  # deep enough that the link does not wait while the host is busy with a layer's launches
+ZONES = 2
 
 
 @dataclass(frozen=True)

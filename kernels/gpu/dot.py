@@ -2,9 +2,9 @@
 
 A tile is R rows × U units; a unit is a block of 256 weights, or one of 32. Weights are never turned into floats one by
 one: integer instructions run at half the rate of FMA, and int → float conversion at an eighth. A code of n bits at bit
-p of a word, the others masked off, *is* a float32: the subnormal q · 2^(p - 149). Multiplied by x · 2^(100 - p) it gives
-q · x · 2^-49 exactly; the sum of a group is scaled back together with the group's own scale. So a weight costs one AND
-and one FMA. Scales are applied to a group's sum, minima to the sum of its x.
+p of a word, the others masked off, *is* a float32: the subnormal q · 2^(p - 149). Multiplied by x · 2^(100 - p) it
+gives q · x · 2^-49 exactly; the sum of a group is scaled back together with the group's own scale. So a weight costs
+one AND and one FMA. Scales are applied to a group's sum, minima to the sum of its x.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Products of one to eight tokens with quantised matrices, straight from slots: what a decoded token spends its time on.
+"""Products of one to eight tokens with quantised matrices, straight from slots: most of a decoded token's time.
 
-All activations and sums are float32; vectors that are read here are striped (kernels.striped). A program takes a few rows over all columns; nothing is shared between programs,
-so a row's result is the same whatever else is launched.
+All activations and sums are float32; vectors that are read here are striped (kernels.striped). A program takes a
+few rows over all columns; nothing is shared between programs, so a row's result is the same whatever else is launched.
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ def expert_gate_up(
         records, records.stride(0), slots, hit, weights, x, out, len(slots) // len(x),
         H=h, INNER=gate.rows, PHASE=phase, R=rows,
         FG=gate.format, UG=across(gate.format, h // UNIT[gate.format]), WG=UNIT[gate.format], **planes("G", gate),
-        FU=up.format, UU=across(up.format, h // UNIT[up.format]), WU=UNIT[up.format], **planes("U", up), num_warps=warps, **dependent(pdl),
+        FU=up.format, UU=across(up.format, h // UNIT[up.format]), WU=UNIT[up.format], **planes("U", up),
+        num_warps=warps, **dependent(pdl),
     )  # fmt: skip
 
 

@@ -44,7 +44,9 @@ def expected(dtype: str = "bf16") -> list[int]:
 
 
 @pytest.mark.parametrize("ram", RAM)
-@pytest.mark.parametrize(("policy", "scope"), [*itertools.product(("lru", "crf:h=16"), ("layer", "global")), ("lfru", "layer")])
+@pytest.mark.parametrize(
+    ("policy", "scope"), [*itertools.product(("lru", "crf:h=16"), ("layer", "global")), ("lfru", "layer")]
+)
 @pytest.mark.parametrize("vram", ["31.25%", "50%"])
 def test_greedy_tokens_do_not_depend_on_placement(vram: str, policy: str, scope: str, ram: str) -> None:
     with demo(vram=vram, policy=policy, scope=scope, ram=RAM[ram]) as engine:
