@@ -1,7 +1,8 @@
 """Reads byte ranges from the model's files with a few threads; O_DIRECT where the filesystem allows.
 
 Who waits on whom: the engine's thread asks and waits; the readers only read and never decide. A demanded read
-overtakes those of the background, also one that was queued earlier (`hurry`).
+overtakes those of the background, also one that was queued earlier (`hurry`), and gets in between the chunks of one
+that is being read: an expert may have 100 MB.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import mmap
 import os
 import queue
 import threading
+import time
 from concurrent.futures import Future
 from itertools import count
 from pathlib import Path
@@ -22,13 +24,16 @@ from offmoe.errors import OffmoeError
 
 PAGE = 4096  # what O_DIRECT wants of offsets, lengths and addresses
 URGENT, BACKGROUND, STOP = 1, 2, 0
+CHUNK = 8 << 20  # bytes of one call, and of each thread's bounce buffer
+CLOSE_S = 5.0  # for a disk that gives nothing
 
 
 class Read:
     """Ranges that will lie one after another in `target`; `done` yields the bytes taken from the disk."""
 
-    def __init__(self, ranges: list[ByteRange], target: NDArray[np.uint8]) -> None:
+    def __init__(self, ranges: list[ByteRange], target: NDArray[np.uint8], background: bool = False) -> None:
         self.ranges = ranges
+        self.background = background  # others may overtake it
         self.target = target
         self.done: Future[int] = Future()
         self._lock = threading.Lock()
@@ -57,51 +62,82 @@ class Reader:
 
     def read(self, ranges: list[ByteRange], target: NDArray[np.uint8], priority: int = URGENT) -> Read:
         """Start reading; `target` [bytes] must outlive the read."""
-        read = Read(ranges, target)
+        read = Read(ranges, target, priority == BACKGROUND)
         self._queue.put((priority, next(self._order), read))
         return read
 
     def hurry(self, read: Read) -> None:
         """Move a background read ahead of the others."""
+        read.background = False
         self._queue.put((URGENT, next(self._order), read))
 
     def close(self) -> None:
-        """Stop the threads; reads not begun are dropped, with an error for who waits."""
-        for _ in self._threads:
-            self._queue.put((STOP, next(self._order), None))
+        """Stop the threads; reads not begun are dropped, with an error for who waits.
+
+        A thread whose disk gives nothing is left alone, and so are the files that it reads.
+        """
+        self._stop(len(self._threads))
+        deadline = time.monotonic() + CLOSE_S
         for thread in self._threads:
-            thread.join()
-        for fd in (*self._fds, *self._direct_fds):
-            if fd is not None:
-                os.close(fd)
+            thread.join(max(0.0, deadline - time.monotonic()))
         while not self._queue.empty():
             if (read := self._queue.get_nowait()[2]) is not None and read.take():
                 read.done.set_exception(OffmoeError("the engine was closed while a record was being read"))
+        if left := sum(thread.is_alive() for thread in self._threads):
+            self._stop(left)
+            return
+        for fd in (*self._fds, *self._direct_fds):
+            if fd is not None:
+                os.close(fd)
+
+    def _stop(self, threads: int) -> None:
+        for _ in range(threads):
+            self._queue.put((STOP, next(self._order), None))
 
     def _serve(self) -> None:
         bounce = Bounce()
         while (read := self._queue.get()[2]) is not None:
-            if not read.take():
-                continue
-            try:
-                read.done.set_result(self._read(read, bounce))
-            except BaseException as error:
-                read.done.set_exception(error)
+            self._do(read, bounce)
+
+    def _do(self, read: Read, bounce: Bounce) -> None:
+        if not read.take():
+            return
+        try:
+            read.done.set_result(self._read(read, bounce))
+        except BaseException as error:
+            read.done.set_exception(error)
 
     def _read(self, read: Read, bounce: Bounce) -> int:
         at = moved = 0
         for wanted in read.ranges:
-            target = read.target[at : at + wanted.nbytes]
-            direct = self._direct_fds[wanted.file]
-            try:
-                if direct is None:
-                    moved += read_fully(self._fds[wanted.file], target.data, wanted.offset, wanted.nbytes)
-                else:
-                    moved += read_direct(direct, target, wanted.offset, bounce)
-            except OSError as error:
-                raise OffmoeError(f"reading {self.files[wanted.file]} failed: {error.strerror or error}") from None
-            at += wanted.nbytes
+            for offset in range(0, wanted.nbytes, CHUNK):
+                nbytes = min(CHUNK, wanted.nbytes - offset)
+                moved += self._read_chunk(wanted.file, read.target[at : at + nbytes], wanted.offset + offset, bounce)
+                at += nbytes
+                if read.background:
+                    self._let_pass(bounce)
         return moved
+
+    def _read_chunk(self, file: int, target: NDArray[np.uint8], offset: int, bounce: Bounce) -> int:
+        direct = self._direct_fds[file]
+        try:
+            if direct is not None:
+                return read_direct(direct, target, offset, bounce)
+            return read_fully(self._fds[file], target.data, offset, target.size)
+        except OSError as error:
+            raise OffmoeError(f"reading {self.files[file]} failed: {error.strerror or error}") from None
+
+    def _let_pass(self, bounce: Bounce) -> None:
+        """Read what is demanded meanwhile."""
+        while not self._queue.empty():
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                return
+            if item[0] != URGENT or item[2] is None:
+                self._queue.put(item)
+                return
+            self._do(item[2], bounce)
 
 
 class Bounce:

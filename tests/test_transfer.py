@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from offmoe import transfer
 from offmoe.checkpoint import ByteRange
 from offmoe.errors import OffmoeError
-from offmoe.transfer import BACKGROUND, PAGE, Read, Reader
+from offmoe.transfer import BACKGROUND, PAGE, URGENT, Read, Reader
 
 DATA = np.random.default_rng(3).integers(0, 256, 5 * PAGE + 1234, dtype=np.uint8)
 PLACES = [(0, 1), (0, PAGE), (1, PAGE), (PAGE - 1, 2), (100, 3 * PAGE), (DATA.size - 7, 7), (0, DATA.size)]
@@ -43,6 +45,15 @@ def test_any_range_is_read_whole(reader: Reader, place: tuple[int, int]) -> None
     moved = reader.read(wanted(place), target).done.result()
     assert np.array_equal(target, DATA[place[0] : sum(place)])
     assert moved >= place[1]
+
+
+@pytest.mark.parametrize("chunk", [PAGE, 1000])
+def test_long_ranges_are_read_in_chunks(reader: Reader, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "CHUNK", chunk)
+    for priority in (URGENT, BACKGROUND):
+        target = np.zeros(sum(nbytes for _, nbytes in PLACES), np.uint8)
+        reader.read(wanted(*PLACES), target, priority).done.result()
+        assert np.array_equal(target, np.concatenate([DATA[at : at + nbytes] for at, nbytes in PLACES]))
 
 
 def test_ranges_lie_one_after_another(reader: Reader) -> None:
@@ -79,8 +90,6 @@ def test_a_hurried_read_is_done_once_and_before_the_others(tmp_path: Path, monke
         served.append(read.ranges[0].offset)
         return serve(self, read, bounce)
 
-    from concurrent.futures import Future
-
     queued: Future[None] = Future()
     monkeypatch.setattr(Reader, "_read", slow)
     reader = Reader([tmp_path / "data"], threads=1)
@@ -92,3 +101,65 @@ def test_a_hurried_read_is_done_once_and_before_the_others(tmp_path: Path, monke
     reader.close()
     assert sorted(served) == list(range(6))
     assert served.index(4) <= 1, "only the read under way came before"
+
+
+class Gate:
+    """Lets one chunk pass at a time."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path.write_bytes(DATA.tobytes())
+        self.passes, self.waiting = threading.Semaphore(0), threading.Semaphore(0)
+        read = transfer.read_fully
+
+        def paced(*arguments: object) -> int:
+            self.waiting.release()
+            assert self.passes.acquire(timeout=20)
+            return read(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(transfer, "read_fully", paced)
+        monkeypatch.setattr(transfer, "CHUNK", PAGE)
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_a_demanded_read_gets_into_the_middle_of_a_long_one(
+    hurried: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not of one that is demanded itself."""
+    gate = Gate(tmp_path / "data", monkeypatch)
+    reader = Reader([tmp_path / "data"], threads=1)
+    targets = [np.zeros(nbytes, np.uint8) for nbytes in (5 * PAGE, 9, 9)]
+    long = reader.read(wanted((0, 5 * PAGE)), targets[0], BACKGROUND)
+    assert gate.waiting.acquire(timeout=10)
+    other = reader.read(wanted((7, 9)), targets[1], BACKGROUND)
+    if hurried:
+        reader.hurry(long)
+    demanded = reader.read(wanted((3 * PAGE, 9)), targets[2])
+    gate.passes.release(2)
+    for _ in range(2):
+        assert gate.waiting.acquire(timeout=10)
+    assert demanded.done.done() is not hurried
+    assert not long.done.done()
+    gate.passes.release(20)
+    for read, target, at in zip((long, other, demanded), targets, (0, 7, 3 * PAGE), strict=True):
+        read.done.result(timeout=10)
+        assert np.array_equal(target, DATA[at : at + target.size])
+    reader.close()
+
+
+def test_closing_does_not_wait_for_a_disk_that_gives_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(tmp_path / "data", monkeypatch)
+    monkeypatch.setattr(transfer, "CLOSE_S", 0.05)
+    reader = Reader([tmp_path / "data"], threads=2)
+    reads = [reader.read(wanted((at, 9)), np.zeros(9, np.uint8)) for at in range(4)]
+    for _ in range(2):
+        assert gate.waiting.acquire(timeout=10)
+    reader.close()
+    for read in reads[2:]:
+        with pytest.raises(OffmoeError, match="was closed"):
+            read.done.result(timeout=0)
+    gate.passes.release(2)
+    for read in reads[:2]:
+        assert read.done.result(timeout=10), "its file is still open"
+    for thread in reader._threads:
+        thread.join(10)
+        assert not thread.is_alive()
