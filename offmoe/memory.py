@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import threading
+import time
 from collections import deque
 
 import numpy as np
@@ -71,17 +72,19 @@ class Pinning:
         if self.error:
             raise self.error
 
-    def wait(self, rows: NDArray[np.integer]) -> None:
-        """Until these rows are pinned; their pieces come next."""
+    def wait(self, rows: NDArray[np.integer], end: float = math.inf) -> None:
+        """Until these rows are pinned, no longer than to `end` (of time.monotonic); their pieces come next."""
         if self.rows[rows].all():
             return
         with self._changed:
             for piece in set((rows // self.piece_rows).tolist()).intersection(self._waiting):
                 self._waiting.remove(piece)
                 self._waiting.appendleft(piece)
-            self._changed.wait_for(lambda: self.rows[rows].all() or self.error or self._closed)
+            limit = None if end == math.inf else max(0.0, end - time.monotonic())
+            self._changed.wait_for(lambda: self.rows[rows].all() or self.error or self._closed, limit)
         if not self.rows[rows].all():
-            raise self.error or OffmoeError("the engine was closed while memory was being pinned")
+            closed = "the engine was closed while memory was being pinned"
+            raise self.error or OffmoeError(closed if self._closed else "CUDA takes too long to pin memory")
 
     def close(self) -> None:
         """Waits for the piece that is being pinned."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +25,7 @@ from offmoe.service import MissService
 from offmoe.transfer import BACKGROUND, URGENT, Read, Reader
 
 Ints = NDArray[np.integer]
+PATIENCE_S = 20.0  # with a disk that gives nothing: one that stood still needs 10 to spin up
 
 
 @dataclass
@@ -54,6 +57,7 @@ class RamTier:
         self._reader = reader
         self._reads: dict[int, Read] = {}  # by row, until landed
         self._finished: deque[tuple[int, Read]] = deque()  # of these, as the readers say
+        self._failed = False  # the background could not read something
         self._landed = 0  # reads that succeeded: where all fit, the rows that are there
         self._fetching, self._lock = threading.Lock(), threading.Lock()  # a whole fetch; the table and _reads
         self._ranges = [
@@ -74,36 +78,41 @@ class RamTier:
         """Begin to read everything that is absent; only with a row for every record."""
         assert self.whole, f"rows {len(self.rows)} ≥ {self.records} records"
         self._start_pinning()
+        self._land_finished()
         experts = np.arange(self.table.experts)
         with self._lock:
+            self._failed = False
             for layer in range(self.table.layers):
                 rows, absent, _ = self._access(layer, experts, 0)
                 self._begin(layer, experts[absent], rows[absent], BACKGROUND)
 
-    def fetch(self, layer: int, experts: Ints, now: int) -> Tensor:
-        """Rows [n] (int64) that hold these experts, at most `table.capacity` of them; waits for the disk."""
+    def fetch(self, layer: int, experts: Ints, now: int, end: float = math.inf) -> Tensor:
+        """Rows [n] (int64) that hold these experts, at most `table.capacity` of them; waits for the disk.
+
+        No longer than to `end` (of time.monotonic), nor than PATIENCE_S for one record.
+        """
         self._start_pinning()
         with self._fetching:
             if self._pinning:
                 self._pinning.check()
-            self._land_finished() if self.whole else self._land_left_over()
+            self._land_finished() if self.whole else self._land_left_over(end)
             with self._lock:
                 rows, absent, late = self._access(layer, experts, now)
                 reads = self._begin(layer, experts[absent], rows[absent])
                 for row in rows[late].tolist():
                     self._reader.hurry(self._reads[row])
                     reads.append((row, self._reads[row]))
-            self._wait(reads)
+            self._wait(reads, end)
             self._count([read for _, read in reads])
         return torch.from_numpy(rows.astype(np.int64))
 
-    def addresses(self, records: Ints) -> Ints:
+    def addresses(self, records: Ints, end: float) -> Ints:
         """Of rows [n] (int64) that hold these records of one layer, for the GPU to read: waits for pinning too."""
         layer, experts = int(records[0]) // self.table.experts, records % self.table.experts
         assert (records // self.table.experts == layer).all(), f"records {records} are not all of layer {layer}"
-        rows: Ints = self.fetch(layer, experts, self.table.now).numpy()
+        rows: Ints = self.fetch(layer, experts, self.table.now, end).numpy()
         if self._pinning:
-            self._pinning.wait(rows)
+            self._pinning.wait(rows, end)
         return self.base + rows * self.rows.stride(0)
 
     @property
@@ -154,8 +163,11 @@ class RamTier:
         return self._served_by().address
 
     def service(self) -> AbstractContextManager[None]:
-        """While inside, the GPU's requests are answered."""
-        return nullcontext() if self.complete else self._served_by().serving()
+        """While inside, the GPU's requests are answered. What the background could not read is tried again."""
+        complete = self.complete
+        if self._failed:
+            self.fill()
+        return nullcontext() if complete else self._served_by().serving()
 
     def service_error(self) -> OffmoeError | None:
         """Why a request failed, once; what keeps memory from being pinned, always."""
@@ -210,14 +222,29 @@ class RamTier:
                 read.done.add_done_callback(partial(self._finish, row, read))
         return [(row, self._reads[row]) for row in rows.tolist()]
 
-    def _wait(self, reads: list[tuple[int, Read]]) -> None:
-        """Every read ends before an error is raised: none may write into a row that is given away."""
-        errors = [error for _, read in reads if (error := read.done.exception()) is not None]
+    def _wait(self, reads: list[tuple[int, Read]], end: float = math.inf) -> None:
+        """Until all have ended. One that has not stays arriving: no row into which it may write is given away."""
+        silent = self._join(reads, end)
+        for _, read in reads:
+            if read.done.done() and (error := read.done.exception()) is not None:
+                raise error
+        if silent:
+            raise silent
+
+    def _join(self, reads: list[tuple[int, Read]], end: float) -> OffmoeError | None:
+        """Land those that end in time; an error if others are left. Whether they failed is not looked at."""
+        silent = None
+        try:
+            for _, read in reads:
+                read.done.exception(max(0.0, min(PATIENCE_S, end - time.monotonic())))
+        except TimeoutError:
+            path = self._reader.files[read.ranges[0].file]
+            silent = OffmoeError(f"{path} gives no data: is its disk there, or very slow? The next answer tries again")
         with self._lock:
             for row, read in reads:
-                self._land(row, read)
-        if errors:
-            raise errors[0]
+                if read.done.done():
+                    self._land(row, read)
+        return silent
 
     def _count(self, reads: list[Read]) -> None:
         self.counts.bytes += sum(read.done.result() for read in reads)
@@ -232,12 +259,10 @@ class RamTier:
             while self._finished:
                 self._land(*self._finished.popleft())
 
-    def _land_left_over(self) -> None:
-        """Of the background fill what has finished; where rows are scarce all, left by a fetch broken off."""
-        with self._lock:
-            for row, read in list(self._reads.items()):
-                if not self.whole or read.done.done():
-                    self._land(row, read)
+    def _land_left_over(self, end: float) -> None:
+        """Of a fetch that was broken off or gave up: where rows are scarce, all of them may be needed."""
+        if silent := self._join(list(self._reads.items()), end):
+            raise silent
 
     def _land(self, row: int, read: Read) -> None:
         """Once, whoever of the fetch and the background is first."""
@@ -249,3 +274,4 @@ class RamTier:
             self.table.landed(np.array([row]))
         else:
             self.table.abandon(np.array([row]))
+            self._failed = self.whole

@@ -22,6 +22,7 @@ from offmoe.memory import host_memory, register, unregister
 if TYPE_CHECKING:
     from offmoe.ram import RamTier
 
+ANSWER_S = 1.5  # before the GPU gives up after 2, so that the user hears why
 LOOK_S = 20e-6  # between two looks
 SWITCH_S = 2e-4  # instead of 5 ms, which the engine's thread may otherwise keep the interpreter for
 
@@ -50,10 +51,11 @@ class MissService:
     @contextmanager
     def serving(self) -> Iterator[None]:
         """No request is under way at the start, and none may be at the end but one that the GPU gave up."""
-        if self._thread is None:
+        if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
         self._words[:] = self._served = 0  # what was given up before is not served
+        self.error = None
         interval = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_S)
         self._wanted.set()
@@ -86,7 +88,7 @@ class MissService:
         failed = 0
         try:
             records = self._words[RECORDS:][: int(self._words[COUNT])].copy()
-            self._addresses[: len(records)] = self._ram.addresses(records)
+            self._addresses[: len(records)] = self._ram.addresses(records, time.monotonic() + ANSWER_S)
         except Exception as error:
             failed = 1
             self.error = error if isinstance(error, OffmoeError) else OffmoeError(f"a record did not come: {error!r}")

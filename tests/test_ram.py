@@ -82,6 +82,23 @@ def assert_holds(model: Model, ram: RamTier, row: int, number: int) -> None:
     assert torch.equal(ram.rows[row, : want.numel()], want), f"row {row} does not hold record {number}"
 
 
+class Disk:
+    """Reads fail, or give nothing, while told so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.broken, self.turns = False, threading.Event()
+        self.turns.set()
+        read = transfer.read_fully
+
+        def perhaps(*arguments: Any) -> int:
+            assert self.turns.wait(20)
+            if self.broken:
+                raise OSError(5, "Input/output error")
+            return read(*arguments)
+
+        monkeypatch.setattr(transfer, "read_fully", perhaps)
+
+
 def until(happens: Callable[[], Any]) -> None:
     deadline = time.monotonic() + 20
     while not happens():
@@ -155,7 +172,9 @@ def test_who_needs_a_row_pinned_gets_its_piece_next(model: Model, monkeypatch: p
     with tier(model, pin=True) as ram:
         ram.fill()
         got: list[Any] = []
-        thread = threading.Thread(target=lambda: got.append(ram.addresses(np.array([RECORDS - 1]))))
+        thread = threading.Thread(
+            target=lambda: got.append(ram.addresses(np.array([RECORDS - 1]), time.monotonic() + 20))
+        )
         thread.start()
         until(lambda: ram._pinning and ram._pinning._waiting[0] == len(ram._pinning._parts) - 1)
         assert not got
@@ -196,24 +215,51 @@ def test_memory_that_cannot_be_pinned_is_an_error_at_every_fetch(model: Model, m
 
 
 def test_rows_that_failed_keep_their_place(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, failing = transfer.read_fully, True
-
-    def flaky(*arguments: Any) -> int:
-        if failing:
-            raise OSError(5, "Input/output error")
-        return read(*arguments)
-
-    monkeypatch.setattr(transfer, "read_fully", flaky)
+    disk = Disk(monkeypatch)
+    disk.broken = True
     with tier(model) as ram:
         with pytest.raises(OffmoeError, match="Input/output error"):
             ram.fetch(2, np.array([9, 4]), 1)
         with pytest.raises(OffmoeError, match="Input/output error"):
             ram.wait_complete()
-        failing = False
+        disk.broken = False
         assert ram.fetch(2, np.array([4]), 1).tolist() == [68]
         ram.wait_complete()
         assert ram.known_rows().tolist() == list(range(RECORDS))
         assert_holds(model, ram, 68, 68)
+
+
+def test_what_the_background_could_not_read_is_tried_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    disk.broken = True
+    with tier(model) as ram:
+        ram.fill()
+        until(lambda: ram.loaded() == (0, RECORDS) and not ram._reads)
+        disk.broken = False
+        with ram.service():
+            until(lambda: ram.complete)
+        assert_holds(model, ram, 700, 700)
+
+
+@pytest.mark.parametrize("rows", [40, RECORDS])
+def test_a_disk_that_gives_nothing_is_an_error_and_its_rows_are_not_given_away(
+    model: Model, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    monkeypatch.setattr("offmoe.ram.PATIENCE_S", 0.05)
+    with tier(model, rows=rows) as ram:
+        disk.turns.clear()
+        began = time.monotonic()
+        for layer in (0, 1):
+            with pytest.raises(OffmoeError, match="gives no data"):
+                ram.fetch(layer, np.arange(8), 1)
+        assert time.monotonic() - began < 1, "not eight times as long for eight records"
+        ram.check()
+        disk.turns.set()
+        monkeypatch.undo()
+        for layer in (2, 1, 0, 2):
+            for row, expert in zip(ram.fetch(layer, np.arange(32), 1).tolist(), range(32), strict=True):
+                assert_holds(model, ram, row, layer * EXPERTS + expert)
 
 
 def test_with_fewer_rows_nothing_is_known(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

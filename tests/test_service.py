@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_ram import EXPERTS, LAYERS, RECORDS, STRIDE, Pins, assert_holds, model, tier  # noqa: F401
+from test_ram import EXPERTS, LAYERS, RECORDS, STRIDE, Disk, Pins, assert_holds, model, tier, until  # noqa: F401
 from torch import Tensor
 
-from offmoe import transfer
-from offmoe.errors import OffmoeError
 from offmoe.kernels.mailbox import ADDRESSES, COUNT, ERROR, answer_word, mailbox_words
 from offmoe.kernels.mailbox import RECORDS as WORDS_OF_RECORDS
 from offmoe.kernels.ring import ABORTED, DONE, RUN
 from offmoe.models.model import Model
 from offmoe.ram import RamTier
+from offmoe.service import MissService
 
 K = 10  # of the demo model
 
@@ -111,25 +110,71 @@ def test_a_complete_tier_needs_no_service(model: Model) -> None:  # noqa: F811
 def test_an_error_is_kept_once_and_the_next_request_may_succeed(
     model: Model, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:  # fmt: skip
-    read, failing = transfer.read_fully, True
-
-    def flaky(*arguments: Any) -> int:
-        if failing:
-            raise OSError(5, "Input/output error")
-        return read(*arguments)
-
-    monkeypatch.setattr(transfer, "read_fully", flaky)
+    disk = Disk(monkeypatch)
+    disk.broken = True
     with tier(model, rows=32) as ram:
         asker = Asker(ram)
         with ram.service():
             assert asker.ask([8, 3]) == []
             assert "Input/output error" in str(ram.service_error())
             assert ram.service_error() is None
-            failing = False
+            disk.broken = False
             for row, number in zip(asker.ask([8, 3]), [8, 3], strict=True):
                 assert_holds(model, ram, row, number)
             assert asker.ask([8, 3 + EXPERTS]) == [], "of two layers"
-            assert isinstance(ram.service_error(), OffmoeError)
+        with ram.service():
+            assert ram.service_error() is None, "it was the last answer's"
+
+
+@pytest.mark.parametrize("rows", [32, RECORDS])
+def test_a_disk_that_gives_nothing_is_an_error_before_the_gpu_gives_up(
+    model: Model, rows: int, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    disk = Disk(monkeypatch)
+    with tier(model, rows=rows) as ram:
+        asker = Asker(ram)
+        disk.turns.clear()
+        if ram.whole:
+            ram.fill()
+        began = time.monotonic()
+        with ram.service():
+            assert asker.ask(range(70, 80)) == []
+            assert "gives no data" in str(ram.service_error())
+        assert 1 < time.monotonic() - began < 1.9
+        disk.turns.set()
+        with ram.service():
+            for records in (range(100, 110), range(70, 80)):
+                for row, number in zip(asker.ask(records), records, strict=True):
+                    assert_holds(model, ram, row, number)
+
+
+def test_memory_that_takes_too_long_to_pin_is_an_error(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    pins = Pins(monkeypatch)
+    monkeypatch.setattr("offmoe.service.ANSWER_S", 0.05)
+    pins.gate.clear()
+    with tier(model, rows=32, pin=True) as ram:
+        asker = Asker(ram)
+        with ram.service():
+            assert asker.ask([1, 2]) == []
+            assert "too long to pin" in str(ram.service_error())
+            pins.gate.set()
+            until(lambda: ram._pinning and ram._pinning.rows.all())
+            assert len(asker.ask([1, 2])) == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_died_is_missed_by_one_answer_only(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    def dies(self: MissService, number: int) -> None:
+        raise SystemExit
+
+    with tier(model, rows=32) as ram:
+        asker = Asker(ram)
+        with monkeypatch.context() as patch:
+            patch.setattr(MissService, "_serve", dies)
+            with ram.service(), pytest.raises(AssertionError, match="no answer"):
+                asker.ask([1], timeout=0.1)
+        with ram.service():
+            assert asker.ask([1])
 
 
 def test_the_clock_does_not_go_back_for_who_fetches_afterwards(model: Model) -> None:  # noqa: F811
@@ -142,9 +187,8 @@ def test_the_clock_does_not_go_back_for_who_fetches_afterwards(model: Model) -> 
 
 
 def test_closing_while_a_request_waits_for_the_disk(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    pins, slow = Pins(monkeypatch), threading.Event()
-    read = transfer.read_fully
-    monkeypatch.setattr(transfer, "read_fully", lambda *a: slow.wait(20) and read(*a))
+    pins, disk = Pins(monkeypatch), Disk(monkeypatch)
+    disk.turns.clear()
     with tier(model, pin=True) as ram:
         ram.fill()
         asker = Asker(ram)
@@ -152,7 +196,7 @@ def test_closing_while_a_request_waits_for_the_disk(model: Model, monkeypatch: p
         service.__enter__()
         with pytest.raises(AssertionError, match="no answer"):
             asker.ask(range(64, 74), timeout=0.02)
-        threading.Timer(0.05, slow.set).start()
+        threading.Timer(0.05, disk.turns.set).start()
     service.__exit__(None, None, None)
     assert not pins.spans
 

@@ -84,7 +84,7 @@ def test_the_background_fill_reads_every_record_once(model: Path) -> None:
         answer(engine)
         for read in list(engine.store.ram._reads.values()):
             read.done.result(timeout=30)
-        engine.store.ram._land_left_over()
+        engine.store.ram._land_finished()
         assert not engine.store.ram.table.arriving.any()
         assert (engine.store.ram.table.slot_of >= 0).all()
         layer, expert = 17, 23

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from offmoe import memory
+from offmoe import memory, transfer
 from offmoe.download import DEMO
 from offmoe.kernels.ring import ABORTED, RUN
 from offmoe.models.model import Model, open_model
@@ -122,6 +124,51 @@ def test_without_an_answer_it_gives_up_and_later_requests_do_nothing(ram: RamTie
     with ram.service():
         assert len(asker.ask([3, 5])) == 2
     assert int(asker.status) == RUN
+
+
+def test_a_disk_that_fails_or_gives_nothing_is_an_error_and_then_works(
+    ram: RamTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asker, read, turns, broken = Asker(ram), transfer.read_fully, threading.Event(), [True]
+
+    def perhaps(*arguments: Any) -> int:
+        if broken[0]:
+            raise OSError(5, "Input/output error")
+        assert turns.wait(20)
+        return read(*arguments)
+
+    monkeypatch.setattr(transfer, "read_fully", perhaps)
+    for message, least, most in (("Input/output error", 0.0, 0.5), ("gives no data", 1.4, 1.95)):
+        with ram.service():
+            began = time.perf_counter()
+            assert asker.ask([3, 5]) == []
+            assert least <= time.perf_counter() - began < most
+            assert message in str(ram.service_error())
+        assert int(asker.status) == ABORTED
+        asker.status.fill_(RUN)
+        broken[0] = False
+    turns.set()
+    with ram.service():
+        assert len(asker.ask([3, 5])) == 2
+    assert int(asker.status) == RUN
+
+
+def test_memory_is_pinned_while_a_request_spins(ram: RamTier) -> None:
+    """Otherwise who waits for a piece to be pinned would wait for itself."""
+    asker = Asker(ram)
+    asker.count.fill_(1)
+    torch.cuda.synchronize()
+    more = memory.host_memory(64 << 20)
+    asker.graph.replay()
+    time.sleep(0.05)
+    began = time.perf_counter()
+    memory.register(more)
+    seconds, spins = time.perf_counter() - began, not torch.cuda.current_stream().query()
+    torch.cuda.synchronize()
+    memory.unregister(more)
+    print(f"64 MiB pinned in {seconds * 1e3:.0f} ms while a kernel spins")
+    assert spins
+    assert seconds < 1
 
 
 def test_a_complete_tier_answers_from_the_table(ram: RamTier) -> None:
