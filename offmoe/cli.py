@@ -72,7 +72,8 @@ def chat(model: str, system: str | None, **chosen: Any) -> None:
 
     ui = choose_ui(list(COMMANDS))
     with load(path, settings) as engine:
-        ui.note(f"{model} · {engine.plan.summary()}")
+        for line in (f"{model} · {engine.plan.summary()}", *engine.notes):
+            ui.note(line)
         Chat(engine, ui, str(path.resolve()), sampling, system).loop()
 
 

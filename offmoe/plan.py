@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -10,6 +10,7 @@ import torch
 
 from offmoe.cache.policy import make_policy
 from offmoe.errors import OffmoeError
+from offmoe.gate import NONE, Gate
 from offmoe.kvcache import kv_nbytes
 from offmoe.models.model import Model, count_weights, trunk_weights
 from offmoe.settings import Budget, Settings, format_size
@@ -126,10 +127,19 @@ def make_plan(model: Model, settings: Settings) -> Plan:
         batch=batch_records(model),
         workspace_bytes=workspace,
         kv=settings.kv or "same",
-        prefetch=settings.prefetch or "none",
+        prefetch=str(pick_prefetch(settings, device)),
     )
     check_fits(plan, free)
     return plan
+
+
+def pick_prefetch(settings: Settings, device: torch.device) -> Gate:
+    """What only the decode step on a GPU can do is refused elsewhere."""
+    gate = Gate.of(settings.prefetch or NONE)
+    if device.type == "cpu" and (gate.most or settings.kv == "int8"):
+        asked = f"--prefetch {settings.prefetch}" if gate.most else "--kv int8"
+        raise OffmoeError(f"{asked} works on a GPU, and the device is the CPU: leave it out")
+    return gate
 
 
 def batch_records(model: Model) -> int:
@@ -238,6 +248,19 @@ def canonical_policy(spec: str, model: Model) -> str:
         return make_policy(spec, model.records).name
     except ValueError as error:
         raise OffmoeError(str(error)) from None
+
+
+def smaller(plan: Plan, model: Model) -> Plan:
+    """With an eighth fewer slots. Raises OffmoeError where a token needs them."""
+    slots, unit = plan.slots * 7 // 8, model.config.layers if plan.scope == "layer" else 1
+    slots -= slots % unit
+    if slots < token_records(model):
+        raise OffmoeError(
+            f"the GPU's memory holds not even {plan.slots} expert slots beside the model's other weights: "
+            "close what else uses it (`nvidia-smi`), or give a smaller --ctx or --chunk"
+        )
+    real = plan.real_slot_bytes // plan.slots * slots
+    return replace(plan, slots=slots, real_slot_bytes=real, waste_bytes=wasted(model, slots))
 
 
 def wasted(model: Model, slots: int) -> int:

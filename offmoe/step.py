@@ -7,7 +7,6 @@ Nothing here allocates, waits or reads a tensor on the host.
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offmoe.cache.residency import Residency
 from offmoe.device_table import device_table, lose, pull, push, reach
-from offmoe.errors import OffmoeError
+from offmoe.gate import Gate
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
 from offmoe.kernels.gpu.embed import embed
@@ -44,8 +42,6 @@ from offmoe.vram import VramStore
 
 RING_ROWS = 64  # many more than are ever under way
 MOST_EOS = 16
-NONE = "none"
-GATE = re.compile(r"gate((?::|,)?(?:[dn]=\d+|p=[\d.]+)(?:,(?:[dn]=\d+|p=[\d.]+))*)?")
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ class DecodeStep:
         sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         self.splits, self.split_size = pick_splits(plan.ctx, c.kv_heads, sms)
         self.buffers = StepBuffers(c, self.splits, device)
-        self.gate = Gate.of(plan.prefetch, store.table, c.top_k)
+        self.gate = Gate.of(plan.prefetch).within(store.table, c.top_k)
         self.table = device_table(store.table, reach(store.table, c.top_k, self.gate.most), device)
         self.routed = c.layers * c.top_k  # records a step
         self.sampler = Scratch.of(c.vocab, device)
@@ -331,27 +327,3 @@ def into(held: Tensor | None, ids: NDArray[np.int16] | None, device: torch.devic
     if held is not None and held.shape == fresh.shape:
         return held.copy_(fresh), False
     return fresh.to(device), True
-
-
-@dataclass(frozen=True)
-class Gate:
-    """The gate-ahead predictor of `--prefetch gate:d=1,p=0.05,n=2`; most = 0: none."""
-
-    ahead: int = 1  # layers
-    least: float = 0.05  # probability
-    most: int = 0  # records a layer: a started copy cannot be called back
-
-    @classmethod
-    def of(cls, spec: str, table: Residency, k: int) -> Gate:
-        """Raises OffmoeError for what is unknown, and where the slots leave no room."""
-        if spec == NONE:
-            return cls()
-        match = GATE.fullmatch(spec)
-        if match is None:
-            raise OffmoeError(f"prefetch {spec!r} is unknown: write none, or gate:d=1…4,p=0…1,n=1…{k}")
-        given = dict(pair.split("=") for pair in (match[1] or "").removeprefix(":").split(",") if pair)
-        ahead, least, most = int(given.get("d", 1)), float(given.get("p", 0.05)), int(given.get("n", 2))
-        room = (table.capacity - k) // (1 if table.scope == "layer" else ahead + 1)
-        if not (1 <= ahead <= 4 and 0 <= least <= 1 and 1 <= most <= k):
-            raise OffmoeError(f"prefetch {spec!r} is out of range: write gate:d=1…4,p=0…1,n=1…{k}")
-        return cls(ahead, least, max(0, min(most, room)))

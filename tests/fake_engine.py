@@ -37,6 +37,7 @@ class Engine:
         self.config = SimpleNamespace(vocab=100)
         self.plan = SimpleNamespace(summary=lambda: "12 of 12 experts in slots")
         self.tokenizer = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text])
+        self.notes: list[str] = []
         self.prompts: list[Any] = []
         self.settings: dict[str, Any] = {}
         self.answer_tokens: list[int] = []

@@ -211,3 +211,23 @@ def test_the_smallest_budget_is_named() -> None:
 def test_a_model_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OffmoeError, match="tokenizer"):
         Engine.load(str(saved("olmoe", tmp_path)), device="cpu")
+
+
+def test_memory_that_does_not_suffice_shrinks_the_pool_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    build, tried = Engine._build, []
+
+    def short(self: Engine, *rest: Any) -> None:
+        tried.append(self.plan.slots)
+        if self.plan.slots > 400:
+            raise torch.OutOfMemoryError
+        build(self, *rest)
+
+    monkeypatch.setattr(Engine, "_build", short)
+    with demo(vram="50%") as engine:
+        assert tried == [480, 420, 360]
+        assert engine.notes == ["the GPU's memory holds no 420 slots: 360 are used"]
+        answer(engine, PROMPT)
+        assert engine.answer_tokens == expected()[0]
+    monkeypatch.setattr(Engine, "_build", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(OffmoeError, match="holds not even 300 expert slots"):
+        demo(vram="50%")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ IDS = [5, 17, 3, 60, 9, 33]
 @contextmanager
 def step_of(path: Path, **settings: Any) -> Iterator[DecodeStep]:
     model = open_model(path)
+    prefetch = settings.pop("prefetch", "none")
     plan = make_plan(model, Settings.of(**{"device": "cpu", "ctx": 32, "ram": "64MiB", **settings}))
+    plan = replace(plan, prefetch=prefetch)
     store = VramStore(model, plan)
     store.records.fill_(0xFF)  # NaN
     store.ram.fill()

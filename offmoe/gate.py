@@ -1,0 +1,45 @@
+"""What `--prefetch` may say: the gate-ahead predictor and its limits."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from offmoe.cache.residency import Residency
+from offmoe.errors import OffmoeError
+
+NONE = "none"
+SPEC = re.compile(r"gate(?::([a-z]=[\d.]+(?:,[a-z]=[\d.]+)*))?")
+USAGE = "write none, or gate:d=1…4,p=0…1,n=1…8 (layers ahead, least probability, records a layer)"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The norm and router of a layer `ahead`, asked with the present hidden state. most = 0: nobody is asked."""
+
+    ahead: int = 1  # layers
+    least: float = 0.05  # probability
+    most: int = 0  # records a layer: a started copy cannot be called back
+
+    @classmethod
+    def of(cls, spec: str) -> Gate:
+        """Raises OffmoeError for what is unknown or out of range."""
+        if spec == NONE:
+            return cls()
+        match = SPEC.fullmatch(spec)
+        given = dict(pair.split("=") for pair in match[1].split(",")) if match and match[1] else {}
+        try:
+            gate = cls(int(given.pop("d", "1")), float(given.pop("p", "0.05")), int(given.pop("n", "2")))
+        except ValueError:
+            match, gate = None, cls()
+        if match is None or given or not (1 <= gate.ahead <= 4 and 0 <= gate.least <= 1 and 1 <= gate.most <= 8):
+            raise OffmoeError(f"prefetch {spec!r} is unknown: {USAGE}")
+        return gate
+
+    def within(self, table: Residency, k: int) -> Gate:
+        """With as few records as leave an event of `k` its slots; perhaps none."""
+        room = (table.capacity - k) // (1 if table.scope == "layer" else self.ahead + 1)
+        return replace(self, most=max(0, min(self.most, k, room)))
+
+    def __str__(self) -> str:
+        return f"gate:d={self.ahead},p={self.least:g},n={self.most}" if self.most else NONE
