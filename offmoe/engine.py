@@ -86,7 +86,7 @@ class Engine:
                 self.store.preload(lambda done, total: progress("experts", done, total))
             elif plan.ram_rows >= model.records:
                 self.store.ram.fill()  # in the background: the trunk is there, an answer can begin
-            self.decoder = self._make_decoder()
+            self.decoder = self._make_decoder(progress)
             on_error.callback(self.decoder.close)
             on_error.pop_all()
 
@@ -232,13 +232,16 @@ class Engine:
         meter.prefilled(began)
         return logits
 
-    def _make_decoder(self) -> EagerDecoder | Decoder:
+    def _make_decoder(self, progress: Progress) -> EagerDecoder | Decoder:
         if self.plan.device.type == "cpu":
             return EagerDecoder(self.step, self.kv, self.plan.device)
         from offmoe.graph import Decoder  # imports triton
 
         trunk, store = cast("DeviceTrunk", self.trunk), cast("VramStore", self.store)
-        return Decoder(self.plan, trunk, store, self.kv)
+        progress("kernels", 0, 1)  # the first time on a machine they are compiled, which takes half a minute
+        decoder = Decoder(self.plan, trunk, store, self.kv)
+        progress("kernels", 1, 1)
+        return decoder
 
     def _finished(self, stopped: bool, sampling: Sampling, meter: Meter) -> str | None:
         """Why the answer ends after the present token, or None."""
