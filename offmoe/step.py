@@ -30,7 +30,7 @@ from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
 from offmoe.kernels.gpu.sample import FULL, Scratch, sample_step
 from offmoe.kernels.gpu.sample import variant as sampler_variant
-from offmoe.kernels.ring import ABORTED, COUNTED, Ring, row_words
+from offmoe.kernels.ring import ABORTED, COUNTED, DONE, Ring, row_words
 from offmoe.kvcache import KVCache
 from offmoe.memory import host_memory, register, unregister
 from offmoe.models.config import ModelConfig
@@ -297,11 +297,14 @@ class DecodeStep:
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """Launches inside change nothing, as if the answer were over."""
-        status = self.buffers.status.clone()
-        self.buffers.status.fill_(1)
+        """Launches inside change nothing, as if the answer were over and the context full: no key is written."""
+        b = self.buffers
+        status, position = b.status.clone(), b.position.clone()
+        b.status.fill_(DONE)
+        b.position.fill_(self.plan.ctx)
         yield
-        self.buffers.status.copy_(status)
+        b.status.copy_(status)
+        b.position.copy_(position)
 
     def force(self, ids: NDArray[np.int16] | None) -> bool:
         """Routing to replay; True where a graph that was captured before points to other memory."""

@@ -84,3 +84,16 @@ def test_prefetching_changes_no_logit(prefetch: str, tmp_path: Path) -> None:
         got = run(step, Variant(prefetch=prefetch != "none"))
         assert_close("logits", got, want, 1e-5)
         assert bool(step.table.landed.any()) == (prefetch != "none"), "nothing was prefetched"
+
+
+def test_an_idle_launch_changes_nothing(tmp_path: Path) -> None:
+    """As a graph is captured, perhaps between a prompt and its first token."""
+    with step_of(saved("qwen3_moe", tmp_path), vram="60%") as step:
+        run(step, Variant())
+        step.push(7, 2)
+        state = [*step.kv.layer(0), *step.kv.layer(2), step.table.owner, step.table.a, step.table.b, step.table.clock,
+                 step.buffers.position, step.buffers.status, step.ring.memory, step.store.records]  # fmt: skip
+        before = [tensor.clone() for tensor in state]
+        with step.idle():
+            step.launch(Variant())
+        assert all(torch.equal(old, new) for old, new in zip(before, state, strict=True))
