@@ -30,6 +30,11 @@ def across(fmt: str, units: int) -> int:
     return min(triton.next_power_of_2(units), 32 // LANES[fmt] if fmt in LANES else 64)
 
 
+def many(rows: int) -> int:
+    """Rows a program; the interpreter pays by the program, whatever it does."""
+    return rows if isinstance(_dense, triton.JITFunction) else max(rows, 64)
+
+
 @triton.jit
 def row_sums(buffer, row, x, norm, inverse, ROWS: tl.constexpr, UNITS: tl.constexpr, U: tl.constexpr,
              WIDTH: tl.constexpr, FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
@@ -107,6 +112,7 @@ def dense(
     norm [K], striped: x is RMS-normed with it first. residual: `out` is the residual stream, striped, and is added
     to; else it is in natural order.
     """
+    rows = many(rows)
     assert 1 <= len(parts) <= 3 and out.is_contiguous() and x.is_contiguous()
     k, n = x.shape[1], sum(form.rows for _, form in parts)
     assert out.shape == (len(x), n) and all(form.cols == k for _, form in parts)
@@ -160,6 +166,7 @@ def expert_gate_up(
 
     Pair p is of token p // (P / T). hit [P] int32: phase HITS takes pairs where it is not 0, MISSES the others.
     """
+    rows = many(rows)
     assert x.is_contiguous() and out.is_contiguous() and records.stride(1) == 1
     gate, up, h = layout.gate, layout.up, x.shape[1]
     _gate_up[(triton.cdiv(gate.rows, rows), len(slots))](
@@ -206,6 +213,7 @@ def expert_down(
 
     records [S, stride] uint8, slots [T · k] int32, inner [T · k, F] and x float32, striped.
     """
+    rows = many(rows)
     assert x.is_contiguous() and inner.is_contiguous() and records.stride(1) == 1
     down, k = layout.down, len(slots) // len(x)
     units = across(down.format, down.cols // UNIT[down.format] * k)
