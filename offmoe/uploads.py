@@ -19,6 +19,8 @@ from offmoe.streams import Lane, Mark
 
 ZONES = 2
 
+NONE = np.empty(0, np.int64)
+
 
 @dataclass(frozen=True)
 class Landing:
@@ -45,6 +47,10 @@ class Uploads:
     @property
     def room(self) -> bool:
         return len(self.waiting) < ZONES
+
+    def under_way(self, layer: int) -> Ints:
+        """Experts of `layer` that were sent and not received yet."""
+        return np.concatenate([NONE, *(landing.experts for landing in self.waiting if landing.layer == layer)])
 
     def send(self, layer: int, experts: Ints, now: int) -> None:
         """Start to bring at most `batch` experts; returns once the copies are queued (and the disk has answered)."""

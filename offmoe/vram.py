@@ -20,7 +20,6 @@ from offmoe.models.model import Model
 from offmoe.plan import Plan
 from offmoe.uploads import Landing, Uploads
 
-NONE = np.empty(0, np.int64)
 Multiply = Callable[[Ints, Ints], None]  # experts, and the addresses of their records
 PROGRAMS = 128  # within VRAM it is many that saturate, not few
 
@@ -87,12 +86,9 @@ class VramStore(ExpertStore):
     def _stream(self, layer: int, missing: Ints, multiply: Multiply) -> None:
         """Bring `missing` in batches: into the slots that they own by now, or past them, and multiply."""
         try:
-            under_way = np.concatenate([NONE, *(landing.experts for landing in self.uploads.waiting)])
-            todo = np.setdiff1d(missing, under_way)
+            todo = np.setdiff1d(missing, self.uploads.under_way(layer))
             while len(todo) or self._next(layer):
-                while self.uploads.room and len(todo):
-                    self.uploads.send(layer, todo[: self.uploads.batch], self.clock)
-                    todo = todo[self.uploads.batch :]
+                todo = self._send(layer, todo)
                 if not len(todo):
                     self._send_ahead(layer + 1)
                 if self._next(layer):
@@ -131,11 +127,14 @@ class VramStore(ExpertStore):
             return
         first = layer * self.table.experts
         absent = np.flatnonzero(self.table.slot_of[first : first + self.table.experts] < 0)
-        under_way = np.concatenate([NONE, *(w.experts for w in self.uploads.waiting if w.layer == layer)])
-        todo = np.setdiff1d(absent, under_way)
+        self._send(layer, np.setdiff1d(absent, self.uploads.under_way(layer)))
+
+    def _send(self, layer: int, todo: Ints) -> Ints:
+        """Fill free zones with the first of `todo`; returns the rest."""
         while self.uploads.room and len(todo):
             self.uploads.send(layer, todo[: self.uploads.batch], self.clock)
             todo = todo[self.uploads.batch :]
+        return todo
 
     def _forget(self, layer: int, missing: Ints) -> None:
         """The bytes of `missing` did not all come: none of them is resident."""
