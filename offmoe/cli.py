@@ -19,6 +19,7 @@ from offmoe.download import find_model
 from offmoe.errors import OffmoeError
 from offmoe.options import (
     Command,
+    LazyGroup,
     json_option,
     option,
     parse,
@@ -46,7 +47,10 @@ INFO = "offmoe info", "offmoe info model.gguf --vram 8GiB --ram 16GiB", "offmoe 
 PACK = ("offmoe pack ./olmoe olmoe-q4_0.gguf --format q4_0",)
 
 
-@click.group(invoke_without_command=True, context_settings=CONTEXT)
+LAB = {"trace": "offmoe.lab.trace_cli", "bench": "offmoe.lab.bench_cli", "tune": "offmoe.lab.tune_cli"}
+
+
+@click.group(cls=LazyGroup, modules=LAB, invoke_without_command=True, context_settings=CONTEXT)
 @click.version_option(__version__, message="offmoe %(version)s")
 @click.pass_context
 def cli(ctx: click.Context) -> None:

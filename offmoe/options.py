@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import click
@@ -41,6 +42,23 @@ class Command(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Examples"):
             formatter.write("".join(f"  {line}\n" for line in self.examples))
+
+
+class LazyGroup(click.Group):
+    """A group with commands of other modules, imported when they are named: `modules` maps a command to its module."""
+
+    def __init__(self, *arguments: Any, modules: dict[str, str], **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.modules = modules
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *self.modules]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in self.modules:
+            return super().get_command(ctx, name)
+        command: click.Command = getattr(import_module(self.modules[name]), name)
+        return command
 
 
 def option(group: str, *names: str, **arguments: Any) -> Decorator:

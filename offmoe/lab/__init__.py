@@ -1,0 +1,1 @@
+"""The policy lab: traces, replay, live measurements and tuning. Its commands are in the files named *_cli."""
