@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import zipfile
 import zlib
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +18,83 @@ from numpy.typing import NDArray
 from offmoe.cache.policies.base import Ints
 
 # What np.load meets in a broken file; MemoryError: a header that claims an absurd shape.
-BROKEN = (OSError, ValueError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+BROKEN = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
-    """Decoded tokens of one or more sequences, with their prompts beside them; ValueError unless sound."""
+    """Decoded tokens of one or more sequences, with their prompts beside them; ValueError unless sound.
+
+    Where a router chose fewer than top_k experts, an event's last ids are the type's highest value (`pad`).
+    """
 
     experts: Ints  # [tokens, layers, k] uint8 or uint16, distinct, in the router's order
     offsets: Ints  # [sequences + 1] where each sequence starts, the last one: tokens
     meta: dict[str, Any]  # at least model, layers, experts, top_k
     probs: NDArray[np.float16] | None = None  # [tokens, layers, k] router weights
-    prefill: Ints | None = None  # [prompt tokens, layers, k], as experts; unknown: all k the type's highest
+    prefill: Ints | None = None  # [prompt tokens, layers, k], as experts; unknown: all k padded
     prefill_offsets: Ints | None = None  # [sequences + 1]; None: one sequence, or no prefill
+    prefill_probs: NDArray[np.float16] | None = None  # [prompt tokens, layers, k]
+    tokens: Ints | None = None  # [tokens] the ids that were fed in
+    prefill_tokens: Ints | None = None  # [prompt tokens]
+    states: NDArray[np.float16] | None = None  # [tokens, layers, H] the residual stream before the router ÷ its RMS
+    logits: NDArray[np.float16] | None = None  # [tokens, layers, experts] the router's
+    gates: NDArray[np.float16] | None = None  # [layers, experts, H] router · norm's weight: logits = gates @ states
 
     def __post_init__(self) -> None:
         check_meta(self.meta)
-        self._check_ids("experts", self.experts)
+        check_ids("experts", self.experts, self.meta)
         check_offsets("offsets", self.offsets, len(self.experts))
         if (np.diff(self.offsets) == 0).any():
             raise ValueError("a sequence is empty: offsets must rise")
-        if self.probs is not None and (
-            self.probs.dtype != np.float16
-            or self.probs.shape != self.experts.shape
-            or not np.isfinite(self.probs).all()
-        ):
-            raise ValueError(f"probs must be finite float16 {list(self.experts.shape)}, found {describe(self.probs)}")
         if self.prefill is not None:
-            self._check_ids("prefill", self.prefill)
+            check_ids("prefill", self.prefill, self.meta)
             check_offsets("prefill_offsets", self.prompts, len(self.prefill))
             if len(self.prompts) != len(self.offsets):
                 raise ValueError(f"{len(self.prompts) - 1} prompts of {len(self.offsets) - 1} sequences")
+        classes = self.meta.get("classes")
+        if classes is not None and not (
+            isinstance(classes, list) and len(classes) == self.sequences and all(isinstance(c, str) for c in classes)
+        ):
+            raise ValueError(f"meta's classes must be a name a sequence, {self.sequences} in all")
+        self._check_companions()
+
+    def _check_companions(self) -> None:
+        """What stands beside the ids has their shape."""
+        tokens, layers, k = self.experts.shape
+        prompt = 0 if self.prefill is None else len(self.prefill)
+        experts = self.meta["experts"]
+        hidden = self.states.shape[-1] if self.states is not None and self.states.ndim else 0
+        check_floats("probs", self.probs, tokens, layers, k)
+        check_floats("prefill_probs", self.prefill_probs, prompt, layers, k)
+        check_floats("states", self.states, tokens, layers, hidden)
+        check_floats("logits", self.logits, tokens, layers, experts)
+        check_floats("gates", self.gates, layers, experts, hidden)
+        check_tokens("tokens", self.tokens, tokens)
+        check_tokens("prefill_tokens", self.prefill_tokens, prompt)
+
+    def __eq__(self, other: object) -> bool:
+        """The same arrays, types included, and the same meta."""
+        if not isinstance(other, Trace):
+            return NotImplemented
+        return all(same(getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def pad(self) -> int:
+        """The id in `experts` that stands for none."""
+        return int(np.iinfo(self.experts.dtype).max)
+
+    @property
+    def padded(self) -> bool:
+        """Whether some event has fewer than top_k experts."""
+        return bool((self.experts[..., -1] == self.pad).any())
+
+    @property
+    def sequences(self) -> int:
+        return len(self.offsets) - 1
 
     @property
     def prompts(self) -> Ints:
@@ -60,14 +108,34 @@ class Trace:
         """How many there are to choose from, over all layers."""
         return int(self.meta["layers"] * self.meta["experts"])
 
+    def take(self, sequences: Iterable[int]) -> Trace:
+        """These sequences alone, in this order; ValueError where there is none or one does not exist."""
+        chosen = np.array(list(sequences), np.int64)
+        if not len(chosen) or chosen.min() < 0 or chosen.max() >= self.sequences:
+            raise ValueError(f"sequences {chosen.tolist()} are not all of 0 to {self.sequences - 1}")
+        decoded, prompt = rows_of(self.offsets, chosen), rows_of(self.prompts, chosen)
+        rows = dict.fromkeys(("experts", "probs", "tokens", "states", "logits"), decoded)
+        rows |= dict.fromkeys(("prefill", "prefill_probs", "prefill_tokens"), prompt)
+        changed = {name: getattr(self, name)[some] for name, some in rows.items() if getattr(self, name) is not None}
+        if self.prefill is not None:
+            changed["prefill_offsets"] = np.append(0, np.cumsum(np.diff(self.prompts)[chosen]))
+        meta = dict(self.meta)
+        if "classes" in meta:
+            meta["classes"] = [meta["classes"][sequence] for sequence in chosen]
+        return replace(self, offsets=np.append(0, np.cumsum(np.diff(self.offsets)[chosen])), meta=meta, **changed)
+
+    def check_model(self, name: str, layers: int, experts: int, top_k: int) -> None:
+        """ValueError where the trace cannot be of a model of this shape."""
+        mine = shape_of(*(self.meta[key] for key in ("layers", "experts", "top_k")))
+        if mine != (theirs := shape_of(layers, experts, top_k)):
+            raise ValueError(f"the trace is of {self.meta['model']}, {mine}, and {name} has {theirs}")
+
     @classmethod
     def load(cls, path: str | Path) -> Trace:
         """Read a trace; ValueError, one line, for a file that is missing, broken or no trace."""
         try:
-            with zipfile.ZipFile(path):  # np.load takes other files for pickles and says so
-                pass
+            check_headers(path)
             with np.load(path, allow_pickle=False) as file:
-                check_names(file.files)
                 arrays = {name: file[name] for name in file.files}
             return cls(**{**arrays, "meta": json.loads(str(arrays["meta"]))})
         except BROKEN as error:
@@ -88,19 +156,48 @@ class Trace:
         finally:
             part.unlink(missing_ok=True)
 
-    def _check_ids(self, name: str, ids: Ints) -> None:
-        layers, experts, k = (self.meta[key] for key in ("layers", "experts", "top_k"))
-        if ids.dtype not in (np.uint8, np.uint16) or ids.shape[1:] != (layers, k) or not len(ids):
-            raise ValueError(f"{name} must be uint8 or uint16 [tokens, {layers}, {k}], found {describe(ids)}")
+
+def check_ids(name: str, ids: Ints, meta: dict[str, Any]) -> None:
+    layers, experts, k = (meta[key] for key in ("layers", "experts", "top_k"))
+    if ids.dtype not in (np.uint8, np.uint16) or ids.shape[1:] != (layers, k) or not len(ids):
+        raise ValueError(f"{name} must be uint8 or uint16 [tokens, {layers}, {k}], found {describe(ids)}")
+    none = np.iinfo(ids.dtype).max
+    if experts > none:
+        raise ValueError(f"{name} is {ids.dtype}, whose {none} means no expert: {experts} experts need uint16")
+    known = ids != none
+    ordered = np.sort(ids, axis=-1)
+    for what, wrong in (
         # A prompt's event may be unknown: runtimes skip the last layer for all but the last prompt token.
-        known = (ids < np.iinfo(ids.dtype).max).any(axis=-1) | (name == "experts")  # [tokens, layers]
-        ordered = np.sort(ids, axis=-1)
-        for what, wrong in (
-            (f"an id above {experts - 1}", ordered[..., -1] >= experts),
-            ("one expert twice", (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)),
-        ):
-            for token, layer in np.argwhere(wrong & known)[:1]:
-                raise ValueError(f"{name} holds {what} at token {token}, layer {layer}")
+        ("no expert", ~known.any(axis=-1) & (name == "experts")),
+        (f"an id above {experts - 1}", (known & (ids >= experts)).any(axis=-1)),
+        ("one expert twice", ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] != none)).any(axis=-1)),
+        ("an id behind padding", (known[..., 1:] & ~known[..., :-1]).any(axis=-1)),
+    ):
+        for token, layer in np.argwhere(wrong)[:1]:
+            raise ValueError(f"{name} holds {what} at token {token}, layer {layer}")
+
+
+def check_floats(name: str, values: NDArray[Any] | None, *shape: int) -> None:
+    if values is not None and (values.dtype != np.float16 or values.shape != shape or not np.isfinite(values).all()):
+        raise ValueError(f"{name} must be finite float16 {list(shape)}, found {describe(values)}")
+
+
+def check_tokens(name: str, values: NDArray[Any] | None, count: int) -> None:
+    if values is not None and (not np.issubdtype(values.dtype, np.integer) or values.shape != (count,)):
+        raise ValueError(f"{name} must be whole numbers [{count}], found {describe(values)}")
+
+
+def check_headers(path: str | Path) -> None:
+    """The arrays' names, and that each holds the bytes that its header claims: before memory is taken for them."""
+    with zipfile.ZipFile(path) as file:  # np.load takes other files for pickles and says so
+        check_names([info.filename.removesuffix(".npy") for info in file.infolist()])
+        for info in file.infolist():
+            with file.open(info) as member:
+                read = HEADERS[np.lib.format.read_magic(member)]
+                shape, _, dtype = read(member)
+                claimed, held = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
+            if claimed != held and not dtype.hasobject:
+                raise ValueError(f"{info.filename} claims {dtype} {list(shape)} and holds {held} bytes")
 
 
 def check_names(names: list[str]) -> None:
@@ -132,6 +229,21 @@ def check_offsets(name: str, offsets: Ints, end: int) -> None:
         and (offsets[1:] >= offsets[:-1]).all()
     ):
         raise ValueError(f"{name} must be whole numbers that rise from 0 to {end}, found {describe(offsets)}")
+
+
+def same(mine: Any, other: Any) -> bool:
+    if isinstance(mine, np.ndarray) and isinstance(other, np.ndarray):
+        return mine.dtype == other.dtype and np.array_equal(mine, other)
+    return type(mine) is type(other) and bool(mine == other)
+
+
+def rows_of(offsets: Ints, sequences: Ints) -> Ints:
+    """Indices of the rows of these sequences."""
+    return np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in sequences])
+
+
+def shape_of(layers: int, experts: int, top_k: int) -> str:
+    return f"{layers} layers of {experts} experts, top {top_k}"
 
 
 def describe(array: NDArray[Any]) -> str:

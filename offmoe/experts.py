@@ -54,6 +54,7 @@ class ExpertStore(ABC):
         self.reader = Reader(model.checkpoint.files)
         self.ram = RamTier(model, plan.ram_rows, plan.stride, plan.policy, plan.device.type == "cuda", self.reader)
         self.routed: Routed | None = None  # told every layer's ids [T, k] and weights, to record a trace
+        self.prompt: list[int] = []  # the tokens of a prompt while it is run, empty while decoding
         self.clock = 0  # tokens so far
         self.counts = Counters()
 

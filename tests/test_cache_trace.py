@@ -74,7 +74,7 @@ GOOD = np.tile(np.arange(2, dtype=np.uint16), (6, 2, 1))  # [6, 2, 2]
         ({"experts": GOOD[0]}, "found uint16 [2, 2]"),
         ({"experts": GOOD[:0]}, "found uint16 [0, 2, 2]"),
         ({"experts": GOOD + np.uint16(7)}, "experts holds an id above 7 at token 0, layer 0"),
-        ({"experts": np.full_like(GOOD, UNKNOWN)}, "experts holds an id above 7 at token 0, layer 0"),
+        ({"experts": np.full_like(GOOD, UNKNOWN)}, "experts holds no expert at token 0, layer 0"),
         ({"experts": GOOD // 2}, "experts holds one expert twice at token 0, layer 0"),
         ({"meta": {**META, "experts": 1}}, "meta's top_k is 2: expected a whole number from 1 to 1"),
         ({"meta": {**META, "layers": 3}}, "[tokens, 3, 2]"),
