@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offmoe.cache.policies import OFFLINE
-from offmoe.cache.policy import Policy, make_policy
+from offmoe.cache.fast import replay_fast
+from offmoe.cache.policy import policy_for
 from offmoe.cache.residency import Access, Residency
 from offmoe.cache.trace import Trace
+
+SCOPES = ("layer", "global")
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -21,21 +24,30 @@ class Outcome:
     policy: str
     scope: str
     slots: int  # a layer
-    hit: NDArray[np.bool_]
-    uploaded: NDArray[np.bool_]  # missed and not bypassed
+    asked: Flags  # not padded
+    hit: Flags
+    uploaded: Flags  # missed and not bypassed
 
     @property
     def hit_rate(self) -> float:
-        return float(self.hit.mean())
+        return self.hits / max(1, self.routed)
 
     @property
     def hit_rate_by_layer(self) -> NDArray[np.float64]:
-        rates: NDArray[np.float64] = self.hit.mean(axis=(0, 2), dtype=np.float64)
+        rates: NDArray[np.float64] = self.hit.sum(axis=(0, 2)) / np.maximum(1, self.asked.sum(axis=(0, 2)))
         return rates
 
     @property
+    def routed(self) -> int:
+        return int(np.count_nonzero(self.asked))
+
+    @property
+    def hits(self) -> int:
+        return int(np.count_nonzero(self.hit))
+
+    @property
     def misses(self) -> int:
-        return self.hit.size - int(np.count_nonzero(self.hit))
+        return self.routed - self.hits
 
     @property
     def misses_per_token(self) -> float:
@@ -45,45 +57,63 @@ class Outcome:
     def uploads_per_token(self) -> float:
         return int(np.count_nonzero(self.uploaded)) / len(self.hit)
 
+    def between(self, start: int, stop: int | None = None) -> Outcome:
+        """Of these tokens alone."""
+        some = slice(start, stop)
+        return replace(self, asked=self.asked[some], hit=self.hit[some], uploaded=self.uploaded[some])
 
-def replay(trace: Trace, policy: str, slots: int, scope: str = "layer") -> Outcome:
+
+def replay(trace: Trace, policy: str, slots: int, scope: str = "layer", fast: bool = True) -> Outcome:
     """Every event of the decoded tokens in order, from an empty cache kept over the sequences.
 
-    slots: a layer; under scope "global" the pool holds slots · layers. ValueError: a policy or scope that
-    does not exist, or fewer slots than one event needs.
+    slots: a layer; under scope "global" the pool holds slots · layers. fast: with the compiled twin of table and
+    policy where there is one, which chooses the same. ValueError: a policy or scope that does not exist, or fewer
+    slots than one event needs.
     """
-    if scope not in ("layer", "global"):
+    check_pool(trace, slots, scope)
+    rule = policy_for(trace, policy)
+    asked = trace.experts < trace.meta["experts"]
+    found = replay_fast(trace, rule, slots, scope) if fast else None
+    hit, uploaded = found or replay_slowly(trace, Residency(*shape(trace, slots), rule, scope))
+    return Outcome(rule.name, scope, slots, asked, hit & asked, uploaded & asked)
+
+
+def check_pool(trace: Trace, slots: int, scope: str) -> None:
+    """ValueError where no event could be held."""
+    if scope not in SCOPES:
         raise ValueError(f"scope {scope!r} is unknown: choose layer or global")
-    layers, experts, k = (trace.meta[key] for key in ("layers", "experts", "top_k"))
-    if slots < k:
+    layers, k = trace.meta["layers"], trace.meta["top_k"]
+    if slots * (layers if scope == "global" else 1) < k:
         raise ValueError(f"{slots} slots a layer are too few: every token needs {k}")
-    table = Residency(layers, experts, slots * layers, policy_for(trace, policy), scope)
-    hit = np.empty(trace.experts.size, np.bool_)
-    uploaded = np.empty_like(hit)
+
+
+def shape(trace: Trace, slots: int) -> tuple[int, int, int]:
+    """Layers, experts and slots in all."""
+    layers: int = trace.meta["layers"]
+    return layers, trace.meta["experts"], slots * layers
+
+
+def replay_slowly(trace: Trace, table: Residency) -> tuple[Flags, Flags]:
+    """Hit and uploaded of every routed record, with the engine's own objects."""
+    asked = (trace.experts < trace.meta["experts"]).ravel()
+    hit = np.zeros(asked.size, np.bool_)
+    uploaded = np.zeros_like(hit)
+    places = asked.nonzero()[0]  # the events follow one another in the order of the ids
     end = 0
     for access in accesses(table, trace):
         start, end = end, end + len(access.hit)
-        hit[start:end] = access.hit
-        uploaded[start:end] = fresh = ~access.hit & (access.slots >= 0)
+        hit[places[start:end]] = access.hit
+        uploaded[places[start:end]] = fresh = ~access.hit & (access.slots >= 0)
         table.landed(access.slots[fresh])
     table.check()
-    shape = trace.experts.shape
-    return Outcome(table.policy.name, scope, slots, hit.reshape(shape), uploaded.reshape(shape))
+    return hit.reshape(trace.experts.shape), uploaded.reshape(trace.experts.shape)
 
 
 def accesses(table: Residency, trace: Trace) -> Iterator[Access]:
-    """The trace's events in order; under layer scope those of one token together."""
+    """The trace's events in order; under layer scope those of one token together, where all are of k."""
     for now, experts in enumerate(trace.experts):
-        if table.scope == "layer":
+        if table.scope == "layer" and experts.max() < table.experts:
             yield table.access_token(experts, now)
         else:
             for layer, chosen in enumerate(experts):
-                yield table.access(layer, chosen, now)
-
-
-def policy_for(trace: Trace, spec: str) -> Policy:
-    """A policy by name, or Belady with this trace as its future."""
-    if spec not in OFFLINE:
-        return make_policy(spec, trace.records)
-    first = np.arange(trace.meta["layers"])[:, None] * trace.meta["experts"]  # record of a layer's expert 0
-    return OFFLINE[spec](trace.records, trace.experts + first, spec)
+                yield table.access(layer, chosen[chosen < table.experts], now)

@@ -48,6 +48,7 @@ class Residency:
         self.guarded: dict[int, Slots] = {}  # layer → slots that were prefetched for its next event
         self.leaving = NONE  # those of the last event: guarded until the next one
         self.wasted = 0  # prefetched records that were evicted unused
+        policy.attach(self)
 
     def access(self, layer: int, experts: Ints, now: int, uses: Ints | int = 1) -> Access:
         """One event: `layer` asks for the distinct `experts` [n] at token `now`, which never goes back.

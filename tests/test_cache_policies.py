@@ -1,18 +1,22 @@
 """Every policy keeps the contract; what each computes, by hand; how a person writes one."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
-from contract import OnlineContract, PolicyContract, events, pool, take
+from contract import BypassContract, OnlineContract, PolicyContract, take
 from hypothesis import given
 from hypothesis import strategies as st
+from traces import of
 
-from offmoe.cache.policies import OFFLINE, POLICIES
+from offmoe.cache.policies import POLICIES, REPLAY_ONLY
 from offmoe.cache.policies.crf import CRF, decay_table
 from offmoe.cache.policies.lfru import LFRU
 from offmoe.cache.policies.lru import LRU
 from offmoe.cache.policy import make_policy
+from offmoe.cache.replay import replay
+from offmoe.cache.residency import Residency
 
 
 class TestLRU(OnlineContract):
@@ -35,26 +39,43 @@ class TestBelady(PolicyContract):
     spec = "belady"
 
 
-class TestBeladyBypass(PolicyContract):
+class TestBeladyBypass(BypassContract):
     spec = "belady-bypass"
 
-    def test_victims_have_the_lowest_score_and_then_slot(self) -> None:
-        """With bypass: of what was there and what was asked for, the highest scores stay."""
-        for scope in ("layer", "global"):
-            table, trace = self.table(scope)
-            for now, layer, asked in events(trace):
-                slots = list(pool(table, layer))
-                known = {*table.owner[slots].tolist(), *(asked + layer * table.experts).tolist()} - {-1}
-                take(table, layer, asked, now)
-                table.check()
-                kept = table.owner[slots][table.owner[slots] >= 0]
-                best = np.sort(table.policy.score(np.array([*known]), now))[-table.capacity :]
-                assert (np.sort(table.policy.score(kept, now)) == best).all()
+
+class TestLeastStale(OnlineContract):
+    spec = "least-stale"
+
+
+class TestRandom(OnlineContract):
+    spec = "random:seed=5"
+
+
+class TestSLRU(PolicyContract):
+    """Not the online contract: what is evicted comes back on probation."""
+
+    spec = "slru:p=50"
+
+
+class TestStaticLRU(OnlineContract):
+    spec = "static+lru:pin=40"
+
+
+class TestStatic(BypassContract):
+    spec = "static"
+
+
+class TestNoCache(BypassContract):
+    spec = "none"
+
+
+class TestTinyLFU(BypassContract, OnlineContract):
+    spec = "crf+tinylfu:h=4"
 
 
 def test_every_policy_has_its_contract_test() -> None:
     tested = {cls.spec.partition(":")[0] for cls in heirs(PolicyContract) if hasattr(cls, "spec")}
-    assert tested == {*POLICIES, *OFFLINE}
+    assert tested == {*POLICIES, *REPLAY_ONLY}
 
 
 def heirs(cls: type[PolicyContract]) -> Iterator[type[PolicyContract]]:
@@ -142,10 +163,103 @@ def test_crf_rounds_the_product_before_the_sum() -> None:
         assert crf.value[0] == value
 
 
+def table_of(spec: str, slots: int, scope: str = "layer", layers: int = 1, experts: int = 6) -> Residency:
+    return Residency(layers, experts, slots, make_policy(spec, layers * experts), scope)
+
+
+def held(table: Residency, *asked: int) -> list[int]:
+    """Asks for one expert a token; the records that are there afterwards."""
+    for expert in asked:
+        take(table, 0, np.array([expert]), table.now + 1)
+    return sorted(table.owner[table.owner >= 0].tolist())
+
+
+def test_slru_protects_what_was_hit() -> None:
+    table = table_of("slru:p=50", 4)  # two of four
+    assert held(table, 0, 1, 2, 3) == [0, 1, 2, 3]
+    assert held(table, 0, 1, 4, 5) == [0, 1, 4, 5]  # lru would keep the same
+    assert held(table, 2, 3) == [0, 1, 2, 3]  # lru would have lost 0 and 1
+
+
+def test_slru_sends_the_oldest_of_too_many_back_as_the_most_recent_on_probation() -> None:
+    table = table_of("slru:p=50", 4)
+    held(table, 0, 1, 2, 3, 0, 1, 2)  # 0 is on probation again, used after 3
+    assert np.flatnonzero(table.policy.protected).tolist() == [1, 2]  # type: ignore[attr-defined]
+    assert held(table, 4) == [0, 1, 2, 4]
+    assert held(table, 5) == [1, 2, 4, 5]
+
+
+def test_slru_forgets_the_protection_of_what_was_evicted() -> None:
+    table = table_of("slru:p=99", 2)  # one of two
+    assert held(table, 0, 0, 1, 1) == [0, 1]  # 1 is protected now
+    assert held(table, 2) == [1, 2]
+    assert held(table, 0) == [0, 1]
+    assert table.policy.protected[:3].tolist() == [0, 1, 0]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("spec", "hits"), [("lru", []), ("least-stale", [(1, 2), (2, 2), (3, 2)])])
+def test_least_stale_keeps_layers_to_come(spec: str, hits: list[tuple[int, int]]) -> None:
+    """Three layers, room for two records: lru always evicts what is asked for next."""
+    table = table_of(spec, 2, "global", layers=3)
+    events = [(now, layer) for now in range(4) for layer in range(3)]
+    assert [event for event in events if take(table, event[1], np.array([0]), event[0]).hit[0]] == hits
+
+
+def test_least_stale_evicts_first_what_this_pass_went_by() -> None:
+    table = table_of("least-stale", 3, "global", layers=2)
+    take(table, 1, np.array([5]), 0)
+    take(table, 0, np.array([0]), 1)
+    take(table, 1, np.array([4]), 1)  # full: layer 0 of this pass, both of layer 1, of which 5 was not touched
+    assert take(table, 0, np.array([1]), 2).evicted.tolist() == [0]
+    assert take(table, 1, np.array([3]), 2).evicted.tolist() == [6 + 5]
+
+
+def test_random_is_the_same_again_and_spreads_over_all() -> None:
+    scores = [
+        make_policy(spec, 1000).score(np.arange(1000), 7) for spec in ("random", "random:seed=0", "random:seed=1")
+    ]
+    assert (scores[0] == scores[1]).all()
+    assert (scores[0] != scores[2]).all()
+    assert len(np.unique(scores[0])) == 1000
+    assert np.corrcoef(scores[0], make_policy("random", 1000).score(np.arange(1000), 8))[0, 1] < 0.1
+    victims = [int(make_policy("random", 8).score(np.arange(8), now).argmin()) for now in range(800)]
+    assert np.bincount(victims, minlength=8).min() > 60
+
+
+def test_none_keeps_nothing() -> None:
+    trace = of([[0, 1]] * 5, 4)
+    outcome = replay(trace, "none", 4)
+    assert (outcome.misses, outcome.uploads_per_token) == (10, 0)
+
+
+def test_static_keeps_the_hottest_of_the_first_half() -> None:
+    asked = [0, 1, 1, 2, 2, 3, 0, 3, 1, 2, 3, 3]  # in the first half mostly 1 and 2
+    outcome = replay(of([[expert] for expert in asked], 4), "static", 2)
+    assert outcome.hit.ravel().tolist() == [e in (1, 2) and at not in (1, 3) for at, e in enumerate(asked)]
+    assert outcome.uploads_per_token * 12 == 2
+
+
+def test_static_lru_keeps_its_share_and_the_rest_recent(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.npz"
+    of([[5], [5], [4]], 6).save(profile)
+    table = table_of(f"static+lru:pin=34,profile={profile}", 3)
+    assert table.policy.name == f"static+lru:pin=34,profile={profile}"
+    assert held(table, 5, 0, 1, 2, 3) == [2, 3, 5]
+
+
+def test_tinylfu_lets_in_only_what_is_hotter_than_who_would_leave() -> None:
+    trace = of([[0], [0], [1], [1], [2], [2], [2], [1]], 3)
+    outcome = replay(trace, "crf+tinylfu:h=4096", 2)
+    # one use of 2 against two of 0: stays out; its second use is as many and later: 0 leaves
+    assert outcome.hit.ravel().tolist() == [False, True, False, True, False, False, True, True]
+    assert outcome.uploaded.ravel().tolist() == [True, False, True, False, False, True, False, False]
+
+
 @pytest.mark.parametrize(
     ("spec", "name"),
     [
         ("lru", "lru"),
+        ("slru", "slru:p=80"),
         ("lfu", "lfu"),
         ("crf", "crf:h=64"),
         ("crf:h=16", "crf:h=16"),
@@ -167,7 +281,12 @@ def test_the_half_life_is_the_one_written() -> None:
     [
         ("", "policy '' is unknown: choose lru, crf:h=1…4096, lfu"),
         ("fifo", "policy 'fifo' is unknown: choose lru, crf:h=1…4096, lfu"),
-        ("belady", "policy 'belady' is unknown"),
+        ("belady", "policy 'belady' runs in replay only: choose lru, crf, lfu"),
+        ("crf+tinylfu:h=8", "policy 'crf+tinylfu:h=8' runs in replay only"),
+        ("static+lru", "policy 'static+lru:pin=50' needs a profile: write static+lru:profile=TRACE.npz"),
+        ("static+lru:profile=", "profile is empty: write static+lru:pin=1…99,profile=FILE"),
+        ("static+lru:profile=nowhere.npz", "nowhere.npz is no routing trace"),
+        ("static+lru:profile=tests/data/small_trace.npz", "is of 128 records and 4 are needed"),
         ("LRU", "'LRU' is unknown"),
         ("lru:", "policy 'lru:' has no parameter '': write lru"),
         ("lru:h=3", "policy 'lru:h=3' has no parameter 'h': write lru"),

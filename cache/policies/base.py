@@ -5,10 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from offmoe.cache.residency import Residency
+    from offmoe.cache.trace import Trace
 
 Ints = NDArray[np.integer[Any]]
 Numbers = NDArray[np.integer[Any] | np.floating[Any]]
@@ -23,6 +27,11 @@ class Parameter:
     high: int
 
 
+@dataclass(frozen=True)
+class File:
+    """A path that a policy's spec may set; without it the value is ""."""
+
+
 class Policy(ABC):
     """Who leaves when room is needed: the lowest score; ties go to the lowest slot.
 
@@ -30,9 +39,10 @@ class Policy(ABC):
     fixed order of operations, so that a kernel can compute the same scores bit for bit.
     """
 
-    parameters: ClassVar[Mapping[str, Parameter]] = {}
+    parameters: ClassVar[Mapping[str, Parameter | File]] = {}
     state: ClassVar[tuple[str, ...]] = ()  # the arrays [records] that a device needs to score alike; none: it cannot
-    # True: a missed record enters only where it outscores the victim, which may be one just hit (a bound).
+    # True: a missed record enters only where it outscores the victim, which may be one just hit. No engine can serve
+    # a miss without a slot yet, so such a policy is for replay only.
     bypass: ClassVar[bool] = False
 
     def __init__(self, records: int, name: str) -> None:
@@ -41,9 +51,17 @@ class Policy(ABC):
 
     event = 0  # accesses so far, where the score counts them
 
+    @classmethod
+    def for_trace(cls, trace: Trace, name: str, **values: Any) -> Self:
+        """To replay `trace`, of which a policy for replay may know more than what it is told."""
+        return cls(trace.records, name, **values)
+
+    def attach(self, table: Residency) -> None:  # noqa: B027  # most need not know
+        """Told once which table it serves: its layers, pools and capacity, and later what lies in it."""
+
     @abstractmethod
     def touch(self, records: Ints, now: int, uses: Ints | int = 1) -> None:
-        """Distinct `records` [n] are used at token `now`, each `uses` (int, or [n]) times."""
+        """Distinct `records` [n] are used at token `now`, each `uses` (int, or [n]) times; misses have no slot yet."""
 
     @abstractmethod
     def score(self, records: Ints, now: int) -> Numbers:

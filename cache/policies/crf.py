@@ -27,7 +27,7 @@ class CRF(Policy):
     product is rounded before the sum (a kernel must not fuse them).
     """
 
-    state = ("value", "last")
+    state: ClassVar[tuple[str, ...]] = ("value", "last")
     parameters: ClassVar[Mapping[str, Parameter]] = {"h": Parameter(default=64, low=1, high=4096)}
 
     def __init__(self, records: int, name: str = "crf:h=64", h: int = 64) -> None:
