@@ -23,10 +23,10 @@ from offmoe.errors import OffmoeError
 from offmoe.lab import latency, live_folder
 from offmoe.lab.live import Bench, Configuration, Measured
 from offmoe.lab.live_folder import Cell, Folder, write_file
-from offmoe.lab.live_probe import Answer, Probe
+from offmoe.lab.live_probe import Probe, Watched
 from offmoe.lab.live_prompts import PROMPTS, read_prompts
 from offmoe.lab.live_sweep import Sweep, run_sweep, traces
-from offmoe.lab.live_truth import Simulator, same
+from offmoe.lab.live_truth import Answer, Simulator, answers_of, same
 from offmoe.models.model import open_model
 from offmoe.settings import Settings
 
@@ -50,13 +50,13 @@ def earlier(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def live(model: Path, **settings: Any) -> tuple[list[Answer], Engine]:
+def live(model: Path, **settings: Any) -> tuple[list[Watched], Engine]:
     chosen = {"device": "cpu", "ctx": 128, "chunk": 16, **settings}
     with Engine(open_model(model), Settings.of(**chosen)) as engine, Probe(engine) as probe:
         return [probe.run(ids, 24) for ids in IDS], engine
 
 
-def replayed(answers: list[Answer], engine: Engine) -> list[Any]:
+def replayed(answers: list[Watched], engine: Engine) -> list[Any]:
     simulator = Simulator(engine.plan, engine.config.layers, engine.config.experts)
     return [simulator.answer(answer) for answer in answers]
 
@@ -85,6 +85,16 @@ def test_a_replay_without_the_prompt_is_caught(model: Path) -> None:
     for answer in answers:
         answer.prompt = []
     assert not all(same(a.missed, s.missed) for a, s in zip(answers, replayed(answers, engine), strict=True))
+
+
+def test_a_recorded_trace_is_replayed_as_it_was_run(model: Path) -> None:
+    """Chunks again, after a file knew only tokens."""
+    with Engine(open_model(model), Settings.of(device="cpu", ctx=128, chunk=16)) as engine, Probe(engine) as probe:
+        answers = [probe.run(ids, 8) for ids in IDS]
+        trace = probe.recorder.trace()
+    for again, answer in zip(answers_of(trace, engine.plan.chunk), answers, strict=True):
+        assert same(again.prompt, answer.prompt)
+        assert same(again.steps, answer.steps)
 
 
 def test_everything_in_slots_never_misses(model: Path) -> None:
@@ -280,9 +290,7 @@ def test_the_command_measures_reports_and_resumes(command: Command, tmp_path: Pa
 def test_a_replay_that_is_off_ends_with_3(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the simulator forgot the prompts."""
     answer = Simulator.answer
-    monkeypatch.setattr(
-        Simulator, "answer", lambda self, a: answer(self, Answer([], a.steps, a.missed, a.hits, a.seconds))
-    )
+    monkeypatch.setattr(Simulator, "answer", lambda self, a: answer(self, Answer([], a.steps)))
     status, screen, _ = command("demo", *SMALL, "-o", tmp_path / "results")
     assert status == 3
     assert "the replay is wrong: 50% lru: measured" in screen

@@ -14,12 +14,12 @@ from offmoe.cache.trace import Trace
 from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
 from offmoe.gate import NONE, Gate
-from offmoe.lab.live_probe import Answer, Probe
+from offmoe.lab.live_probe import Probe, Watched
 from offmoe.lab.live_truth import Simulated, Simulator, same
 from offmoe.links import link_bandwidth, slot_bandwidth
 from offmoe.models.model import open_model
 from offmoe.plan import DEFAULT_POLICY, Plan, canonical_policy, make_plan, token_records
-from offmoe.settings import Settings, parse_budget
+from offmoe.settings import Settings, format_size, parse_budget
 from offmoe.tokenizer import load_tokenizer
 
 WARM_UP = 8  # steps that are replayed too, but not counted: threads start, memory is touched
@@ -30,12 +30,17 @@ DISTINCT = 5  # no prompt decodes more than a fifth of the tokens
 class Configuration:
     """What is compared, as a person writes it."""
 
-    vram: str
+    vram: str  # percent, or bytes
     policy: str
     prefetch: str = NONE
 
     def __str__(self) -> str:
-        return f"{self.vram} {self.method}"
+        return f"{self.budget} {self.method}"
+
+    @property
+    def budget(self) -> str:
+        """For people."""
+        return self.vram if self.vram.endswith("%") else format_size(int(self.vram))
 
     @property
     def method(self) -> str:
@@ -117,12 +122,17 @@ class Bench:
 
     def plan(self, configuration: Configuration) -> Plan:
         """Raises OffmoeError where the configuration is not possible here."""
-        return make_plan(self.model, self._settings(configuration))
+        return self.plan_of(self._settings(configuration))
+
+    def plan_of(self, settings: Settings) -> Plan:
+        return make_plan(self.model, settings)
 
     def canonical(self, vram: str, policy: str | None, prefetch: str | None) -> Configuration:
         """As the engine writes it, so that one thing is not measured under two names."""
         name = canonical_policy(DEFAULT_POLICY if policy is None else policy, self.model)
-        return Configuration(str(parse_budget(vram)), name, str(Gate.of(prefetch or NONE)))
+        budget = parse_budget(vram)
+        exact = str(budget) if budget.bytes is None else str(budget.bytes)
+        return Configuration(exact, name, str(Gate.of(prefetch or NONE)))
 
     @property
     def smallest(self) -> float:
@@ -156,7 +166,7 @@ class Bench:
 
     def bandwidths(self) -> dict[str, float]:
         """Bytes a second, for the roof."""
-        device = make_plan(self.model, self.base).device
+        device = self.plan_of(self.base).device
         return {"slots": slot_bandwidth(device), "link": link_bandwidth(device)}
 
     def close(self) -> None:
@@ -186,7 +196,7 @@ class Runs:
         self._sequences = 0  # of the trace so far
         self._sums: dict[str, float] = {}
         self._parts: dict[str, float] = {}
-        self._pairs: list[tuple[Answer, Simulated]] = []
+        self._pairs: list[tuple[Watched, Simulated]] = []
 
     def run(self, ids: list[int], most: int, counts: bool = True) -> None:
         answer = self.probe.run(ids, most)
@@ -199,7 +209,7 @@ class Runs:
             self._pairs.append((answer, simulated))
             self._add(answer)
 
-    def _add(self, answer: Answer) -> None:
+    def _add(self, answer: Watched) -> None:
         """Stats are means a token; sums can be added up."""
         stats, steps = self.engine.stats(), len(answer.steps)
         self.steps += steps

@@ -36,6 +36,16 @@ def write_file(path: Path, content: str | bytes) -> None:
         raise
 
 
+def check_writable(folder: Path) -> None:
+    """Make `folder`; OffmoeError where nothing can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OffmoeError(f"cannot write {folder}: {error.strerror}") from None
+
+
 @dataclass(frozen=True)
 class Cell:
     """One measurement to make: a configuration's turn in a round; `again`: the baseline, repeated last."""
@@ -67,8 +77,7 @@ class Folder:
                 f"{path} holds another run's results (other options, model, machine or version): give another -o, "
                 "or delete it"
             )
-        elif not os.access(path, os.W_OK):
-            raise OffmoeError(f"cannot write {path}: Permission denied")
+        check_writable(path)
 
     def _found(self) -> str | None:
         """The key of the run in the folder; None where it is empty or not there."""

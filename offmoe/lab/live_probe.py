@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -19,18 +19,17 @@ import numpy as np
 from offmoe.cache.residency import Access
 from offmoe.engine import Engine
 from offmoe.experts import Ints
+from offmoe.lab.live_truth import Answer
 from offmoe.lab.record import Recorder
 
 
 @dataclass
-class Answer:
-    """One sequence: the chunks that its prompt was run in and the steps that followed, ids [T, layers, k] each."""
+class Watched(Answer):
+    """An answer with what was seen of its steps."""
 
-    prompt: list[Ints]
-    steps: list[Ints]
-    missed: list[Ints]  # an event of the steps each
-    hits: Ints  # [layers], of the steps
-    seconds: dict[str, float] = field(default_factory=dict)  # by part, of the steps
+    missed: list[Ints]  # records, an event each
+    hits: Ints  # [layers]
+    seconds: dict[str, float]  # by part
 
 
 class Probe:
@@ -60,7 +59,7 @@ class Probe:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._undo.close()
 
-    def run(self, ids: list[int], most: int) -> Answer:
+    def run(self, ids: list[int], most: int) -> Watched:
         """Answer `ids` greedily from a fresh conversation, at most `most` steps behind the first token."""
         self.engine.reset()
         before: dict[str, float] = {}
@@ -73,7 +72,7 @@ class Probe:
         hits, self._hits = self._hits, np.zeros_like(self._hits)
         seconds = {part: after[part] - before.get(part, after[part]) for part in after}
         seconds["experts"] -= seconds["page-in"]
-        return Answer(seen.prefill.ids, seen.decoded.ids, missed, hits, seconds)
+        return Watched(seen.prefill.ids, seen.decoded.ids, missed, hits, seconds)
 
     def _spent(self) -> dict[str, float]:
         return self._seconds | {"page-in": self.engine.store.counters.stall_s}

@@ -38,7 +38,7 @@ class Sweep:
             configuration = bench.canonical(budget, policy, ahead)
             among = budgets.setdefault(configuration.vram, [])
             if bench.plan(configuration).all_in_slots and among:
-                notes.append(f"at {configuration.vram} every record has a slot: only {among[0].method} is measured")
+                notes.append(f"at {configuration.budget} every record has a slot: only {among[0].method} is measured")
             elif configuration not in among:
                 among.append(configuration)
         return cls(budgets, rounds, tuple(dict.fromkeys(notes)))

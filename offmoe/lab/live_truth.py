@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -14,10 +15,18 @@ from offmoe.cache.residency import Residency
 from offmoe.experts import ExpertStore, Ints, grouped
 
 if TYPE_CHECKING:
-    from offmoe.lab.live_probe import Answer
+    from offmoe.cache.trace import Trace
     from offmoe.plan import Plan
 
 TOLERANCE = 0.01  # of the hit rate: a simulator that is further off is not to be believed
+
+
+@dataclass
+class Answer:
+    """One sequence: the chunks that its prompt was run in and the steps that followed, ids [T, layers, k] each."""
+
+    prompt: list[Ints]
+    steps: list[Ints]
 
 
 @dataclass
@@ -65,6 +74,19 @@ class Simulator:
         access = self.table.access(layer, experts, self.clock, uses)
         self.table.landed(access.slots[~access.hit])
         return access.hit
+
+
+def answers_of(trace: Trace, chunk: int) -> list[Answer]:
+    """A recorded trace as an engine runs it: every prompt in chunks of so many tokens, then step by step."""
+    assert trace.prefill is not None, "a live run records prompts"
+    spans = list(zip(pairwise(trace.prompts.tolist()), pairwise(trace.offsets.tolist()), strict=True))
+    return [
+        Answer(
+            [trace.prefill[at : min(at + chunk, end)] for at in range(start, end, chunk)],
+            [trace.experts[at : at + 1] for at in range(first, last)],
+        )
+        for (start, end), (first, last) in spans
+    ]
 
 
 def same(one: list[Ints], other: list[Ints]) -> bool:

@@ -88,8 +88,8 @@ def latency(found: list[Summary], bandwidths: dict[str, float], record_bytes: fl
 
 def label_budgets(axes: Axes, found: list[Summary]) -> None:
     """Its budget over each group of points."""
-    for budget in dict.fromkeys(s.configuration.vram for s in found):
-        group = [s for s in found if s.configuration.vram == budget]
+    for budget in dict.fromkeys(s.configuration.budget for s in found):
+        group = [s for s in found if s.configuration.budget == budget]
         x = 100 * sum(s.mean("hit_rate") for s in group) / len(group)
         top = max(m.ms for s in group for m in s.rounds)
         axes.annotate(budget, (x, top), (0, 8), textcoords="offset points", ha="center", color=PALE, fontsize=9)
@@ -143,7 +143,7 @@ def layers(found: list[Summary], baselines: list[Configuration]) -> bytes:
             axes.plot(xs, [100 * hit for hit in line], color=shade, lw=1.8, marker="o", ms=3)
             low, high = ([100 * edge(values) for values in zip(*group, strict=True)] for edge in (min, max))
             axes.fill_between(xs, low, high, color=shade, alpha=0.18, lw=0)
-            axes.annotate(baseline.vram, (len(line) - 1, 100 * line[-1]), (8, 0), textcoords="offset points",
+            axes.annotate(baseline.budget, (len(line) - 1, 100 * line[-1]), (8, 0), textcoords="offset points",
                           va="center", color=shade, fontweight="bold")  # fmt: skip
         axes.set(xlabel="layer", ylabel="hit rate, %", ylim=(0, 104))
         below = f"line: {shown[0].method}; band: all methods at that budget" if shown else "nothing was seen"

@@ -42,12 +42,11 @@ def verdicts(found: list[Gain]) -> list[str]:
     """One sentence a comparison; what does not stand out of the spread is called noise."""
     lines = []
     for gain in found:
-        who, base = f"At {gain.configuration.vram}, {gain.configuration.method}", gain.baseline.method
-        figures = f"{gain.gain:+.1%}, spread ±{gain.spread:.1%}, {gain.rounds} rounds"
+        who, base = f"At {gain.configuration.budget}, {gain.configuration.method}", gain.baseline.method
         if gain.noise:
-            lines.append(f"{who} against {base}: **noise** ({figures}).")
+            lines.append(f"{who} against {base}: **noise** ({gain.figures}).")
         else:
-            lines.append(f"{who} takes {'less' if gain.gain > 0 else 'more'} time than {base} ({figures}).")
+            lines.append(f"{who} takes {'less' if gain.gain > 0 else 'more'} time than {base} ({gain.figures}).")
     return lines
 
 

@@ -107,9 +107,16 @@ class Gain:
             return "noise"
         return "faster" if self.gain > 0 else "slower"
 
+    @property
+    def figures(self) -> str:
+        return with_spread(self.gain, self.spread)
+
     def __str__(self) -> str:
-        spread = "unknown: one round" if math.isinf(self.spread) else f"± {self.spread:.1%}"
-        return f"{self.gain:+.1%} {spread}: {self.verdict}"
+        return f"{self.figures}: {self.verdict}"
+
+
+def with_spread(gain: float, spread: float) -> str:
+    return f"{gain:+.1%} " + ("of one round" if math.isinf(spread) else f"± {spread:.1%}")
 
 
 def paired(times: Iterable[tuple[float, float, float]]) -> tuple[float, float]:

@@ -17,7 +17,7 @@ def write_report(folder: Folder, about: dict[str, Any], results: Results, trace:
     found = summaries(results)
     baselines = list(dict.fromkeys(cell.configuration for cell in results if cell.again))
     policies = list(dict.fromkeys(summary.configuration.policy for summary in found))
-    budgets = {baseline.vram: next(s.slots for s in found if s.configuration == baseline) for baseline in baselines}
+    budgets = {baseline.budget: next(s.slots for s in found if s.configuration == baseline) for baseline in baselines}
     lines = curves(trace, policies, about["scope"])
     shares = {budget: slots / about["records"] for budget, slots in budgets.items()}
     drawn = {
