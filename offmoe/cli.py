@@ -24,10 +24,12 @@ from offmoe.options import (
     option,
     parse,
     placement_options,
+    profile_option,
     raw_option,
     sampling_options,
     system_option,
 )
+from offmoe.profile import use_profile
 from offmoe.report import section_tables
 from offmoe.settings import Sampling, Settings
 from offmoe.terminal import choose_ui, clean, console, decode, interruptible, one_line, progress_bar
@@ -66,17 +68,19 @@ def cli(ctx: click.Context) -> None:
 @cli.command(cls=Command, examples=CHAT)
 @click.argument("model", default="demo")
 @placement_options
+@profile_option
 @sampling_options
 @system_option
-def chat(model: str, system: str | None, **chosen: Any) -> None:
+def chat(model: str, system: str | None, no_profile: bool, **chosen: Any) -> None:
     """Talk to MODEL, by default the demo; /help lists the commands."""
     settings, sampling = parse(chosen)
     path = find_model(model)
+    settings, told = (settings, None) if no_profile else use_profile(path, settings)
     from offmoe.chat import COMMANDS, Chat
 
     ui = choose_ui(list(COMMANDS))
     with load(path, settings) as engine:
-        for line in (f"{model} · {engine.plan.summary()}", *engine.notes):
+        for line in (f"{model} · {engine.plan.summary()}", *filter(None, [told]), *engine.notes):
             ui.note(line)
         Chat(engine, ui, str(path.resolve()), sampling, system).loop()
 
@@ -85,16 +89,22 @@ def chat(model: str, system: str | None, **chosen: Any) -> None:
 @click.argument("model")
 @click.argument("prompt", required=False)
 @placement_options
+@profile_option
 @sampling_options
 @system_option
 @raw_option
 @json_option
-def run(model: str, prompt: str | None, system: str | None, raw: bool, as_json: bool, **chosen: Any) -> None:
+def run(
+    model: str, prompt: str | None, system: str | None, raw: bool, as_json: bool, no_profile: bool, **chosen: Any
+) -> None:
     """One answer of MODEL to PROMPT, or to standard input."""
     if raw and system:
         raise click.UsageError("--raw leaves no place for --system.")
     settings, sampling = parse(chosen)
     path, text = find_model(model), read_prompt(prompt)
+    settings, told = (settings, None) if no_profile else use_profile(path, settings)
+    if told:
+        click.echo(clean(told), err=True)
     with load(path, settings) as engine:
         answer(engine, as_prompt(engine, text, system, raw), sampling, as_json)
 

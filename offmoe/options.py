@@ -119,6 +119,9 @@ sampling_options: Decorator = together(
 )
 system_option: Decorator = option("Conversation", "--system", metavar="TEXT", help="The system prompt.")
 raw_option: Decorator = option("Conversation", "--raw", is_flag=True, help="PROMPT as it is, without a template.")
+profile_option: Decorator = option(
+    "Placement", "--no-profile", is_flag=True, help="Without what `offmoe tune` found for MODEL here."
+)
 json_option: Decorator = option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 

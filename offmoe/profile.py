@@ -14,6 +14,7 @@ from typing import Any
 
 from offmoe.errors import OffmoeError
 from offmoe.settings import Settings, parse_budget
+from offmoe.terminal import one_line
 
 VERSION = 1
 HEAD = 1 << 20  # bytes of a file that stand for it: a GGUF's metadata and first tensors
@@ -107,19 +108,37 @@ def parse_profile(path: Path, document: dict[str, Any]) -> Profile:
     for name, number in numbers.items():
         if not isinstance(number, int | float):
             raise damaged(path, f"{name} is {number!r}, expected a number")
+    check_names(path, texts["policy"], texts["prefetch"])
     return Profile(path=path, **texts, **numbers)  # type: ignore[arg-type]
+
+
+def check_names(path: Path, policy: str | None, prefetch: str | None) -> None:
+    """What a person may have written into it."""
+    from offmoe.cache.policy import make_policy  # numpy, which nobody without a profile waits for here
+    from offmoe.gate import Gate
+
+    try:
+        if policy is not None:
+            make_policy(policy, 1)
+        if prefetch is not None:
+            Gate.of(prefetch)
+    except (ValueError, OffmoeError) as error:
+        raise damaged(path, str(error)) from None
 
 
 def damaged(path: Path, what: str) -> OffmoeError:
     return OffmoeError(
-        f"the profile {path} is damaged ({what}): `offmoe tune` writes it anew, `offmoe tune --forget` deletes it, "
-        "--no-profile leaves it out"
+        f"the profile {path} is damaged and not used ({one_line(what)}): `offmoe tune` writes it anew, with --forget "
+        "it deletes it"
     )
 
 
 def use_profile(model: Path, settings: Settings) -> tuple[Settings, str | None]:
     """`settings` with what the model's profile knows better, and the line that says so; explicit options win."""
-    profile = read_profile(model)
+    try:
+        profile = read_profile(model)
+    except OffmoeError as error:
+        return settings, str(error)
     if profile is None or not fits(profile, settings):
         return settings, None
     if profile.vram is not None and settings.vram is not None and settings.vram != parse_budget(profile.vram):
