@@ -1,0 +1,19 @@
+"""The token before: a negative control, for under LRU all of it is resident already."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from offmoe.cache.policies.base import Ints
+from offmoe.cache.predictors.base import NOBODY, Predictor, Shares
+
+
+class Previous(Predictor):
+    """What the layer asked for at the sequence's last token, in the router's order, without doubt."""
+
+    def predict(self, token: int, layer: int) -> tuple[Ints, Shares]:
+        if token in self.trace.offsets:
+            return NOBODY
+        experts = self.trace.experts[token - 1, layer]
+        experts = experts[experts < self.trace.meta["experts"]]
+        return experts, np.ones(len(experts))
