@@ -14,7 +14,6 @@ from typing import Any
 
 from offmoe.errors import OffmoeError
 from offmoe.settings import Settings, parse_budget
-from offmoe.terminal import one_line
 
 VERSION = 1
 HEAD = 1 << 20  # bytes of a file that stand for it: a GGUF's metadata and first tensors
@@ -127,9 +126,9 @@ def check_names(path: Path, policy: str | None, prefetch: str | None) -> None:
 
 
 def damaged(path: Path, what: str) -> OffmoeError:
+    reason = " ".join(what.split())
     return OffmoeError(
-        f"the profile {path} is damaged and not used ({one_line(what)}): `offmoe tune` writes it anew, with --forget "
-        "it deletes it"
+        f"the profile {path} is damaged and not used ({reason}): `offmoe tune` writes it anew, --forget deletes it"
     )
 
 

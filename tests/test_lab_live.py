@@ -382,6 +382,6 @@ def test_ctrl_c_says_what_is_kept(command: Command, tmp_path: Path, monkeypatch:
 
 
 def test_a_cell_names_itself() -> None:
-    assert Cell(3, 1, Configuration("8 GiB", "crf:h=16", "gate:d=1,p=0.05,n=2"), True).file == (
+    assert Cell(3, 1, Configuration("8589934592", "crf:h=16", "gate:d=1,p=0.05,n=2"), True).file == (
         "003-r1-8-GiB-crf-h16---gate-d1-p0.05-n2-again.json"
     )

@@ -13,12 +13,26 @@ import numpy as np
 import pytest
 from traces import synthetic
 
+from offmoe.cache.ahead import Pace
+from offmoe.cache.trace import Trace
 from offmoe.lab import plots
 from offmoe.lab.live import Configuration, Measured
 from offmoe.lab.live_folder import Cell, Folder
 from offmoe.lab.report_curves import curves
 from offmoe.lab.report_markdown import as_csv, report, rows, table, truth, verdicts
 from offmoe.lab.report_numbers import Results, drifts, fit, fitted, gains, paired, summaries, t95
+from offmoe.lab.report_predictors import (
+    GATE,
+    ORACLE,
+    PREVIOUS,
+    SHUFFLED,
+    Prediction,
+    Predictions,
+    judged,
+    keep,
+    kept,
+    predictions,
+)
 from offmoe.lab.report_write import write_report
 
 GOOD = Measured(
@@ -30,7 +44,7 @@ GOOD = Measured(
 ABOUT: dict[str, Any] = {
     "model": "m.gguf", "machine": "1 × CPU", "device": "cpu", "version": "1", "date": "2026-01-01", "rounds": 3,
     "warm_up": 8, "notes": ["a note"], "bandwidths": {"slots": 1e9, "link": 1e9}, "record_bytes": 1e5, "records": 48,
-    "scope": "layer", "predictors": ["nothing predicted"],
+    "scope": "layer",
 }  # fmt: skip
 
 
@@ -238,17 +252,74 @@ def results_of(kind: str) -> Results:
     return of(many)
 
 
+def knowing(seed: int, tokens: int = 30) -> Trace:
+    """States that are the next layer's logits, so that a gate knows, or others, so that it does not."""
+    trace = synthetic(tokens, 3, 16, 4, seed=3)
+    rng = np.random.default_rng(seed)
+    states = rng.normal(0, 1, (tokens, 3, 16)).astype(np.float16)
+    if seed == 0:
+        for layer in range(2):
+            np.put_along_axis(states[:, layer], trace.experts[:, layer + 1].astype(np.int64), 9.0, 1)
+    gates = np.stack([np.eye(16, dtype=np.float16)] * 3)
+    return replace(trace, states=states, gates=gates)
+
+
+def replayed(seed: int = 0) -> list[Prediction]:
+    return predictions(knowing(seed), "lru", 8, "layer", Pace(), lambda *_: None)
+
+
+def test_every_predictor_stands_beside_its_controls() -> None:
+    found = replayed()
+    families = {one.family for one in found}
+    assert {SHUFFLED, PREVIOUS, ORACLE} <= families
+    gates = {one.name for one in found if one.family == GATE}
+    assert {f"shuffled:{name}" for name in gates} == {one.name for one in found if one.family == SHUFFLED}
+    best = max(one.coverage or 0 for one in found if one.family == GATE)
+    assert best > 2 * max(one.coverage or 0 for one in found if one.family == SHUFFLED)
+    (oracle,) = (one for one in found if one.family == ORACLE)
+    assert oracle.precision == 1
+    (previous,) = (one for one in found if one.family == PREVIOUS)
+    assert previous.fetched == 0, "what the last token used is resident already"
+
+
+def test_a_gate_that_knows_nothing_is_said_to() -> None:
+    knows = Predictions("50%", "lru", 30, tuple(replayed()))
+    assert "The gate covers more than its shuffled control" in judged(knows)[0]
+    blind = [replace(one, coverage=0.1) if one.family in (GATE, SHUFFLED) else one for one in knows.of]
+    assert judged(replace(knows, of=tuple(blind))) == [
+        "**The gate covers no more than its shuffled control: it knows nothing here.**"
+    ]
+
+
+def test_predictions_are_kept(tmp_path: Path) -> None:
+    folder, found = Folder(tmp_path, {"a": 1}), Predictions("50%", "lru", 30, tuple(replayed()))
+    assert kept(folder) is None
+    keep(folder, found)
+    assert kept(folder) == found
+    for content in ("", "[]", '{"run": "other"}', '{"run": "' + folder.key + '", "of": [1]}'):
+        (tmp_path / "predictors.json").write_text(content)
+        assert kept(folder) is None
+
+
 @pytest.mark.parametrize("kind", ["cpu", "gpu", "one"])
 def test_a_report_is_written_whole(tmp_path: Path, kind: str) -> None:
     results = results_of(kind)
     folder = Folder(tmp_path / "run", {})
-    write_report(folder, ABOUT, results, synthetic(30, 3, 16, 4))
+    predicted = None if kind == "one" else Predictions("50%", "lru", 30, tuple(replayed()))
+    write_report(folder, ABOUT, results, synthetic(30, 3, 16, 4), predicted)
     text = (folder.path / "report.md").read_text()
     for file in ("latency.png", "stack.png", "layers.png", "misses.png"):
         assert f"({file})" in text
         assert (folder.path / file).read_bytes().startswith(b"\x89PNG")
     assert len(list(csv.reader((folder.path / "latency.csv").open()))) == len(results) + 1
-    assert "nothing predicted" in text
+    if kind == "one":
+        assert "there is no room to fetch ahead" in text
+        assert "predictors.png" not in text
+    else:
+        assert "control, `shuffled:gate" in text
+        assert "control, `previous:" in text
+        assert "control, `oracle:" in text
+        assert (folder.path / "predictors.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_roof_is_the_slowest_resource() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,19 +11,23 @@ from typing import Any
 import click
 
 from offmoe import __version__
+from offmoe.cache.ahead import Pace
 from offmoe.errors import OffmoeError
+from offmoe.gate import NONE
 from offmoe.lab.live import WARM_UP, Bench
 from offmoe.lab.live_folder import Folder
 from offmoe.lab.live_prompts import read_prompts
 from offmoe.lab.live_sweep import Sweep, run_sweep, traces
 from offmoe.lab.report_markdown import table, wrong_line
 from offmoe.lab.report_numbers import Results, fitted, gains, summaries
+from offmoe.lab.report_predictors import Predictions, keep, kept, predictions
 from offmoe.lab.report_write import write_report
 from offmoe.plan import pick_device
 from offmoe.profile import machine_name, model_key
 from offmoe.settings import Settings
 from offmoe.terminal import console, progress_bar
 
+STATES = 160  # tokens whose hidden states are recorded for predictors
 PLACEMENT = ("ram", "scope", "device", "dtype", "chunk")
 
 
@@ -53,7 +58,7 @@ def measure_and_report(path: Path, out: Path, chosen: dict[str, Any]) -> bool:
             "rounds": rounds,
             "warm_up": WARM_UP,
             "prompts": prompts,
-            "configurations": [str(configuration) for configuration in sweep.configurations],
+            "configurations": [vars(configuration) for configuration in sweep.configurations],
         }
         folder = Folder(out, run)
         results = measured(bench, sweep, folder, tokens)
@@ -64,9 +69,9 @@ def measure_and_report(path: Path, out: Path, chosen: dict[str, Any]) -> bool:
             "bandwidths": bench.bandwidths(),
             "record_bytes": bench.model.record_bytes / bench.model.records,
             "records": bench.model.records,
-            "predictors": ["On the CPU nothing is prefetched: there is no prediction to judge in a live run."],
         }
-    write_report(folder, about, results, traces(folder, rounds))
+        predicted = kept(folder) or predictors(bench, results, folder, about)
+    write_report(folder, about, results, traces(folder, rounds), predicted)
     return show(results, out)
 
 
@@ -84,6 +89,25 @@ def measured(bench: Bench, sweep: Sweep, folder: Folder, tokens: int) -> Results
         for broken in folder.broken:
             click.echo(f"offmoe: {broken} was damaged: measured again", err=True)
     return results
+
+
+def predictors(bench: Bench, results: Results, folder: Folder, about: dict[str, Any]) -> Predictions | None:
+    """At the smallest budget that leaves room to fetch ahead; None where none does."""
+    config, found = bench.model.config, summaries(results)
+    roomy = [s for s in found if config.top_k + 1 < s.slots // config.layers < config.experts]
+    if not roomy:
+        return None
+    own = min(roomy, key=lambda summary: summary.slots)
+    pace = Pace(
+        about["record_bytes"] / about["bandwidths"]["link"], min(m.floor_ms for m in own.rounds) / 1e3 / config.layers
+    )
+    with progress_bar("predictors") as progress:
+        trace = bench.states(replace(own.configuration, prefetch=NONE), min(about["tokens"], STATES))
+        of = predictions(trace, own.configuration.policy, own.slots // config.layers, about["scope"], pace,
+                         lambda done, total: progress("predictors", done, total))  # fmt: skip
+    predicted = Predictions(own.configuration.budget, own.configuration.policy, len(trace.experts), tuple(of))
+    keep(folder, predicted)
+    return predicted
 
 
 def show(results: Results, out: Path) -> bool:

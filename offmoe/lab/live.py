@@ -16,6 +16,7 @@ from offmoe.errors import OffmoeError
 from offmoe.gate import NONE, Gate
 from offmoe.lab.live_probe import Probe, Watched
 from offmoe.lab.live_truth import Simulated, Simulator, same
+from offmoe.lab.record import Recorder
 from offmoe.links import link_bandwidth, slot_bandwidth
 from offmoe.models.model import open_model
 from offmoe.plan import DEFAULT_POLICY, Plan, canonical_policy, make_plan, token_records
@@ -151,6 +152,17 @@ class Bench:
             if not runs.steps:
                 raise OffmoeError("no prompt led to more than one token: give other --prompts")
             return runs.measured(configuration), probe.recorder.trace().take(runs.counted)
+
+    def states(self, configuration: Configuration, quota: int) -> Trace:
+        """Of `quota` steps or more, what the routers saw beside the routing, for predictors; on a GPU slowly."""
+        with self.engine(configuration) as engine, Recorder(engine, states=True) as recorder:
+            for ids in self.prompts:
+                if recorder.tokens >= quota:
+                    break
+                engine.reset()
+                for _ in engine.generate(ids, temperature=0.0, max_tokens=self.most + 1):
+                    pass
+            return recorder.trace()
 
     @contextmanager
     def engine(self, configuration: Configuration) -> Iterator[Engine]:

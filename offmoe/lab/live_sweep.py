@@ -105,5 +105,5 @@ def traces(folder: Folder, rounds: int) -> Trace:
     alone = {"prefill": None, "prefill_offsets": None, "prefill_probs": None, "prefill_tokens": None}
     return replace(
         parts[0], experts=np.concatenate([part.experts for part in parts]), offsets=offsets, probs=None, tokens=None,
-        meta={key: value for key, value in parts[0].meta.items() if key != "classes"}, **alone,
+        meta={key: parts[0].meta[key] for key in ("model", "layers", "experts", "top_k")}, **alone,
     )  # fmt: skip

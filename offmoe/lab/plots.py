@@ -11,6 +11,7 @@ from offmoe.errors import OffmoeError
 from offmoe.lab.live import Configuration
 from offmoe.lab.report_curves import Curve
 from offmoe.lab.report_numbers import Summary
+from offmoe.lab.report_predictors import CONTROLS, Predictions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -170,4 +171,29 @@ def miss_curves(found: list[Curve], budgets: dict[str, float], styles: dict[str,
         axes.set(xlabel="records with a slot, %", ylabel="misses a token", ylim=(0, None))
         titled(axes, "Misses over cache size", "replay of this run's routing from an empty cache, decoded tokens alone")
         axes.legend(loc="upper right", bbox_to_anchor=(1, 0.95))
+        return png(drawn)
+
+
+def prefetch(found: Predictions) -> bytes:
+    """Coverage of the misses against precision; a line joins the thresholds of one predictor, controls are grey."""
+    families = list(dict.fromkeys(one.family for one in found.of))
+    colours = dict(zip([f for f in families if f not in CONTROLS], METHODS, strict=False))
+    markers = dict(zip(families, MARKERS, strict=False))
+    with figure() as (drawn, axes):
+        for family in families:
+            mine = [one for one in found.of if one.family == family and one.precision is not None]
+            control = family in CONTROLS
+            axes.plot([100 * (one.coverage or 0) for one in mine], [100 * (one.precision or 0) for one in mine],
+                      color=PALE if control else colours[family], marker=markers[family], ms=7, lw=1.4,
+                      ls=":" if control else "-", mfc="white" if control else None, mec=PALE if control else "white",
+                      label=f"{family} (control)" if control else family)  # fmt: skip
+        silent = [one.family for one in found.of if one.precision is None]
+        below = f"replay at {found.budget}, {found.policy}, at this machine's pace; a point a threshold"
+        titled(axes, "Prefetch: what is covered, what is wasted", below)
+        if silent:
+            axes.text(0.01, 0.02, f"fetched nothing: {', '.join(dict.fromkeys(silent))}", transform=axes.transAxes,
+                      color=PALE, fontsize=9)  # fmt: skip
+        axes.set(xlabel="coverage: misses that became hits, %", ylabel="precision: fetched records that were used, %",
+                 xlim=(-2, 102), ylim=(0, 104))  # fmt: skip
+        axes.legend(loc="lower right")
         return png(drawn)

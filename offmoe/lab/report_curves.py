@@ -31,13 +31,3 @@ def curves(trace: Trace, policies: list[str], scope: str) -> list[Curve]:
         Curve(name, sizes, tuple(replay(trace, name, size, scope).misses_per_token for size in sizes))
         for name in names
     ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """How well a predictor does at one cache: shares of the misses it covers, and of what it names that is used."""
-
-    name: str
-    control: bool  # shuffled, previous token or oracle: what a predictor is to be compared with
-    coverage: float
-    precision: float

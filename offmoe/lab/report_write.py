@@ -10,9 +10,12 @@ from offmoe.lab.live_folder import Folder, write_file
 from offmoe.lab.report_curves import curves
 from offmoe.lab.report_markdown import as_csv, report
 from offmoe.lab.report_numbers import Results, summaries
+from offmoe.lab.report_predictors import Predictions, paragraphs
 
 
-def write_report(folder: Folder, about: dict[str, Any], results: Results, trace: Trace) -> None:
+def write_report(
+    folder: Folder, about: dict[str, Any], results: Results, trace: Trace, predicted: Predictions | None
+) -> None:
     """`about`: the run's facts (model, machine, …, bandwidths, record_bytes, records, scope). Raises OffmoeError."""
     found = summaries(results)
     baselines = list(dict.fromkeys(cell.configuration for cell in results if cell.again))
@@ -28,8 +31,10 @@ def write_report(folder: Folder, about: dict[str, Any], results: Results, trace:
         "Hit rate by layer": ("layers.png", plots.layers(found, baselines)),
         "Misses over cache size": ("misses.png", plots.miss_curves(lines, shares, plots.looks(found))),
     }  # fmt: skip
+    if predicted:
+        drawn["Prefetch: coverage against precision"] = "predictors.png", plots.prefetch(predicted)
     for file, content in drawn.values():
         write_file(folder.path / file, content)
     write_file(folder.path / "latency.csv", as_csv(results))
     figures = {caption: file for caption, (file, _) in drawn.items()}
-    write_file(folder.path / "report.md", report(about, results, figures, about["predictors"]))
+    write_file(folder.path / "report.md", report(about, results, figures, paragraphs(predicted)))
