@@ -213,7 +213,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, bench: Bench, monkeypatch: p
         run_sweep(bench, sweep, Folder(tmp_path, {}), 6, lambda *_: None)
     seen: list[tuple[int, int]] = []
     folder = Folder(tmp_path, {})
-    results = run_sweep(bench, sweep, folder, 6, lambda *turn: seen.append(turn))
+    results = run_sweep(bench, sweep, folder, 6, lambda _, *turn: seen.append(turn))
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)], "three of six were kept"
     assert list(results) == sweep.cells()
     trace = traces(folder, 2)

@@ -80,7 +80,7 @@ def measured(bench: Bench, sweep: Sweep, folder: Folder, tokens: int) -> Results
     total = len(sweep.cells())
     try:
         with progress_bar("measuring") as progress:
-            results = run_sweep(bench, sweep, folder, tokens, lambda done, todo: progress("measuring", done, todo))
+            results = run_sweep(bench, sweep, folder, tokens, progress)
     except KeyboardInterrupt:
         kept = sum(folder.read(cell) is not None for cell in sweep.cells())
         click.echo(f"offmoe: {kept} of {total} measurements are kept: the same command goes on", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from offmoe.cache.trace import Trace
 from offmoe.engine import Engine
@@ -19,7 +21,7 @@ from offmoe.lab.live_truth import Simulated, Simulator, same
 from offmoe.lab.record import Recorder
 from offmoe.links import link_bandwidth, slot_bandwidth
 from offmoe.models.model import open_model
-from offmoe.plan import DEFAULT_POLICY, Plan, canonical_policy, make_plan, token_records
+from offmoe.plan import DEFAULT_POLICY, Plan, canonical_policy, make_plan, pick_device, token_records
 from offmoe.settings import Settings, format_size, parse_budget
 from offmoe.tokenizer import load_tokenizer
 
@@ -167,6 +169,9 @@ class Bench:
     @contextmanager
     def engine(self, configuration: Configuration) -> Iterator[Engine]:
         """With all that belongs into RAM there, so that no file is read in the background."""
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()  # what the engine before held would not count as free
         with Engine(open_model(self.path), self._settings(configuration)) as engine:
             engine.tokenizer = self.tokenizer
             try:
@@ -178,7 +183,7 @@ class Bench:
 
     def bandwidths(self) -> dict[str, float]:
         """Bytes a second, for the roof."""
-        device = self.plan_of(self.base).device
+        device = pick_device(self.base.device)
         return {"slots": slot_bandwidth(device), "link": link_bandwidth(device)}
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from offmoe.lab.live_folder import Cell, Folder
 
 BUDGETS = ("25%", "50%", "75%", "100%")
 POLICIES = ("crf:h=16", "lru", "lfru")
-Done = Callable[[int, int], None]  # measurements done, of how many
+Progress = Callable[[str, int, int], None]  # what, done, of how many
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def default_budgets(bench: Bench) -> tuple[tuple[str, ...], list[str]]:
     return (f"{smallest:g}%", *fitting), [note]
 
 
-def run_sweep(bench: Bench, sweep: Sweep, folder: Folder, tokens: int, done: Done) -> dict[Cell, Measured]:
+def run_sweep(bench: Bench, sweep: Sweep, folder: Folder, tokens: int, progress: Progress) -> dict[Cell, Measured]:
     """Measure what is not in the folder yet."""
     results: dict[Cell, Measured] = {}
     for cell in sweep.cells():
@@ -75,12 +75,12 @@ def run_sweep(bench: Bench, sweep: Sweep, folder: Folder, tokens: int, done: Don
             results[cell] = found
     todo = [cell for cell in sweep.cells() if cell not in results]
     for count, cell in enumerate(todo):
-        done(count, len(todo))
+        progress(f"round {cell.round + 1} of {sweep.rounds}, {cell.configuration}", count, len(todo))
         prompts = bench.prompts[cell.round :: sweep.rounds]
         results[cell], trace = bench.measure(cell.configuration, prompts, -(-tokens // sweep.rounds))
         keep_trace(folder.path / f"trace-{cell.round}.npz", trace)
         folder.write(cell, results[cell])
-    done(len(todo), len(todo))
+    progress("measured", len(todo), len(todo))
     return dict(sorted(results.items(), key=lambda item: item[0].index))
 
 

@@ -11,7 +11,7 @@ from offmoe.errors import OffmoeError
 from offmoe.lab.live import Configuration
 from offmoe.lab.report_curves import Curve
 from offmoe.lab.report_numbers import Summary
-from offmoe.lab.report_predictors import CONTROLS, Predictions
+from offmoe.lab.report_predictors import CONTROLS, GATE, Predictions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -183,10 +183,18 @@ def prefetch(found: Predictions) -> bytes:
         for family in families:
             mine = [one for one in found.of if one.family == family and one.precision is not None]
             control = family in CONTROLS
+            if not mine:
+                continue
             axes.plot([100 * (one.coverage or 0) for one in mine], [100 * (one.precision or 0) for one in mine],
                       color=PALE if control else colours[family], marker=markers[family], ms=7, lw=1.4,
                       ls=":" if control else "-", mfc="white" if control else None, mec=PALE if control else "white",
                       label=f"{family} (control)" if control else family)  # fmt: skip
+            for one in mine if family == GATE else ():
+                if (one.coverage or 0) < 0.05:
+                    continue  # they crowd in the corner
+                least = one.name.partition("p=")[2].partition(",")[0]
+                axes.annotate(f"p ≥ {least}", (100 * (one.coverage or 0), 100 * (one.precision or 0)), (0, 7),
+                              textcoords="offset points", color=PALE, fontsize=7)  # fmt: skip
         silent = [one.family for one in found.of if one.precision is None]
         below = f"replay at {found.budget}, {found.policy}, at this machine's pace; a point a threshold"
         titled(axes, "Prefetch: what is covered, what is wasted", below)
@@ -194,6 +202,6 @@ def prefetch(found: Predictions) -> bytes:
             axes.text(0.01, 0.02, f"fetched nothing: {', '.join(dict.fromkeys(silent))}", transform=axes.transAxes,
                       color=PALE, fontsize=9)  # fmt: skip
         axes.set(xlabel="coverage: misses that became hits, %", ylabel="precision: fetched records that were used, %",
-                 xlim=(-2, 102), ylim=(0, 104))  # fmt: skip
+                 xlim=(-2, 102), ylim=(0, 106))  # fmt: skip
         axes.legend(loc="lower right")
         return png(drawn)

@@ -11,7 +11,7 @@ from offmoe.cache.trace import Trace
 from offmoe.lab.live_folder import Folder, write_file
 from offmoe.lab.report_markdown import markdown
 
-SHARES = (0.5, 0.75, 1.0, 1.5, 3.0)  # least probabilities, as multiples of an even choice among all experts
+SHARES = (1.0, 1.25, 1.5, 2.0, 4.0)  # least probabilities, as multiples of an even choice among all experts
 MOST = 8  # records fetched for a layer
 GATE, GATE_2 = "gate, 1 layer ahead", "gate, 2 layers ahead"
 SHUFFLED, PREVIOUS, ORACLE = "shuffled gate", "previous token", "oracle"
@@ -55,7 +55,7 @@ def asked(experts: int, k: int) -> list[tuple[str, str]]:
     return [
         *((GATE, f"gate:d=1,p={p},n={n}") for p in least),
         *((GATE_2, f"gate:d=2,p={p},n={n}") for p in least[::2]),
-        ("layer-to-layer Markov", f"markov:d=1,p={least[2]},n={n}"),
+        ("layer-to-layer Markov", f"markov:d=1,p={least[0]},n={n}"),
         ("nearest request", f"nearest:d=1,n={n}"),
         *((SHUFFLED, f"shuffled:gate:d=1,p={p},n={n}") for p in least),
         (PREVIOUS, f"previous:d=1,n={n}"),
