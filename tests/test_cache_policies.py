@@ -74,8 +74,8 @@ class TestTinyLFU(BypassContract, OnlineContract):
 
 
 def test_every_policy_has_its_contract_test() -> None:
-    tested = {cls.spec.partition(":")[0] for cls in heirs(PolicyContract) if hasattr(cls, "spec")}
-    assert tested == {*POLICIES, *REPLAY_ONLY}
+    tested = {cls.spec.partition(":")[0] for cls in heirs(PolicyContract) if "spec" in vars(cls)}
+    assert {name for name in tested if "/" not in name} == {*POLICIES, *REPLAY_ONLY}
 
 
 def heirs(cls: type[PolicyContract]) -> Iterator[type[PolicyContract]]:
