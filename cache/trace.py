@@ -7,10 +7,11 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,9 +135,7 @@ class Trace:
     def load(cls, path: str | Path) -> Trace:
         """Read a trace; ValueError, one line, for a file that is missing, broken or no trace."""
         try:
-            check_headers(path)
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+            arrays = read_arrays(path, check_names)
             return cls(**{**arrays, "meta": json.loads(str(arrays["meta"]))})
         except BROKEN as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -146,15 +145,22 @@ class Trace:
         """Write it whole or not at all."""
         arrays = {name: value for name, value in vars(self).items() if value is not None}
         arrays["meta"] = np.array(json.dumps(self.meta))
-        part = Path(f"{path}.part")
-        try:
-            with part.open("wb") as file:
-                np.savez_compressed(file, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with whole_file(path) as file:
+            np.savez_compressed(file, **arrays)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name once it is written, or not at all."""
+    part = Path(f"{path}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def check_ids(name: str, ids: Ints, meta: dict[str, Any]) -> None:
@@ -187,17 +193,20 @@ def check_tokens(name: str, values: NDArray[Any] | None, count: int) -> None:
         raise ValueError(f"{name} must be whole numbers [{count}], found {describe(values)}")
 
 
-def check_headers(path: str | Path) -> None:
-    """The arrays' names, and that each holds the bytes that its header claims: before memory is taken for them."""
-    with zipfile.ZipFile(path) as file:  # np.load takes other files for pickles and says so
-        check_names([info.filename.removesuffix(".npy") for info in file.infolist()])
-        for info in file.infolist():
-            with file.open(info) as member:
+def read_arrays(path: str | Path, check: Callable[[list[str]], None] = lambda _: None) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz; raises one of BROKEN. Their names, which `check` is told, and the sizes that their
+    headers claim are looked at before memory is taken for them."""
+    with zipfile.ZipFile(path) as archive:  # np.load takes other files for pickles and says so
+        check([info.filename.removesuffix(".npy") for info in archive.infolist()])
+        for info in archive.infolist():
+            with archive.open(info) as member:
                 read = HEADERS[np.lib.format.read_magic(member)]
                 shape, _, dtype = read(member)
                 claimed, held = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
             if claimed != held and not dtype.hasobject:
                 raise ValueError(f"{info.filename} claims {dtype} {list(shape)} and holds {held} bytes")
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
 
 
 def check_names(names: list[str]) -> None:
