@@ -66,6 +66,7 @@ class Foresight(Outcome):
             "coverage": share(np.count_nonzero(self.covered & missed), np.count_nonzero(missed) if self.fetched else 0),
             "precision": share(used, self.fetched),
             "timely": share(used - late, used),
+            "covered_per_token": (used - late) / tokens,
             "late_per_token": late / tokens,
             "late_wait_ms": share(1e3 * self.wait_s, late),
             "fetched_per_token": self.fetched / tokens,

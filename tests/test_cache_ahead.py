@@ -68,8 +68,8 @@ def test_copies_take_time_by_hand() -> None:
     assert outcome.late[..., 0].tolist() == [[False, True], [False, True], [False, False]]
     assert (outcome.misses, outcome.fetched, outcome.wait_s, outcome.uploads_per_token) == (2, 2, 4, 4 / 3)
     assert outcome.figures() == pytest.approx(
-        {"coverage": 0, "precision": 1, "timely": 0, "late_per_token": 2 / 3, "late_wait_ms": 2000,
-         "fetched_per_token": 2 / 3, "wasted_per_token": 0, "pollution_per_token": 0, "stall_ms_per_token": 1e4 / 3}
+        {"coverage": 0, "precision": 1, "timely": 0, "covered_per_token": 0, "late_per_token": 2 / 3,
+         "late_wait_ms": 2000, "fetched_per_token": 2 / 3, "wasted_per_token": 0, "pollution_per_token": 0, "stall_ms_per_token": 1e4 / 3}
     )  # fmt: skip
 
 
@@ -141,6 +141,24 @@ def test_what_it_costs_is_what_it_saves() -> None:
         plain, oracle = (foresee(trace, "lru", 8, prefetch=spec, pace=pace) for spec in ("none", "oracle"))
         assert oracle.stall_s.sum() < plain.stall_s.sum()
         assert oracle.figures()["precision"] == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "scope", "found"),
+    [
+        ("markov:p=0.1", "layer", (2968, 50, 163, 112)),
+        ("markov:p=0.1", "global", (3406, 29, 188, 159)),
+        ("nearest", "layer", (2965, 37, 109, 71)),
+        ("oracle:d=2,n=3", "layer", (1502, 1467, 1467, 0)),
+        ("oracle:d=2,n=3", "global", (1794, 1635, 1635, 0)),
+        ("previous", "global", (3088, 407, 1690, 1282)),
+        ("shuffled:markov:p=0.1", "layer", (2975, 83, 347, 263)),
+    ],
+)
+def test_golden_prefetching(spec: str, scope: str, found: tuple[int, ...]) -> None:
+    """They say "changed", never "wrong"."""
+    outcome = foresee(Trace.load(DATA / "small_trace.npz"), "crf:h=16", 8, scope, spec)
+    assert (outcome.misses, outcome.covered.sum(), outcome.fetched, outcome.wasted) == found
 
 
 def test_controls_under_lru() -> None:

@@ -79,7 +79,8 @@ def test_where_there_is_no_gap_there_is_none_to_capture(tmp_path: Path) -> None:
 
 def test_everything_that_is_named_is_combined() -> None:
     found = rows(SMALL, DEMO, "--tokens", "20", "--slots", "12", "--fraction", "0.5", "--slots", "12",
-                 "--scope", "global", "--scope", "layer", "--policy", "lru", "--policy", "lfu", "--policy", "lru")  # fmt: skip
+                 "--scope", "global", "--scope", "layer", "--policy", "lru", "--policy", "lfu",
+                 "--policy", "lru")  # fmt: skip
     assert [(r["trace"], r["scope"], r["slots"], r["policy"]) for r in found] == [
         (trace, scope, slots, policy)
         for trace in ("small_trace.npz", "demo_trace.npz") for scope in ("global", "layer")
@@ -124,7 +125,8 @@ def test_the_table_has_a_line_a_row_with_the_bounds() -> None:
 def test_predictors_stand_beside_what_they_cost(tmp_path: Path) -> None:
     seeing(synthetic(80, 4, 12, 3, seed=1)).save(path := tmp_path / "states.npz")
     found = rows(str(path), "--slots", "6", "--policy", "lru", "--prefetch", "gate:n=3",
-                 "--prefetch", "shuffled:gate:n=3", "--prefetch", "oracle", "--prefetch", "previous", "--prefetch", "none")  # fmt: skip
+                 "--prefetch", "shuffled:gate:n=3", "--prefetch", "oracle",
+                 "--prefetch", "previous", "--prefetch", "none")  # fmt: skip
     by = {row["prefetch"]: row for row in found if row["policy"] == "lru"}
     assert by["gate:d=1,p=0.05,n=3"]["precision"] > by["shuffled:gate:d=1,p=0.05,n=3"]["precision"]
     assert by["oracle:d=1,p=0.05,n=2"]["precision"] == 1
@@ -142,6 +144,21 @@ def test_a_link_makes_copies_take_time() -> None:
     assert oracle["stall_ms_per_token"] < plain["stall_ms_per_token"]
     assert oracle["timely"] == 0  # a copy takes four layers
     assert oracle["late_per_token"] > 0
+    for row in (plain, oracle):
+        assert row["upload_bytes_per_token"] == 1e6 * row["uploads_per_token"]
+        assert row["wasted_bytes_per_token"] == 1e6 * row["wasted_per_token"]
+
+
+def test_bytes_are_counted_where_a_record_has_a_size(tmp_path: Path) -> None:
+    asked = ("--slots", "8", "--policy", "lru")
+    (row, *_) = rows(SMALL, *asked, "--record", "3k")
+    assert row["upload_bytes_per_token"] == 3072 * row["uploads_per_token"]
+    assert "upload_bytes_per_token" not in rows(SMALL, *asked)[0]
+    trace = Trace.load(SMALL)
+    Trace(trace.experts, trace.offsets, {**trace.meta, "record_bytes": 100}).save(tmp_path / "t.npz")
+    assert rows(str(tmp_path / "t.npz"), *asked)[0]["upload_bytes_per_token"] == 100 * row["uploads_per_token"]
+    Trace(trace.experts, trace.offsets, {**trace.meta, "record_bytes": "big"}).save(tmp_path / "t.npz")
+    assert "a record of 'big' bytes is none" in refusal(str(tmp_path / "t.npz"))
 
 
 def test_a_link_is_measured_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,8 +233,8 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         (["--link", "1GB"], "--link needs --record"),
         (["--link", "fast", "--record", "1MB"], "'fast' is no size"),
         (["--link", "0", "--record", "1MB"], "--link '0' is no bandwidth"),
-        (["--link", "1GB", "--record", "0"], "--link needs --record"),
-        (["--record", "1MB"], "--record and --floor say nothing without --link"),
+        (["--record", "0"], "a record of 0 bytes is none"),
+        (["--floor", "1"], "--floor says nothing without --link"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], words: str, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,17 @@ class Cell:
     prefetch: str
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The replays of one trace."""
+
+    path: Path
+    trace: Trace
+    cells: list[Cell]
+    record: int | None  # bytes
+    pace: Pace | None
+
+
 def run(
     traces: Sequence[Path], slots: Sequence[int], fractions: Sequence[float], policies: Sequence[str],
     scopes: Sequence[str], tokens: int | None, prefetch: Sequence[str], link: str | None, record: str | None,
@@ -50,18 +61,19 @@ def run(
     rows: list[Row] = []
     with user_errors():
         opened = [(path, head_of(Trace.load(path), tokens)) for path in traces]
-        plans = []
+        plans: list[Plan] = []
         for path, trace in opened:
             cells = cells_of(trace, slots, fractions, policies, scopes, prefetch)
-            plans.append((path, trace, pace_of(trace, link, record, floor), cells))
-    warn(cell for _, trace, _, cells in plans for cell in cells if cell.slots < trace.meta["top_k"])
+            size = parse_size(record) if record else trace.meta.get("record_bytes")
+            plans.append(Plan(path, trace, cells, size, pace_of(trace, link, size, floor)))
+    warn(cell for plan in plans for cell in plan.cells if cell.slots < plan.trace.meta["top_k"])
     with user_errors(), progress_bar("replaying") as progress:
-        total = sum(len(cells) for *_, cells in plans)
-        for path, trace, pace, cells in plans:
-            for row in rows_of(path, trace, cells, pace, per_layer, lambda name: progress(name, len(rows), total)):
-                rows.append(row)
-                if as_json:
-                    click.echo(json.dumps(row, ensure_ascii=False))
+        total = sum(len(plan.cells) for plan in plans)
+        for row in (row for plan in plans for row in rows_of(plan, per_layer)):
+            rows.append(row)
+            progress(row["policy"], len(rows), total)
+            if as_json:
+                click.echo(json.dumps(row, ensure_ascii=False))
     if csv:
         write_csv(csv, rows)
     if not as_json:
@@ -122,19 +134,20 @@ def canonical(trace: Trace, prefetch: str) -> str:
     return predictor.name if predictor else "none"
 
 
-def pace_of(trace: Trace, link: str | None, record: str | None, floor: float) -> Pace | None:
+def pace_of(trace: Trace, link: str | None, record: Any, floor: float) -> Pace | None:
     """None: copies take no time, and stalls are not asked for."""
+    if record is not None and (not isinstance(record, int) or record <= 0):
+        raise OffmoeError(f"a record of {record!r} bytes is none: give --record the bytes of one expert")
     if link is None:
-        if record or floor:
-            raise OffmoeError("--record and --floor say nothing without --link: give its bytes a second, or measure")
+        if floor:
+            raise OffmoeError("--floor says nothing without --link: give its bytes a second, or measure")
         return None
-    size = parse_size(record) if record else trace.meta.get("record_bytes")
-    if not isinstance(size, int) or size <= 0:
+    if record is None:
         raise OffmoeError("--link needs --record: the bytes of one expert, which `offmoe info MODEL` shows")
     speed = measured_link() if link == "measure" else float(parse_size(link))
     if speed <= 0:
         raise OffmoeError(f"--link {link!r} is no bandwidth: write for example 25GB, or measure")
-    return Pace(size / speed, floor / 1e3 / trace.meta["layers"])
+    return Pace(record / speed, floor / 1e3 / trace.meta["layers"])
 
 
 def measured_link() -> float:
@@ -155,24 +168,22 @@ def warn(cells: Iterator[Cell]) -> None:
         )
 
 
-def rows_of(
-    path: Path, trace: Trace, cells: list[Cell], pace: Pace | None, per_layer: bool, progress: Callable[[str], None]
-) -> Iterator[Row]:
+def rows_of(plan: Plan, per_layer: bool) -> Iterator[Row]:
     """One row a cell."""
     ends: dict[tuple[str, int], tuple[float, float]] = {}  # hit rates of lru and belady
-    for cell in cells:
-        progress(f"{cell.policy} {cell.scope} {cell.slots}")
+    trace, pace = plan.trace, plan.pace
+    for cell in plan.cells:
         pool = cell.scope, cell.slots
         if pool not in ends:
-            worst, best = (replay(trace, name, cell.slots, cell.scope).hit_rate for name in (LRU, BELADY))
-            ends[pool] = worst, best
+            lru, belady = (replay(trace, name, cell.slots, cell.scope).hit_rate for name in (LRU, BELADY))
+            ends[pool] = lru, belady
         outcome: Outcome = (
             replay(trace, cell.policy, cell.slots, cell.scope)
             if cell.prefetch == "none" and pace is None
             else foresee(trace, cell.policy, cell.slots, cell.scope, cell.prefetch, pace)
         )
-        yield {"trace": path.name, "model": trace.meta["model"], "prefetch": cell.prefetch,
-               **figures(outcome, *ends[pool], per_layer)}  # fmt: skip
+        head = {"trace": plan.path.name, "model": trace.meta["model"], "prefetch": cell.prefetch}
+        yield head | figures(outcome, *ends[pool], per_layer) | in_bytes(outcome, plan.record)
 
 
 def figures(outcome: Outcome, lru: float, belady: float, per_layer: bool) -> Row:
@@ -194,6 +205,16 @@ def figures(outcome: Outcome, lru: float, belady: float, per_layer: bool) -> Row
         row |= outcome.figures()
     if per_layer:
         row["hit_rate_by_layer"] = [round(rate, 6) for rate in outcome.hit_rate_by_layer.tolist()]
+    return row
+
+
+def in_bytes(outcome: Outcome, record: int | None) -> Row:
+    """What crosses the link, where it is known how large a record is."""
+    if record is None:
+        return {}
+    row = {"upload_bytes_per_token": outcome.uploads_per_token * record}
+    if isinstance(outcome, Foresight):
+        row["wasted_bytes_per_token"] = outcome.wasted / len(outcome.hit) * record
     return row
 
 

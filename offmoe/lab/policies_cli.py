@@ -35,7 +35,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @ahead(
     "--link", metavar="SIZE", help="Bytes a second to where slots are, or `measure`; without it copies take no time."
 )
-@ahead("--record", metavar="SIZE", help="Bytes of one expert, for --link.")
+@ahead("--record", metavar="SIZE", help="Bytes of one expert: for --link, and to count in bytes too.")
 @ahead("--floor", type=click.FloatRange(0), default=0.0, metavar="MS", help="Of a token in which everything hits.")
 @output("--per-layer", is_flag=True, help="The hit rate of every layer too.")
 @output("--csv", type=FILE, metavar="FILE", help="Write the table there too.")
