@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
-
 import numpy as np
 
 from offmoe.cache.plugin import PluginError, built, failing_in, is_plugin, load_plugin
-from offmoe.cache.policies.base import File, Ints, Parameter
+from offmoe.cache.policies.base import Ints
 from offmoe.cache.predictors import PREDICTORS
-from offmoe.cache.predictors.base import Predictor, Setting, Share, Shares
+from offmoe.cache.predictors.base import Predictor, Shares
 from offmoe.cache.predictors.shuffled import Shuffled
+from offmoe.cache.spec import read, usage
 from offmoe.cache.trace import Trace
 
 NONE, SHUFFLED = "none", "shuffled"
-NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
 def make_predictor(spec: str, trace: Trace) -> Predictor | None:
@@ -30,52 +27,13 @@ def make_predictor(spec: str, trace: Trace) -> Predictor | None:
         return Shuffled(inner, f"{SHUFFLED}:{inner.name}")
     if is_plugin(spec):
         kind, head, given = load_plugin(spec, Predictor)  # type: ignore[type-abstract]
-        name, values = understand(spec, head, kind, given, ",")
+        name, values = read("prefetch", spec, head, ",", given, kind.parameters)
         return built(lambda: checked(kind)(trace, name, **values), name)
     if head not in PREDICTORS:
-        known = [usage(name, kind) for name, kind in PREDICTORS.items()]
+        known = [usage(name, kind.parameters) for name, kind in PREDICTORS.items()]
         raise ValueError(f"prefetch {spec!r} is unknown: choose {', '.join((NONE, *known, 'shuffled:…'))}")
-    name, values = understand(spec, head, PREDICTORS[head], rest if colon else None, ":")
+    name, values = read("prefetch", spec, head, ":", rest if colon else None, PREDICTORS[head].parameters)
     return PREDICTORS[head](trace, name, **values)
-
-
-def understand(spec: str, head: str, kind: type[Predictor], rest: str | None, mark: str) -> tuple[str, dict[str, Any]]:
-    """The canonical spec and the values of its parameters."""
-    write = usage(head, kind, mark)
-    given = [] if rest is None else [pair.partition("=") for pair in rest.split(",")]
-    values = {}
-    for key, _, text in given:
-        if key not in kind.parameters or key in values:
-            raise ValueError(f"prefetch {spec!r}: {key!r} is unknown or given twice: write {write}")
-        values[key] = number(kind.parameters[key], text)
-        if values[key] is None:
-            raise ValueError(f"prefetch {spec!r}: {key} is {text!r}: write {write}")
-    full = {key: values.get(key, getattr(limit, "default", "")) for key, limit in kind.parameters.items()}
-    shown = ",".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in full.items()
-                     if value != "")  # fmt: skip
-    return head + (mark if shown else "") + shown, {key: value for key, value in full.items() if value is not None}
-
-
-def number(limit: Setting, text: str) -> int | float | str | None:
-    """What is written, or None where it is not allowed."""
-    if isinstance(limit, File):
-        return text or None
-    if not NUMBER.fullmatch(text):
-        return None
-    if isinstance(limit, Share):
-        return float(text) if float(text) <= 1 else None
-    return int(text) if text.isdecimal() and limit.low <= int(text) <= limit.high else None
-
-
-def usage(name: str, kind: type[Predictor], mark: str = ":") -> str:
-    """`gate:d=1…4,p=0…1,n=1…64`."""
-
-    def span(limit: Setting) -> str:
-        if isinstance(limit, Parameter):
-            return f"{limit.low}…{limit.high}"
-        return "0…1" if isinstance(limit, Share) else "FILE"
-
-    return name + mark + ",".join(f"{key}={span(limit)}" for key, limit in kind.parameters.items())
 
 
 class Guard(Predictor):

@@ -20,7 +20,7 @@ Numbers = NDArray[np.integer[Any] | np.floating[Any]]
 
 @dataclass(frozen=True)
 class Parameter:
-    """A whole number that a policy's spec may set."""
+    """A whole number that a spec may set."""
 
     default: int
     low: int
@@ -28,8 +28,20 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A number from 0 to 1 that a spec may set."""
+
+    default: float
+
+
+@dataclass(frozen=True)
 class File:
-    """A path that a policy's spec may set; without it the value is ""."""
+    """A path that a spec may set."""
+
+    default: str = ""
+
+
+Setting = Parameter | Share | File
 
 
 class Policy(ABC):
@@ -39,7 +51,7 @@ class Policy(ABC):
     fixed order of operations, so that a kernel can compute the same scores bit for bit.
     """
 
-    parameters: ClassVar[Mapping[str, Parameter | File]] = {}
+    parameters: ClassVar[Mapping[str, Setting]] = {}
     state: ClassVar[tuple[str, ...]] = ()  # the arrays [records] that a device needs to score alike; none: it cannot
     # True: a missed record enters only where it outscores the victim, which may be one just hit. No engine can serve
     # a miss without a slot yet, so such a policy is for replay only.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from offmoe.cache.policies.base import File, Ints, Numbers, Parameter, Policy
+from offmoe.cache.policies.base import File, Ints, Numbers, Parameter, Policy, Setting
 
 if TYPE_CHECKING:
     from offmoe.cache.residency import Residency
@@ -19,7 +19,7 @@ ABOVE = 1 << 40  # more events than any run has
 class Static(Policy):
     """Every pool keeps the hottest of its profile, paged in at their first use; nothing else enters."""
 
-    parameters: ClassVar[Mapping[str, Parameter | File]] = {"profile": File()}
+    parameters: ClassVar[Mapping[str, Setting]] = {"profile": File()}
     bypass = True
 
     def __init__(self, records: int, name: str = "static", profile: str = "", uses: Ints | None = None) -> None:
@@ -56,7 +56,7 @@ class Static(Policy):
 class StaticLRU(Static):
     """The hottest of a profile take `pin` % of every pool; the rest of it is LRU."""
 
-    parameters: ClassVar[Mapping[str, Parameter | File]] = {
+    parameters: ClassVar[Mapping[str, Setting]] = {
         "pin": Parameter(default=50, low=1, high=99),
         "profile": File(),
     }

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offmoe.cache.policies.base import File, Ints, Parameter
+from offmoe.cache.policies.base import Ints, Parameter, Setting, Share
 from offmoe.cache.trace import Trace
 
 Shares = NDArray[np.floating]
 NOBODY: tuple[Ints, Shares] = np.empty(0, np.int64), np.empty(0)
 
 
-@dataclass(frozen=True)
-class Share:
-    """A number from 0 to 1 that a predictor's spec may set."""
-
-    default: float
-
-
-Setting = Parameter | Share | File
 LIMITS: Mapping[str, Setting] = {
     "d": Parameter(default=1, low=1, high=4),  # layers ahead
     "p": Share(default=0.05),  # least confidence

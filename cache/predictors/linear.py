@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from offmoe.cache.policies.base import File
-from offmoe.cache.predictors.base import LIMITS, Setting
+from offmoe.cache.policies.base import File, Setting
+from offmoe.cache.predictors.base import LIMITS
 from offmoe.cache.predictors.gate import Scored
 from offmoe.cache.trace import BROKEN, Trace
 
