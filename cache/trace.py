@@ -102,7 +102,7 @@ class Trace:
         """[sequences + 1] where each sequence's prompt starts in `prefill`."""
         if self.prefill_offsets is not None:
             return self.prefill_offsets
-        return np.array([0, 0 if self.prefill is None else len(self.prefill)])
+        return np.zeros_like(self.offsets) if self.prefill is None else np.array([0, len(self.prefill)])
 
     @property
     def records(self) -> int:

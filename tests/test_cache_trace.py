@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,31 @@ UNKNOWN = 65535
 
 
 def full() -> Trace:
-    """One with everything: two sequences, weights, prompts of which one event is unknown."""
+    """One with everything: two sequences, a padded event, prompts of which one event is unknown."""
     trace = synthetic(6, 2, 8, 2, sequences=2)
+    trace.experts[3, 1, 1] = UNKNOWN
     prefill = synthetic(5, 2, 8, 2, seed=1).experts
     prefill[0, 1] = UNKNOWN
-    probs = np.full(trace.experts.shape, 0.5, np.float16)
-    return replace(trace, probs=probs, prefill=prefill, prefill_offsets=np.array([0, 5, 5]))
+    floats = np.random.default_rng(0).random
+    return replace(
+        trace,
+        meta={**trace.meta, "classes": ["a", "b"], "pieces": {"3": "é"}},
+        probs=floats(trace.experts.shape).astype(np.float16),
+        prefill=prefill,
+        prefill_offsets=np.array([0, 2, 5]),
+        prefill_probs=floats(prefill.shape).astype(np.float16),
+        tokens=np.arange(6, dtype=np.int32),
+        prefill_tokens=np.arange(5, dtype=np.int32),
+        states=floats((6, 2, 4)).astype(np.float16),
+        logits=floats((6, 2, 8)).astype(np.float16),
+        gates=floats((2, 8, 4)).astype(np.float16),
+    )
 
 
 def test_a_trace_survives_its_file(tmp_path: Path) -> None:
     for trace in (full(), synthetic(4, 1, 300, 3), of([[0], [1]], 2)):
         trace.save(tmp_path / "t.npz")
-        again = Trace.load(tmp_path / "t.npz")
-        for name, value in vars(trace).items():
-            np.testing.assert_equal(getattr(again, name), value)
+        assert Trace.load(tmp_path / "t.npz") == trace
     assert [path.name for path in tmp_path.iterdir()] == ["t.npz"]
 
 
@@ -59,6 +71,65 @@ def test_prompts_of_a_single_sequence_need_no_offsets() -> None:
     assert of([[0]], 2).prompts.tolist() == [0, 0]
 
 
+def test_traces_are_equal_where_everything_is() -> None:
+    trace = full()
+    assert trace == full()
+    assert trace != "a trace"
+    for name, value in vars(trace).items():
+        if name in ("offsets", "prefill_offsets"):
+            other = np.array([0, 1, value[-1]])
+        elif name == "meta":
+            other = {**value, "model": "other"}
+        else:
+            other = value.copy()
+            other[1] = other[0]
+        assert replace(trace, **{name: other}) != trace, name
+    assert trace != replace(trace, tokens=trace.tokens.astype(np.int64)), "types count"  # type: ignore[union-attr]
+    assert trace != replace(trace, tokens=None)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(1, 400), st.integers(1, 4), st.integers(0, 99), st.booleans())
+def test_any_trace_survives_its_file(
+    tmp_path_factory: pytest.TempPathFactory, tokens: int, layers: int, experts: int, k: int, seed: int, wide: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    k = min(k, experts)
+    ids = np.argsort(rng.random((tokens, layers, experts)), axis=2)[..., :k]
+    dtype = np.uint16 if wide or experts > 255 else np.uint8
+    fewer = rng.integers(1, k + 1, (tokens, layers, 1))
+    ids = np.where(np.arange(k) < fewer, ids, np.iinfo(dtype).max).astype(dtype)
+    trace = Trace(ids, np.array([0, tokens]), {"model": "m", "layers": layers, "experts": experts, "top_k": k})
+    assert trace.padded == bool((fewer < k).any())
+    path = tmp_path_factory.getbasetemp() / "any.npz"
+    trace.save(path)
+    assert Trace.load(path) == trace
+
+
+def test_sequences_can_be_taken() -> None:
+    trace = full()
+    taken = trace.take([1])
+    for name in ("experts", "probs", "tokens", "states", "logits"):
+        assert np.array_equal(getattr(taken, name), getattr(trace, name)[3:]), name
+    for name in ("prefill", "prefill_probs", "prefill_tokens"):
+        assert np.array_equal(getattr(taken, name), getattr(trace, name)[2:]), name
+    assert (taken.offsets.tolist(), taken.prompts.tolist(), taken.meta["classes"]) == ([0, 3], [0, 3], ["b"])
+    assert trace.take([0, 1]) == trace
+    assert trace.take([1, 0]).take([1, 0]) == trace
+    bare = synthetic(6, 2, 8, 2, sequences=2)
+    assert bare.take([0]).prefill is None
+    for wrong in ([], [2], [-1]):
+        with pytest.raises(ValueError, match="are not all of 0 to 1"):
+            trace.take(wrong)
+
+
+def test_a_trace_of_another_model_is_named() -> None:
+    full().check_model("m", 2, 8, 2)
+    for shape in ((3, 8, 2), (2, 9, 2), (2, 8, 1)):
+        with pytest.raises(ValueError, match=r"is of synthetic, 2 layers of 8 experts, top 2, and m has "):
+            full().check_model("m", *shape)
+
+
 META = {"model": "m", "layers": 2, "experts": 8, "top_k": 2}
 GOOD = np.tile(np.arange(2, dtype=np.uint16), (6, 2, 1))  # [6, 2, 2]
 
@@ -76,6 +147,21 @@ GOOD = np.tile(np.arange(2, dtype=np.uint16), (6, 2, 1))  # [6, 2, 2]
         ({"experts": GOOD + np.uint16(7)}, "experts holds an id above 7 at token 0, layer 0"),
         ({"experts": np.full_like(GOOD, UNKNOWN)}, "experts holds no expert at token 0, layer 0"),
         ({"experts": GOOD // 2}, "experts holds one expert twice at token 0, layer 0"),
+        ({"experts": GOOD[..., ::-1] * np.uint16(UNKNOWN)}, "experts holds an id behind padding at token 0, layer 0"),
+        (
+            {"experts": GOOD.astype(np.uint8), "meta": {**META, "experts": 256}},
+            "experts is uint8, whose 255 means no expert: 256 experts need uint16",
+        ),
+        ({"meta": {**META, "classes": ["a", "b"]}}, "meta's classes must be a name a sequence, 1 in all"),
+        ({"meta": {**META, "classes": [1]}}, "meta's classes"),
+        ({"tokens": np.zeros(5, int)}, "tokens must be whole numbers [6], found int64 [5]"),
+        ({"tokens": np.zeros(6)}, "tokens must be whole numbers [6], found float64 [6]"),
+        ({"prefill_tokens": np.zeros(1, int)}, "prefill_tokens must be whole numbers [0]"),
+        ({"prefill_probs": np.zeros((1, 2, 2), np.float16)}, "prefill_probs must be finite float16 [0, 2, 2]"),
+        ({"states": np.zeros((5, 2, 3), np.float16)}, "states must be finite float16 [6, 2, 3]"),
+        ({"states": np.zeros((), np.float16)}, "states must be finite float16 [6, 2, 0]"),
+        ({"logits": np.zeros((6, 2, 7), np.float16)}, "logits must be finite float16 [6, 2, 8]"),
+        ({"gates": np.zeros((2, 8, 4), np.float16)}, "gates must be finite float16 [2, 8, 0]"),
         ({"meta": {**META, "experts": 1}}, "meta's top_k is 2: expected a whole number from 1 to 1"),
         ({"meta": {**META, "layers": 3}}, "[tokens, 3, 2]"),
         ({"meta": {**META, "layers": "2"}}, "meta's layers is '2'"),
@@ -146,6 +232,19 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         with bad.open("wb") as file:
             np.savez(file, **arrays)
         refused(bad, words)
+
+
+def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "bad.npz"
+    for shape, words in (((10**12, 2, 2), "experts.npy claims uint16 [1000000000000, 2, 2] and holds 48 bytes"),
+                         ((5, 2, 2), "holds 48 bytes"), ((7, 2, 2), "holds 48 bytes"), ((-6, 2, 2), "")):  # fmt: skip
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<u2", "fortran_order": False, "shape": shape})
+        with zipfile.ZipFile(path, "w") as archive, zipfile.ZipFile(io.BytesIO(CONTENT)) as good:
+            for name in good.namelist():
+                whole = good.read(name)
+                archive.writestr(name, header.getvalue() + GOOD.tobytes() if name == "experts.npy" else whole)
+        refused(path, words)
 
 
 def small_file() -> bytes:

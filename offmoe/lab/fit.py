@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 Floats = NDArray[np.float32]
-RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)  # a state's mean square is 1
+RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # a state's mean square is 1
 HELD_OUT = 4  # every fourth sequence judges
 LIKELY = 0.05  # what predictors fetch above by default
 CONTROLS = "previous token", "popularity", "map, tokens shuffled"

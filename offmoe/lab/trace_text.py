@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ class Records:
             raise ValueError(f"a number is below 0, or an expert or layer above {HIGH}")
         if weights and len(weights) != len(ids):
             raise ValueError(f"{len(weights)} weights of {len(ids)} experts")
+        if not all(map(math.isfinite, weights)):
+            raise ValueError("a weight is no finite number")
         for i, id in enumerate(ids):
             self.rows.extend((*at[:4], at[4] + i, id))
             self.weights.append(weights[i] if weights else float("nan"))
@@ -62,7 +65,7 @@ def read_csv(path: Path) -> Records:
                 continue
             try:
                 read_row({name: row[place] for name, place in places.items()}, records)
-            except (ValueError, IndexError) as error:
+            except (ValueError, IndexError, OverflowError) as error:
                 raise ValueError(f"line {rows.line_num}: {error}") from None
     return records
 
