@@ -78,12 +78,12 @@ def latency(found: list[Summary], bandwidths: dict[str, float], record_bytes: fl
         roof = [roof_ms(found, bandwidths, record_bytes, 1 - x / 100) for x in xs]
         axes.plot(xs, roof, color=INK, lw=1.2, ls="--", label="roof")
         axes.fill_between(xs, 0, roof, color=GRID, alpha=0.5, lw=0)
-        axes.annotate("no token is faster than this", (xs[3], roof[3]), (0, -6), textcoords="offset points",
-                      va="top", color=PALE, fontsize=9)  # fmt: skip
+        axes.annotate("no token is faster than this", (xs[50], roof[50]), (0, -6), textcoords="offset points",
+                      va="top", ha="center", color=PALE, fontsize=9)  # fmt: skip
         label_budgets(axes, found)
         axes.set(xlabel="hit rate, %", ylabel="ms a token", ylim=(0, max(m.ms for s in found for m in s.rounds) * 1.1))
-        titled(axes, "What a hit is worth here", "mean of all rounds; dots: single rounds")
-        axes.legend(loc="lower left")
+        titled(axes, "What a hit is worth here", "median of the rounds; dots: single rounds")
+        axes.legend(loc="upper right")
         return png(drawn)
 
 
@@ -111,23 +111,23 @@ def stack(found: list[Summary]) -> bytes:
     longest = max(summary.ms for summary in found)
     with figure(height=1.7 + 0.3 * (rows[-1] + 1)) as (drawn, axes):
         left = [0.0] * len(found)
-        for part in dict.fromkeys(name for summary in found for name in summary.parts):
-            widths = [max(0.0, summary.parts.get(part, 0.0)) for summary in found]
+        for part in dict.fromkeys(name for summary in found for name in summary.typical.parts):
+            widths = [max(0.0, summary.typical.parts.get(part, 0.0)) for summary in found]
             axes.barh(rows, widths, left=left, color=PARTS[part], label=part, height=0.8)
             for row, start, width in zip(rows, left, widths, strict=True):
                 if width > 0.06 * longest:
                     axes.text(start + width / 2, row, f"{width:.1f}", ha="center", va="center", fontsize=8,
                               color=INK if part in ("router", "rest") else "white")  # fmt: skip
             left = [start + width for start, width in zip(left, widths, strict=True)]
-        for row, end, summary in zip(rows, left, found, strict=True):
-            axes.text(end, row, f" {summary.ms:.1f}", va="center", fontweight="bold", fontsize=9)
+        for row, end in zip(rows, left, strict=True):
+            axes.text(end, row, f" {end:.1f}", va="center", fontweight="bold", fontsize=9)
         axes.set_yticks(rows, [str(summary.configuration) for summary in found])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
         axes.set(xlabel="ms a token", xlim=(0, 1.08 * max(left)))
         axes.tick_params(axis="y", colors=INK, length=0)
-        titled(axes, "Where a token's time goes", "mean over all rounds, ms")
+        titled(axes, "Where a token's time goes", "of the round with the median time, ms")
         drawn.legend(loc="outside lower center", ncols=6)
         return png(drawn)
 

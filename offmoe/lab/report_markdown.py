@@ -68,7 +68,7 @@ def rows(found: list[Summary], compared: list[Gain]) -> Rows:
             replayed(summary),
             f"{summary.mean('misses'):.1f}",
             f"{summary.mean('uploads'):.1f}",
-            f"{summary.mean('roof_ms'):.2f}",
+            f"{summary.typical.roof_ms:.2f}",
             str(by[summary.configuration]) if summary.configuration in by else "baseline",
         ]
         for summary in found
@@ -130,8 +130,9 @@ def report(about: dict[str, Any], results: Results, figures: dict[str, str], pre
         *(f"Note: {note}." for note in about["notes"]),
         "## What came out",
         "\n".join(f"- {line}" for line in verdicts(compared)) or "One method a budget: there is nothing to compare.",
-        "A gain counts where it is larger than its spread (95 %): the larger of what the rounds' paired differences "
-        "scatter and of what the baseline, measured first and again last in each round, differs from itself.",
+        "ms a token, its parts and roof are the median round's; a gain is the median of the rounds' paired differences. "
+        "It counts where it is larger than its spread (95 %): the larger of what the pairs scatter and of what the baseline, measured first "
+        "and again last in each round, differs from itself.",
         markdown(rows(found, compared), HEADER),
         *(f"![{caption}]({file})" for caption, file in list(figures.items())[:2]),
         "## Is the replay right?",

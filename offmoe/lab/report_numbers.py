@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 import numpy as np
 
@@ -38,8 +38,13 @@ class Summary:
         return sum(m.tokens for m in self.rounds)
 
     @property
+    def typical(self) -> Measured:
+        """The round with the median time (the lower of two): a machine that was busy for a moment does not move it."""
+        return sorted(self.rounds, key=lambda measured: measured.ms)[(len(self.rounds) - 1) // 2]
+
+    @property
     def ms(self) -> float:
-        return self.mean("ms")
+        return self.typical.ms
 
     @property
     def range(self) -> tuple[float, float]:
@@ -49,11 +54,6 @@ class Summary:
     @property
     def slots(self) -> int:
         return self.rounds[0].slots
-
-    @property
-    def parts(self) -> dict[str, float]:
-        names = self.rounds[0].parts
-        return {name: sum(m.parts[name] * m.tokens for m in self.rounds) / self.tokens for name in names}
 
     @property
     def hits_by_layer(self) -> list[float]:
@@ -93,7 +93,7 @@ class Gain:
 
     configuration: Configuration
     baseline: Configuration
-    gain: float  # mean over the rounds
+    gain: float  # the median pair's
     spread: float  # 95 %: the larger of what the pairs scatter and what the baseline differs from itself
     rounds: int
 
@@ -126,7 +126,7 @@ def paired(times: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
     # The baseline against itself: its two runs differ by twice the variance of one; a gain has 1.5 times that.
     own = math.sqrt(fmean((again / first - 1) ** 2 for first, again, _ in rounds) * 0.75)
     scatter = t95(len(gains) - 1) * stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
-    return fmean(gains), max(scatter, t95(len(gains)) * own / math.sqrt(len(gains)))
+    return median(gains), max(scatter, t95(len(gains)) * own / math.sqrt(len(gains)))
 
 
 def gains(results: Results) -> list[Gain]:
