@@ -3,6 +3,7 @@
 from offmoe.cache.policies.base import Policy
 from offmoe.cache.policies.belady import Belady, BeladyBypass
 from offmoe.cache.policies.crf import CRF
+from offmoe.cache.policies.echo import Echo
 from offmoe.cache.policies.least_stale import LeastStale
 from offmoe.cache.policies.lfru import LFRU
 from offmoe.cache.policies.lfu import LFU
@@ -23,6 +24,7 @@ POLICIES: dict[str, type[Policy]] = {
     "least-stale": LeastStale,
     "static+lru": StaticLRU,
     "random": Random,
+    "echo": Echo,
 }
 # these a replay alone: they know the future, or leave misses without a slot.
 REPLAY_ONLY: dict[str, type[Policy]] = {
