@@ -65,13 +65,15 @@ def looks(found: list[Summary]) -> dict[str, tuple[str, str]]:
 
 def latency(found: list[Summary], bandwidths: dict[str, float], record_bytes: float) -> bytes:
     """Hit rate against ms a token, every round a pale dot, and the line below which no token can be."""
+    top = 1.6 * max(summary.ms for summary in found)  # rounds beyond are shown at the edge
     with figure() as (drawn, axes):
         for method, (colour, marker) in looks(found).items():
             mine = sorted((s for s in found if s.configuration.method == method), key=lambda s: s.mean("hit_rate"))
             hits = [100 * s.mean("hit_rate") for s in mine]
             axes.plot(hits, [s.ms for s in mine], color=colour, marker=marker, ms=7, lw=1.4, mec="white", label=method)
-            for summary in mine:
-                axes.plot([100 * m.hit_rate for m in summary.rounds], [m.ms for m in summary.rounds], ".", ms=3.5,
+            rounds = [measured for summary in mine for measured in summary.rounds]
+            for shape, some in (".", [m for m in rounds if m.ms <= top]), ("^", [m for m in rounds if m.ms > top]):
+                axes.plot([100 * m.hit_rate for m in some], [min(m.ms, top) for m in some], shape, ms=3.5,
                           color=colour, alpha=0.35)  # fmt: skip
         low = min(m.hit_rate for s in found for m in s.rounds)
         xs = [100 * (low + (1 - low) * i / 100) for i in range(101)]
@@ -81,8 +83,8 @@ def latency(found: list[Summary], bandwidths: dict[str, float], record_bytes: fl
         axes.annotate("no token is faster than this", (xs[50], roof[50]), (0, -6), textcoords="offset points",
                       va="top", ha="center", color=PALE, fontsize=9)  # fmt: skip
         label_budgets(axes, found)
-        axes.set(xlabel="hit rate, %", ylabel="ms a token", ylim=(0, max(m.ms for s in found for m in s.rounds) * 1.1))
-        titled(axes, "What a hit is worth here", "median of the rounds; dots: single rounds")
+        axes.set(xlabel="hit rate, %", ylabel="ms a token", ylim=(0, 1.05 * top))
+        titled(axes, "What a hit is worth here", "median round; dots: single rounds, triangles: slower than shown")
         axes.legend(loc="upper right")
         return png(drawn)
 
@@ -91,9 +93,9 @@ def label_budgets(axes: Axes, found: list[Summary]) -> None:
     """Its budget over each group of points."""
     for budget in dict.fromkeys(s.configuration.budget for s in found):
         group = [s for s in found if s.configuration.budget == budget]
-        x = 100 * sum(s.mean("hit_rate") for s in group) / len(group)
-        top = max(m.ms for s in group for m in s.rounds)
-        axes.annotate(budget, (x, top), (0, 8), textcoords="offset points", ha="center", color=PALE, fontsize=9)
+        place = 100 * sum(s.mean("hit_rate") for s in group) / len(group), max(s.ms for s in group)
+        axes.annotate(budget, place, (0, 12), textcoords="offset points", ha="center", color=INK, fontsize=9,
+                      fontweight="bold", bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 1})  # fmt: skip
 
 
 def roof_ms(found: list[Summary], bandwidths: dict[str, float], record_bytes: float, missed: float) -> float:

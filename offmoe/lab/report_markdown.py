@@ -130,9 +130,9 @@ def report(about: dict[str, Any], results: Results, figures: dict[str, str], pre
         *(f"Note: {note}." for note in about["notes"]),
         "## What came out",
         "\n".join(f"- {line}" for line in verdicts(compared)) or "One method a budget: there is nothing to compare.",
-        "ms a token, its parts and roof are the median round's; a gain is the median of the rounds' paired differences. "
-        "It counts where it is larger than its spread (95 %): the larger of what the pairs scatter and of what the baseline, measured first "
-        "and again last in each round, differs from itself.",
+        "ms a token, its parts and roof are the median round's; a gain is the median of the rounds' pairs. It counts "
+        "where it is larger than its spread (95 %): the larger of what the pairs scatter and of what the baseline, "
+        "measured first and again last in each round, differs from itself.",
         markdown(rows(found, compared), HEADER),
         *(f"![{caption}]({file})" for caption, file in list(figures.items())[:2]),
         "## Is the replay right?",
