@@ -132,6 +132,7 @@ def test_predictors_stand_beside_what_they_cost(tmp_path: Path) -> None:
     assert by["oracle:d=1,p=0.05,n=2"]["precision"] == 1
     assert by["previous:d=1,p=0.05,n=2"]["fetched_per_token"] == 0
     assert "coverage" not in by["none"]
+    assert not {"timely", "stall_ms_per_token"} & by["oracle:d=1,p=0.05,n=2"].keys()  # copies take no time
     assert {row["prefetch"] for row in found if row["policy"].startswith("belady")} == {"none"}
 
 

@@ -28,6 +28,7 @@ LRU, BELADY, BYPASS = "lru", "belady", "belady-bypass"
 SELECTION = ("random", LRU, "lfu", "lfru", "slru", "crf:h=16", "crf:h=64", "crf+tinylfu")
 FRACTIONS = (0.25, 0.5)
 APART = 64  # first tokens, in which the cache fills
+TIMED = {"timely", "late_per_token", "late_wait_ms", "stall_ms_per_token"}  # say nothing where copies take no time
 Row = dict[str, Any]
 
 
@@ -183,10 +184,10 @@ def rows_of(plan: Plan, per_layer: bool) -> Iterator[Row]:
             else foresee(trace, cell.policy, cell.slots, cell.scope, cell.prefetch, pace)
         )
         head = {"trace": plan.path.name, "model": trace.meta["model"], "prefetch": cell.prefetch}
-        yield head | figures(outcome, *ends[pool], per_layer) | in_bytes(outcome, plan.record)
+        yield head | figures(outcome, *ends[pool], per_layer, pace is not None) | in_bytes(outcome, plan.record)
 
 
-def figures(outcome: Outcome, lru: float, belady: float, per_layer: bool) -> Row:
+def figures(outcome: Outcome, lru: float, belady: float, per_layer: bool, timed: bool) -> Row:
     """The numbers of one replay; a share of nothing is None."""
     first, after = outcome.between(0, APART), outcome.between(APART)
     row = {
@@ -202,7 +203,7 @@ def figures(outcome: Outcome, lru: float, belady: float, per_layer: bool) -> Row
         "gap_captured": (outcome.hit_rate - lru) / (belady - lru) if belady > lru else None,
     }
     if isinstance(outcome, Foresight):
-        row |= outcome.figures()
+        row |= {key: value for key, value in outcome.figures().items() if timed or key not in TIMED}
     if per_layer:
         row["hit_rate_by_layer"] = [round(rate, 6) for rate in outcome.hit_rate_by_layer.tolist()]
     return row
