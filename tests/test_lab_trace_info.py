@@ -115,3 +115,15 @@ def test_the_shared_trace_has_the_published_reuse() -> None:
     facts = examine(Trace.load(SHARED))
     assert facts.reuse[0].mean() == pytest.approx(0.438, abs=0.01)
     assert facts.uniform == 0.125
+
+
+def test_the_trace_of_the_demo_is_what_the_documentation_says() -> None:
+    trace = Trace.load(Path(__file__).parent / "data/demo_chat_trace.npz")
+    facts = examine(trace)
+    assert (facts.tokens, facts.sequences, len(set(trace.meta["classes"]))) == (4000, 33, 10)
+    assert facts.reuse[0].mean() == pytest.approx(0.462, abs=5e-4)
+    assert facts.popular.mean() == pytest.approx(0.326, abs=5e-4)
+    assert facts.hottest.mean() == pytest.approx(0.315, abs=5e-4)
+    assert [way.name for way in facts.classings] == ["position", "token", "prompt"]
+    assert 0.1 < facts.classings[1].known.mean() < 0.13, "what kind of token it is"
+    assert facts.classings[2].control.mean() > 0.05, "sequences differ, whatever they are called"

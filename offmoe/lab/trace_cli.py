@@ -135,16 +135,9 @@ def convert(source: Path, out: Path, model: str | None, experts: int | None, for
 
 @trace.command(cls=Command, examples=FIT)
 @click.argument("path", type=click.Path(path_type=Path), metavar="T.npz")
-@fitting(
-    "--ahead", type=click.IntRange(1, 4), default=1, show_default=True, metavar="D", help="Layers from state to router."
-)
-@fitting(
-    "--ridge",
-    type=float,
-    default=None,
-    metavar="L",
-    help="Penalty; chosen on part of the training sequences by default.",
-)
+@fitting("--ahead", type=click.IntRange(1, 4), default=1, show_default=True, metavar="D",
+         help="Layers from state to router.")  # fmt: skip
+@fitting("--ridge", type=float, metavar="L", help="Penalty [the best of six on a quarter of the training sequences].")
 @fitting("--test", type=click.Path(path_type=Path), metavar="T2.npz",
          help="Judge on this trace [a quarter of T.npz's sequences, not trained on].")  # fmt: skip
 @output("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="MAP.npz", help="The map.")
