@@ -59,7 +59,11 @@ run_peer() {
 for name in "$@"; do
     case $name in
         build) build ;;
-        tests) stage tests 25 420 python3 -P -m pytest tests/gpu -q -p no:cacheprovider --durations=5 ;;
+        tests) # most of the time goes to compiling: several processes, where pytest-xdist is among the wheels
+            workers=$(python3 -P -c 'import xdist' 2>/dev/null && echo -n 8)
+            # shellcheck disable=SC2086
+            stage tests 25 420 python3 -P -m pytest tests/gpu -q -p no:cacheprovider --durations=5 $workers
+            ;;
         kernels)
             for file in bench/kernels.py bench/gemm.py; do
                 [ ! -f $file ] || stage kernels 60 120 python3 $file "$out/$(basename $file .py).csv"

@@ -17,6 +17,16 @@ def dequantise_into(buffer: Tensor, form: Matrix, out: Tensor) -> None:
     out.copy_(weights_of(buffer[None], form, torch.float32)[0])
 
 
+def plan_tiles(ids: Tensor, experts: int, block: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    """ids [T, k] → the pairs sorted by expert, stable, and the (expert, start, end) of tiles of at most `block`: a tile
+    takes the sorted pairs start … min(start + block, end), and `end` is where its expert's pairs end."""
+    order = torch.sort(ids.reshape(-1), stable=True).indices
+    ends = ids.reshape(-1).bincount(minlength=experts).cumsum(0).tolist()
+    firsts = [0, *ends[:-1]]
+    tiles = [(e, at, ends[e]) for e in range(experts) for at in range(firsts[e], ends[e], block)]
+    return order, tiles
+
+
 def expert_mlp(x: Tensor, ids: Tensor, slots: Mapping[int, Tensor], layout: SlotLayout, out: Tensor) -> None:
     """down (silu(gate x) · up x) of every pair whose expert is in `slots`, unweighted: out [T · k, H]; the others stay.
 

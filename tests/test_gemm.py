@@ -51,7 +51,7 @@ def addresses_of(slots: Tensor, where: dict[int, int]) -> Tensor:
 
 def scaled(tokens: int, layout: SlotLayout, dtype: torch.dtype) -> Tensor:
     """Gates of about 1 to 15; less for float16, whose results would overflow."""
-    return ((0.005 if dtype == torch.float16 else 0.05) * randn(tokens, layout.hidden)).to(dtype)
+    return ((0.0015 if dtype == torch.float16 else 0.05) * randn(tokens, layout.hidden)).to(dtype)
 
 
 def run(x: Tensor, ids: Tensor, slots: Tensor, where: dict[int, int], layout: SlotLayout, out: Tensor,
@@ -114,21 +114,21 @@ def test_several_tiles_of_an_expert_and_every_tuning() -> None:
         assert_close(f"swap={swap}", out, want, RATIOS[x.dtype])
 
 
-@pytest.mark.parametrize(("tokens", "k", "experts", "block"), [(1, 1, 1, 16), (7, 2, 5, 16), (90, 3, 4, 32)])
-def test_tiles_hold_every_pair_once_and_one_expert_each(tokens: int, k: int, experts: int, block: int) -> None:
+TILED = [(1, 1, 1, 16), (7, 2, 5, 16), (90, 3, 4, 32), (700, 2, 8, 64)]
+
+
+@pytest.mark.parametrize(("tokens", "k", "experts", "block"), TILED)
+def test_tiles_are_the_twins(tokens: int, k: int, experts: int, block: int) -> None:
+    """The last case takes more than one round of the kernel; some experts get nothing."""
     ids = torch.randint(0, experts, (tokens, k), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    ids[ids == 2] = 0
+    order, listed = naive.plan_tiles(ids, experts, block)
     tiles = fast.plan_tiles(ids, experts, torch.float16, block)
-    assert len(tiles.experts) <= -(-tokens * k // block) + experts
-    flat, seen = ids.reshape(-1).tolist(), []
-    order = tiles.order.tolist()
-    rows = zip(tiles.experts.tolist(), tiles.starts.tolist(), tiles.ends.tolist(), strict=True)
-    for expert, start, end in rows:
-        if expert >= 0:
-            pairs = order[start : min(start + block, end)]
-            assert pairs == sorted(pairs)
-            assert {flat[pair] for pair in pairs} == {expert}
-            seen += pairs
-    assert sorted(seen) == list(range(tokens * k))
+    assert torch.equal(tiles.order.long(), order)
+    n = len(listed)
+    assert list(zip(*(t[:n].tolist() for t in (tiles.experts, tiles.starts, tiles.ends)), strict=True)) == listed
+    assert tiles.experts[n:].eq(-1).all()
+    assert len(tiles.experts) == min(-(-tokens * k // block) + experts, tokens * k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -46,21 +46,46 @@ def block_of(pairs: int, experts: int, dtype: torch.dtype) -> int:
     return min(block, 16 if dtype == torch.float32 else 128)
 
 
+@triton.jit
+def _plan_tiles(
+    ids, order, tile_experts, starts, ends, pairs, experts, tiles,
+    M: tl.constexpr, EP: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Grid (experts + 1): a program lists the pairs of one expert; the last one marks the tiles that hold none."""
+    e, index = tl.program_id(0), tl.arange(0, EP)
+    counts = tl.zeros((EP,), tl.int32)
+    for start in range(0, pairs, B):
+        at = start + tl.arange(0, B)
+        counts += tl.histogram(tl.load(ids + at, mask=at < pairs, other=0).to(tl.int32), EP, mask=at < pairs)
+    mine, first = tl.sum(tl.where(index == e, counts, 0), 0), tl.sum(tl.where(index < e, counts, 0), 0)
+    blocks = (counts + M - 1) // M
+    tile = tl.sum(tl.where(index < e, blocks, 0), 0)
+    for n in range((mine + M - 1) // M):
+        tl.store(tile_experts + tile + n, e)
+        tl.store(starts + tile + n, first + n * M)
+        tl.store(ends + tile + n, first + mine)
+    if e == experts:
+        for start in range(tile, tiles, B):
+            at = start + tl.arange(0, B)
+            tl.store(tile_experts + at, -1, mask=at < tiles)
+    else:
+        for start in range(0, pairs, B):
+            at = start + tl.arange(0, B)
+            found = (tl.load(ids + at, mask=at < pairs, other=-1) == e).to(tl.int32)
+            tl.store(order + first + tl.cumsum(found, 0) - 1, at, mask=found != 0)
+            first += tl.sum(found, 0)
+
+
 def plan_tiles(ids: Tensor, experts: int, dtype: torch.dtype, block: int | None = None) -> Tiles:
     """ids int64 [T, k] → tiles, as many as there can be at most. Nothing is read on the host."""
-    flat = ids.reshape(-1)
-    block = block or block_of(len(flat), experts, dtype)
-    sorted_ids, order = torch.sort(flat, stable=True)
-    ends = torch.searchsorted(sorted_ids, torch.arange(experts, device=ids.device), right=True)
-    firsts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    counts = (ends - firsts + block - 1) // block
-    last = counts.cumsum(0)
-    index = torch.arange(min(-(-len(flat) // block) + experts, len(flat)), device=ids.device)
-    expert = torch.searchsorted(last, index, right=True)
-    there = expert < experts
-    expert = expert.clamp(max=experts - 1)
-    starts = firsts[expert] + (index - last[expert] + counts[expert]) * block
-    return Tiles(order.int(), torch.where(there, expert, -1).int(), starts.int(), ends[expert].int(), block)
+    pairs = ids.numel()
+    block = block or block_of(pairs, experts, dtype)
+    tiles = min(-(-pairs // block) + experts, pairs)
+    order, listed = (torch.empty(shape, dtype=torch.int32, device=ids.device) for shape in (pairs, (3, tiles)))
+    _plan_tiles[(experts + 1,)](
+        ids, order, *listed, pairs, experts, tiles, M=block, EP=triton.next_power_of_2(experts), B=1024
+    )
+    return Tiles(order, *listed, block)
 
 
 def tuning_of(block: int, dtype: torch.dtype, *formats: str) -> Tuning:
