@@ -25,9 +25,11 @@ from offmoe.lab.live import Bench, Configuration, Measured
 from offmoe.lab.live_folder import Cell, Folder, write_file
 from offmoe.lab.live_probe import Probe, Watched
 from offmoe.lab.live_prompts import PROMPTS, read_prompts
+from offmoe.lab.live_sweep import POLICIES as SWEPT
 from offmoe.lab.live_sweep import Sweep, run_sweep, traces
 from offmoe.lab.live_truth import Answer, Simulator, answers_of, same
 from offmoe.models.model import open_model
+from offmoe.plan import DEFAULT_POLICY
 from offmoe.settings import Settings
 
 BUDGETS = ("37.5%", "50%", "75%")  # 3, 4 and 6 slots a layer for top-3 of 8
@@ -154,8 +156,10 @@ def test_rounds_interleave_and_a_budget_ends_with_its_baseline(bench: Bench) -> 
 def test_the_default_is_four_budgets_from_the_smallest_that_works(bench: Bench) -> None:
     sweep = Sweep.of(bench, (), (), (), 5)
     assert list(sweep.budgets) == ["31.3%", "50%", "75%", "100%"]
-    assert [str(c) for c in sweep.budgets["50%"]] == ["50% crf:h=16", "50% lru", "50% lfru"]
-    assert [c.policy for c in sweep.budgets["100%"]] == ["crf:h=16"], "nothing is evicted: one is enough"
+    assert [c.policy for c in sweep.budgets["50%"]] == [bench.canonical("50%", p, None).policy for p in SWEPT]
+    assert len(SWEPT) == 3
+    assert SWEPT[0] == DEFAULT_POLICY
+    assert len(sweep.budgets["100%"]) == 1, "nothing is evicted: one is enough"
     assert len(sweep.notes) == 2
 
 

@@ -24,7 +24,7 @@ sweep, placing, output = partial(option, "Sweep"), partial(option, "Placement"),
 @click.argument("model", default="demo")
 @sweep("--vram", multiple=True, metavar="SIZE|P%", help="For expert slots; may be repeated [25%, 50%, 75%, 100%].")
 @sweep("--policy", "policies", multiple=True, metavar="NAME[:KEY=VALUE]",
-       help="May be repeated, the first is the baseline [crf:h=16, lru, lfru].")  # fmt: skip
+       help="May be repeated, the first is the baseline [the default, lru, …].")  # fmt: skip
 @sweep("--prefetch", multiple=True, metavar="NAME[:KEY=VALUE,…]", help="May be repeated; on a GPU [none].")
 @sweep("--tokens", type=click.IntRange(5), default=384, show_default=True, help="Decoded a configuration.")
 @sweep("--rounds", type=click.IntRange(1, 99), help="Turns of all configurations [5, on a GPU 3].")

@@ -11,9 +11,10 @@ from offmoe.cache.trace import Trace
 from offmoe.errors import OffmoeError
 from offmoe.lab.live import Bench, Configuration, Measured
 from offmoe.lab.live_folder import Cell, Folder
+from offmoe.plan import DEFAULT_POLICY
 
 BUDGETS = ("25%", "50%", "75%", "100%")
-POLICIES = ("crf:h=16", "lru", "lfru")
+POLICIES = tuple(dict.fromkeys((DEFAULT_POLICY, "crf:h=16", "lru", "lfru")))[:3]
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
 

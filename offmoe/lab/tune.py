@@ -27,7 +27,7 @@ from offmoe.settings import Settings
 
 STEPS = 64  # of a visit
 TOKENS = STEPS * DISTINCT
-POLICIES = ("lru", "lfu", "lfru", "slru", "least-stale", *(f"crf:h={h}" for h in (4, 8, 16, 32, 64, 128)))
+POLICIES = ("lru", "lfu", "lfru", "slru", "least-stale", "echo", *(f"crf:h={h}" for h in (4, 8, 16, 32, 64, 128)))
 GATES = ("gate:d=1,p=0.05,n=2", "gate:d=1,p=0.02,n=2", "gate:d=1,p=0.1,n=2", "gate:d=2,p=0.05,n=2")
 PROMISING = 1.01  # times the default's replayed misses: a cheaper policy may be worth a few
 MOST = 6  # policies that are measured
