@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -54,8 +53,15 @@ def next_uses(records: Ints) -> NDArray[np.int64]:
 
 @cache
 def compiled() -> Any:
-    """`run_events` in machine code, or None; compiled once a machine (3 s), then read from the cache."""
-    return import_module("numba").njit(cache=True)(run_events) if find_spec("numba") else None
+    """`run_events` in machine code, or None; compiled once a machine (3 s), then read from a file."""
+    try:
+        jit = import_module("numba").njit
+    except ImportError:  # absent, or not of this NumPy
+        return None
+    try:
+        return jit(cache=True)(run_events)
+    except RuntimeError:  # there is no place for the file
+        return jit(run_events)
 
 
 def run_events(

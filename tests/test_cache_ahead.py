@@ -229,6 +229,12 @@ def test_gate_asks_the_next_layers_router() -> None:
     assert by["gate:n=3"]["precision"] > 2 * by["shuffled:gate:n=3"]["precision"]  # type: ignore[operator]
 
 
+def test_gate_needs_the_routers() -> None:
+    trace = replace(seeing(synthetic(4, 2, 8, 2)), gates=None)
+    with pytest.raises(ValueError, match="needs the routers and the trace has none: record it with --states"):
+        make_predictor("gate", trace)
+
+
 def fitted(path: Path, trace: Trace, ahead: int = 1, **changed: Any) -> str:
     """A map file that says what the gate would."""
     assert trace.gates is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from itertools import combinations
@@ -14,14 +15,15 @@ from hypothesis import strategies as st
 from traces import of
 
 from offmoe.cache import fast
+from offmoe.cache.policies import POLICIES, REPLAY_ONLY
 from offmoe.cache.replay import replay
 from offmoe.cache.trace import Trace
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared/traces/gpt-oss-20b.npz"
 FORCED = ("lru", "lfu", "lfru", "crf:h=8")  # these have a compiled twin, the others not
-SLOW = ("slru", "least-stale", "static+lru", "random")
-BYPASS = ("none", "static", "crf+tinylfu:h=8")
+SLOW = [name for name, kind in POLICIES.items() if kind not in fast.KINDS]
+BYPASS = [name for name in REPLAY_ONLY if name not in ("belady", "belady-bypass")]
 TWINS = ("lru", "lfu", "lfru", "crf:h=8", "crf+tinylfu:h=8", "belady", "belady-bypass")
 PAD = 2**16 - 1
 load = cache(Trace.load)
@@ -149,6 +151,29 @@ def cut(trace: Trace, tokens: int) -> Trace:
     flat = ids.reshape(-1, ids.shape[-1])
     flat[::7, -1] = flat[::14, -2] = trace.pad
     return Trace(ids, np.array([0, tokens]), trace.meta)
+
+
+class NoFile:
+    """numba, where no file can be written."""
+
+    @staticmethod
+    def njit(function: object = None, cache: bool = False) -> object:
+        if cache:
+            return lambda function: (_ for _ in ()).throw(RuntimeError("cannot cache function"))
+        return function
+
+
+@pytest.mark.parametrize("there", [None, NoFile])
+def test_numba_may_be_absent_or_without_a_place_for_its_file(
+    there: type | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "numba", there)
+    fast.compiled.cache_clear()
+    try:
+        assert fast.compiled() is (there and fast.run_events)
+        assert replay(of([[0], [1], [0]], 2), "lru", 2).hit.ravel().tolist() == [False, False, True]
+    finally:
+        fast.compiled.cache_clear()
 
 
 @pytest.mark.slow
