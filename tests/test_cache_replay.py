@@ -137,7 +137,7 @@ def test_the_twin_chooses_as_the_table_does(
         pytest.importorskip("numba")
     else:
         monkeypatch.setattr(fast, "compiled", lambda: fast.run_events)
-    trace = cut(load(DATA / "demo_trace.npz"), 200 if compiled else 40)
+    trace = cut(load(DATA / "demo_trace.npz"), 120 if compiled else 15)
     for slots in (10, 13, 20):
         one, other = (replay(trace, policy, slots, scope, fast=fast) for fast in (True, False))
         assert (one.hit == other.hit).all()
