@@ -90,6 +90,30 @@ GOLDEN = {
 }
 
 
+# 4,000 tokens of the demo's chat and text, as `offmoe trace record` wrote them: misses at 12, 16 and 24 of 32 slots.
+CHAT = {
+    ("lru", "layer"): (567390, 423035, 168613),
+    ("lfu", "layer"): (569116, 430511, 189238),
+    ("lfru", "layer"): (563648, 414798, 163945),
+    ("crf:h=16", "layer"): (539623, 375948, 138168),
+    ("crf:h=64", "layer"): (545782, 384983, 149073),
+    ("crf+tinylfu:h=64", "layer"): (548560, 397640, 158156),
+    ("belady", "layer"): (473537, 271955, 77323),
+    ("belady-bypass", "layer"): (329397, 211353, 66288),
+    ("lru", "global"): (None, 517152, None),
+    ("crf:h=16", "global"): (None, 393093, None),
+    ("belady", "global"): (None, 198429, None),
+}
+
+
+@pytest.mark.parametrize(("policy", "scope", "golden"), [(*run, golden) for run, golden in CHAT.items()])
+def test_golden_misses_of_the_recorded_chat(policy: str, scope: str, golden: tuple[int | None, ...]) -> None:
+    pytest.importorskip("numba")  # or it takes minutes
+    for slots, misses in zip((12, 16, 24), golden, strict=True):
+        if misses is not None:
+            assert replay(load(DATA / "demo_chat_trace.npz"), policy, slots, scope).misses == misses
+
+
 @pytest.mark.parametrize(
     ("name", "policy", "scope", "slots", "misses"),
     [(name, *run, misses) for name, runs in GOLDEN.items() for run, misses in runs.items()],
