@@ -20,7 +20,7 @@ from offmoe.cli import main
 from offmoe.download import DEMO
 from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
-from offmoe.lab import latency, live_folder
+from offmoe.lab import live_folder, live_run
 from offmoe.lab.live import Bench, Configuration, Measured
 from offmoe.lab.live_folder import Cell, Folder, write_file
 from offmoe.lab.live_probe import Probe, Watched
@@ -225,6 +225,20 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, bench: Bench, monkeypatch: p
     assert trace.sequences >= 2
 
 
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:99])])
+def test_a_round_whose_trace_is_lost_is_measured_again(
+    tmp_path: Path, bench: Bench, spoil: Callable[[Path], object]
+) -> None:
+    """One measurement of it, for they all have the same routing."""
+    sweep, folder = Sweep.of(bench, ("50%",), ("lru",), (), 2), Folder(tmp_path, {})
+    run_sweep(bench, sweep, folder, 4, lambda *_: None)
+    spoil(tmp_path / "trace-1.npz")
+    seen: list[int] = []
+    run_sweep(bench, sweep, folder, 4, lambda what, done, todo: seen.append(todo))
+    assert seen == [1, 1]
+    assert traces(folder, 2).sequences == 2
+
+
 def test_a_full_disk_is_one_line_and_leaves_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full(io.BytesIO):
         def write(self, _: object) -> int:
@@ -357,7 +371,7 @@ def test_a_model_without_a_tokenizer_is_refused(command: Command, model: Path, t
 def test_without_matplotlib_nothing_is_measured(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latency, "find_spec", lambda _: None)
+    monkeypatch.setattr(live_run, "find_spec", lambda _: None)
     assert "pip install 'offmoe[lab]'" in refused(command("demo", *SMALL, "-o", tmp_path / "out"))
 
 
@@ -382,7 +396,7 @@ def test_ctrl_c_says_what_is_kept(command: Command, tmp_path: Path, monkeypatch:
     status, _, err = command("demo", *SMALL, "-o", tmp_path / "out")
     assert status == 130
     assert "offmoe: 0 of 6 measurements are kept: the same command goes on" in err
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["configurations"] == ["50% lru", "50% lfu"]
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["tokens"] == 6
 
 
 def test_a_cell_names_itself() -> None:

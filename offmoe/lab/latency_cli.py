@@ -42,6 +42,6 @@ def latency(model: str, out: Path, **chosen: Any) -> int:
     MODEL (default: the demo) answers real prompts in every combination of --vram, --policy and --prefetch, in turns.
     """
     path = find_model(model)
-    from offmoe.lab.latency import measure_and_report
+    from offmoe.lab.live_run import measure_and_report
 
     return 0 if measure_and_report(path, out, chosen) else WRONG

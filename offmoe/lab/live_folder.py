@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from offmoe.errors import OffmoeError
-from offmoe.lab.live import Measured
+from offmoe.lab.live import Configuration, Measured
 
 RUN = "run.json"
 
@@ -52,7 +52,7 @@ class Cell:
 
     index: int
     round: int
-    configuration: Any  # a Configuration
+    configuration: Configuration
     again: bool = False
 
     @property

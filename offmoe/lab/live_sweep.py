@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+
+import numpy as np
 
 from offmoe.cache.trace import Trace
 from offmoe.errors import OffmoeError
@@ -71,23 +73,38 @@ def default_budgets(bench: Bench) -> tuple[tuple[str, ...], list[str]]:
 def run_sweep(bench: Bench, sweep: Sweep, folder: Folder, tokens: int, progress: Progress) -> dict[Cell, Measured]:
     """Measure what is not in the folder yet."""
     results: dict[Cell, Measured] = {}
+    lost = {turn for turn in range(sweep.rounds) if not readable(trace_file(folder, turn))}
     for cell in sweep.cells():
-        if (found := folder.read(cell)) is not None:
+        if cell.round in lost:  # its first measurement is made again, with the trace
+            lost.remove(cell.round)
+        elif (found := folder.read(cell)) is not None:
             results[cell] = found
     todo = [cell for cell in sweep.cells() if cell not in results]
     for count, cell in enumerate(todo):
         progress(f"round {cell.round + 1} of {sweep.rounds}, {cell.configuration}", count, len(todo))
         prompts = bench.prompts[cell.round :: sweep.rounds]
         results[cell], trace = bench.measure(cell.configuration, prompts, -(-tokens // sweep.rounds))
-        keep_trace(folder.path / f"trace-{cell.round}.npz", trace)
+        keep_trace(trace_file(folder, cell.round), trace)
         folder.write(cell, results[cell])
     progress("measured", len(todo), len(todo))
     return dict(sorted(results.items(), key=lambda item: item[0].index))
 
 
+def trace_file(folder: Folder, turn: int) -> Path:
+    return folder.path / f"trace-{turn}.npz"
+
+
+def readable(path: Path) -> bool:
+    try:
+        Trace.load(path)
+    except ValueError:
+        return False
+    return True
+
+
 def keep_trace(path: Path, trace: Trace) -> None:
     """Greedy routing is the same in every configuration: one a round is enough."""
-    if not path.exists():
+    if not readable(path):
         try:
             trace.save(path)
         except OSError as error:
@@ -96,11 +113,7 @@ def keep_trace(path: Path, trace: Trace) -> None:
 
 def traces(folder: Folder, rounds: int) -> Trace:
     """Of all rounds, one behind the other."""
-    from dataclasses import replace
-
-    import numpy as np
-
-    parts = [Trace.load(folder.path / f"trace-{turn}.npz") for turn in range(rounds)]
+    parts = [Trace.load(trace_file(folder, turn)) for turn in range(rounds)]
     ends = np.cumsum([0, *(len(part.experts) for part in parts)])
     offsets = np.concatenate([[0], *(part.offsets[1:] + end for part, end in zip(parts, ends, strict=False))])
     alone = {"prefill": None, "prefill_offsets": None, "prefill_probs": None, "prefill_tokens": None}

@@ -72,7 +72,7 @@ def measure_and_report(path: Path, out: Path, chosen: dict[str, Any]) -> bool:
         }
         predicted = kept(folder) or predictors(bench, results, folder, about)
     write_report(folder, about, results, traces(folder, rounds), predicted)
-    return show(results, out)
+    return show(results, out, sweep.notes)
 
 
 def measured(bench: Bench, sweep: Sweep, folder: Folder, tokens: int) -> Results:
@@ -110,11 +110,13 @@ def predictors(bench: Bench, results: Results, folder: Folder, about: dict[str, 
     return predicted
 
 
-def show(results: Results, out: Path) -> bool:
+def show(results: Results, out: Path, notes: tuple[str, ...]) -> bool:
     """The table, and whether every replay agrees."""
     found, compared = summaries(results), gains(results)
     screen = console()
     screen.print(table(found, compared))
+    for note in notes:
+        screen.print(note, style="dim", soft_wrap=True)
     if one := fitted(found):
         screen.print(f"ms a token = {one} (residual {one.residual:.2f} ms)")
     wrong = [summary for summary in found if not summary.believed]
