@@ -12,7 +12,7 @@ from traces import synthetic
 
 from offmoe.cache.predictor import make_predictor
 from offmoe.cache.trace import Trace
-from offmoe.lab.fit import LinearMap, fit_map, top
+from offmoe.lab.fit import LinearMap, fit_map, judge, recalls, top
 
 TOKENS, LAYERS, HIDDEN, EXPERTS, K = 400, 4, 24, 16, 3
 
@@ -82,12 +82,18 @@ def test_recall_by_hand() -> None:
                   states=np.ones((1, 2, 1), np.float16), logits=np.zeros((1, 2, 5), np.float16))  # fmt: skip
     weights = np.array([[[0] * 5], [[9, 8, 0, 7, 0]]], np.float16)
     linear = LinearMap(weights, np.zeros((2, 5), np.float16), 1, {})
-    from offmoe.lab.fit import judge, recalls
-
     assert recalls(linear, trace) == [pytest.approx(2 / 3)]
     row = judge(linear, trace, trace)["map"]
     assert row["recall_at_k"] == pytest.approx(2 / 3)
     assert (row["precision_likely"], row["recall_likely"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+
+
+def test_the_first_token_of_a_sequence_has_none_before_it() -> None:
+    """So nothing of it is new."""
+    trace = with_states(sequences=TOKENS)
+    linear = fit_map(trace, None, 1, 0.1)
+    assert judge(linear, trace, trace)["map"]["recall_of_new"] == 0
+    assert judge(linear, trace, with_states(sequences=8))["map"]["recall_of_new"] > 0.9
 
 
 @pytest.mark.parametrize("ahead", [1, 2])

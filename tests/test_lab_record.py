@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny import reference, saved
 
 from offmoe.cache.trace import Trace
@@ -115,6 +117,15 @@ def test_answers_without_a_decoded_token_are_left_out(engine: Engine) -> None:
     assert trace.prefill_tokens.tolist() == PROMPTS[1]
 
 
+def test_the_same_prompt_again_is_another_sequence(engine: Engine) -> None:
+    with Recorder(engine) as recorder:
+        for _ in range(2):
+            engine.reset()
+            answer(engine, PROMPTS[1], tokens=3)
+    assert recorder.trace().prompts.tolist() == [0, 3, 6]
+    assert recorder.trace().offsets.tolist() == [0, 2, 4]
+
+
 def test_a_pass_that_fails_leaves_whole_rows_only(engine: Engine) -> None:
     """An error in the middle of a token's layers: what was seen of it is dropped."""
     apply, calls = engine.store.apply, 0
@@ -134,6 +145,21 @@ def test_a_pass_that_fails_leaves_whole_rows_only(engine: Engine) -> None:
         engine.reset()
         answer(engine, PROMPTS[1], tokens=2)
     assert recorder.trace().offsets.tolist() == [0, 2, 3]
+
+
+def test_a_decoder_that_knows_no_weights_gives_ids_alone(engine: Engine) -> None:
+    """As the graph of a GPU does, which tells its ids after the fact."""
+    want, _ = recorded(engine)
+    with Recorder(engine) as recorder:
+        told = engine.store.routed
+        assert told is not None
+        engine.store.routed = lambda layer, ids, weights: told(
+            layer, ids.astype(np.int32), weights if engine.store.prompt else torch.empty(0)
+        )
+        for prompt in PROMPTS:
+            engine.reset()
+            answer(engine, prompt)
+    assert recorder.trace(classes=want.meta["classes"]) == replace(want, probs=None)
 
 
 def test_one_recorder_at_a_time(engine: Engine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -88,8 +89,14 @@ def test_short_answers_are_asked_for_again_until_there_is_enough(tmp_path: Path)
     out = tmp_path / "t.npz"
     common = "--prompts", tmp_path / "p.txt", "--tokens", 200
     assert trace("record", *common, "-o", out, *options()).exit_code == 0
-    assert Trace.load(out).sequences > 2
-    assert len(Trace.load(out).experts) == 200
+    found = Trace.load(out)
+    assert len(found.experts) == 200
+    assert found.tokens is not None
+    answers = [found.tokens[start:end].tolist() for start, end in itertools.pairwise(found.offsets)]
+    assert len(answers) > 2
+    assert answers[1] != answers[3], "another seed"
+    lengths = np.diff(found.prompts)
+    assert lengths[0] == lengths[2] > 10, "a prompt is run whole each time"
     greedy = trace("record", *common, "-o", out, "--force", "--temperature", 0, *options())
     assert greedy.exit_code == 0
     assert Trace.load(out).sequences <= 2, "greedy answers would be the same again"

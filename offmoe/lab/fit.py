@@ -103,7 +103,6 @@ def learn(trace: Trace, ahead: int, ridge: float) -> LinearMap:
     assert trace.logits is not None
     for layer in range(ahead, layers):
         x, y = seen(trace, layer - ahead), trace.logits[:, layer].astype(np.float32)
-        y -= y.mean(1, keepdims=True)  # a softmax does not see it
         mean_x, mean_y = x.mean(0), y.mean(0)
         x -= mean_x
         w = np.linalg.solve(x.T @ x / len(x) + ridge * np.eye(hidden, dtype=np.float32), x.T @ (y - mean_y) / len(x))
