@@ -24,10 +24,11 @@ from offmoe.lab import live_folder, live_run
 from offmoe.lab.live import Bench, Configuration, Measured
 from offmoe.lab.live_folder import Cell, Folder, write_file
 from offmoe.lab.live_probe import Probe, Watched
-from offmoe.lab.live_prompts import PROMPTS, read_prompts
+from offmoe.lab.live_prompts import PROMPTS, encoded, prompts_of
 from offmoe.lab.live_sweep import POLICIES as SWEPT
 from offmoe.lab.live_sweep import Sweep, run_sweep, traces
 from offmoe.lab.live_truth import Answer, Simulator, answers_of, same
+from offmoe.lab.trace_prompts import Prompt
 from offmoe.models.model import open_model
 from offmoe.plan import DEFAULT_POLICY
 from offmoe.settings import Settings
@@ -328,7 +329,7 @@ def test_a_replay_that_is_off_ends_with_3(command: Command, tmp_path: Path, monk
         (["--prefetch", "gate"], "works on a GPU, and the device is the CPU"),
         (["--prefetch", "oracle"], "prefetch 'oracle' is unknown"),
         (["--tokens", "100000"], "the context holds 8192: give shorter prompts or fewer --tokens"),
-        (["--rounds", "11"], "11 rounds need as many prompts and there are 10"),
+        (["--rounds", "17"], "17 rounds need as many prompts and there are 16"),
         (["--prompts", "/nowhere/prompts.txt"], "cannot read /nowhere/prompts.txt: No such file or directory"),
     ],
 )
@@ -375,17 +376,25 @@ def test_without_matplotlib_nothing_is_measured(
     assert "pip install 'offmoe[lab]'" in refused(command("demo", *SMALL, "-o", tmp_path / "out"))
 
 
-def test_prompts_are_lines_of_a_file(tmp_path: Path) -> None:
+def test_prompts_are_those_of_trace_record(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\n two \nthree\nfour\nfive\none\n")
-    assert read_prompts(file) == ["one", "two", "three", "four", "five"]
+    assert [prompt.given for prompt in prompts_of(file)] == ["one", "two", "three", "four", "five"]
     file.write_text("one\none\none\none\none\n")
-    with pytest.raises(OffmoeError, match="holds 1 different prompts, one a line: at least 5"):
-        read_prompts(file)
+    with pytest.raises(OffmoeError, match="holds 1 different prompts: at least 5 are needed"):
+        prompts_of(file)
     file.write_bytes(b"\xff")
-    with pytest.raises(OffmoeError, match="is no UTF-8"):
-        read_prompts(file)
-    assert len(set(PROMPTS)) >= 5
+    with pytest.raises(OffmoeError, match=r"is no UTF-8"):
+        prompts_of(file)
+    assert len({prompt.given for prompt in PROMPTS}) == len(PROMPTS) >= 5
+
+
+def test_prompts_go_through_the_template_unless_raw(bench: Bench) -> None:
+    asked, raw = (encoded(bench.tokenizer, Prompt("", "Hello!", raw=raw)) for raw in (False, True))
+    messages = encoded(bench.tokenizer, Prompt("", [{"role": "user", "content": "Hello!"}]))
+    assert asked == messages
+    assert len(raw) < len(asked)
+    assert raw == bench.tokenizer.encode("Hello!")
 
 
 def test_ctrl_c_says_what_is_kept(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

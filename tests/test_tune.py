@@ -24,6 +24,7 @@ from offmoe.errors import OffmoeError
 from offmoe.lab import tune as lab
 from offmoe.lab.live import Bench, Configuration
 from offmoe.lab.live_folder import write_file
+from offmoe.lab.trace_prompts import Prompt
 from offmoe.lab.tune import Tuner, Verdict, profile_text
 from offmoe.profile import Profile, model_key, profile_path, read_profile, use_profile
 from offmoe.settings import Settings
@@ -167,7 +168,9 @@ def test_the_demo_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lab, "POLICIES", ("lru",))
     monkeypatch.setattr(lab, "PROMISING", 2.0)
     monkeypatch.setattr(lab, "FINAL_ROUNDS", (1, 1))
-    verdict = lab.tune(DEMO, Settings.of(device="cpu"), "50%", ["Hello!", "Good bye!"], 60, lambda *_: None)
+    verdict = lab.tune(
+        DEMO, Settings.of(device="cpu"), "50%", [Prompt("", "Hello!"), Prompt("", "Good bye!")], 60, lambda *_: None
+    )
     assert verdict.chosen is None, "one round proves nothing"
     assert [candidate.configuration.policy for candidate in verdict.candidates] == ["lru"]
     assert verdict.default_ms > 0
@@ -175,7 +178,7 @@ def test_the_demo_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_budget_in_bytes_stays_what_it_was() -> None:
-    with Bench(DEMO, Settings.of(device="cpu"), ["Hello!"], 5) as bench:
+    with Bench(DEMO, Settings.of(device="cpu"), [Prompt("", "Hello!")], 5) as bench:
         configuration = bench.canonical("9369600", None, None)
         assert bench.plan(configuration).slots == 300
         assert configuration.budget == "8.94 MiB"

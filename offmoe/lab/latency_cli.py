@@ -28,7 +28,8 @@ sweep, placing, output = partial(option, "Sweep"), partial(option, "Placement"),
 @sweep("--prefetch", multiple=True, metavar="NAME[:KEY=VALUE,…]", help="May be repeated; on a GPU [none].")
 @sweep("--tokens", type=click.IntRange(5), default=384, show_default=True, help="Decoded a configuration.")
 @sweep("--rounds", type=click.IntRange(1, 99), help="Turns of all configurations [5, on a GPU 3].")
-@sweep("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="One a line, instead of the built-in ones.")
+@sweep("--prompts", type=click.Path(path_type=Path), metavar="FILE",
+       help="As for `trace record`, instead of the built-in ones.")  # fmt: skip
 @placing("--ram", metavar="SIZE", help="Pinned memory for records; what is beyond stays on disk.")
 @placing("--scope", type=click.Choice(["layer", "global"]), help="A quota a layer, or one pool.")
 @placing("--device", metavar="NAME", help="cpu, cuda or cuda:N.")

@@ -17,8 +17,10 @@ from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
 from offmoe.gate import NONE, Gate
 from offmoe.lab.live_probe import Probe, Watched
+from offmoe.lab.live_prompts import LEAST, encoded
 from offmoe.lab.live_truth import Simulated, Simulator, same
 from offmoe.lab.record import Recorder
+from offmoe.lab.trace_prompts import Prompt
 from offmoe.links import link_bandwidth, slot_bandwidth
 from offmoe.models.model import open_model
 from offmoe.plan import DEFAULT_POLICY, Plan, canonical_policy, make_plan, pick_device, token_records
@@ -26,7 +28,6 @@ from offmoe.settings import Settings, format_size, parse_budget
 from offmoe.tokenizer import load_tokenizer
 
 WARM_UP = 8  # steps that are replayed too, but not counted: threads start, memory is touched
-DISTINCT = 5  # no prompt decodes more than a fifth of the tokens
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Measured:
 class Bench:
     """A model and what is asked of it, the same for every configuration. A context manager."""
 
-    def __init__(self, path: Path, base: Settings, prompts: list[str], tokens: int) -> None:
+    def __init__(self, path: Path, base: Settings, prompts: list[Prompt], tokens: int) -> None:
         """tokens: decoded by all `prompts` together. Raises OffmoeError, also for a model without a tokenizer."""
         self.path = path
         self.model = open_model(path)
@@ -110,10 +111,8 @@ class Bench:
         except BaseException:
             self.model.checkpoint.close()
             raise
-        encode, talk = self.tokenizer.encode, self.tokenizer.encode_chat
-        chats = self.tokenizer.chat_template is not None
-        self.prompts = [talk([{"role": "user", "content": text}]) if chats else encode(text) for text in prompts]
-        self.most = -(-tokens // DISTINCT)  # steps of one answer
+        self.prompts = [encoded(self.tokenizer, prompt) for prompt in prompts]
+        self.most = -(-tokens // LEAST)  # steps of one answer: no prompt decodes more than a fifth of the tokens
         needed = max(map(len, self.prompts)) + self.most + 1
         self.base = replace(base, ctx=base.ctx or min(-(-needed // 128) * 128, self.model.config.ctx))
         if needed > self.base.ctx:  # type: ignore[operator]  # it was set in the line before

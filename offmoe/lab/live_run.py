@@ -16,7 +16,7 @@ from offmoe.errors import OffmoeError
 from offmoe.gate import NONE
 from offmoe.lab.live import WARM_UP, Bench
 from offmoe.lab.live_folder import Folder
-from offmoe.lab.live_prompts import read_prompts
+from offmoe.lab.live_prompts import prompts_of
 from offmoe.lab.live_sweep import Sweep, run_sweep, traces
 from offmoe.lab.report_markdown import table, wrong_line
 from offmoe.lab.report_numbers import Results, fitted, gains, summaries
@@ -36,7 +36,7 @@ def measure_and_report(path: Path, out: Path, chosen: dict[str, Any]) -> bool:
     if find_spec("matplotlib") is None:  # now, not after minutes of measuring
         raise OffmoeError("plots need matplotlib: pip install 'offmoe[lab]'")
     settings = Settings.of(**{name: chosen[name] for name in PLACEMENT})
-    prompts, tokens = read_prompts(chosen["prompts"]), chosen["tokens"]
+    prompts, tokens = prompts_of(chosen["prompts"]), chosen["tokens"]
     rounds = chosen["rounds"] or (5 if pick_device(settings.device).type == "cpu" else 3)
     if len(prompts) < rounds:
         raise OffmoeError(f"{rounds} rounds need as many prompts and there are {len(prompts)}: give fewer --rounds")
@@ -57,7 +57,7 @@ def measure_and_report(path: Path, out: Path, chosen: dict[str, Any]) -> bool:
             "tokens": tokens,
             "rounds": rounds,
             "warm_up": WARM_UP,
-            "prompts": prompts,
+            "prompts": [vars(prompt) for prompt in prompts],
             "configurations": [vars(configuration) for configuration in sweep.configurations],
         }
         folder = Folder(out, run)

@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from offmoe.errors import OffmoeError
-from offmoe.lab.live import Configuration
-from offmoe.lab.report_curves import Curve
-from offmoe.lab.report_numbers import Summary
-from offmoe.lab.report_predictors import CONTROLS, GATE, Predictions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from offmoe.lab.live import Configuration
+    from offmoe.lab.report_curves import Curve
+    from offmoe.lab.report_numbers import Summary
+    from offmoe.lab.report_predictors import Predictions
 
 INK, PALE, GRID = "#1f2430", "#6b7280", "#e5e7eb"
 METHODS = ("#2563eb", "#e8590c", "#0d9488", "#9333ea", "#b45309", "#db2777", "#4d7c0f", "#475569")
@@ -178,22 +179,20 @@ def miss_curves(found: list[Curve], budgets: dict[str, float], styles: dict[str,
 
 def prefetch(found: Predictions) -> bytes:
     """Coverage of the misses against precision; a line joins the thresholds of one predictor, controls are grey."""
-    families = list(dict.fromkeys(one.family for one in found.of))
-    colours = dict(zip([f for f in families if f not in CONTROLS], METHODS, strict=False))
+    families = {one.family: one.control for one in found.of}
+    colours = dict(zip([family for family, control in families.items() if not control], METHODS, strict=False))
     markers = dict(zip(families, MARKERS, strict=False))
     with figure() as (drawn, axes):
-        for family in families:
+        for family, control in families.items():
             mine = [one for one in found.of if one.family == family and one.precision is not None]
-            control = family in CONTROLS
             if not mine:
                 continue
             axes.plot([100 * (one.coverage or 0) for one in mine], [100 * (one.precision or 0) for one in mine],
                       color=PALE if control else colours[family], marker=markers[family], ms=7, lw=1.4,
                       ls=":" if control else "-", mfc="white" if control else None, mec=PALE if control else "white",
                       label=f"{family} (control)" if control else family)  # fmt: skip
-            for one in mine if family == GATE else ():
-                if (one.coverage or 0) < 0.05:
-                    continue  # they crowd in the corner
+            gates = [one for one in mine if one.name.startswith("gate:d=1,")]
+            for one in [one for one in gates if (one.coverage or 0) > 0.05]:  # the others crowd in the corner
                 least = one.name.partition("p=")[2].partition(",")[0]
                 axes.annotate(f"p ≥ {least}", (100 * (one.coverage or 0), 100 * (one.precision or 0)), (0, 7),
                               textcoords="offset points", color=PALE, fontsize=7)  # fmt: skip

@@ -18,15 +18,17 @@ from offmoe import __version__
 from offmoe.cache.trace import Trace
 from offmoe.errors import OffmoeError
 from offmoe.gate import NONE
-from offmoe.lab.live import DISTINCT, Bench, Configuration
+from offmoe.lab.live import Bench, Configuration
+from offmoe.lab.live_prompts import LEAST
 from offmoe.lab.live_truth import Simulator, answers_of
 from offmoe.lab.report_numbers import paired, with_spread
+from offmoe.lab.trace_prompts import Prompt
 from offmoe.plan import Plan
 from offmoe.profile import VERSION, machine_name, profile_path, toml
 from offmoe.settings import Settings
 
 STEPS = 64  # of a visit
-TOKENS = STEPS * DISTINCT
+TOKENS = STEPS * LEAST
 POLICIES = ("lru", "lfu", "lfru", "slru", "least-stale", "echo", *(f"crf:h={h}" for h in (4, 8, 16, 32, 64, 128)))
 GATES = ("gate:d=1,p=0.05,n=2", "gate:d=1,p=0.02,n=2", "gate:d=1,p=0.1,n=2", "gate:d=2,p=0.05,n=2")
 PROMISING = 1.01  # times the default's replayed misses: a cheaper policy may be worth a few
@@ -190,7 +192,7 @@ class Tuner:
         return int(((1 - FINAL_SHARE) * self.seconds - self.spent) / self.visit_s)
 
 
-def tune(path: Path, settings: Settings, vram: str | None, prompts: list[str], minutes: float, say: Say) -> Verdict:
+def tune(path: Path, settings: Settings, vram: str | None, prompts: list[Prompt], minutes: float, say: Say) -> Verdict:
     """Raises OffmoeError; nothing is written."""
     with Bench(path, settings, prompts, TOKENS) as bench:
         return Tuner(bench, vram, minutes, say).run()

@@ -25,7 +25,12 @@ tuning, placing = partial(option, "Tuning"), partial(option, "Placement")
 @click.command(cls=Command, examples=EXAMPLES)
 @click.argument("model", default="demo")
 @tuning("--minutes", type=click.FloatRange(0.1, 1440), default=5.0, show_default=True, help="At most so long.")
-@tuning("--prompts", type=click.Path(path_type=Path), metavar="FILE", help="One a line, instead of the built-in ones.")
+@tuning(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="As for `trace record`, instead of the built-in ones.",
+)
 @tuning("--forget", is_flag=True, help="Delete what was found before, and measure nothing.")
 @placing("--vram", metavar="SIZE|P%", help="For expert slots: what is found holds for this budget.")
 @placing("--ram", metavar="SIZE", help="Pinned memory for records; what is beyond stays on disk.")
@@ -46,7 +51,7 @@ def tune(model: str, minutes: float, prompts: Path | None, forget: bool, vram: s
         click.echo(f"deleted {gone}" if gone else f"there is no profile of {path.name} on this machine")
         return
     from offmoe.lab.live_folder import check_writable, write_file
-    from offmoe.lab.live_prompts import read_prompts
+    from offmoe.lab.live_prompts import prompts_of
     from offmoe.lab.tune import profile_text
     from offmoe.lab.tune import tune as find_fastest
 
@@ -54,7 +59,7 @@ def tune(model: str, minutes: float, prompts: Path | None, forget: bool, vram: s
     check_writable(target.parent)  # now, not after minutes of measuring
     with progress_bar("tuning") as progress:
         verdict = find_fastest(
-            path, settings, vram, read_prompts(prompts), minutes,
+            path, settings, vram, prompts_of(prompts), minutes,
             lambda what, spent: progress(what, int(spent), int(60 * minutes)),
         )  # fmt: skip
     write_file(target, profile_text(path, verdict))
