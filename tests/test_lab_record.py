@@ -25,13 +25,13 @@ PROMPTS = ([5, 9, 33, 61, 7, 12, 90], [4, 4, 8])
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Engine]:
-    """3 layers of 8 experts, top 3; prompts run in chunks of 5."""
+    """3 layers of 8 experts, top 3; prompts run in chunks of 5, and 11 tokens are decoded: more than TOGETHER."""
     path = saved("qwen3_moe", tmp_path)
     with Engine(open_model(path), Settings(device="cpu", ctx=64, chunk=5)) as engine:
         yield engine
 
 
-def answer(engine: Engine, prompt: Any, tokens: int = 6, **sampling: Any) -> list[int]:
+def answer(engine: Engine, prompt: Any, tokens: int = 12, **sampling: Any) -> list[int]:
     list(engine.generate(prompt, **{"temperature": 0.0, "max_tokens": tokens, **sampling}))
     return engine.answer_tokens
 
@@ -48,7 +48,7 @@ def recorded(engine: Engine, states: bool = False) -> tuple[Trace, list[list[int
 
 def test_the_trace_is_what_transformers_routes(engine: Engine) -> None:
     trace, answers = recorded(engine)
-    assert trace.offsets.tolist() == [0, 5, 10]
+    assert trace.offsets.tolist() == [0, 11, 22]
     assert trace.prompts.tolist() == [0, 7, 10]
     assert trace.tokens is not None
     assert trace.tokens.tolist() == answers[0][:-1] + answers[1][:-1], "the last token is not run"
@@ -81,7 +81,7 @@ def test_states_give_the_routing(engine: Engine) -> None:
     assert trace.states is not None
     assert trace.gates is not None
     assert trace.logits is not None
-    assert trace.states.shape == (10, 3, 64)
+    assert trace.states.shape == (22, 3, 64)
     assert np.allclose((trace.states.astype(np.float32) ** 2).mean(-1), 1, atol=2e-3)
     chosen = np.argsort(-trace.logits.astype(np.float32), axis=-1)[..., :3]
     assert (chosen == trace.experts).mean() > 0.95, "but for ties of float16"
@@ -101,7 +101,7 @@ def test_a_reused_prompt_is_not_run_and_not_kept(engine: Engine) -> None:
     trace = recorder.trace()
     assert trace.prefill_tokens is not None
     # the answer's last token was never run; the second turn runs it and what follows
-    assert trace.prefill_tokens.tolist() == PROMPTS[0] + turn[len(PROMPTS[0]) + 5 :]
+    assert trace.prefill_tokens.tolist() == PROMPTS[0] + turn[len(PROMPTS[0]) + 11 :]
 
 
 def test_answers_without_a_decoded_token_are_left_out(engine: Engine) -> None:
