@@ -18,8 +18,10 @@ from tiny import saved
 from offmoe.cache.policies import POLICIES
 from offmoe.cli import main
 from offmoe.download import DEMO
+from offmoe.eager import EagerDecoder
 from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
+from offmoe.guard import Guard
 from offmoe.lab import live_folder, live_run
 from offmoe.lab.live import Bench, Configuration, Measured
 from offmoe.lab.live_folder import Cell, Folder, write_file
@@ -128,6 +130,16 @@ def test_a_probe_leaves_nothing_behind(model: Path) -> None:
         after = [vars(part) for part in (engine.trunk, engine.store, engine.store.table)]
         assert [part.keys() for part in after] == [part.keys() for part in before]
         assert engine.store.routed is None
+
+
+def test_prefetching_is_measured_without_the_chats_guard(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard would leave it off for half of so short a run."""
+    monkeypatch.setattr(EagerDecoder, "guard", Guard(), raising=False)
+    with bench.engine(bench.canonical("50%", None, None)) as engine:
+        guard: Any = engine.decoder.guard  # type: ignore[union-attr]
+        assert all(guard.use() for _ in range(40))
+    chats = Guard()
+    assert not all(chats.use() for _ in range(40))
 
 
 # The order of a sweep.

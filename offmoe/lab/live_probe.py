@@ -72,7 +72,9 @@ class Probe:
         hits, self._hits = self._hits, np.zeros_like(self._hits)
         seconds = {part: after[part] - before.get(part, after[part]) for part in after}
         seconds["experts"] -= seconds["page-in"]
-        return Watched(seen.prefill.ids, seen.decoded.ids, missed, hits, seconds)
+        seen.decoded.settle(self.recorder.dtype)
+        steps = [ids[None] for some in seen.decoded.ids for ids in some]
+        return Watched(seen.prefill.ids, steps, missed, hits, seconds)
 
     def _spent(self) -> dict[str, float]:
         return self._seconds | {"page-in": self.engine.store.counters.stall_s}

@@ -45,6 +45,7 @@ class Candidate:
     configuration: Configuration
     misses: float | None = None  # a token, replayed; None: a prefetcher, which replay does not judge here
     rounds: list[tuple[float, float, float]] = field(default_factory=list)  # default, default again, this: ms a token
+    problem: str | None = None  # why it does not run here
 
     @property
     def gain(self) -> float:
@@ -86,8 +87,8 @@ class Tuner:
         candidates = self._candidates(self._trace())
         if not candidates:
             return self._stays("the replay found no policy with as few misses")
-        left = self._halved(candidates)
-        return self._decided(left, candidates)
+        verdict = self._decided(self._halved(candidates))
+        return replace(verdict, candidates=tuple(candidates))
 
     @property
     def visit_s(self) -> float:
@@ -97,8 +98,8 @@ class Tuner:
     def spent(self) -> float:
         return time.perf_counter() - self.began
 
-    def _stays(self, why: str, **seen: object) -> Verdict:
-        return Verdict(self.default, self.given_vram, self.plan.device.type, None, why, **seen)  # type: ignore[arg-type]
+    def _stays(self, why: str) -> Verdict:
+        return Verdict(self.default, self.given_vram, self.plan.device.type, None, why)
 
     def _trace(self) -> Trace:
         """The default's routing; greedy, so every candidate's."""
@@ -137,7 +138,7 @@ class Tuner:
             left = left[: -(-len(left) // 2)]
         return left[0] if left else candidates[0]
 
-    def _decided(self, candidate: Candidate, candidates: list[Candidate]) -> Verdict:
+    def _decided(self, candidate: Candidate) -> Verdict:
         """Fresh rounds, their number fixed before: looking and stopping when it pleases would find gains in noise."""
         rounds = min(int((self.seconds - self.spent) / (3 * self.visit_s)), FINAL_ROUNDS[1])
         if rounds < FINAL_ROUNDS[0]:
@@ -146,21 +147,23 @@ class Tuner:
         fresh = Candidate(candidate.configuration, candidate.misses)
         for _ in range(rounds):
             if not self._round([fresh]):
-                return self._stays(f"{candidate.configuration.method} does not run here", candidates=tuple(candidates))
+                return self._stays(f"{candidate.configuration.method} does not run here: {fresh.problem}")
         gain, spread = paired(fresh.rounds)
-        seen = {
-            "gain": gain,
-            "spread": spread,
-            "default_ms": fmean((first + again) / 2 for first, again, _ in fresh.rounds),
-            "chosen_ms": fmean(own for _, _, own in fresh.rounds),
-            "rounds": len(fresh.rounds),
-            "candidates": tuple(candidates),
-        }
-        method = candidate.configuration.method
-        if gain <= spread:
-            return self._stays(f"{method} came nearest, {with_spread(gain, spread)}: noise or slower", **seen)
-        why = f"{method} takes {gain:.1%} ± {spread:.1%} less time a token"
-        return Verdict(self.default, self.given_vram, self.plan.device.type, candidate.configuration, why, **seen)  # type: ignore[arg-type]
+        better, method = gain > spread, candidate.configuration.method
+        return Verdict(
+            default=self.default,
+            given_vram=self.given_vram,
+            device=self.plan.device.type,
+            chosen=candidate.configuration if better else None,
+            why=f"{method} takes {gain:.1%} ± {spread:.1%} less time a token"
+            if better
+            else f"{method} came nearest, {with_spread(gain, spread)}: noise or slower",
+            gain=gain,
+            spread=spread,
+            default_ms=fmean((first + again) / 2 for first, again, _ in fresh.rounds),
+            chosen_ms=fmean(own for _, _, own in fresh.rounds),
+            rounds=len(fresh.rounds),
+        )
 
     def _round(self, candidates: list[Candidate]) -> list[Candidate]:
         """The default, every candidate, the default again, on the same prompt; those that run here."""
@@ -171,7 +174,7 @@ class Tuner:
                 times.append(self._visit(candidate.configuration))
                 running.append(candidate)
             except OffmoeError as error:  # a policy without an expression for the GPU, a predictor without room
-                self.say(f"{candidate.configuration.method}: {error}", self.spent)
+                candidate.problem = str(error)
         again = self._visit(self.default)
         for candidate, own in zip(running, times, strict=True):
             candidate.rounds.append((first, again, own))
@@ -217,7 +220,7 @@ def profile_text(model: Path, verdict: Verdict) -> str:
     lines += ["", "[settings]", *written(settings), "", "[evidence]", *written(evidence)]
     for candidate in verdict.candidates:
         seen = {"method": candidate.configuration.method, "replayed_misses": candidate.misses,
-                "rounds": len(candidate.rounds), "gain": candidate.gain}  # fmt: skip
+                "rounds": len(candidate.rounds), "gain": candidate.gain, "problem": candidate.problem}  # fmt: skip
         lines += ["", "[[candidates]]", *written(seen)]
     return "\n".join(lines) + "\n"
 

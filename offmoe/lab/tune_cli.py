@@ -34,9 +34,7 @@ tuning, placing = partial(option, "Tuning"), partial(option, "Placement")
 @tuning("--forget", is_flag=True, help="Delete what was found before, and measure nothing.")
 @placing("--vram", metavar="SIZE|P%", help="For expert slots: what is found holds for this budget.")
 @placing("--ram", metavar="SIZE", help="Pinned memory for records; what is beyond stays on disk.")
-@placing("--scope", type=click.Choice(["layer", "global"]), help="A quota a layer, or one pool.")
 @placing("--device", metavar="NAME", help="cpu, cuda or cuda:N.")
-@placing("--dtype", type=click.Choice(["f32", "bf16", "f16"]), help="Of activations, trunk and KV.")
 def tune(model: str, minutes: float, prompts: Path | None, forget: bool, vram: str | None, **placement: Any) -> None:
     """Find what is fastest here for MODEL, and keep it for chat and run.
 
