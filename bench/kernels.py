@@ -2,13 +2,12 @@
 
 A figure is the median of five replays of a CUDA graph of 20 or more launches that take other slots each, out of more
 than 200 MB. Bytes are those of weights (or keys and values); the share is of VRAM's bandwidth, of copies the link's.
-`--sweep`: rows a program and warps of the products in Q4_K instead, fastest first.
+`--sweep`: warps a multiprocessor of the products in Q4_K instead, fastest first.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from torch import Tensor
 from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
 from offmoe.device_table import device_table
+from offmoe.kernels.gpu import gemv
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
 from offmoe.kernels.gpu.gemv import dense, expert_down, expert_gate_up
 from offmoe.kernels.gpu.launch import pdl_supported
@@ -125,7 +125,7 @@ def experts_of(b: Bench, fmt: str) -> tuple[Tensor, SlotLayout]:
     return b.noise(8 * K if b.warm else max(EXPERTS, LEAST // stride), stride), layout
 
 
-def products(b: Bench, records: Tensor, layout: SlotLayout, n: int, **tuning: int) -> dict[str, float]:
+def products(b: Bench, records: Tensor, layout: SlotLayout, n: int) -> dict[str, float]:
     """The n experts of n ÷ 8 tokens."""
     x, inner, weights = b.floats(n // K, H), b.floats(n, F), b.floats(n).abs()
     draws = [b.drawn(len(records), n) for _ in range(LAUNCHES)]
@@ -133,23 +133,23 @@ def products(b: Bench, records: Tensor, layout: SlotLayout, n: int, **tuning: in
     return {
         "gate_up": b.measure(
             "gate_up", what, n * upper,
-            lambda slots: expert_gate_up(records, layout, slots, weights, x, inner, pdl=b.pdl, **tuning), draws,
+            lambda slots: expert_gate_up(records, layout, slots, weights, x, inner, pdl=b.pdl), draws,
         ),
         "down": b.measure(
             "down", what, n * (layout.nbytes - upper),
-            lambda slots: expert_down(records, layout, slots, inner, x, pdl=b.pdl, **tuning), draws,
+            lambda slots: expert_down(records, layout, slots, inner, x, pdl=b.pdl), draws,
         ),
     }  # fmt: skip
 
 
-def dense_product(b: Bench, name: str, **tuning: int) -> float:
+def dense_product(b: Bench, name: str) -> float:
     rows, cols, fmt = DENSE[name]
     form = matrix(fmt, rows, cols)
     buffers = b.noise(1 if b.warm else max(2, -(-LEAST // 2 // form.nbytes)), form.nbytes)
     x, out, norm = b.floats(1, cols), b.floats(1, rows), None if name == "o" else b.floats(cols)
     return b.measure(
         "dense", f"{name} {rows}×{cols} {fmt}", form.nbytes,
-        lambda buffer: dense(x, [(buffer, form)], out, norm=norm, eps=1e-6, residual=norm is None, pdl=b.pdl, **tuning),
+        lambda buffer: dense(x, [(buffer, form)], out, norm=norm, eps=1e-6, residual=norm is None, pdl=b.pdl),
         [buffers[i % len(buffers)] for i in range(max(LAUNCHES, len(buffers)))],
     )  # fmt: skip
 
@@ -226,20 +226,18 @@ def run(b: Bench, part: str) -> None:
         keys, values = (torch.randn(shape, device=b.device, dtype=torch.bfloat16) for _ in "kv")
         for context in (128, CTX):
             attentions(b, context, keys, values)
-    elif part.startswith("sweep"):
-        rows, warps = map(int, part.split(":")[1:])
-        sweep(b, rows, warps)
     else:
         records, layout = experts_of(b, part)
         for n in (K, 8 * K):
             products(b, records, layout, n)
 
 
-def sweep(b: Bench, rows: int, warps: int) -> list[Row]:
-    """Q4_K, one token, so many rows a program."""
-    found = products(b, *experts_of(b, "Q4_K"), K, rows=rows, warps=warps)
-    found |= {name: dense_product(b, name, rows=rows, warps=warps) for name in ("qkv", "o")}
-    return [{"kernel": name, "rows": rows, "warps": warps, "us": round(t * 1e6, 2)} for name, t in found.items()]
+def sweep(b: Bench, warps: int) -> list[Row]:
+    """Q4_K, one token, so many warps a multiprocessor."""
+    gemv.WARPS = warps
+    found = {f"{name} {n}": t for n in (K, 8 * K) for name, t in products(b, *experts_of(b, "Q4_K"), n).items()}
+    found |= {name: dense_product(b, name) for name in DENSE}
+    return [{"kernel": name, "warps": warps, "us": round(t * 1e6, 2)} for name, t in found.items()]
 
 
 def warm_up(parts: Sequence[str]) -> None:
@@ -254,20 +252,19 @@ def warm_up(parts: Sequence[str]) -> None:
 
 
 def swept(out: Path | None) -> None:
-    sizes = list(itertools.product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8)))
-    warm_up([f"sweep:{rows}:{warps}" for rows, warps in sizes])
+    warm_up(["Q4_K", "dense"])
     b = Bench(None)
-    found = [row for rows, warps in sizes for row in sweep(b, rows, warps)]
+    found = [row for warps in (6, 8, 12, 16, 24) for row in sweep(b, warps)]
     for row in found if out else ():
         add_row(out, row | b.machine)
     found.sort(key=lambda row: (row["kernel"], row["us"]))
-    print(table(found, {name: name for name in ("kernel", "rows", "warps", "us")}))
+    print(table(found, {name: name for name in ("kernel", "warps", "us")}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", help="rows are added to this file")
-    parser.add_argument("--sweep", action="store_true", help="rows a program and warps of the products in Q4_K")
+    parser.add_argument("--sweep", action="store_true", help="warps a multiprocessor of the products in Q4_K")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--warm", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,7 +1,9 @@
 """The order of activations in the decode step: lane by lane.
 
-A GEMV's lane multiplies 64 neighbouring weights of a row. So that 32 lanes read 32 neighbouring values of x at a time,
-value i of a vector of K stands at (i mod 64) · K/64 + i div 64, where K is a multiple of 64, and at i elsewhere.
+A GEMV's lane multiplies 64 neighbouring weights of a row; a word of quants holds four neighbours, or the first four of
+16. So value i of a vector of K, p = i % 64, stands at ((p // 16 · 4 + p % 4) · K/64 + i // 64) · 4 + p % 16 // 4, where
+K is a multiple of 64, and at i elsewhere: a lane reads 16 bytes, and 32 lanes 32 neighbours of them. In any other order
+Triton takes x through shared memory, 16 times a program.
 """
 
 from __future__ import annotations
@@ -14,10 +16,14 @@ LANE = 64
 def stripe(x: Tensor) -> Tensor:
     """[…, K] in natural order → in the order of the lanes."""
     k = x.shape[-1]
-    return x.unflatten(-1, (k // LANE, LANE)).transpose(-1, -2).flatten(-2) if k % LANE == 0 else x
+    if k % LANE:
+        return x
+    return x.unflatten(-1, (k // LANE, 4, 4, 4)).movedim((-3, -1, -4, -2), (-4, -3, -2, -1)).flatten(-4)
 
 
 def unstripe(x: Tensor) -> Tensor:
     """The way back."""
     k = x.shape[-1]
-    return x.unflatten(-1, (LANE, k // LANE)).transpose(-1, -2).flatten(-2) if k % LANE == 0 else x
+    if k % LANE:
+        return x
+    return x.unflatten(-1, (4, 4, k // LANE, 4)).movedim((-4, -3, -2, -1), (-3, -1, -4, -2)).flatten(-4)

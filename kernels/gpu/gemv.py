@@ -1,74 +1,113 @@
 """Products of one to eight tokens with quantised matrices, straight from slots: most of a decoded token's time.
 
-All activations and sums are float32; vectors that are read here are striped (kernels.striped). A program takes a
-few rows over all columns; nothing is shared between programs, so a row's result is the same whatever else is launched.
+All activations and sums are float32; vectors that are read here are striped (kernels.striped). As many programs as run
+at once share the rows of a launch. A program keeps x in registers, 64 values a lane, and lets its rows stream past: the
+words of the next are under way while these are multiplied. Nothing is shared between programs, so a row's result is the
+same whatever else is launched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from offmoe.kernels.gpu.dot import UNIT, dot, place
+from offmoe.kernels.gpu.dot import UNIT, fold, place, words_of, x_of
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.planes import Matrix, SlotLayout
 
 ALL, HITS, MISSES = 0, 1, 2  # which pairs: by the phase of a layer
+LANE, LANE_OF_FLOATS = 64, 32  # values of x that a lane holds; as many weights of a row, and twice as many rows
+WARPS = 12  # a multiprocessor: with x and two rows in flight a lane has 140 registers
 
 Part = tuple[Tensor, Matrix]
 
 
-# Lanes of a warp that one unit of a row keeps busy: a row of 2,048 weights in blocks of 256 is one warp's.
-LANES = {"Q4_K": 4, "Q5_K": 4, "Q6_K": 4, "F32": 8, "F16": 4, "BF16": 4}
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def across(fmt: str, units: int) -> int:
-    """Units of a row that a warp takes at once, about 2,048 weights."""
-    return min(triton.next_power_of_2(units), 32 // LANES[fmt] if fmt in LANES else 64)
+def interpreted() -> bool:
+    return not isinstance(_dense, triton.JITFunction)
 
 
-def many(rows: int) -> int:
-    """Rows a program; the interpreter pays by the program, whatever it does."""
-    return rows if isinstance(_dense, triton.JITFunction) else max(rows, 64)
+def programs(device: torch.device, warps: int) -> int:
+    """That run at once; the interpreter pays by the program, whatever it does."""
+    return 2 if interpreted() else multiprocessors(device) * max(1, WARPS // warps)
 
 
-@triton.jit
-def row_sums(buffer, row, x, norm, inverse, ROWS: tl.constexpr, UNITS: tl.constexpr, U: tl.constexpr,
-             WIDTH: tl.constexpr, FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-             P3: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
-    """Rows [R] of the matrix at `buffer` times x: [R]."""
-    total = tl.zeros(row.shape, tl.float32)
-    origin = tl.zeros((U,), tl.int64)
-    base = tl.zeros((U,), tl.int32)
-    for first in tl.static_range(0, UNITS, U):
-        u = first + tl.arange(0, U)
-        factor = tl.where(u < UNITS, inverse, 0.0)
-        mask = (row < ROWS)[:, None] & (u < UNITS)[None, :]
-        total += dot(buffer, origin, row[:, None] * UNITS + u[None, :], mask, x, norm, base, u * WIDTH, factor,
-                     FORMAT, P0, P1, P2, P3, K, NORM)  # fmt: skip
-    return total
+def tile() -> int:
+    """Rows at once. Of two, Triton 3.6 makes a layout into which x has to be shuffled, at 210 registers."""
+    return 32 if interpreted() else 1
+
+
+def across(fmt: str, weights: int) -> tuple[int, int]:
+    """Units that a row is taken in, and the warps that hold as many."""
+    units = triton.next_power_of_2(weights // UNIT[fmt])
+    warps = max(1, units * UNIT[fmt] // (32 * (LANE_OF_FLOATS if fmt in ("F32", "F16", "BF16") else LANE)))
+    assert warps <= 32, f"{weights} weights a row in {fmt} take {warps} > 32 warps"
+    return units, warps
 
 
 @triton.jit
-def finish(row, sums, out, first, ROWS: tl.constexpr, N: tl.constexpr, RESIDUAL: tl.constexpr):
-    """Into `out` from its row `first` on; the residual stream is striped, anything else is not."""
-    at = first + row
-    if RESIDUAL:
-        at = place(at, N)
-        sums += tl.load(out + at, mask=row < ROWS, other=0.0)
-    tl.store(out + at, sums, mask=row < ROWS)
+def stream(buffer, origin, unit, there, words, xs, first, end, out, shift, scale,
+           UNITS: tl.constexpr, R: tl.constexpr, N: tl.constexpr, RESIDUAL: tl.constexpr, FORMAT: tl.constexpr,
+           P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
+    """Rows first … end, of which the first R are in `words`, times x and `scale`, into `out` from row `shift` on.
+
+    The residual stream is striped, anything else is not.
+    """
+    r = tl.arange(0, R)
+    for row in range(first, end, R):
+        rows, ahead = row + r, row + R + r
+        mask = (ahead < end)[:, None] & there[None, :]
+        following = words_of(buffer, origin, ahead[:, None] * UNITS + unit[None, :], mask, FORMAT, P0, P1, P2, P3)
+        at, inside = shift + rows, rows < end
+        if RESIDUAL:
+            at = place(at, N)
+            before = tl.load(out + at, mask=inside, other=0.0)
+            tl.store(out + at, fold(words, xs, FORMAT) * scale + before, mask=inside)
+        else:
+            tl.store(out + at, fold(words, xs, FORMAT) * scale, mask=inside)
+        words = following
+
+
+@triton.jit
+def part(buffer, pid, x, norm, out, shift, eps, each,
+         ROWS: tl.constexpr, U: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+         WIDE: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, FORMAT: tl.constexpr,
+         P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Weights never change: the first rows come while the kernel before this one still runs."""
+    UNITS: tl.constexpr = K // WIDTH
+    u, first = tl.arange(0, U), pid * each
+    end = tl.minimum(first + each, ROWS)
+    origin, there, rows = tl.zeros((U,), tl.int32), u < UNITS, first + tl.arange(0, R)
+    mask = (rows < end)[:, None] & there[None, :]
+    words = words_of(buffer, origin, rows[:, None] * UNITS + u[None, :], mask, FORMAT, P0, P1, P2, P3)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    xs = x_of(x, norm, origin, u * WIDTH, there, FORMAT, K, NORM)
+    inverse = 1.0
+    if NORM:
+        i = tl.arange(0, WIDE)
+        v = tl.load(x + i, mask=i < K, other=0.0)
+        inverse = tl.rsqrt(tl.sum(v * v, 0) / K + eps)
+    stream(buffer, origin, u, there, words, xs, first, end, out, shift, inverse, UNITS, R, N, RESIDUAL, FORMAT,
+           P0, P1, P2, P3)  # fmt: skip
 
 
 @triton.jit
 def _dense(
-    x, norm, out, b0, b1, b2, eps,
-    K: tl.constexpr, WIDE: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-    F0: tl.constexpr, ROWS0: tl.constexpr, R0: tl.constexpr, U0: tl.constexpr, WIDTH0: tl.constexpr,
-    F1: tl.constexpr, ROWS1: tl.constexpr, R1: tl.constexpr, U1: tl.constexpr, WIDTH1: tl.constexpr,
-    F2: tl.constexpr, ROWS2: tl.constexpr, R2: tl.constexpr, U2: tl.constexpr, WIDTH2: tl.constexpr,
+    x, norm, out, b0, b1, b2, eps, each,
+    K: tl.constexpr, WIDE: tl.constexpr, N: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
+    F0: tl.constexpr, ROWS0: tl.constexpr, U0: tl.constexpr, WIDTH0: tl.constexpr,
+    F1: tl.constexpr, ROWS1: tl.constexpr, U1: tl.constexpr, WIDTH1: tl.constexpr,
+    F2: tl.constexpr, ROWS2: tl.constexpr, U2: tl.constexpr, WIDTH2: tl.constexpr,
     A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr,
     B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, B3: tl.constexpr,
     C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr, PDL: tl.constexpr,
@@ -76,149 +115,174 @@ def _dense(
     """Grid (programs of part 0, then of part 1, then of part 2; tokens)."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     pid, t = tl.program_id(0), tl.program_id(1)
     x, out = x + t * K, out + t * N
-    inverse = 1.0
-    if NORM:
-        i = tl.arange(0, WIDE)
-        v = tl.load(x + i, mask=i < K, other=0.0)
-        inverse = tl.rsqrt(tl.sum(v * v, 0) / K + eps)
-    FIRST: tl.constexpr = (ROWS0 + R0 - 1) // R0
-    SECOND: tl.constexpr = FIRST + (ROWS1 + R1 - 1) // R1
-    if pid < FIRST:
-        row = pid * R0 + tl.arange(0, R0)
-        sums = row_sums(b0, row, x, norm, inverse, ROWS0, K // WIDTH0, U0, WIDTH0, F0, A0, A1, A2, A3, K, NORM)
-        finish(row, sums, out, 0, ROWS0, N, RESIDUAL)
+    second = tl.cdiv(ROWS0, each)
+    third = second + tl.cdiv(ROWS1, each)
+    if pid < second:
+        part(b0, pid, x, norm, out, 0, eps, each, ROWS0, U0, WIDTH0, R, K, WIDE, N, NORM, RESIDUAL, F0,
+             A0, A1, A2, A3, PDL)  # fmt: skip
     if ROWS1 > 0:
-        if (pid >= FIRST) & (pid < SECOND):
-            row = (pid - FIRST) * R1 + tl.arange(0, R1)
-            sums = row_sums(b1, row, x, norm, inverse, ROWS1, K // WIDTH1, U1, WIDTH1, F1, B0, B1, B2, B3, K, NORM)
-            finish(row, sums, out, ROWS0, ROWS1, N, RESIDUAL)
+        if (pid >= second) & (pid < third):
+            part(b1, pid - second, x, norm, out, ROWS0, eps, each, ROWS1, U1, WIDTH1, R, K, WIDE, N, NORM, RESIDUAL,
+                 F1, B0, B1, B2, B3, PDL)  # fmt: skip
     if ROWS2 > 0:
-        if pid >= SECOND:
-            row = (pid - SECOND) * R2 + tl.arange(0, R2)
-            sums = row_sums(b2, row, x, norm, inverse, ROWS2, K // WIDTH2, U2, WIDTH2, F2, C0, C1, C2, C3, K, NORM)
-            finish(row, sums, out, ROWS0 + ROWS1, ROWS2, N, RESIDUAL)
+        if pid >= third:
+            part(b2, pid - third, x, norm, out, ROWS0 + ROWS1, eps, each, ROWS2, U2, WIDTH2, R, K, WIDE, N, NORM,
+                 RESIDUAL, F2, C0, C1, C2, C3, PDL)  # fmt: skip
 
 
 def dense(
     x: Tensor, parts: Sequence[Part], out: Tensor, *,
     norm: Tensor | None = None, eps: float = 0.0, residual: bool = False, pdl: bool = False,
-    rows: int = 4, warps: int = 1,
 ) -> None:  # fmt: skip
     """x [T, K] float32, striped, times the transpose of up to three matrices, rows one after another: out [T, N].
 
     norm [K], striped: x is RMS-normed with it first. residual: `out` is the residual stream, striped, and is added
     to; else it is in natural order.
     """
-    rows = many(rows)
     assert 1 <= len(parts) <= 3 and out.is_contiguous() and x.is_contiguous()
-    k, n = x.shape[1], sum(form.rows for _, form in parts)
+    k, n, rows = x.shape[1], sum(form.rows for _, form in parts), tile()
     assert out.shape == (len(x), n) and all(form.cols == k for _, form in parts)
+    warps = max(across(form.format, k)[1] for _, form in parts)
+    each = rows * triton.cdiv(n, rows * programs(x.device, warps))
+    count = sum(triton.cdiv(form.rows, each) for _, form in parts)
     while len(parts) < 3:
         parts = (*parts, (parts[0][0], Matrix(parts[0][1].format, 0, k, parts[0][1].planes)))
     settings: dict[str, object] = {}
-    programs = 0
     for i, (_, form) in enumerate(parts):
-        settings |= {f"F{i}": form.format, f"ROWS{i}": form.rows, f"R{i}": rows, f"WIDTH{i}": UNIT[form.format],
-                     f"U{i}": across(form.format, k // UNIT[form.format])}  # fmt: skip
+        settings |= {f"F{i}": form.format, f"ROWS{i}": form.rows, f"WIDTH{i}": UNIT[form.format],
+                     f"U{i}": across(form.format, k)[0]}  # fmt: skip
         settings |= {f"{'ABC'[i]}{j}": at for j, at in enumerate((*form.planes, 0, 0, 0)[:4])}
-        programs += triton.cdiv(form.rows, rows)
-    _dense[(programs, len(x))](
-        x, norm, out, *(buffer for buffer, _ in parts), eps, K=k, WIDE=triton.next_power_of_2(k), N=n,
+    _dense[(count, len(x))](
+        x, norm, out, *(buffer for buffer, _ in parts), eps, each, K=k, WIDE=triton.next_power_of_2(k), N=n, R=rows,
         NORM=norm is not None, RESIDUAL=residual, **settings, num_warps=warps, **dependent(pdl),
     )  # fmt: skip
 
 
 @triton.jit
+def pair_of(hit, pairs, PHASE: tl.constexpr, PP: tl.constexpr):
+    """The pair of this program (-1: there is none for it), how many programs share it, and which of them it is."""
+    pid, all_programs = tl.program_id(0), tl.num_programs(0)
+    if PHASE == 0:
+        each = all_programs // pairs
+        pair = pid // each
+        return tl.where(pair < pairs, pair, -1), each, pid % each
+    else:
+        j = tl.arange(0, PP)
+        chosen = ((j < pairs) & ((tl.load(hit + j, mask=j < pairs, other=0) != 0) == (PHASE == 1))).to(tl.int32)
+        each = all_programs // tl.maximum(tl.sum(chosen, 0), 1)
+        mine = (chosen != 0) & (tl.cumsum(chosen, 0) - 1 == pid // each)
+        return tl.sum(tl.where(mine, j + 1, 0), 0) - 1, each, pid % each
+
+
+@triton.jit
 def _gate_up(
-    records, stride, slots, hit, weights, x, out, k,
-    H: tl.constexpr, INNER: tl.constexpr, PHASE: tl.constexpr, R: tl.constexpr,
+    records, stride, slots, hit, weights, x, out, k, pairs,
+    H: tl.constexpr, INNER: tl.constexpr, PHASE: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,
     FG: tl.constexpr, UG: tl.constexpr, WG: tl.constexpr,
     G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
     FU: tl.constexpr, UU: tl.constexpr, WU: tl.constexpr,
     U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, U3: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (INNER / R, pairs)."""
+    """The programs are divided among the pairs of the phase."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    pair = tl.program_id(1)
-    if PHASE != 0:
-        if (tl.load(hit + pair) != 0) != (PHASE == 1):
-            return
-    record = records + tl.load(slots + pair).to(tl.int64) * stride
-    x = x + (pair // k) * H
-    row = tl.program_id(0) * R + tl.arange(0, R)
-    gate = row_sums(record, row, x, x, 1.0, INNER, H // WG, UG, WG, FG, G0, G1, G2, G3, H, False)
-    up = row_sums(record, row, x, x, 1.0, INNER, H // WU, UU, WU, FU, U0, U1, U2, U3, H, False)
-    inner = gate * tl.sigmoid(gate) * up * tl.load(weights + pair)
-    tl.store(out + pair * INNER + place(row, INNER), inner, mask=row < INNER)
+        tl.extra.cuda.gdc_launch_dependents()  # only now: _down reads the slots before it waits
+    pair, sharing, which = pair_of(hit, pairs, PHASE, PP)
+    if pair < 0:
+        return
+    record, weight = records + tl.load(slots + pair).to(tl.int64) * stride, tl.load(weights + pair)
+    x, out = x + (pair // k) * H, out + pair * INNER
+    r, g, u = tl.arange(0, R), tl.arange(0, UG), tl.arange(0, UU)
+    there_g, there_u = g < H // WG, u < H // WU
+    none_g, none_u = tl.zeros((UG,), tl.int32), tl.zeros((UU,), tl.int32)
+    xg = x_of(x, x, none_g, g * WG, there_g, FG, H, False)
+    xu = xg
+    if FU != FG:
+        xu = x_of(x, x, none_u, u * WU, there_u, FU, H, False)
+    each = tl.cdiv(tl.cdiv(INNER, R), sharing) * R
+    first = which * each
+    end = tl.minimum(first + each, INNER)
+    row = first + r
+    gates = words_of(record, none_g, row[:, None] * (H // WG) + g[None, :], (row < end)[:, None] & there_g[None, :],
+                     FG, G0, G1, G2, G3)  # fmt: skip
+    ups = words_of(record, none_u, row[:, None] * (H // WU) + u[None, :], (row < end)[:, None] & there_u[None, :],
+                   FU, U0, U1, U2, U3)  # fmt: skip
+    for start in range(first, end, R):
+        row, ahead = start + r, start + R + r
+        inside = (ahead < end)[:, None]
+        next_gates = words_of(record, none_g, ahead[:, None] * (H // WG) + g[None, :], inside & there_g[None, :],
+                              FG, G0, G1, G2, G3)  # fmt: skip
+        next_ups = words_of(record, none_u, ahead[:, None] * (H // WU) + u[None, :], inside & there_u[None, :],
+                            FU, U0, U1, U2, U3)  # fmt: skip
+        gate, up = fold(gates, xg, FG), fold(ups, xu, FU)
+        tl.store(out + place(row, INNER), gate * tl.sigmoid(gate) * up * weight, mask=row < end)
+        gates, ups = next_gates, next_ups
 
 
 def expert_gate_up(
     records: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, x: Tensor, out: Tensor, *,
-    hit: Tensor | None = None, phase: int = ALL, pdl: bool = False, rows: int = 2, warps: int = 1,
+    hit: Tensor | None = None, phase: int = ALL, pdl: bool = False,
 ) -> None:  # fmt: skip
     """weight · silu(gate x) · (up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P] float32,
     x [T, H] striped → out [P, F] striped.
 
     Pair p is of token p // (P / T). hit [P] int32: phase HITS takes pairs where it is not 0, MISSES the others.
     """
-    rows = many(rows)
     assert x.is_contiguous() and out.is_contiguous() and records.stride(1) == 1
-    gate, up, h = layout.gate, layout.up, x.shape[1]
-    _gate_up[(triton.cdiv(gate.rows, rows), len(slots))](
-        records, records.stride(0), slots, hit, weights, x, out, len(slots) // len(x),
-        H=h, INNER=gate.rows, PHASE=phase, R=rows,
-        FG=gate.format, UG=across(gate.format, h // UNIT[gate.format]), WG=UNIT[gate.format], **planes("G", gate),
-        FU=up.format, UU=across(up.format, h // UNIT[up.format]), WU=UNIT[up.format], **planes("U", up),
-        num_warps=warps, **dependent(pdl),
+    gate, up, h, pairs = layout.gate, layout.up, x.shape[1], len(slots)
+    (ug, warps), (uu, warps_up) = across(gate.format, h), across(up.format, h)
+    warps = max(warps, warps_up)
+    _gate_up[(max(programs(x.device, warps), pairs),)](
+        records, records.stride(0), slots, hit, weights, x, out, pairs // len(x), pairs,
+        H=h, INNER=gate.rows, PHASE=phase, PP=triton.next_power_of_2(pairs), R=tile(),
+        FG=gate.format, UG=ug, WG=UNIT[gate.format], **planes("G", gate),
+        FU=up.format, UU=uu, WU=UNIT[up.format], **planes("U", up), num_warps=warps, **dependent(pdl),
     )  # fmt: skip
 
 
 @triton.jit
 def _down(
-    records, stride, slots, inner, x,
+    records, stride, slots, inner, x, each,
     K: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, R: tl.constexpr, U: tl.constexpr,
     FORMAT: tl.constexpr, WIDTH: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H / R, tokens): the K experts of a token as one long row."""
+    """Grid (programs, tokens): the K experts of a token as one long row. Slots and records are older than the launch
+    before this one, or were there when it began: the first rows come while it runs."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    t = tl.program_id(1)
     UNITS: tl.constexpr = INNER // WIDTH
-    row = tl.program_id(0) * R + tl.arange(0, R)
-    total = tl.zeros((R,), tl.float32)
-    for first in tl.static_range(0, K * UNITS, U):
-        u = first + tl.arange(0, U)
-        there = u < K * UNITS
-        pair = t * K + u // UNITS
-        origin = tl.load(slots + pair, mask=there, other=0).to(tl.int64) * (stride // 4)
-        factor = tl.where(there, 1.0, 0.0)
-        mask = (row < H)[:, None] & there[None, :]
-        total += dot(records, origin, row[:, None] * UNITS + (u % UNITS)[None, :], mask, inner, inner,
-                     pair * INNER, u % UNITS * WIDTH, factor, FORMAT, P0, P1, P2, P3, INNER, False)  # fmt: skip
-    finish(row, total, x + t * H, 0, H, H, True)
+    t, u = tl.program_id(1), tl.arange(0, U)
+    pair, unit, there = t * K + u // UNITS, u % UNITS, u < K * UNITS
+    origin = tl.load(slots + pair, mask=there, other=0).to(tl.int64) * (stride // 4)
+    first = tl.program_id(0) * each
+    end = tl.minimum(first + each, H)
+    rows = first + tl.arange(0, R)
+    words = words_of(records, origin, rows[:, None] * UNITS + unit[None, :], (rows < end)[:, None] & there[None, :],
+                     FORMAT, P0, P1, P2, P3)  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    xs = x_of(inner, inner, pair * INNER, unit * WIDTH, there, FORMAT, INNER, False)
+    stream(records, origin, unit, there, words, xs, first, end, x + t * H, 0, 1.0, UNITS, R, H, True, FORMAT,
+           P0, P1, P2, P3)  # fmt: skip
 
 
 def expert_down(
     records: Tensor, layout: SlotLayout, slots: Tensor, inner: Tensor, x: Tensor, *,
-    pdl: bool = False, rows: int = 4, warps: int = 2,
+    pdl: bool = False,
 ) -> None:  # fmt: skip
     """x [T, H] += Σ_j down_j inner[t, j], summed in float32 in one fixed order; `inner` is weighted already.
 
     records [S, stride] uint8, slots [T · k] int32, inner [T · k, F] and x float32, striped.
     """
-    rows = many(rows)
     assert x.is_contiguous() and inner.is_contiguous() and records.stride(1) == 1
-    down, k = layout.down, len(slots) // len(x)
-    units = across(down.format, down.cols // UNIT[down.format] * k)
-    _down[(triton.cdiv(down.rows, rows), len(x))](
-        records, records.stride(0), slots, inner, x, K=k, H=down.rows, INNER=down.cols, R=rows, U=units,
+    down, k, rows = layout.down, len(slots) // len(x), tile()
+    units, warps = across(down.format, k * down.cols)
+    each = rows * triton.cdiv(down.rows, rows * programs(x.device, warps))
+    _down[(triton.cdiv(down.rows, each), len(x))](
+        records, records.stride(0), slots, inner, x, each, K=k, H=down.rows, INNER=down.cols, R=rows, U=units,
         FORMAT=down.format, WIDTH=UNIT[down.format], **planes("P", down), num_warps=warps, **dependent(pdl),
     )  # fmt: skip
 
