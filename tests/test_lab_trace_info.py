@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from traces import of, synthetic
 
 from offmoe.cache.trace import Trace
 from offmoe.lab.trace_info import LAGS, WINDOWS, as_dict, examine, kind_of
+from offmoe.lab.trace_plot import draw
+from offmoe.lab.trace_table import tables
 
 SHARED = Path(__file__).parents[2] / "shared/traces/gpt-oss-20b.npz"
 
@@ -107,6 +112,19 @@ def test_everything_can_be_written_as_json() -> None:
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     assert len(facts["reuse"]["16"]) == 3
     assert facts["working_set"]["256"] == [None, None, None], "no sequence is as long"
+
+
+@pytest.mark.parametrize("trace", [of([[0]], 1), of([[1], [0]], 2), synthetic(3, 1, 5, 5), synthetic(70, 2, 300, 1)])
+def test_the_smallest_traces_are_shown_too(trace: Trace) -> None:
+    pytest.importorskip("matplotlib")
+    facts = examine(trace)
+    json.dumps(as_dict(facts), allow_nan=False)
+    console = Console(width=160, file=io.StringIO())
+    console.print(*tables(facts))
+    assert "nan" not in console.file.getvalue()  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert draw(facts).startswith(b"\x89PNG")
 
 
 def test_the_shared_trace_has_the_published_reuse() -> None:

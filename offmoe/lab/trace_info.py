@@ -40,7 +40,8 @@ class Classing:
     @property
     def known(self) -> Array:
         """[layers] share of a token's class that one of its experts tells, beyond chance."""
-        return (self.information - self.control) / self.entropy
+        beyond = self.information - self.control
+        return beyond / self.entropy if self.entropy else np.zeros_like(beyond)
 
     def specialist(self, label: str) -> tuple[int, int, float]:
         """Layer, expert and lift of the one that is most `label`'s."""

@@ -57,7 +57,8 @@ def by_layer(facts: Facts) -> Table:
 
 def cells(row: Any) -> list[str]:
     entropy, hottest, dead, reuse, popular = row
-    return [f"{entropy:.1%}", f"{hottest:.1%}", f"{dead:.3g}", f"{reuse:.1%}", f"{popular:.1%}"]
+    again = "–" if np.isnan(reuse) else f"{reuse:.1%}"  # no sequence has two tokens
+    return [f"{entropy:.1%}", f"{hottest:.1%}", f"{dead:.3g}", again, f"{popular:.1%}"]
 
 
 def over_time(label: str, steps: tuple[int, ...], values: Array, form: str) -> Table:
