@@ -138,8 +138,7 @@ class Trace:
             arrays = read_arrays(path, check_names)
             return cls(**{**arrays, "meta": json.loads(str(arrays["meta"]))})
         except BROKEN as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{path} is no routing trace: {reason}") from None
+            raise ValueError(f"{path} is no routing trace: {reason(error)}") from None
 
     def save(self, path: str | Path) -> None:
         """Write it whole or not at all."""
@@ -207,6 +206,11 @@ def read_arrays(path: str | Path, check: Callable[[list[str]], None] = lambda _:
                 raise ValueError(f"{info.filename} claims {dtype} {list(shape)} and holds {held} bytes")
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
+
+
+def reason(error: BaseException) -> str:
+    """Its first line; zipfile puts whole files into some."""
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def check_names(names: list[str]) -> None:

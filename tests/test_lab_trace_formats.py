@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ HEAD = "sequence,token,layer,phase,experts,weights\n"
         ("t.csv", '# {"experts": "x"}\n' + HEAD + "0,0,0,decode,1,\n", ""),
         ("t.csv", HEAD + "0,0,65000,decode,1,\n0,1,65000,decode,1,\n", "2 ids do not fill 2 tokens of 65001 layers"),
         ("t.csv", HEAD + "0,0,0,decode,1,nan\n", "line 2: a weight is no finite number"),
+        ("t.csv", HEAD + "0,0,0,decode,1,1e9\n", "probs must be finite float16"),
         ("t.csv", HEAD + "0,9999999999999999999999,0,decode,1,\n", "line 2: int too big"),
         ("t.jsonl", "{\n", "line 1 is no token"),
         ("t.jsonl", "[]\n", "line 1 is no token"),
@@ -136,6 +138,7 @@ def test_what_is_no_routing_is_refused(name: str, content: str, words: str, tmp_
         ({"ids": np.zeros((2, 1, 1), int), "offsets": np.array([0, 9])}, "rise from 0 to 2"),
         ({"ids": np.zeros((2, 1, 1), int), "probs": np.array(["x"])}, ""),
         ({"ids": np.ones((2, 1, 2), int)}, "one expert twice"),
+        ({"ids": np.zeros((1, 1, 1), int), "probs": np.full((1, 1, 1), 1e9)}, "probs must be finite float16"),
         ({"ids": np.array([{}], object)}, "allow_pickle=False"),
     ],
 )
@@ -145,7 +148,7 @@ def test_arrays_that_are_no_routing_are_refused(arrays: dict[str, Any], words: s
 
 
 def refused(path: Path, words: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with warnings.catch_warnings(action="error"), pytest.raises(ValueError) as caught:
         read_any(path)
     message = str(caught.value)
     assert words in message

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offmoe.cache.policies.base import Ints
-from offmoe.cache.trace import BROKEN, Trace, read_arrays, whole_file
+from offmoe.cache.trace import BROKEN, Trace, read_arrays, reason, whole_file
 from offmoe.lab.trace_text import Records, csv_lines, jsonl_lines, read_csv, read_jsonl
 
 IDS = "experts", "expert_ids", "topk_ids", "selected_experts", "indices", "ids"  # how others call an array
@@ -28,11 +28,12 @@ def read_any(path: Path, model: str | None = None, experts: int | None = None) -
         if isinstance(found, Trace):
             return found
         told = {"model": model or path.stem, "experts": experts}
-        return assemble(found, told) if isinstance(found, Records) else adopt(found, told)
+        with np.errstate(over="ignore"):  # a weight that float16 does not hold is refused as infinite
+            return assemble(found, told) if isinstance(found, Records) else adopt(found, told)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     except (*BROKEN, csv.Error, TypeError) as error:
-        raise ValueError(f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+        raise ValueError(f"{path}: {reason(error)}") from None
 
 
 def write_any(trace: Trace, out: Path) -> None:
