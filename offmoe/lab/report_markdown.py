@@ -125,8 +125,8 @@ def report(about: dict[str, Any], results: Results, figures: dict[str, str], pre
         f"# {about['model']}: hit rate against latency",
         f"{about['machine']} · {about['device']} · offmoe {about['version']} · {about['date']}",
         f"{len(found)} configurations, {tokens} decoded tokens each on {prompts} prompts through the chat template, "
-        f"greedy, in {about['rounds']} interleaved rounds. A round starts each configuration with an empty cache, that "
-        f"{about['warm_up']} tokens of another answer and its prompts warm.",
+        f"greedy, in {about['rounds']} interleaved rounds. Each time a configuration starts with an empty cache, "
+        f"warmed by {about['warm_up']} tokens of another answer and by its prompts.",
         *(f"Note: {note}." for note in about["notes"]),
         "## What came out",
         "\n".join(f"- {line}" for line in verdicts(compared)) or "One method a budget: there is nothing to compare.",
