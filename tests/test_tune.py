@@ -113,6 +113,7 @@ def test_luck_in_the_rounds_that_choose_does_not_count(monkeypatch: pytest.Monke
     verdict, bench = tuned(monkeypatch, FakeBench(ms))
     assert bench.visits[-2].policy == lucky
     assert verdict.chosen is None
+    assert (verdict.gain, verdict.spread) == pytest.approx((-0.05, 0), abs=1e-9)
 
 
 def test_every_round_is_framed_by_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
