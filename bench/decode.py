@@ -27,6 +27,7 @@ from shapes import SHAPES
 
 Ids = NDArray[np.int16]
 WINDOWS = 8  # of the timed tokens: their spread
+FILL = 512  # tokens of the prompt before all
 COLUMNS = {"cap": "cap", "routing": "routing", "policy": "policy", "prefetch": "prefetch", "context": "context",
            "tok_s": "tok/s", "ms": "ms", "ms_low": "low", "ms_high": "high", "hit_rate": "hit", "link_mib": "MiB/tok",
            "floor_ms": "floor", "of_floor_and_link": "÷(fl+link)", "roof_tok_s": "roof", "roof_by": "by",
@@ -146,14 +147,14 @@ def row(rig: Rig, load: Load, context: int, name: str, steps: Steps, floor: floa
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     path = model_file(args.shape, args.layers)
     contexts = [int(text) for text in args.context.split(",")]
-    ctx = max(contexts) + max(args.warm + args.tokens, 64) + 64
+    ctx = max(max(contexts) + max(args.warm + args.tokens, 64) + 64, FILL + 64)
     for load in loads(args):
         began = time.perf_counter()
         emulated = Emulated.of(load.prefetch)
         prefetch = emulated.setting if emulated else load.prefetch
         with Rig(path, args.shape, f"{load.cap}%", ctx, policy=load.policy, prefetch=prefetch) as rig:
             print(f"# {rig.engine.plan.summary()}: ready in {time.perf_counter() - began:.1f} s", flush=True)
-            rig.prefill(512, seed=0)  # every slot holds something
+            rig.prefill(FILL, seed=0)  # every slot holds something
             names = args.routing.split(",")
             for context in contexts:
                 for name in names[:1] if float(load.cap) >= 100 else names:

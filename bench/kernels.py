@@ -234,7 +234,7 @@ def run(b: Bench, part: str) -> None:
 
 def sweep(b: Bench, warps: int) -> list[Row]:
     """Q4_K, one token, so many warps a multiprocessor."""
-    gemv.WARPS = warps
+    gemv.WARPS = gemv.WARPS_WITH_NORM = warps
     found = {f"{name} {n}": t for n in (K, 8 * K) for name, t in products(b, *experts_of(b, "Q4_K"), n).items()}
     found |= {name: dense_product(b, name) for name in DENSE}
     return [{"kernel": name, "warps": warps, "us": round(t * 1e6, 2)} for name, t in found.items()]

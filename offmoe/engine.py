@@ -171,7 +171,9 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(self, ids: list[int]) -> Tensor:
-        """Run what the KV cache does not hold of `ids`; logits [V] float32 after the last."""
+        """Run what the KV cache does not hold of `ids`; logits [V] float32 after the last. Raises ContextFull."""
+        if len(ids) > self.plan.ctx:
+            raise ContextFull(len(ids), self.plan.ctx)
         start = self.kv.reuse(ids)
         logits = torch.empty(0)
         self.store.prompt = ids[start:]

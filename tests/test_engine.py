@@ -157,6 +157,8 @@ def test_the_context_ends_an_answer_and_refuses_a_prompt() -> None:
         with pytest.raises(ContextFull, match=r"needs \d+ tokens and the context holds 64") as full:
             engine.generate(PROMPT * 4)
         assert full.value.tokens > 64
+        with pytest.raises(ContextFull, match="needs 65 tokens"):
+            engine.prefill([5] * 65)
         assert "Paris" in answer(engine, "What is the capital of France?"), "still usable"
 
 

@@ -20,7 +20,7 @@ from offmoe.kernels.gpu.norm_rope import clipped, full_factor, in_int8, norm_fac
 from offmoe.kernels.kv import dequantise
 
 LEAST = 256  # positions that are not worth dividing: joining partial results costs 2 µs
-COMBINE = 4096  # values that the last program reads at once, a split's rows times its columns
+COMBINE = 8192  # values that the last program reads at once, splits times a head's width
 LOG2E = 1.4426950408889634
 
 
@@ -51,35 +51,49 @@ def fold(q, k, v, k_scale, v_scale, visible, top, total, mixed, to_log2, INT8: t
 
 
 @triton.jit
+def partial_of(partial, stats, row, active, splits, first, GROUP: tl.constexpr, D: tl.constexpr,
+               MANY: tl.constexpr, WIDE: tl.constexpr, there):  # fmt: skip
+    """What splits `first` … made of the query head in `row` of the group: values [MANY, WIDE], top and total [MANY].
+
+    L1 may hold old lines: read past it.
+    """
+    n, d = first + tl.arange(0, MANY), tl.arange(0, WIDE)
+    inside = (n < active) & there
+    at = n * GROUP + row
+    values = tl.load(partial + at[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0,
+                     cache_modifier=".cg")  # fmt: skip
+    top = tl.load(stats + at * 2, mask=inside, other=-float("inf"), cache_modifier=".cg")
+    return values, top, tl.load(stats + at * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
 def combine(
     partial, head, active, splits, mixed,
-    GROUP: tl.constexpr, D: tl.constexpr, KV_HEADS: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, MANY: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, KV_HEADS: tl.constexpr, WIDE: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
-    """Join a KV head's partial results, in the order of the splits. L1 may hold old lines: read past it."""
+    """Join a KV head's partial results: a query head at a time, MANY splits at once, the next under way meanwhile."""
     stats = partial + KV_HEADS * splits * GROUP * D + head * splits * GROUP * 2
-    g, d = tl.arange(0, ROWS), tl.arange(0, WIDE)
-    s = tl.arange(0, SPLITS)
-    at = (s[:, None] * GROUP + g[None, :]) * 2
-    inside = (s < active)[:, None] & (g < GROUP)[None, :]
-    tops = tl.load(stats + at, mask=inside, other=-float("inf"), cache_modifier=".cg")
-    top = tl.where(g < GROUP, tl.max(tops, 0), 0.0)
-    weights = tl.exp2(tops - top[None, :])
-    total = tl.sum(weights * tl.load(stats + at + 1, mask=inside, other=0.0, cache_modifier=".cg"), 0)
-    result = tl.zeros((ROWS, WIDE), tl.float32)
-    for start in range(0, active, MANY):
-        n = start + tl.arange(0, MANY)
-        at_n = (n[:, None] * GROUP + g[None, :]) * 2
-        there = (n < active)[:, None] & (g < GROUP)[None, :]
-        weight = tl.exp2(tl.load(stats + at_n, mask=there, other=-float("inf"), cache_modifier=".cg") - top[None, :])
-        rows = ((head * splits + n)[:, None, None] * GROUP + g[None, :, None]) * D + d[None, None, :]
-        values = tl.load(
-            partial + rows, mask=there[:, :, None] & (d < D)[None, None, :], other=0.0, cache_modifier=".cg"
-        )
-        result += tl.sum(values * weight[:, :, None], 0)
-    total = tl.where(g < GROUP, total, 1.0)
-    at = place((head * GROUP + g[:, None]) * D + d[None, :], KV_HEADS * GROUP * D)
-    tl.store(mixed + at, result / total[:, None], mask=(g < GROUP)[:, None] & (d < D)[None, :])
+    partial += head * splits * GROUP * D
+    rounds = tl.cdiv(active, MANY)
+    d = tl.arange(0, WIDE)
+    top, total, result = -float("inf"), 0.0, tl.zeros((WIDE,), tl.float32)
+    values, tops, totals = partial_of(partial, stats, 0, active, splits, 0, GROUP, D, MANY, WIDE, True)
+    for i in range(GROUP * rounds):
+        after = i + 1
+        following, next_tops, next_totals = partial_of(
+            partial, stats, after // rounds, active, splits, after % rounds * MANY, GROUP, D, MANY, WIDE,
+            after < GROUP * rounds,
+        )  # fmt: skip
+        higher = tl.maximum(top, tl.max(tops, 0))
+        old, weights = tl.exp2(top - higher), tl.exp2(tops - higher)
+        total = total * old + tl.sum(weights * totals, 0)
+        result = result * old + tl.sum(values * weights[:, None], 0)
+        top = higher
+        if after % rounds == 0:
+            at = place((head * GROUP + i // rounds) * D + d, KV_HEADS * GROUP * D)
+            tl.store(mixed + at, result / total, mask=d < D)
+            top, total, result = -float("inf"), 0.0, tl.zeros((WIDE,), tl.float32)
+        values, tops, totals = following, next_tops, next_totals
 
 
 @triton.jit
@@ -98,7 +112,7 @@ def _decode(
     qkv, keys, values, scales, position, table, q_norm, k_norm, mixed_out, partial, tickets,
     ctx, splits, least, clip, eps, to_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, MANY: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, MANY: tl.constexpr, STAGES: tl.constexpr,
     NORM: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (KV_HEADS, splits). A tile's rows: the group's query heads, their key, their value, padding.
@@ -197,7 +211,7 @@ def _decode(
     tl.store(stats + 1, total, mask=g < GROUP)
     tl.debug_barrier()  # all warps' stores come before the ticket
     if tl.atomic_add(tickets + head, 1, sem="acq_rel") == active - 1:
-        combine(partial, head, active, splits, mixed_out, GROUP, D, KV_HEADS, SPLITS, ROWS, WIDE, MANY)
+        combine(partial, head, active, splits, mixed_out, GROUP, D, KV_HEADS, WIDE, MANY)
         tl.store(tickets + head, 0)
 
 
@@ -247,7 +261,7 @@ def decode_attention(
         qkv, keys, values, keys if scales is None else scales, position, rope_table, q_norm, k_norm,
         mixed, partial, tickets, ctx, splits, split_size, clip or 0.0, eps, head_dim**-0.5 * LOG2E,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, WIDE=wide, ROWS=rows, BLOCK=block,
-        SPLITS=triton.next_power_of_2(splits), MANY=max(1, COMBINE // (rows * wide)), STAGES=stages,
+        MANY=max(1, min(triton.next_power_of_2(splits), COMBINE // wide)), STAGES=stages,
         NORM=norm_kind(q_norm, norm_full), CLIP=bool(clip), INT8=scales is not None, DOT=dot_type(keys),
         num_warps=warps, **dependent(pdl),
     )  # fmt: skip
