@@ -26,6 +26,7 @@ from offmoe.cache.residency import Residency
 from offmoe.device_table import device_table
 from offmoe.kernels.gpu import gemv
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
+from offmoe.kernels.gpu.foretell import foretell
 from offmoe.kernels.gpu.gemv import dense, expert_down, expert_gate_up
 from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.gpu.page_in import page_in, scratch_for
@@ -180,6 +181,13 @@ def listing(b: Bench, scope: str) -> Table:
     t.owner.copy_(torch.arange(slots) // (EXPERTS // 2) * EXPERTS + torch.arange(slots) % (EXPERTS // 2))
     t.slot_of.fill_(-1)
     t.slot_of[t.owner.long()] = torch.arange(slots, dtype=torch.int32, device=b.device)
+    e = device_table(Residency(LAYERS, EXPERTS, slots, make_policy("echo", LAYERS * EXPERTS), scope), K, b.device)
+    past, log = e.past, b.ints(LAYERS * K)
+    assert past
+    past.filled.fill_(len(past.rows))
+    b.measure("foretell", f"{len(past.rows)} rows", past.rows.nbytes, lambda _: foretell(
+        past, log, past.ticket, k=K, experts=EXPERTS
+    ), range(LAUNCHES))  # fmt: skip
     b.measure("candidates", f"{scope}, {slots} slots", 0, lambda _: candidates(
         t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, scratch=t.scratch
     ), range(LAUNCHES))  # fmt: skip

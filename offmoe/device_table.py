@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offmoe.cache.policies.crf import decay_table
+from offmoe.cache.policies.echo import NEAREST, Echo
 from offmoe.cache.residency import Residency
 from offmoe.errors import OffmoeError
+from offmoe.kernels.gpu.foretell import Past, parts_of
 from offmoe.kernels.gpu.resolve import scratch_size
 from offmoe.kernels.gpu.route import Table
 
@@ -31,7 +33,7 @@ def device_table(residency: Residency, reach: int, device: torch.device) -> Tabl
     """An empty mirror, with lists of `reach` candidates."""
     policy = residency.policy
     if not policy.state:
-        raise OffmoeError(f"policy {policy.name!r} has no score for a GPU: choose lru, crf, lfu or lfru")
+        raise OffmoeError(f"policy {policy.name!r} has no score for a GPU: choose lru, crf, lfu, lfru or echo")
     records, slots = len(residency.slot_of), residency.slots
 
     def ints(*shape: int) -> Tensor:
@@ -42,7 +44,20 @@ def device_table(residency: Residency, reach: int, device: torch.device) -> Tabl
         slot_of=ints(records), owner=ints(slots), arriving=ints(slots), fresh=ints(slots), landed=ints(slots),
         progress=ints(slots), a=ints(records), b=ints(records), decay=torch.from_numpy(decay).to(device),
         clock=ints(2), candidates=ints(residency.pools, reach), scratch=ints(scratch_size(slots, reach)),
-        kind=policy.name.partition(":")[0],
+        kind=policy.name.partition(":")[0], past=past(policy, device) if isinstance(policy, Echo) else None,
+    )  # fmt: skip
+
+
+def past(policy: Echo, device: torch.device) -> Past:
+    """Nothing yet."""
+
+    def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    return Past(
+        rows=ints(*policy.rows.shape), filled=ints(1), weights=torch.from_numpy(policy.weights).to(device),
+        foretold=ints(policy.records, dtype=torch.float32), nearest=ints(NEAREST),
+        keys=ints(parts_of(len(policy.rows)) * NEAREST, dtype=torch.int64), ticket=ints(1),
     )  # fmt: skip
 
 
@@ -59,6 +74,10 @@ def push(residency: Residency, table: Table, now: int) -> None:
     for target, source in sent:
         target.copy_(torch.from_numpy(whole(source)))
     table.landed.zero_()
+    if table.past and isinstance(policy, Echo):
+        table.past.rows.copy_(torch.from_numpy(policy.rows))
+        table.past.filled.fill_(policy.filled)
+        table.past.foretold.copy_(torch.from_numpy(policy.foretell()))
 
 
 def whole(array: NDArray[Any]) -> NDArray[np.int32]:
@@ -79,6 +98,8 @@ def pull(residency: Residency, table: Table) -> int:
         target = getattr(policy, name)
         target[:] = values.view(np.float32) if target.dtype == np.float32 else values
     now, policy.event = table.clock.tolist()
+    if table.past and isinstance(policy, Echo):
+        policy.resume(table.past.rows.cpu().numpy(), int(table.past.filled), int(now) - 1)
     residency.now = max(residency.now, now - 1)
     return int(now)
 

@@ -22,6 +22,7 @@ from offmoe.gate import Gate
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
 from offmoe.kernels.gpu.embed import embed
+from offmoe.kernels.gpu.foretell import Past, foretell
 from offmoe.kernels.gpu.gemv import ALL, HITS, MISSES, dense, expert_down, expert_gate_up
 from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.gpu.page_in import page_in, scratch_for
@@ -118,7 +119,7 @@ class DecodeStep:
         self._units = [nbytes // 16 for nbytes in store.record_bytes]
         self._paging, self._beside, self._ahead, self._fetching = (Lane(device) for _ in range(4))
         self._forked, self._arrived, self._listed, self._routed = (Mark(device) for _ in range(4))
-        self._predicted_mark = Mark(device)
+        self._predicted_mark, self._foretold = Mark(device), Mark(device)
         self._fetched = [Mark(device) for _ in range(c.layers)]
         self._rows = torch.full((store.table.layers * c.experts,), -1, dtype=torch.int32, device=device)
         self._rows_version = -1
@@ -189,13 +190,25 @@ class DecodeStep:
             self._prefetch(layer + self.gate.ahead, variant)
         if not self.plan.all_in_slots and self.store.table.scope == "global" and layer + 1 < c.layers:
             self._list_candidates(self._predicted_mark if predicts else self._routed)
+        if past := self._listener(layer):
+            with self._beside():
+                self._routed.wait()
+                foretell(past, b.log, b.status, k=c.top_k, experts=c.experts)
+                self._foretold.set()
+
+    def _listener(self, layer: int) -> Past | None:
+        """What foretells beside the last layer's experts, if the policy does; done before `choose` ends the answer."""
+        return None if self.plan.all_in_slots or layer < self.config.layers - 1 else self.table.past
 
     def _list_candidates(self, behind: Mark) -> None:
         """Beside the main lane: behind all that changed the table, before the next event."""
         t = self.table
         with self._beside():
             behind.wait()
-            candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, scratch=t.scratch)
+            candidates(
+                t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, scratch=t.scratch,
+                foretold=t.foretold,
+            )  # fmt: skip
             self._listed.set()
 
     def _prefetch(self, layer: int, variant: Variant) -> None:
@@ -233,6 +246,8 @@ class DecodeStep:
                 self._arrived.set()
             expert_gate_up(records, layout, b.slots, b.weights, b.normed, b.inner, hit=b.hit, phase=HITS, pdl=self.pdl)
             self._arrived.wait()
+            if self._listener(layer):
+                self._foretold.wait()
             if variant.prefetch and layer >= self.gate.ahead:
                 self._fetched[layer].wait()
             expert_gate_up(records, layout, b.slots, b.weights, b.normed, b.inner, hit=b.hit, phase=MISSES)

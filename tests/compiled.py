@@ -28,6 +28,7 @@ from offmoe.device_table import device_table
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size
 from offmoe.kernels.gpu.embed import embed
+from offmoe.kernels.gpu.foretell import foretell
 from offmoe.kernels.gpu.gemv import HITS, dense, expert_down, expert_gate_up
 from offmoe.kernels.gpu.page_in import page_in, scratch_for
 from offmoe.kernels.gpu.request import request
@@ -129,7 +130,9 @@ def copies(fmt: str, pdl: bool) -> None:
 def residency(policy: str, pdl: bool) -> None:
     table = device_table(Residency(LAYERS, EXPERTS, 128, make_policy(policy, LAYERS * EXPERTS), "layer"), 10, CPU)
     t, ids = table, ints(1, LAYERS, K, dtype=torch.int16)
-    candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind)
+    candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, foretold=t.foretold)
+    if t.past:
+        foretell(t.past, ints(LAYERS * K), ints(1), k=K, experts=EXPERTS)
     route(
         floats(H), floats(H), 1e-6, floats(EXPERTS, H).bfloat16(), table, 1, layers=LAYERS, top_k=K, renormalise=True,
         logits=floats(EXPERTS), normed=floats(H), ticket=ints(1), ids=ints(K), weights=floats(K), slots=ints(K),
@@ -173,6 +176,7 @@ def main(capability: int) -> None:
         copies("Q6_K", pdl)
         residency("lru", pdl)
         residency("lfru", pdl)
+        residency("echo", pdl)
         attention(pdl)
         ends(pdl)
     for launch in launches:

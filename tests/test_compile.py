@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 pytest.importorskip("triton.backends.nvidia")
 
 KERNELS = {"_gate_up", "_down", "_dense", "_page_in", "_candidates", "_route", "_predict", "_decode", "_embed",
-           "_sample", "_advance", "_request"}  # fmt: skip
+           "_sample", "_advance", "_request", "_remember", "_compare", "_foretell"}  # fmt: skip
 PRODUCTS = {"_gate_up", "_down", "_dense"}
 WIDE = {*PRODUCTS, "_page_in", "_route", "_decode"}
 

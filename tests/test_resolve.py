@@ -12,15 +12,20 @@ from traces import synthetic
 
 pytest.importorskip("triton")
 
-from offmoe.cache.policy import make_policy
+import triton
+import triton.language as tl
+
+from offmoe.cache.policies.echo import Echo
+from offmoe.cache.policy import Policy, make_policy
 from offmoe.cache.residency import Residency
 from offmoe.device_table import device_table, lose, pull, push, reach
+from offmoe.kernels.gpu.foretell import foretell, popcount
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import Table, predict, route
 from offmoe.kernels.ring import COUNTED, COUNTERS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-POLICIES = ("lru", "lfu", "lfru", "crf:h=3")
+POLICIES = ("lru", "lfu", "lfru", "crf:h=3", "echo:h=3,w=16")
 HIDDEN = 16
 
 
@@ -55,7 +60,12 @@ class Device:
 
     def find(self) -> None:
         t = self.table
-        candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind)
+        candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, foretold=t.foretold)
+
+    def foretell(self) -> None:
+        """When all layers are routed."""
+        if self.table.past:
+            foretell(self.table.past, self.log, self.status, k=self.k, experts=self.experts)
 
     def route(self, layer: int, **more: Any) -> None:
         route(
@@ -100,7 +110,20 @@ def same(residency: Residency, device: Device, policy: str) -> None:
     for name in residency.policy.state:
         assert (getattr(mirror.policy, name) == getattr(residency.policy, name)).all(), name
     assert policy != "lru" or mirror.policy.event == residency.policy.event
+    if isinstance(residency.policy, Echo):
+        alike(mirror.policy, residency.policy, device.table)
     mirror.check()
+
+
+def alike(mirror: Policy, policy: Echo, table: Table) -> None:
+    """What echo keeps besides, and what it foretells of the next token."""
+    assert isinstance(mirror, Echo)
+    assert table.past
+    assert mirror.filled == policy.filled
+    assert (mirror.rows == policy.rows).all()
+    assert (table.past.foretold.cpu().numpy() == policy.foretell()).all()
+    assert (mirror.foretold == policy.foretell()).all()
+    assert int(table.past.ticket) == 0
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -127,6 +150,7 @@ def test_the_same_victims(policy: str, scope: str, slots: int) -> None:
             assert device.miss_records[:count].tolist() == (experts[missed][order] + layer * 16).tolist()
             assert device.miss_slots[:count].tolist() == access.slots[missed][order].tolist()
             assert device.log[layer * 4 : layer * 4 + 4].tolist() == experts.tolist()
+        device.foretell()
     same(residency, device, policy)
     assert device.count("hits") + device.count("misses") == 13 * 16
     assert device.count("uploaded") == 2 * device.count("misses")
@@ -139,6 +163,7 @@ def test_the_same_victims(policy: str, scope: str, slots: int) -> None:
         ("lfu", "layer", 2, 3, 2),
         ("lfru", "layer", 1, 1, 4),
         ("crf:h=3", "layer", 2, 2, 6),
+        ("echo:h=3,w=16", "layer", 2, 2, 6),
         ("lru", "global", 1, 3, 17),
         ("lfu", "global", 1, 3, 3),
         ("lfru", "global", 1, 2, 5),
@@ -176,10 +201,55 @@ def test_the_same_prefetches(policy: str, scope: str, ahead: int, most: int, see
                 if rng.random() < 0.5:
                     device.table.landed[device.fetch_slots[layer + ahead, :count].long()] = 1
                     residency.landed(slots)
+        device.foretell()
     same(residency, device, policy)
     assert (device.count("covered"), device.count("late")) == (covered, late)
     assert covered > 0 < late
     assert device.count("wasted") == residency.wasted > 0
+
+
+@pytest.mark.parametrize(("w", "before"), [(16, 40), (70, 75), (200, 100)])
+def test_the_same_is_foretold(w: int, before: int) -> None:
+    """From a ring that is full or not, of one part or more, over its end; a step behind the end adds nothing."""
+    trace = synthetic(before + 12, layers=3, experts=20, k=3, seed=8)
+    residency = Residency(3, 20, 24, make_policy(f"echo:w={w}", 60), "layer")
+    echo = residency.policy
+    assert isinstance(echo, Echo)
+    for now in range(before):
+        residency.landed(np.flatnonzero(residency.arriving))
+        residency.access_token(trace.experts[now].astype(np.int64), now)
+    residency.landed(np.flatnonzero(residency.arriving))
+    forced = torch.from_numpy(trace.experts.astype(np.int16)).to(DEVICE)
+    device = Device(device_table(residency, 3, DEVICE), 3, 20, 3, forced)
+    push(residency, device.table, before)
+    for now in range(before, before + 12):
+        device.log.copy_(torch.from_numpy(trace.experts[now].ravel().astype(np.int32)))
+        device.table.clock[0] = now + 1
+        for status in (0, 1):
+            device.status.fill_(status)
+            device.foretell()
+        echo.touch(
+            np.concatenate([ids.astype(np.int64) + layer * 20 for layer, ids in enumerate(trace.experts[now])]), now
+        )
+        mirror = Residency(3, 20, 24, make_policy(f"echo:w={w}", 60), "layer")
+        pull(mirror, device.table)
+        alike(mirror.policy, echo, device.table)
+        assert mirror.policy.token == echo.token
+    assert echo.foretell().any()
+
+
+@triton.jit
+def _popcounts(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, popcount(tl.load(x + i)))
+
+
+def test_bits_are_counted() -> None:
+    x = np.random.default_rng(1).integers(-(2**31), 2**31, 64).astype(np.int32)
+    x[:4] = -1, 0, 2**31 - 1, -(2**31)
+    out = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    _popcounts[(1,)](torch.from_numpy(x).to(DEVICE), out, N=64)
+    assert out.tolist() == np.bitwise_count(x.view(np.uint32)).tolist()
 
 
 def test_a_step_behind_the_end_changes_nothing() -> None:
@@ -229,10 +299,13 @@ def test_a_large_pool_is_listed_in_parts(policy: str, monkeypatch: pytest.Monkey
         getattr(residency.policy, name)[records[::2]] = rng.integers(low, high, 13)
     table = device_table(residency, 10, DEVICE)
     push(residency, table, 2**31 - 1 if policy == "lfru" else 12)
+    if isinstance(residency.policy, Echo) and table.past:
+        residency.policy.foretold = rng.choice([0, 0.25, 3.5], 64).astype(np.float32)
+        table.past.foretold.copy_(torch.from_numpy(residency.policy.foretold))
     for scratch in (None, table.scratch, table.scratch):
         table.candidates.fill_(-7)
         candidates(table.owner, table.arriving, table.a, table.b, table.decay, table.clock, table.candidates,
-                   kind=table.kind, scratch=scratch)  # fmt: skip
+                   kind=table.kind, scratch=scratch, foretold=table.foretold)  # fmt: skip
         keys = residency._keys(slice(0, 29), np.empty(0, np.int32), int(table.clock[0]))
         order = keys.argsort(kind="stable")
         assert table.candidates[0].tolist() == order[:10].tolist()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from close import assert_close
@@ -17,6 +18,7 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("tests/gpu runs the graph itself", allow_module_level=True)
 
+from offmoe.cache.policies.echo import Echo
 from offmoe.kvcache import KVCache
 from offmoe.models.device_trunk import DeviceTrunk
 from offmoe.models.model import open_model
@@ -84,6 +86,27 @@ def test_prefetching_changes_no_logit(prefetch: str, tmp_path: Path) -> None:
         got = run(step, Variant(prefetch=prefetch != "none"))
         assert_close("logits", got, want, 1e-5)
         assert bool(step.table.landed.any()) == (prefetch != "none"), "nothing was prefetched"
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_echo_hears_every_token(scope: str, tmp_path: Path) -> None:
+    """A whole step's launches leave what the host's policy makes of the same ids; a step behind the end adds none."""
+    want, _ = reference("qwen3_moe", IDS)
+    with step_of(saved("qwen3_moe", tmp_path), vram="60%", scope=scope, policy="echo:h=3,w=16") as step:
+        assert_close("logits", run(step, Variant()), want, 1e-5)
+        heard, c = step.store.table.policy, step.config
+        assert isinstance(heard, Echo)
+        told = Echo(heard.records, h=3, w=16)
+        for now in range(len(IDS)):
+            ids = step.ring.row(now).ids
+            told.touch((ids + np.arange(c.layers)[:, None] * c.experts).ravel(), now)
+        with step.idle():
+            step.launch(Variant())
+        step.pull()
+        assert heard.filled == told.filled == len(IDS)
+        assert (heard.rows == told.rows).all()
+        assert heard.foretold.any()
+        assert (heard.foretold == told.foretell()).all()
 
 
 def test_an_idle_launch_changes_nothing(tmp_path: Path) -> None:

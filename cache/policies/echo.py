@@ -30,7 +30,6 @@ class Echo(CRF):
     All of it is known before the token begins, so a device can compute it beside the token before.
     """
 
-    state = ()  # no kernel compares rows yet
     parameters: ClassVar[Mapping[str, Parameter]] = {
         "h": Parameter(default=16, low=1, high=4096),
         "w": Parameter(default=2048, low=16, high=65536),
@@ -57,6 +56,11 @@ class Echo(CRF):
 
     def score(self, records: Ints, now: int) -> Numbers:
         return super().score(records, now) + self.foretold[records]
+
+    def resume(self, rows: NDArray[np.int32], filled: int, token: int) -> None:
+        """Take over what a device has seen up to `token`."""
+        self.rows[:], self.filled, self.token = rows, filled, token
+        self.foretold = self.foretell()
 
     def foretell(self) -> NDArray[np.float32]:
         """What the rows say of the tokens after the next one, [records]; nothing while fewer than three are there."""

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-KINDS = {"lru": 0, "lfu": 1, "lfru": 2, "crf": 3}
+KINDS = {"lru": 0, "lfu": 1, "lfru": 2, "crf": 3, "echo": 3}  # echo: crf and what is foretold
 LRU, LFU, LFRU, CRF = (tl.constexpr(kind) for kind in range(4))
 # Words of a step's counters, in the order of kernels.ring; what is uploaded counts in units of 16 bytes.
 HITS, COVERED, LATE, MISSES, WASTED, UPLOADED = (tl.constexpr(word) for word in range(6))
@@ -33,7 +33,7 @@ def lower(n0, d0, s0, n1, d1, s1):
 
 @triton.jit
 def list_first(
-    slot, inside, owner, arriving, a, b, decay, decays, clock, out,
+    slot, inside, owner, arriving, a, b, decay, decays, clock, foretold, out,
     C: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Of slots [BLOCK] the C that leave first, in that order, into out [C]; -1 where there are no more."""
@@ -47,7 +47,10 @@ def list_first(
         age = tl.where(owned, now - tl.load(b + record, mask=owned, other=0), 0)
     if KIND == CRF:
         faded = tl.load(decay + tl.minimum(age, decays - 1), mask=owned, other=0.0)
-        number = (number.to(tl.float32, bitcast=True) * faded).to(tl.int32, bitcast=True)
+        worth = number.to(tl.float32, bitcast=True) * faded  # rounded before the sum: compiled without fusing
+        if foretold is not None:
+            worth += tl.load(foretold + record, mask=owned, other=0.0)
+        number = worth.to(tl.int32, bitcast=True)
     number = tl.where(owned, number, -1).to(tl.int64)  # free slots go first
     number = tl.where(stays, NEVER, number)
     place = tl.where(inside, slot, 0).to(tl.int64)
@@ -69,7 +72,7 @@ def list_first(
 
 @triton.jit
 def _candidates(
-    owner, arriving, a, b, decay, decays, clock, out, scratch, capacity, parts,
+    owner, arriving, a, b, decay, decays, clock, foretold, out, scratch, capacity, parts,
     C: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Grid (pools, parts): each lists its part; the last to finish ranks what all listed (then there is one pool)."""
@@ -78,23 +81,26 @@ def _candidates(
     target = out + pool * C
     if MERGED:
         target = scratch + 1 + part * C
-    list_first(pool * capacity + i, i < capacity, owner, arriving, a, b, decay, decays, clock, target, C, BLOCK, KIND)
+    list_first(pool * capacity + i, i < capacity, owner, arriving, a, b, decay, decays, clock, foretold, target,
+               C, BLOCK, KIND)  # fmt: skip
     if MERGED:
         tl.debug_barrier()  # all threads' stores come before the ticket
         if tl.atomic_add(scratch, 1, sem="acq_rel") == parts - 1:
             tl.store(scratch, 0)
             j = tl.arange(0, MERGED)
             slot = tl.load(scratch + 1 + j, mask=j < parts * C, other=-1, cache_modifier=".cg")
-            list_first(slot, slot >= 0, owner, arriving, a, b, decay, decays, clock, out, C, MERGED, KIND)
+            list_first(slot, slot >= 0, owner, arriving, a, b, decay, decays, clock, foretold, out, C, MERGED,
+                       KIND)  # fmt: skip
 
 
 def candidates(
     owner: Tensor, arriving: Tensor, a: Tensor, b: Tensor, decay: Tensor, clock: Tensor, out: Tensor,
-    *, kind: str, scratch: Tensor | None = None,
+    *, kind: str, scratch: Tensor | None = None, foretold: Tensor | None = None,
 ) -> None:  # fmt: skip
     """out [pools, C] int32: of every pool of owner's slots, those that would leave first at token clock[0].
 
-    `scratch` int32 of scratch_size(), zero before the first launch: several programs share a large pool.
+    `scratch` int32 of scratch_size(), zero before the first launch: several programs share a large pool. `foretold`
+    [records] float32: what kind echo adds to a score.
     """
     pools, count = out.shape
     capacity = owner.numel() // pools
@@ -102,8 +108,8 @@ def candidates(
     parts = 1 if scratch is None or pools > 1 else triton.cdiv(capacity, PART)
     block = triton.next_power_of_2(capacity) if parts == 1 else PART
     _candidates[(pools, parts)](
-        owner, arriving, a, b, decay, decay.numel(), clock, out, scratch, capacity, parts, C=count, BLOCK=block,
-        MERGED=0 if parts == 1 else triton.next_power_of_2(parts * count), KIND=KINDS[kind],
+        owner, arriving, a, b, decay, decay.numel(), clock, foretold, out, scratch, capacity, parts,
+        C=count, BLOCK=block, MERGED=0 if parts == 1 else triton.next_power_of_2(parts * count), KIND=KINDS[kind],
         num_warps=4 if block <= 1024 else 16, enable_fp_fusion=False,
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from offmoe.kernels.gpu.foretell import Past
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.resolve import KINDS, look, prefetch, resolve
 
@@ -38,6 +39,11 @@ class Table:
     candidates: Tensor  # [layers or 1, C]
     scratch: Tensor  # of `candidates`
     kind: str  # of the policy
+    past: Past | None = None  # of policy echo
+
+    @property
+    def foretold(self) -> Tensor | None:
+        return self.past.foretold if self.past else None
 
 
 @triton.jit

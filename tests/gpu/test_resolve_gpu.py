@@ -14,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from offmoe.cache.policies.echo import Echo
 from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
 from offmoe.cache.trace import Trace
@@ -28,6 +29,7 @@ pytestmark = [
 ]
 if torch.cuda.is_available():
     from offmoe.device_table import device_table, pull, push, reach
+    from offmoe.kernels.gpu.foretell import foretell
     from offmoe.kernels.gpu.launch import pdl_supported
     from offmoe.kernels.gpu.resolve import candidates
     from offmoe.kernels.gpu.route import predict, route
@@ -73,7 +75,10 @@ class Replayer:
 
     def find(self) -> None:
         t = self.table
-        candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, scratch=t.scratch)
+        candidates(
+            t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, scratch=t.scratch,
+            foretold=t.foretold,
+        )  # fmt: skip
 
     def token(self) -> None:
         if self.scope == "layer":
@@ -85,6 +90,8 @@ class Replayer:
             if self.guesses is not None and layer + 1 < self.layers:
                 self.predict(layer + 1)
                 self.table.landed.fill_(1)
+        if self.table.past:
+            foretell(self.table.past, self.log, self.status, k=self.k, experts=self.router.shape[0])
         self.seen.index_copy_(0, self.row, self.miss_count[None])
         self.row += 1
         self.step += 1
@@ -169,11 +176,14 @@ def compare(policy: str, scope: str, trace: Trace, guesses: Guesses | None = Non
         assert (getattr(mirror, name) == getattr(host, name)).all(), name
     for name in host.policy.state:
         assert (getattr(mirror.policy, name) == getattr(host.policy, name)).all(), name
+    if isinstance(host.policy, Echo) and isinstance(mirror.policy, Echo):
+        assert (mirror.policy.rows == host.policy.rows).all()
+        assert (mirror.policy.foretold == host.policy.foretell()).all()
     return replayer, host
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "crf:h=16"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "crf:h=16", "echo"])
 def test_the_victims_of_ten_thousand_tokens(policy: str, scope: str, trace: Trace) -> None:
     compare(policy, scope, trace)
 
