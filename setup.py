@@ -37,7 +37,7 @@ setup(
     ],
     extras_require={
         "llama": ["llama-cpp-python>=0.3.16"],
-        "lab": ["matplotlib>=3.10"],
+        "lab": ["matplotlib>=3.10", "numba>=0.61"],
         "test": [
             "pytest>=8.3",
             "pytest-cov>=6.0",

@@ -94,6 +94,17 @@ class Residency:
         self.guarded[layer] = chosen
         return absent, chosen
 
+    def waves(self, layer: int, experts: Ints, uses: Ints) -> list[Ints]:
+        """The order in which to ask for experts, at most as many at a time as a pool holds: indices into `experts`.
+
+        Where there are more experts than slots, resident ones come first, before others evict them, hottest last.
+        """
+        order = np.arange(len(experts))
+        if len(experts) > self.capacity:
+            resident = self.slot_of[layer * self.experts + experts] >= 0
+            order = np.lexsort((uses, ~resident))
+        return np.split(order, range(self.capacity, len(experts), self.capacity))
+
     def landed(self, slots: Ints) -> None:
         """The bytes of these arriving slots are there."""
         assert self.arriving[slots].all(), f"slots {slots} landed, arriving is {self.arriving[slots]}"

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offmoe.cache.files import whole_file
 from offmoe.cache.policies.base import Ints
 
 # What np.load meets in a broken file; MemoryError: a header that claims an absurd shape.
@@ -146,20 +145,6 @@ class Trace:
         arrays["meta"] = np.array(json.dumps(self.meta))
         with whole_file(path) as file:
             np.savez_compressed(file, **arrays)
-
-
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name once it is written, or not at all."""
-    part = Path(f"{path}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def check_ids(name: str, ids: Ints, meta: dict[str, Any]) -> None:

@@ -241,6 +241,10 @@ def explain(error: BaseException) -> str | None:
         case OSError(strerror=str()):
             where = f"{error.filename}: " if error.filename else ""
             return f"{where}{error.strerror}"
+    from offmoe.cache.plugin import PluginError  # imports NumPy: only where something is wrong
+
+    if isinstance(error, PluginError):
+        return str(error)
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's
         return "out of memory: lower --vram, --ram or --ctx"
     return None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offmoe.cache.files import whole_file
 from offmoe.errors import OffmoeError
 
 if TYPE_CHECKING:
@@ -38,7 +37,8 @@ class Conversation:
         """Write atomically, for the owner alone. `model`: where the answers' tokens are valid."""
         document = {"offmoe_chat": VERSION, "model": model, "system": self.system, "turns": self.turns}
         try:
-            write_atomically(path, json.dumps(document, ensure_ascii=False, indent=1))
+            with whole_file(path, mode=0o600) as file:  # a talk is nobody else's business
+                file.write(json.dumps(document, ensure_ascii=False, indent=1).encode())
         except OSError as error:
             raise OffmoeError(f"cannot write {path}: {error.strerror}") from error
 
@@ -83,15 +83,3 @@ def check_turn(turn: Any, role: str, vocab_size: int) -> None:
     tokens = turn.get("tokens", [])
     if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < vocab_size for token in tokens):
         raise ValueError(f"a message's tokens are no ids below {vocab_size}")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The whole file or none of it."""
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise

@@ -89,17 +89,6 @@ class ExpertStore(ABC):
         self.reader.close()
         self.ram.close()
 
-    def waves(self, layer: int, experts: Ints, uses: Ints) -> list[Ints]:
-        """The order in which to ask for experts, at most as many at a time as a pool holds: indices into `experts`.
-
-        Where there are more experts than slots, resident ones come first, before others evict them, hottest last.
-        """
-        order = np.arange(len(experts))
-        if len(experts) > self.table.capacity:
-            resident = self.table.slot_of[layer * self.table.experts + experts] >= 0
-            order = np.lexsort((uses, ~resident))
-        return np.split(order, range(self.table.capacity, len(experts), self.table.capacity))
-
     def access(self, layer: int, experts: Ints, uses: Ints) -> Access:
         """One event of the table, counted."""
         access = self.table.access(layer, experts, self.clock, uses)

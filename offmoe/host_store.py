@@ -41,7 +41,7 @@ class HostStore(ExpertStore):
         experts, uses, pairs = grouped(host_ids.ravel())
         products: list[Tensor] = []
         used: list[Ints] = []
-        for order in self.waves(layer, experts, uses):
+        for order in self.table.waves(layer, experts, uses):
             slots = self._ensure(layer, experts[order], uses[order])
             flat = [torch.from_numpy(pairs[i]) for i in order]
             inputs = x.index_select(0, torch.cat(flat) // k).split([len(part) for part in flat])

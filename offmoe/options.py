@@ -80,7 +80,7 @@ placing, answering = partial(option, "Placement"), partial(option, "Answer")
 placement_options: Decorator = together(
     placing("--vram", metavar="SIZE|P%", help="For expert slots: 8GiB, or 50% of all routed records."),
     placing("--ram", metavar="SIZE", help="Pinned memory for records; what is beyond stays on disk."),
-    placing("--policy", metavar="NAME[:KEY=VALUE]", help="What keeps its slot: lru, crf, crf:h=64."),
+    placing("--policy", metavar="NAME[:KEY=VALUE]", help="What keeps its slot: lru, crf:h=64, ./mine.py:Mine."),
     placing(
         "--scope",
         type=click.Choice(["layer", "global"]),

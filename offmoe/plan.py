@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import torch
 
+from offmoe.cache.policies import POLICIES
 from offmoe.cache.policy import make_policy
 from offmoe.errors import OffmoeError
 from offmoe.gate import NONE, Gate
@@ -113,7 +114,7 @@ def make_plan(model: Model, settings: Settings) -> Plan:
         device=device,
         dtype=dtype,
         ctx=ctx,
-        policy=canonical_policy(DEFAULT_POLICY if settings.policy is None else settings.policy, model),
+        policy=canonical_policy(DEFAULT_POLICY if settings.policy is None else settings.policy, model, device),
         scope=scope,
         slots=slots,
         stride=model.slot_bytes,
@@ -243,11 +244,16 @@ def pick_ram_rows(model: Model, asked: int | str | None, slots: int, left: int) 
     return min(max(budget // model.slot_bytes, staging), model.records)
 
 
-def canonical_policy(spec: str, model: Model) -> str:
+def canonical_policy(spec: str, model: Model, device: torch.device) -> str:
+    """A policy without `state` scores nothing in a captured graph."""
     try:
-        return make_policy(spec, model.records).name
+        policy = make_policy(spec, model.records)
     except ValueError as error:
         raise OffmoeError(str(error)) from None
+    if device.type != "cpu" and not policy.state:
+        able = ", ".join(name for name, kind in POLICIES.items() if kind.state)
+        raise OffmoeError(f"policy {policy.name!r} works on the CPU and in replay: on a GPU choose {able}")
+    return policy.name
 
 
 def smaller(plan: Plan, model: Model) -> Plan:

@@ -80,7 +80,7 @@ class VramStore(ExpertStore):
         return combine(out, weights)
 
     def _admit(self, layer: int, experts: Ints, uses: Ints) -> None:
-        for order in self.waves(layer, experts, uses):
+        for order in self.table.waves(layer, experts, uses):
             self.access(layer, experts[order], uses[order])
             self.table.landed(np.flatnonzero(self.table.arriving))  # their bytes come in the stream's order
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from tiny import saved
 
+from offmoe.cache import files
 from offmoe.cache.policies import POLICIES
 from offmoe.cli import main
 from offmoe.download import DEMO
@@ -22,7 +23,7 @@ from offmoe.eager import EagerDecoder
 from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
 from offmoe.guard import Guard
-from offmoe.lab import live_folder, live_run
+from offmoe.lab import live_run
 from offmoe.lab.live import Bench, Configuration, Measured
 from offmoe.lab.live_folder import Cell, Folder, write_file
 from offmoe.lab.live_probe import Probe, Watched
@@ -259,7 +260,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_draft(tmp_path: Path, monkeypatch
 
     folder = Folder(tmp_path, {})
     folder.write(CELL, MEASURED)
-    monkeypatch.setattr(live_folder, "open", lambda *_: Full(), raising=False)
+    monkeypatch.setattr(files, "open", lambda *_: Full(), raising=False)
     with pytest.raises(OffmoeError, match=r"cannot write .*: No space left on device; what was written before is kept"):
         folder.write(Cell(1, 0, Configuration("75%", "lru")), MEASURED)
     assert [path.name for path in (tmp_path / "cells").iterdir()] == [CELL.file]

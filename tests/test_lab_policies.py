@@ -94,8 +94,8 @@ def test_what_is_taken_where_nothing_is_named() -> None:
     found = rows(SMALL, "--tokens", "80")
     assert {row["slots"] for row in found} == {8, 16}
     assert [row["policy"] for row in found if row["slots"] == 8] == [
-        "random:seed=0", "lru", "lfu", "lfru", "slru:p=80", "crf:h=16", "crf:h=64", "crf+tinylfu:h=64", "belady",
-        "belady-bypass",
+        "random:seed=0", "lru", "lfu", "lfru", "slru:p=80", "crf:h=16", "crf:h=64", "crf+tinylfu:h=64",
+        "echo:h=16,w=2048", "belady", "belady-bypass",
     ]  # fmt: skip
     assert {row["slots"] for row in rows(DEMO, "--tokens", "5", "--policy", "lru")} == {10, 16}  # k = 10
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offmoe.cache.trace import Trace, whole_file
+from offmoe.cache.files import whole_file
+from offmoe.cache.trace import Trace
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -131,7 +131,7 @@ class Bench:
 
     def canonical(self, vram: str, policy: str | None, prefetch: str | None) -> Configuration:
         """As the engine writes it, so that one thing is not measured under two names."""
-        name = canonical_policy(DEFAULT_POLICY if policy is None else policy, self.model)
+        name = canonical_policy(DEFAULT_POLICY if policy is None else policy, self.model, pick_device(self.base.device))
         budget = parse_budget(vram)
         exact = str(budget) if budget.bytes is None else str(budget.bytes)
         return Configuration(exact, name, str(Gate.of(prefetch or NONE)))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from offmoe.cache.files import whole_file
 from offmoe.errors import OffmoeError
 from offmoe.lab.live import Configuration, Measured
 
@@ -18,22 +18,12 @@ RUN = "run.json"
 
 def write_file(path: Path, content: str | bytes) -> None:
     """The whole file or none of it; OffmoeError where it cannot be written."""
-    draft = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with open(handle, "wb") as file:
+        with whole_file(path) as file:
             file.write(content.encode() if isinstance(content, str) else content)
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
     except OSError as error:
-        if draft:
-            Path(draft).unlink(missing_ok=True)
         raise OffmoeError(f"cannot write {path}: {error.strerror}; what was written before is kept") from error
-    except BaseException:
-        if draft:
-            Path(draft).unlink(missing_ok=True)
-        raise
 
 
 def check_writable(folder: Path) -> None:

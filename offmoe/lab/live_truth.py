@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
-from offmoe.experts import ExpertStore, Ints, grouped
+from offmoe.experts import Ints, grouped
 
 if TYPE_CHECKING:
     from offmoe.cache.trace import Trace
@@ -65,7 +65,7 @@ class Simulator:
             self.clock += len(ids)
             for layer in range(ids.shape[1]):
                 experts, uses, _ = grouped(ids[:, layer].ravel().astype(np.int64))
-                for order in ExpertStore.waves(cast(ExpertStore, self), layer, experts, uses):
+                for order in self.table.waves(layer, experts, uses):
                     hit = self._event(layer, experts[order], uses[order])
                     events.append((layer, experts[order], hit))
         return events

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import click
 import numpy as np
 
 from offmoe.cache.ahead import Foresight, Pace, foresee
+from offmoe.cache.files import whole_file
 from offmoe.cache.plugin import is_plugin
 from offmoe.cache.policy import policy_for
 from offmoe.cache.predictor import make_predictor
@@ -25,7 +26,7 @@ from offmoe.settings import parse_size
 from offmoe.terminal import console, progress_bar
 
 LRU, BELADY, BYPASS = "lru", "belady", "belady-bypass"
-SELECTION = ("random", LRU, "lfu", "lfru", "slru", "crf:h=16", "crf:h=64", "crf+tinylfu")
+SELECTION = ("random", LRU, "lfu", "lfru", "slru", "crf:h=16", "crf:h=64", "crf+tinylfu", "echo")
 FRACTIONS = (0.25, 0.5)
 APART = 64  # first tokens, in which the cache fills
 TIMED = {"timely", "late_per_token", "late_wait_ms", "stall_ms_per_token"}  # say nothing where copies take no time
@@ -222,13 +223,10 @@ def in_bytes(outcome: Outcome, record: int | None) -> Row:
 def write_csv(path: Path, rows: list[Row]) -> None:
     """Whole or not at all; a layer's rates stand in one field, with spaces between them."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, restval="")
-            writer.writeheader()
-            for row in rows:
-                writer.writerow({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as raw:
+        file = io.TextIOWrapper(raw, "utf-8", newline="", write_through=True)
+        writer = csv.DictWriter(file, names, restval="")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()})
+        file.detach()
