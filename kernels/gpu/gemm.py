@@ -81,11 +81,11 @@ def plan_tiles(ids: Tensor, experts: int, dtype: torch.dtype, block: int | None 
     pairs = ids.numel()
     block = block or block_of(pairs, experts, dtype)
     tiles = min(-(-pairs // block) + experts, pairs)
-    order, listed = (torch.empty(shape, dtype=torch.int32, device=ids.device) for shape in (pairs, (3, tiles)))
+    order, listed, starts, ends = (ids.new_empty(n, dtype=torch.int32) for n in (pairs, tiles, tiles, tiles))
     _plan_tiles[(experts + 1,)](
-        ids, order, *listed, pairs, experts, tiles, M=block, EP=triton.next_power_of_2(experts), B=1024
+        ids, order, listed, starts, ends, pairs, experts, tiles, M=block, EP=triton.next_power_of_2(experts), B=1024
     )
-    return Tiles(order, *listed, block)
+    return Tiles(order, listed, starts, ends, block)
 
 
 def tuning_of(block: int, dtype: torch.dtype, *formats: str) -> Tuning:
