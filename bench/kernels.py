@@ -36,6 +36,7 @@ from offmoe.kernels.norm_rope import rope_table
 from offmoe.kernels.planes import PLANES, SlotLayout, matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.ring import COUNTED
+from offmoe.kernels.route import Rule
 from offmoe.links import link_bandwidth, vram_bandwidth
 
 H, F, EXPERTS, K, LAYERS, VOCAB = 2048, 768, 128, 8, 48, 151936
@@ -202,9 +203,10 @@ def routes(b: Bench, t: Table) -> None:
     count, ticket, status, step = (b.ints(1) for _ in range(4))
     counters, log = b.ints(COUNTED), b.ints(LAYERS * K)
     b.measure("route", f"{EXPERTS} experts, top-{K}, bf16", router.nbytes, lambda layer: route(
-        x, norm, 1e-6, router, t, layer, layers=LAYERS, top_k=K, renormalise=True, logits=logits, normed=normed,
-        ticket=ticket, ids=ids, weights=weights, slots=slots, hit=hit, miss_count=count, miss_records=missing,
-        miss_slots=places, status=status, counters=counters, log=log, step=step, units=1, pdl=b.pdl,
+        x, norm, 1e-6, router, t, layer, layers=LAYERS, rule=Rule(top_k=K, renormalise=True), logits=logits,
+        normed=normed, ticket=ticket, ids=ids, weights=weights, slots=slots, hit=hit, miss_count=count,
+        miss_records=missing, miss_slots=places, status=status, counters=counters, log=log, step=step, units=1,
+        pdl=b.pdl,
     ), [layer for layer in range(2, LAYERS) if layer % 16])  # fmt: skip
 
 

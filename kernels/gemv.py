@@ -28,17 +28,19 @@ def weights_of(slots: Tensor, form: Matrix, dtype: torch.dtype) -> Tensor:
 
 def dense(
     x: Tensor, parts: Sequence[Part], out: Tensor, *,
-    norm: Tensor | None = None, eps: float = 0.0, residual: bool = False,
+    norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None, residual: bool = False,
 ) -> None:  # fmt: skip
     """x [T, K], striped, times the transpose of matrices, rows one after another: out [T, N].
 
     norm [K], striped: x is RMS-normed with it first. residual: `out` is the residual stream, striped, and is added
-    to; else it is in natural order.
+    to; else it is in natural order, and `bias` [N] is added.
     """
     x = unstripe(x).to(out.dtype)
     if norm is not None:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * unstripe(norm).to(out.dtype)
     result = torch.cat([x @ weights_of(buffer[None], form, out.dtype)[0].T for buffer, form in parts], dim=1)
+    if bias is not None:
+        result = result + bias.to(out.dtype)
     out.copy_(out + stripe(result) if residual else result)
 
 

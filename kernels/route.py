@@ -1,16 +1,59 @@
-"""Routing rules, naive."""
+"""Routing rules, naive: scores → correction bias → expert groups → top-k → renormalise → scale."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
+TINY = 1e-20  # added to what renormalising divides by, as the published code does
 
-def softmax_top_k(logits: Tensor, k: int, renormalise: bool) -> tuple[Tensor, Tensor]:
-    """Router logits [T, E] → ids [T, k] by falling probability, weights [T, k] float32.
 
-    The softmax runs over all experts; `renormalise` makes the k weights sum to one.
-    """
-    weights, ids = logits.float().softmax(dim=-1).topk(k, dim=-1)
-    if renormalise:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return ids, weights
+@dataclass(frozen=True)
+class Rule:
+    """How router logits become experts and weights; the steps in the order of the fields."""
+
+    scores: str = "softmax"  # over all experts; sigmoid, or none: the logits themselves
+    biased: bool = False  # a bias is added to the scores to choose by, and not to the weights (arXiv 2408.15664)
+    groups: int = 1  # of neighbouring experts …
+    kept: int = 1  # … of which the best so many may be chosen from (arXiv 2405.04434)
+    group_best: int = 1  # a group is as good as the sum of its best so many
+    top_k: int = 1
+    renormalise: bool = False  # the k weights sum to one
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        steps = [{"softmax": "softmax over all", "sigmoid": "sigmoid", "none": "logits"}[self.scores]]
+        steps += ["correction bias"] if self.biased else []
+        steps += [f"{self.kept} of {self.groups} groups"] if self.groups > self.kept else []
+        steps += ["top-k"] + (["renormalised"] if self.renormalise else [])
+        return ", ".join(steps + ([f"times {self.scale:g}"] if self.scale != 1 else []))
+
+
+def select(logits: Tensor, rule: Rule, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Router logits [T, E], bias [E] → ids [T, k], the first chosen first, and weights [T, k] float32."""
+    scores = scored(logits.float(), rule.scores)
+    order = scores if bias is None else scores + bias
+    weights, ids = in_groups(order, rule).topk(rule.top_k, dim=-1)
+    if order is not scores:
+        weights = scores.gather(-1, ids)
+    if rule.renormalise:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + TINY)
+    return ids, weights if rule.scale == 1 else weights * rule.scale
+
+
+def scored(logits: Tensor, scores: str) -> Tensor:
+    if scores == "softmax":
+        return logits.softmax(dim=-1)
+    return logits.sigmoid() if scores == "sigmoid" else logits
+
+
+def in_groups(order: Tensor, rule: Rule) -> Tensor:
+    """order [T, E], -inf in the groups that are not kept."""
+    if rule.groups == rule.kept:
+        return order
+    members = order.unflatten(-1, (rule.groups, -1))  # [T, G, E / G]
+    worth = members.topk(rule.group_best, dim=-1).values.sum(-1)
+    chosen = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, worth.topk(rule.kept, dim=-1).indices, True)
+    return members.masked_fill(~chosen.unsqueeze(-1), float("-inf")).flatten(-2)

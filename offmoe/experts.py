@@ -44,12 +44,12 @@ class Counters:
 
 
 class ExpertStore(ABC):
-    """`apply` is the whole of a layer's routed part."""
+    """`apply` is the whole of a layer's routed part. Here and below `layer` is the place among those with experts."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
         config = model.config
         self.table = Residency(
-            config.layers, config.experts, plan.slots, make_policy(plan.policy, model.records), plan.scope
+            config.places, config.experts, plan.slots, make_policy(plan.policy, model.records), plan.scope
         )
         self.reader = Reader(model.checkpoint.files)
         self.ram = RamTier(model, plan.ram_rows, plan.stride, plan.policy, plan.device.type == "cuda", self.reader)
@@ -64,7 +64,7 @@ class ExpertStore(ABC):
         return replace(self.counts, nvme_bytes=disk.bytes, nvme_record_bytes=disk.record_bytes)
 
     def begin(self, tokens: int) -> None:
-        """A chunk of so many tokens comes: every layer will `apply` once, from the first."""
+        """A chunk of so many tokens comes: every layer with experts will `apply` once, from the first."""
         self.clock += tokens
 
     @abstractmethod

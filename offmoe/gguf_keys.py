@@ -20,15 +20,20 @@ UNMERGED = -1e9  # the score of a token that no merge makes
 
 def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
     """Hyper-parameters. Raises OffmoeError on what the GGUF architecture has no key for."""
-    if config.renormalise != family.renormalise:
+    if config.rule.renormalise != family.renormalise:
         raise OffmoeError(
-            f"{family.model_type} with norm_topk_prob = {config.renormalise} cannot be packed: "
+            f"{family.model_type} with norm_topk_prob = {config.rule.renormalise} cannot be packed: "
             f"the GGUF architecture {family.arch} always means {family.renormalise}"
         )
     if config.clip_qkv:
         raise OffmoeError(
             f"{family.model_type} with clip_qkv = {config.clip_qkv} cannot be packed: "
             f"llama.cpp ignores it for the architecture {family.arch}, and would answer differently"
+        )
+    if config.dense:
+        raise OffmoeError(
+            f"{family.model_type} with {len(config.dense)} layers without experts cannot be packed: "
+            f"the GGUF architecture {family.arch} has experts in every layer"
         )
     keys = {
         "block_count": config.layers,
@@ -47,6 +52,8 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
         "expert_used_count": config.top_k,
         "vocab_size": config.vocab,
     }
+    if config.shared:
+        keys["expert_shared_feed_forward_length"] = config.shared_hidden
     return {f"{family.arch}.{key}": value for key, value in keys.items()}
 
 

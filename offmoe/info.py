@@ -50,8 +50,9 @@ class ModelInfo:
             "hidden": c.hidden,
             "experts": c.experts,
             "top_k": c.top_k,
-            "routing": c.routing_rule,
-            "shared_experts": 0,
+            "routing": str(c.rule),
+            "shared_experts": c.shared,
+            "dense_layers": len(c.dense),
             "trained_context": c.ctx,
             "record_bytes": sorted({layout.nbytes for layout in self.model.layouts}),
             "record_formats": self.formats(),
@@ -79,14 +80,15 @@ class ModelInfo:
 
     def _model_rows(self) -> Rows:
         c, w, sizes = self.model.config, self.weights, {layout.nbytes for layout in self.model.layouts}
+        dense = f" ({len(c.dense)} without experts)" if c.dense else ""
         record = " to ".join(format_size(size) for size in sorted({min(sizes), max(sizes)}))
         return [
             ("family", f"{c.model_type} ({self.model.checkpoint.kind})"),
             ("parameters", f"{billions(w.total)} in total, {billions(w.active)} active a token"),
             ("", f"{billions(w.active_without_embedding)} active without the input embedding"),
-            ("layers", f"{c.layers}, hidden {c.hidden}, {c.heads} heads, {c.kv_heads} key-value heads"),
-            ("experts", f"{c.experts} a layer, {c.top_k} routed a token, none shared"),
-            ("routing", c.routing_rule),
+            ("layers", f"{c.layers}{dense}, hidden {c.hidden}, {c.heads} heads, {c.kv_heads} key-value heads"),
+            ("experts", f"{c.experts} a layer, {c.top_k} routed a token, {c.shared or 'none'} shared"),
+            ("routing", str(c.rule)),
             ("record", f"{record} ({'; '.join(self.formats())})"),
             ("all experts", format_size(self.model.record_bytes)),
             ("everything else", f"{format_size(w.trunk_bytes)} in the file"),
@@ -125,8 +127,8 @@ def inspect(model: Model, settings: Settings) -> ModelInfo:
     plan = make_plan(model, settings)
     c = model.config
     read = model.record_bytes * c.top_k // c.experts
-    used = plan.real_slot_bytes // plan.slots * c.layers * c.top_k  # on the CPU device slots are unpacked
-    paged = read + c.layers * c.top_k * len(model.layouts[0].parts) * PAGE  # a page more a part, on average
+    used = plan.real_slot_bytes // plan.slots * c.places * c.top_k  # on the CPU device slots are unpacked
+    paged = read + c.places * c.top_k * len(model.layouts[0].parts) * PAGE  # a page more a part, on average
     disk, direct = disk_bandwidth(model.checkpoint.files[0])
     costs = (
         TierCost("vram", used, slot_bandwidth(plan.device)),

@@ -22,7 +22,7 @@ from offmoe.errors import OffmoeError
 from offmoe.gguf_keys import model_keys, tokenizer_keys
 from offmoe.kernels.formats import FORMATS, Format, dequantise
 from offmoe.models.family import GGUF_NAMES
-from offmoe.models.model import Model, described, trunk_shapes
+from offmoe.models.model import Model, described, layers_of, trunk_shapes
 from offmoe.settings import format_size
 
 PIECE = 1 << 22  # weights read, quantised and written together: 16 MiB in float32
@@ -108,15 +108,17 @@ def pack(checkpoint: Checkpoint, out: Path, fmt: str, progress: Callable[[int, i
 
 def roles(model: Model) -> Iterator[tuple[str, int]]:
     """Every tensor of the GGUF as (role, layer), in the order of the file."""
-    trunk = trunk_shapes(model.config)
+    trunk = {role: layers_of(role, model.config) for role in trunk_shapes(model.config)}
     per_layer = [role for role in trunk if "{l}" in GGUF_NAMES[role][0]]
     yield from ((role, 0) for role in trunk if role not in per_layer)
     for layer in range(model.config.layers):
-        yield from ((role, layer) for role in (*per_layer, *EXPERT_ROLES))
+        yield from ((role, layer) for role in per_layer if layer in trunk[role])
+        if layer in model.config.routed:
+            yield from ((role, layer) for role in EXPERT_ROLES)
 
 
 def intended(role: str, wanted: Format) -> Format:
-    if role == "router" or role.endswith("norm"):
+    if role.endswith(("router", "norm", "bias")):
         return FORMATS["F32"]
     return FORMATS["Q8_0"] if wanted.name == "MXFP4" and role not in EXPERT_ROLES else wanted
 

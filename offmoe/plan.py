@@ -108,7 +108,7 @@ def make_plan(model: Model, settings: Settings) -> Plan:
     slots = pick_slots(model, settings.vram, default_slots(model, free, trunk + kv + workspace, real))
     scope = settings.scope or DEFAULT_SCOPE
     if scope == "layer":
-        slots -= slots % model.config.layers
+        slots -= slots % model.config.places
     left = free.ram - (trunk + kv + slots * real if device.type == "cpu" else 0)
     plan = Plan(
         device=device,
@@ -152,7 +152,9 @@ def workspace_nbytes(model: Model, chunk: int, itemsize: int) -> int:
     c = model.config
     heads = (c.heads + 2 * c.kv_heads) * c.head_dim
     a_token = c.hidden * (12 + 4 * itemsize) + heads * 4 * itemsize + c.top_k * (c.hidden + c.expert_hidden) * itemsize
-    unpacked = max(heads, c.hidden) * max(c.hidden, c.heads * c.head_dim) * itemsize
+    inner = max(c.dense_hidden, c.shared_hidden)
+    a_token += 4 * inner * itemsize  # gate, up, its silu and their product
+    unpacked = max(heads, c.hidden, inner) * max(c.hidden, c.heads * c.head_dim) * itemsize
     return chunk * a_token + unpacked + BATCHES * batch_records(model) * model.slot_bytes + 16 * c.vocab
 
 
@@ -206,7 +208,7 @@ def free_ram() -> int:
 
 def token_records(model: Model) -> int:
     """Records that one token is routed to: fewer slots cannot even hold them."""
-    return model.config.layers * model.config.top_k
+    return model.config.places * model.config.top_k
 
 
 def default_slots(model: Model, free: Free, resident: int, real: int) -> int:
@@ -258,7 +260,7 @@ def canonical_policy(spec: str, model: Model, device: torch.device) -> str:
 
 def smaller(plan: Plan, model: Model) -> Plan:
     """With an eighth fewer slots. Raises OffmoeError where a token needs them."""
-    slots, unit = plan.slots * 7 // 8, model.config.layers if plan.scope == "layer" else 1
+    slots, unit = plan.slots * 7 // 8, model.config.places if plan.scope == "layer" else 1
     slots -= slots % unit
     if slots < token_records(model):
         raise OffmoeError(

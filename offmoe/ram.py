@@ -49,7 +49,7 @@ class RamTier:
     def __init__(self, model: Model, rows: int, stride: int, policy: str, pin: bool, reader: Reader) -> None:
         config = model.config
         self.rows = host_memory(rows * stride).view(rows, stride)
-        self.table = Residency(config.layers, config.experts, rows, make_policy(policy, model.records), "global")
+        self.table = Residency(config.places, config.experts, rows, make_policy(policy, model.records), "global")
         self.records = model.records
         self.whole = rows >= model.records
         self.counts = DiskCounts()
@@ -61,7 +61,7 @@ class RamTier:
         self._landed = 0  # reads that succeeded: where all fit, the rows that are there
         self._fetching, self._lock = threading.Lock(), threading.Lock()  # a whole fetch; the table and _reads
         self._ranges = [
-            [model.ranges(layer, expert) for expert in range(config.experts)] for layer in range(config.layers)
+            [model.ranges(layer, expert) for expert in range(config.experts)] for layer in range(config.places)
         ]
         self._pin, self._k = pin, config.top_k
         self._pinning = Pinning(self.rows) if pin else None

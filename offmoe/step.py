@@ -2,6 +2,7 @@
 
 A layer is eight nodes: norm and qkv → attention → output → norm, router, top-k and residency → gate and up of the
 records that are there, beside it the copies of those that are missing → gate and up of these → down, summed into x.
+Shared experts are two nodes more, run while copies are under way; a layer without experts has norm and these two.
 Nothing here allocates, waits or reads a tensor on the host.
 """
 
@@ -25,6 +26,7 @@ from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.foretell import Past, foretell
 from offmoe.kernels.gpu.gemv import ALL, HITS, MISSES, dense, expert_down, expert_gate_up
 from offmoe.kernels.gpu.launch import pdl_supported
+from offmoe.kernels.gpu.norm_rope import rms_norm
 from offmoe.kernels.gpu.page_in import page_in, scratch_for
 from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
@@ -35,7 +37,7 @@ from offmoe.kernels.ring import ABORTED, COUNTED, DONE, Ring, row_words
 from offmoe.kvcache import KVCache
 from offmoe.memory import host_memory, register, unregister
 from offmoe.models.config import ModelConfig
-from offmoe.models.device_trunk import DeviceTrunk
+from offmoe.models.device_trunk import DeviceLayer, DeviceTrunk
 from offmoe.plan import Plan
 from offmoe.settings import Sampling
 from offmoe.streams import Lane, Mark
@@ -73,20 +75,22 @@ class StepBuffers:
         self.qkv = floats(1, (c.heads + 2 * c.kv_heads) * c.head_dim)
         self.mixed = floats(1, c.heads * c.head_dim)
         self.partial = floats(partial_size(c.heads, c.head_dim, splits))
-        self.router_logits, self.weights = floats(c.experts), floats(c.top_k)
+        self.router_logits, self.weights = floats(c.experts + 1), floats(c.top_k + 1)  # one more: the shared expert's
         self.inner = floats(c.top_k, c.expert_hidden)
+        self.dense_inner, self.shared_inner = floats(1, c.dense_hidden), floats(1, c.shared_hidden)
+        self.only, self.one = ints(1), floats(1) + 1  # the slot and the weight of what every token passes
         self.logits = floats(1, c.vocab)
         self.ids, self.slots, self.hit = ints(c.top_k), ints(c.top_k), ints(c.top_k)
         self.miss_count, self.miss_records, self.miss_slots = ints(1), ints(c.top_k), ints(c.top_k)
         self.sources = torch.zeros(c.top_k, dtype=torch.int64, device=device)
-        self.log = ints(c.layers * c.top_k)
+        self.log = ints(c.places * c.top_k)
         self.counters = ints(COUNTED)
         self.chosen, self.token, self.position, self.status = ints(1), ints(1), ints(1), ints(1)
         self.steps, self.remaining = ints(1), ints(1)
         self.attention_tickets, self.route_ticket, self.predict_ticket = ints(c.kv_heads), ints(1), ints(1)
         self.predict_logits = floats(c.experts)
-        self.fetch_count = ints(c.layers, 1)
-        self.fetch_records, self.fetch_slots = ints(c.layers, c.top_k), ints(c.layers, c.top_k)
+        self.fetch_count = ints(c.places, 1)
+        self.fetch_records, self.fetch_slots = ints(c.places, c.top_k), ints(c.places, c.top_k)
         self.params, self.seed = floats(5), torch.zeros(1, dtype=torch.int64, device=device)
         self.seen = torch.zeros(c.vocab, dtype=torch.uint8, device=device)
         self.eos = torch.full((MOST_EOS,), -2, dtype=torch.int32, device=device)
@@ -105,14 +109,14 @@ class DecodeStep:
         self.buffers = StepBuffers(c, self.splits, device)
         self.gate = Gate.of(plan.prefetch).within(store.table, c.top_k)
         self.table = device_table(store.table, reach(store.table, c.top_k, self.gate.most), device)
-        self.routed = c.layers * c.top_k  # records a step
+        self.routed = c.places * c.top_k  # records a step
         self.sampler = Scratch.of(c.vocab, device)
         words = row_words(self.routed)
         memory = host_memory(RING_ROWS * words * 4).view(torch.int32).view(RING_ROWS, words)
         self._pinned = [memory] if device.type == "cuda" else []
         for tensor in self._pinned:
             register(tensor)
-        self.ring = Ring(memory, c.layers, c.top_k)
+        self.ring = Ring(memory, c.places, c.top_k)
         self._forced: Tensor | None = None
         self._predicted: Tensor | None = None
         self._scratch, self._ahead_scratch = scratch_for(device), scratch_for(device)
@@ -120,7 +124,7 @@ class DecodeStep:
         self._paging, self._beside, self._ahead, self._fetching = (Lane(device) for _ in range(4))
         self._forked, self._arrived, self._listed, self._routed = (Mark(device) for _ in range(4))
         self._predicted_mark, self._foretold = Mark(device), Mark(device)
-        self._fetched = [Mark(device) for _ in range(c.layers)]
+        self._fetched = [Mark(device) for _ in range(c.places)]
         self._rows = torch.full((store.table.layers * c.experts,), -1, dtype=torch.int32, device=device)
         self._rows_version = -1
         self._request_seq = torch.zeros(1, dtype=torch.int32, device=device)
@@ -134,8 +138,12 @@ class DecodeStep:
             self._list_candidates(self._forked)
         for layer in range(c.layers):
             self._attend(layer)
-            self._route(layer, variant)
-            self._experts(layer, variant)
+            place = c.place_of(layer)
+            if place is None:
+                self._dense(layer)
+            else:
+                self._route(place, variant)
+                self._experts(place, variant)
         dense(b.x, self.trunk.head, b.logits, norm=self.trunk.final_norm, eps=c.norm_eps, pdl=self.pdl)
         self.choose(variant, self.pdl)
 
@@ -155,7 +163,9 @@ class DecodeStep:
     def _attend(self, layer: int) -> None:
         b, c, w = self.buffers, self.config, self.trunk.layers[layer]
         keys, values = self.kv.layer(layer)
-        dense(b.x, w.qkv, b.qkv, norm=w.attn_norm_striped, eps=c.norm_eps, pdl=self.pdl and layer > 0)
+        dense(
+            b.x, w.qkv, b.qkv, norm=w.attn_norm_striped, eps=c.norm_eps, bias=w.qkv_bias, pdl=self.pdl and layer > 0
+        )  # fmt: skip
         decode_attention(
             b.qkv[0], keys, values, b.position, self.trunk.rope, b.mixed[0], b.partial, b.attention_tickets,
             heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
@@ -164,19 +174,38 @@ class DecodeStep:
         )  # fmt: skip
         dense(b.mixed, w.o, b.x, residual=True, pdl=self.pdl)
 
+    def _dense(self, layer: int) -> None:
+        """The feed-forward part of a layer without experts."""
+        b, w = self.buffers, self.trunk.layers[layer]
+        rms_norm(b.x, w.ffn_norm_striped, self.config.norm_eps, b.normed)
+        self._beside_experts(w, b.one, b.dense_inner)
+
+    def _beside_experts(self, w: DeviceLayer, weight: Tensor, inner: Tensor) -> None:
+        """x += weight [1] · what every token passes makes of `normed`."""
+        b = self.buffers
+        assert w.beside is not None
+        records, layout = w.beside.records, w.beside.layout
+        expert_gate_up(records, layout, b.only, weight, b.normed, inner, pdl=self.pdl)
+        expert_down(records, layout, b.only, inner, b.x, pdl=self.pdl)
+
+    def _layer(self, place: int) -> DeviceLayer:
+        """Of a layer with experts; from here on layers are counted among these."""
+        return self.trunk.layers[self.config.routed[place]]
+
     def _route(self, layer: int, variant: Variant) -> None:
         """Whoever lists candidates or predicts beside the main lane is waited for first: a whole edge."""
-        b, c, w = self.buffers, self.config, self.trunk.layers[layer]
+        b, c, w = self.buffers, self.config, self._layer(layer)
+        assert w.router is not None
         joins = False
         if not self.plan.all_in_slots and (layer == 0 or self.store.table.scope == "global"):
             self._listed.wait()
             joins = True
-        if variant.prefetch and 0 < layer <= c.layers - self.gate.ahead:
+        if variant.prefetch and 0 < layer <= c.places - self.gate.ahead:
             self._predicted_mark.wait()
             joins = True
         route(
-            b.x[0], w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.layers, top_k=c.top_k,
-            renormalise=c.renormalise, logits=b.router_logits, normed=b.normed[0], ticket=b.route_ticket, ids=b.ids,
+            b.x[0], w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.places,
+            rule=c.rule, logits=b.router_logits, normed=b.normed[0], ticket=b.route_ticket, ids=b.ids,
             weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count, miss_records=b.miss_records,
             miss_slots=b.miss_slots, status=b.status, counters=b.counters, log=b.log, step=b.steps,
             units=self._units[layer], forced=self._forced if variant.forced else None,
@@ -185,10 +214,10 @@ class DecodeStep:
             pdl=self.pdl and not joins,
         )  # fmt: skip
         self._routed.set()
-        predicts = variant.prefetch and layer + self.gate.ahead < c.layers
+        predicts = variant.prefetch and layer + self.gate.ahead < c.places
         if predicts:
             self._prefetch(layer + self.gate.ahead, variant)
-        if not self.plan.all_in_slots and self.store.table.scope == "global" and layer + 1 < c.layers:
+        if not self.plan.all_in_slots and self.store.table.scope == "global" and layer + 1 < c.places:
             self._list_candidates(self._predicted_mark if predicts else self._routed)
         if past := self._listener(layer):
             with self._beside():
@@ -198,7 +227,7 @@ class DecodeStep:
 
     def _listener(self, layer: int) -> Past | None:
         """What foretells beside the last layer's experts, if the policy does; done before `choose` ends the answer."""
-        return None if self.plan.all_in_slots or layer < self.config.layers - 1 else self.table.past
+        return None if self.plan.all_in_slots or layer < self.config.places - 1 else self.table.past
 
     def _list_candidates(self, behind: Mark) -> None:
         """Beside the main lane: behind all that changed the table, before the next event."""
@@ -213,11 +242,12 @@ class DecodeStep:
 
     def _prefetch(self, layer: int, variant: Variant) -> None:
         """Predict `layer` from the stream as it is now, and fetch; all beside the main lane."""
-        b, c, w = self.buffers, self.config, self.trunk.layers[layer]
+        b, c, w = self.buffers, self.config, self._layer(layer)
+        assert w.router is not None
         with self._ahead():
             self._routed.wait()
             predict(
-                b.raw, w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.layers, top_k=c.top_k,
+                b.raw, w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.places, rule=c.rule,
                 least=self.gate.least, most=self.gate.most, logits=b.predict_logits, ticket=b.predict_ticket,
                 held=b.slots, fetch_count=b.fetch_count[layer], fetch_records=b.fetch_records[layer],
                 fetch_slots=b.fetch_slots[layer], status=b.status, counters=b.counters, step=b.steps,
@@ -235,9 +265,12 @@ class DecodeStep:
 
     def _experts(self, layer: int, variant: Variant) -> None:
         """Multiply what is there while what is missing comes; a join is a whole edge, so no early start behind it."""
-        b, store = self.buffers, self.store
+        b, c, store, w = self.buffers, self.config, self.store, self._layer(layer)
         records, layout = store.records, store.layouts[layer]
+        shared = b.weights[c.top_k :] if c.shared_gated else b.one
         if self.plan.all_in_slots:
+            if w.beside:
+                self._beside_experts(w, shared, b.shared_inner)
             expert_gate_up(records, layout, b.slots, b.weights, b.normed, b.inner, phase=ALL, pdl=self.pdl)
         else:
             with self._paging():
@@ -245,6 +278,8 @@ class DecodeStep:
                 self._page_in(layer, variant)
                 self._arrived.set()
             expert_gate_up(records, layout, b.slots, b.weights, b.normed, b.inner, hit=b.hit, phase=HITS, pdl=self.pdl)
+            if w.beside:
+                self._beside_experts(w, shared, b.shared_inner)
             self._arrived.wait()
             if self._listener(layer):
                 self._foretold.wait()

@@ -38,9 +38,12 @@ from offmoe.kernels.gpu.sample import Scratch, sample_step
 from offmoe.kernels.planes import matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.ring import COUNTED
+from offmoe.kernels.route import Rule
 
 CPU = torch.device("cpu")
 H, F, LAYERS, EXPERTS, K = 2048, 768, 2, 128, 8
+RULE = Rule(top_k=K, renormalise=True)
+GROUPED = Rule("sigmoid", biased=True, groups=8, kept=4, group_best=2, top_k=K, renormalise=True, scale=2.5)
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int16: "*i16",
          torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
 
@@ -116,6 +119,7 @@ def products(fmt: str, pdl: bool) -> None:
     expert_down(records, layout, ints(K), floats(K, F), floats(1, H), pdl=pdl)
     parts = [(ints(form.nbytes, dtype=torch.uint8), form) for form in (matrix(fmt, 512, H), matrix("Q6_K", 512, H))]
     dense(floats(1, H), parts, floats(1, 1024), norm=floats(H), eps=1e-6, pdl=pdl)
+    dense(floats(1, H), parts, floats(1, 1024), norm=floats(H), eps=1e-6, bias=floats(1024), pdl=pdl)
 
 
 def copies(fmt: str, pdl: bool) -> None:
@@ -127,24 +131,26 @@ def copies(fmt: str, pdl: bool) -> None:
     request(1 << 40, ints(1), ints(K), sources, rows, 1 << 40, 1 << 21, ints(1), ints(1))
 
 
-def residency(policy: str, pdl: bool) -> None:
+def residency(policy: str, pdl: bool, rule: Rule = RULE) -> None:
     table = device_table(Residency(LAYERS, EXPERTS, 128, make_policy(policy, LAYERS * EXPERTS), "layer"), 10, CPU)
     t, ids = table, ints(1, LAYERS, K, dtype=torch.int16)
+    bias = floats(EXPERTS) if rule.biased else None
+    rows = EXPERTS + rule.biased  # with a gated shared expert too
     candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, foretold=t.foretold)
     if t.past:
         foretell(t.past, ints(LAYERS * K), ints(1), k=K, experts=EXPERTS)
     route(
-        floats(H), floats(H), 1e-6, floats(EXPERTS, H).bfloat16(), table, 1, layers=LAYERS, top_k=K, renormalise=True,
-        logits=floats(EXPERTS), normed=floats(H), ticket=ints(1), ids=ints(K), weights=floats(K), slots=ints(K),
+        floats(H), floats(H), 1e-6, floats(rows, H).bfloat16(), table, 1, layers=LAYERS, rule=rule, bias=bias,
+        logits=floats(rows), normed=floats(H), ticket=ints(1), ids=ints(K), weights=floats(K + 1), slots=ints(K),
         hit=ints(K), miss_count=ints(1), miss_records=ints(K), miss_slots=ints(K), status=ints(1),
         counters=ints(COUNTED), log=ints(LAYERS * K), step=ints(1), units=1 << 17, raw=floats(H), pdl=pdl,
         fetched=(ints(1), ints(K)), forced=ids if policy == "lru" else None,
     )  # fmt: skip
     predict(
-        floats(H), floats(H), 1e-6, floats(EXPERTS, H).bfloat16(), table, 1, layers=LAYERS, top_k=K, least=0.05,
-        most=2, logits=floats(EXPERTS), ticket=ints(1), held=ints(K), fetch_count=ints(1), fetch_records=ints(K),
-        fetch_slots=ints(K), status=ints(1), counters=ints(COUNTED), step=ints(1), units=1 << 17, pdl=pdl,
-        emulated=ids if policy == "lru" else None,
+        floats(H), floats(H), 1e-6, floats(rows, H).bfloat16(), table, 1, layers=LAYERS, rule=rule, least=0.05,
+        most=2, bias=bias, logits=floats(EXPERTS), ticket=ints(1), held=ints(K), fetch_count=ints(1),
+        fetch_records=ints(K), fetch_slots=ints(K), status=ints(1), counters=ints(COUNTED), step=ints(1), units=1 << 17,
+        pdl=pdl, emulated=ids if policy == "lru" else None,
     )  # fmt: skip
 
 
@@ -175,6 +181,7 @@ def main(capability: int) -> None:
         products("MXFP4", pdl)
         copies("Q6_K", pdl)
         residency("lru", pdl)
+        residency("crf", pdl, GROUPED)
         residency("lfru", pdl)
         residency("echo", pdl)
         attention(pdl)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from close import assert_close
-from tiny import FAMILIES, PACKABLE, reference, saved, tiny
+from tiny import FAMILIES, PACKABLE, reference, reference_routing, saved, tiny
 
 from offmoe.download import DEMO
 from offmoe.engine import Engine
@@ -26,24 +26,48 @@ def engine_of(path: Path, **settings: object) -> Engine:
     return Engine(open_model(path), Settings.of(**{"device": "cpu", "ctx": 64, **settings}))
 
 
-def decoded(engine: Engine, ids: list[int], prompt: int) -> tuple[torch.Tensor, list[np.ndarray]]:
-    """Logits after each of ids[prompt - 1:], the rest decoded one by one; and the routing of every layer."""
-    routed: list[list[np.ndarray]] = [[] for _ in range(engine.config.layers)]
-    engine.store.routed = lambda layer, experts, weights: routed[layer].append(experts)
+def decoded(engine: Engine, ids: list[int], prompt: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits after each of ids[prompt - 1:], the rest decoded one by one; and every router's weights [T, E]."""
+    routed: list[list[torch.Tensor]] = [[] for _ in range(engine.config.places)]
+
+    def heard(place: int, experts: np.ndarray, weights: torch.Tensor) -> None:
+        routed[place].append(spread(torch.from_numpy(experts), weights, engine.config.experts))
+
+    engine.store.routed = heard
     rows = [engine.prefill(ids[:prompt])] + [engine.step(token) for token in ids[prompt:]]
     engine.store.check()
-    return torch.stack(rows), [np.concatenate(layer) for layer in routed]
+    return torch.stack(rows), [torch.cat(layer) for layer in routed]
+
+
+def spread(ids: torch.Tensor, weights: torch.Tensor, experts: int) -> torch.Tensor:
+    """Ids and weights [T, k] → [T, E], NaN where an expert was not chosen: the order of the k says nothing."""
+    return torch.full((len(ids), experts), float("nan")).scatter_(1, ids, weights)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_routing_are_those_of_transformers(family: str, fused: bool, tmp_path: Path) -> None:
-    want, routing = reference(family, IDS)
+    want, routing = reference_routing(family, IDS)
     with engine_of(saved(family, tmp_path, fused), chunk=5) as engine:
         logits, routed = decoded(engine, IDS, prompt=8)
     assert (logits - want[7:]).abs().max() < 1e-4
-    for layer, ids in enumerate(routed):
-        assert np.array_equal(ids, routing[layer].numpy()), f"routing of layer {layer}"
+    assert len(routed) == len(routing), "layers with experts"
+    for place, (ours, (ids, weights)) in enumerate(zip(routed, routing, strict=True)):
+        theirs = spread(ids, weights, ours.shape[1])
+        assert torch.equal(ours.isnan(), theirs.isnan()), f"ids of router {place}"
+        assert_close(f"weights of router {place}", ours.nan_to_num(), theirs.nan_to_num(), 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_greedy_tokens_are_the_same_at_every_budget(family: str, tmp_path: Path) -> None:
+    """All in slots; half of them; and what one token needs, out of a RAM tier that is too small."""
+    path, answers = saved(family, tmp_path), []
+    for vram, ram in (("100%", "64MiB"), ("60%", "64MiB"), ("51%", 0)):
+        with engine_of(path, vram=vram, ram=ram) as engine:
+            list(engine.generate(IDS[:8], temperature=0.0, max_tokens=32))
+            answers.append(engine.answer_tokens)
+    assert answers[0] == answers[1] == answers[2]
+    assert len(answers[0]) == 32
 
 
 @pytest.mark.parametrize("family", PACKABLE)

@@ -25,7 +25,7 @@ from offmoe.checkpoint.quantise import packable, quantise
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS
 from offmoe.models.family import GGUF_NAMES
-from offmoe.models.model import described, trunk_shapes
+from offmoe.models.model import described, layers_of, trunk_shapes
 from offmoe.pack import EXPERT_ROLES, PackReport, interleaved, pack
 
 RATIO = {"q8_0": 0.01, "bf16": 0.003, "f16": 0.0005, "f32": 0.0, "q4_0": 0.1, "q4_1": 0.1, "q5_0": 0.05,
@@ -50,14 +50,14 @@ def expected(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     model = described(checkpoint)
     tensors: dict[str, torch.Tensor] = {}
     for role in trunk_shapes(model.config):
-        for layer in range(model.config.layers if "{l}" in GGUF_NAMES[role][0] else 1):
+        for layer in layers_of(role, model.config):
             info = model.find(role, layer)
             assert info is not None
             value = checkpoint.tensor(info.name)
             if role in ("q", "k") and model.family.interleaved_gguf:
                 value = interleaved(value, model.config.heads if role == "q" else model.config.kv_heads)
             tensors[GGUF_NAMES[role][0].format(l=layer)] = value
-    for layer in range(model.config.layers):
+    for layer in model.config.routed:
         for role in EXPERT_ROLES:
             stack = [checkpoint.tensor(model.find(role, layer, e).name) for e in range(model.config.experts)]  # type: ignore[union-attr]
             tensors[GGUF_NAMES[role][0].format(l=layer)] = torch.stack(stack)

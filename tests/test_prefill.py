@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from close import assert_close
-from tiny import reference, saved
+from tiny import FAMILIES, reference, saved
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("tests/gpu runs the engine itself", allow_module_level=True)
 
+from offmoe.engine import feed_forward
 from offmoe.kvcache import KVCache
 from offmoe.models.device_trunk import DeviceTrunk
 from offmoe.models.model import open_model
@@ -43,7 +44,7 @@ def prefill(path: Path, chunk: int, batch: int, **settings: Any) -> torch.Tensor
         x = trunk.embed(torch.tensor(ids))
         for layer in range(model.config.layers):
             x = x + trunk.attend(layer, x, kv, at)
-            x = x + store.apply(layer, *trunk.route(layer, x))
+            x = x + feed_forward(trunk, store, layer, x)
         rows.append(trunk.logits(x))
     store.check()
     store.close()
@@ -51,7 +52,7 @@ def prefill(path: Path, chunk: int, batch: int, **settings: Any) -> torch.Tensor
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("chunk", "batch", "vram"), [(10, 2, "50%"), (4, 8, "60%"), (5, 3, "100%")])
 def test_logits_are_those_of_transformers(family: str, chunk: int, batch: int, vram: str, tmp_path: Path) -> None:
     want, _ = reference(family, IDS)

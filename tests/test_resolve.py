@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from offmoe.kernels.gpu.foretell import foretell, popcount
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import Table, predict, route
 from offmoe.kernels.ring import COUNTED, COUNTERS
+from offmoe.kernels.route import Rule, select
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 POLICIES = ("lru", "lfu", "lfru", "crf:h=3", "echo:h=3,w=16")
@@ -69,21 +70,25 @@ class Device:
 
     def route(self, layer: int, **more: Any) -> None:
         route(
-            self.x, self.norm, 1e-6, self.router, self.table, layer, layers=self.layers, top_k=self.k,
-            renormalise=True, logits=self.logits, normed=self.normed, ticket=self.ticket, ids=self.ids,
+            self.x, self.norm, 1e-6, self.router, self.table, layer, layers=self.layers,
+            logits=self.logits, normed=self.normed, ticket=self.ticket, ids=self.ids,
             weights=self.weights, slots=self.slots, hit=self.hit, miss_count=self.miss_count,
             miss_records=self.miss_records, miss_slots=self.miss_slots, status=self.status, counters=self.counters,
-            log=self.log, step=self.step, **{"forced": self.forced, "units": 2, **more},
+            log=self.log, step=self.step,
+            **{"rule": Rule(top_k=self.k, renormalise=True), "forced": self.forced, "units": 2, **more},
         )  # fmt: skip
 
     def predict(
-        self, layer: int, predicted: torch.Tensor | None, most: int, held: torch.Tensor, least: float = 0.0
-    ) -> None:
+        self, layer: int, predicted: torch.Tensor | None, most: int, held: torch.Tensor, least: float = 0.0,
+        **more: Any,
+    ) -> None:  # fmt: skip
         predict(
-            self.x, self.norm, 1e-6, self.router, self.table, layer, layers=self.layers, top_k=self.k, least=least,
+            self.x, self.norm, 1e-6, self.router, self.table, layer, layers=self.layers,
+            least=least,
             most=most, logits=self.logits, ticket=self.ticket, held=held, fetch_count=self.fetch_count[layer],
             fetch_records=self.fetch_records[layer], fetch_slots=self.fetch_slots[layer], status=self.status,
             counters=self.counters, step=self.step, units=2, emulated=predicted,
+            **{"rule": Rule(top_k=self.k, renormalise=True), **more},
         )  # fmt: skip
 
     def count(self, name: str) -> int:
@@ -282,6 +287,34 @@ def test_the_router_is_the_naive_one(experts: int) -> None:
     device.find()
     device.route(0, forced=None)
     assert {3, 7} <= set(device.ids.tolist()) or float(device.logits[3]) < 0
+
+
+@pytest.mark.parametrize("experts", [16, 24, 384])
+@pytest.mark.parametrize("rule", [
+    Rule(), Rule(renormalise=True, scale=1.5), Rule(biased=True), Rule(groups=8, kept=3),
+    Rule("sigmoid"), Rule("sigmoid", biased=True, groups=4, kept=2, group_best=2, renormalise=True, scale=2.5),
+    Rule("sigmoid", biased=True, groups=8, kept=2), Rule("none"), Rule("none", biased=True, scale=0.5),
+], ids=str)  # fmt: skip
+def test_every_rule_is_the_naive_one(rule: Rule, experts: int) -> None:
+    """Ids, weights, and that of a gated shared expert behind them; a prediction takes the same ids."""
+    rule, bias = replace(rule, top_k=4), torch.linspace(-1, 1, experts).flip(0)[torch.arange(experts) * 7 % experts]
+    residency = Residency(2, experts, 16, make_policy("lru", 2 * experts), "layer")
+    device = Device(device_table(residency, 8, DEVICE), 2, experts, 4, torch.zeros((1, 2, 4), dtype=torch.int16))
+    device.logits = torch.full((experts + 1,), float("nan"), device=DEVICE)
+    device.weights = torch.full((5,), float("nan"), device=DEVICE)
+    device.router = torch.randn((experts + 1, HIDDEN), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    given = {"rule": rule, "bias": bias.to(DEVICE) if rule.biased else None}
+    push(residency, device.table, 1)
+    device.find()
+    device.route(0, forced=None, **given)
+    logits = device.logits.cpu()
+    assert torch.allclose(logits, (device.router @ device.normed).cpu(), atol=1e-5)
+    ids, weights = select(logits[None, :experts], rule, bias if rule.biased else None)
+    assert device.ids.tolist() == ids[0].tolist()
+    assert torch.allclose(device.weights[:4].cpu(), weights[0], rtol=1e-5)
+    assert torch.allclose(device.weights[4].cpu(), logits[experts].sigmoid(), rtol=1e-5)
+    device.predict(1, None, 4, device.slots, -1e9, **given)
+    assert device.fetch_records[1].tolist() == (ids[0] + experts).tolist()
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from close import assert_close
-from tiny import reference, saved
+from tiny import FAMILIES, reference, saved
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -72,7 +72,7 @@ def run(step: DecodeStep, variant: Variant) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "olmoe-clipped"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers(family: str, scope: str, tmp_path: Path) -> None:
     want, _ = reference(family, IDS)
     with step_of(saved(family, tmp_path), vram="60%", scope=scope, policy="crf:h=16") as step:

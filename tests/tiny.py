@@ -27,13 +27,22 @@ SHAPE: dict[str, Any] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 32,
                   "norm_topk_prob": True, "intermediate_size": 64},
+    "qwen3_moe-sparse": {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 32,
+                         "intermediate_size": 96, "num_hidden_layers": 5, "mlp_only_layers": [3],
+                         "decoder_sparse_step": 2},
+    "qwen2_moe": {"moe_intermediate_size": 32, "num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64,
+                  "shared_expert_intermediate_size": 64},
+    "qwen2_moe-sparse": {"moe_intermediate_size": 32, "num_experts": 7, "num_experts_per_tok": 3,
+                         "intermediate_size": 128, "shared_expert_intermediate_size": 96, "norm_topk_prob": True,
+                         "mlp_only_layers": [1], "num_key_value_heads": 4, "use_sliding_window": False},
     "mixtral": {"intermediate_size": 32, "num_local_experts": 6, "num_experts_per_tok": 2,
                 "rope_theta": 50_000.0},
     "olmoe": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "num_key_value_heads": 4},
     "olmoe-clipped": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "clip_qkv": 1.0},
 }  # fmt: skip
 
-PACKABLE = [family for family in FAMILIES if family != "olmoe-clipped"]  # clip_qkv is unknown to llama.cpp
+# What llama.cpp's archs have no key for: clip_qkv, layers without experts.
+PACKABLE = [family for family in FAMILIES if "-" not in family]
 
 
 @cache
@@ -46,6 +55,8 @@ def tiny(family: str) -> Any:
     for name, parameter in model.named_parameters():
         if "norm" in name:  # ones hide a norm that is left out
             torch.nn.init.normal_(parameter, 1.0, 0.2)
+        if "bias" in name:  # as do zeros a bias
+            torch.nn.init.normal_(parameter, 0.0, 0.5)
     return model
 
 
@@ -58,8 +69,26 @@ def saved(family: str, folder: Path, fused: bool = False, **save: Any) -> Path:
 
 @torch.no_grad()
 def reference(family: str, ids: list[int], model: Any = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits [T, V] and of every layer the routed ids [T, k]."""
+    """Logits [T, V] and of every layer with experts the routed ids [T, k]."""
+    logits, routing = reference_routing(family, ids, model)
+    return logits, [experts for experts, _ in routing]
+
+
+@torch.no_grad()
+def reference_routing(
+    family: str, ids: list[int], model: Any = None
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Logits [T, V] and of every layer with experts the ids and weights [T, k] that its own router chose."""
     model = model or tiny(family)
-    out = model(torch.tensor([ids]), output_router_logits=True)
-    k = model.config.num_experts_per_tok
-    return out.logits[0], [logits.softmax(-1).topk(k).indices for logits in out.router_logits]
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, out: seen.append((out[2], out[1])))
+        for module in model.modules()
+        if type(module).__name__.endswith("Router")
+    ]
+    try:
+        logits = model(torch.tensor([ids])).logits[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, seen

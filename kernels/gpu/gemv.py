@@ -58,11 +58,12 @@ def across(fmt: str, weights: int) -> tuple[int, int]:
 
 
 @triton.jit
-def stream(buffer, origin, unit, there, words, xs, first, end, out, shift, scale,
+def stream(buffer, origin, unit, there, words, xs, first, end, out, bias, shift, scale,
            UNITS: tl.constexpr, R: tl.constexpr, N: tl.constexpr, RESIDUAL: tl.constexpr, FORMAT: tl.constexpr,
            P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
     """Rows first … end, of which the first R are in `words`, times x and `scale`, into `out` from row `shift` on.
 
+    With `bias`, where there is one.
     The residual stream is striped, anything else is not.
     """
     r = tl.arange(0, R)
@@ -75,13 +76,16 @@ def stream(buffer, origin, unit, there, words, xs, first, end, out, shift, scale
             at = place(at, N)
             before = tl.load(out + at, mask=inside, other=0.0)
             tl.store(out + at, fold(words, xs, FORMAT) * scale + before, mask=inside)
+        elif bias is not None:
+            constant = tl.load(bias + at, mask=inside, other=0.0)
+            tl.store(out + at, fold(words, xs, FORMAT) * scale + constant, mask=inside)
         else:
             tl.store(out + at, fold(words, xs, FORMAT) * scale, mask=inside)
         words = following
 
 
 @triton.jit
-def part(buffer, pid, x, norm, out, shift, eps, each,
+def part(buffer, pid, x, norm, out, bias, shift, eps, each,
          ROWS: tl.constexpr, U: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
          WIDE: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, FORMAT: tl.constexpr,
          P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -100,13 +104,13 @@ def part(buffer, pid, x, norm, out, shift, eps, each,
         i = tl.arange(0, WIDE)
         v = tl.load(x + i, mask=i < K, other=0.0)
         inverse = tl.rsqrt(tl.sum(v * v, 0) / K + eps)
-    stream(buffer, origin, u, there, words, xs, first, end, out, shift, inverse, UNITS, R, N, RESIDUAL, FORMAT,
+    stream(buffer, origin, u, there, words, xs, first, end, out, bias, shift, inverse, UNITS, R, N, RESIDUAL, FORMAT,
            P0, P1, P2, P3)  # fmt: skip
 
 
 @triton.jit
 def _dense(
-    x, norm, out, b0, b1, b2, eps, each,
+    x, norm, out, bias, b0, b1, b2, eps, each,
     K: tl.constexpr, WIDE: tl.constexpr, N: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
     F0: tl.constexpr, ROWS0: tl.constexpr, U0: tl.constexpr, WIDTH0: tl.constexpr,
     F1: tl.constexpr, ROWS1: tl.constexpr, U1: tl.constexpr, WIDTH1: tl.constexpr,
@@ -123,27 +127,29 @@ def _dense(
     second = tl.cdiv(ROWS0, each)
     third = second + tl.cdiv(ROWS1, each)
     if pid < second:
-        part(b0, pid, x, norm, out, 0, eps, each, ROWS0, U0, WIDTH0, R, K, WIDE, N, NORM, RESIDUAL, F0,
+        part(b0, pid, x, norm, out, bias, 0, eps, each, ROWS0, U0, WIDTH0, R, K, WIDE, N, NORM, RESIDUAL, F0,
              A0, A1, A2, A3, PDL)  # fmt: skip
     if ROWS1 > 0:
         if (pid >= second) & (pid < third):
-            part(b1, pid - second, x, norm, out, ROWS0, eps, each, ROWS1, U1, WIDTH1, R, K, WIDE, N, NORM, RESIDUAL,
-                 F1, B0, B1, B2, B3, PDL)  # fmt: skip
+            part(b1, pid - second, x, norm, out, bias, ROWS0, eps, each, ROWS1, U1, WIDTH1, R, K, WIDE, N, NORM,
+                 RESIDUAL, F1, B0, B1, B2, B3, PDL)  # fmt: skip
     if ROWS2 > 0:
         if pid >= third:
-            part(b2, pid - third, x, norm, out, ROWS0 + ROWS1, eps, each, ROWS2, U2, WIDTH2, R, K, WIDE, N, NORM,
+            part(b2, pid - third, x, norm, out, bias, ROWS0 + ROWS1, eps, each, ROWS2, U2, WIDTH2, R, K, WIDE, N, NORM,
                  RESIDUAL, F2, C0, C1, C2, C3, PDL)  # fmt: skip
 
 
 def dense(
     x: Tensor, parts: Sequence[Part], out: Tensor, *,
-    norm: Tensor | None = None, eps: float = 0.0, residual: bool = False, pdl: bool = False,
+    norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None, residual: bool = False,
+    pdl: bool = False,
 ) -> None:  # fmt: skip
     """x [T, K] float32, striped, times the transpose of up to three matrices, rows one after another: out [T, N].
 
     norm [K], striped: x is RMS-normed with it first. residual: `out` is the residual stream, striped, and is added
-    to; else it is in natural order.
+    to; else it is in natural order, and `bias` [N] float32 is added.
     """
+    assert bias is None or not residual
     assert 1 <= len(parts) <= 3 and out.is_contiguous() and x.is_contiguous()
     k, n, rows = x.shape[1], sum(form.rows for _, form in parts), tile()
     assert out.shape == (len(x), n) and all(form.cols == k for _, form in parts)
@@ -158,8 +164,8 @@ def dense(
                      f"U{i}": across(form.format, k)[0]}  # fmt: skip
         settings |= {f"{'ABC'[i]}{j}": at for j, at in enumerate((*form.planes, 0, 0, 0)[:4])}
     _dense[(count, len(x))](
-        x, norm, out, *(buffer for buffer, _ in parts), eps, each, K=k, WIDE=triton.next_power_of_2(k), N=n, R=rows,
-        NORM=norm is not None, RESIDUAL=residual, **settings, num_warps=warps, **dependent(pdl),
+        x, norm, out, bias, *(buffer for buffer, _ in parts), eps, each, K=k, WIDE=triton.next_power_of_2(k), N=n,
+        R=rows, NORM=norm is not None, RESIDUAL=residual, **settings, num_warps=warps, **dependent(pdl),
     )  # fmt: skip
 
 
@@ -268,7 +274,7 @@ def _down(
     if PDL:
         tl.extra.cuda.gdc_wait()
     xs = x_of(inner, inner, pair * INNER, unit * WIDTH, there, FORMAT, INNER, False)
-    stream(records, origin, unit, there, words, xs, first, end, x + t * H, 0, 1.0, UNITS, R, H, True, FORMAT,
+    stream(records, origin, unit, there, words, xs, first, end, x + t * H, None, 0, 1.0, UNITS, R, H, True, FORMAT,
            P0, P1, P2, P3)  # fmt: skip
 
 

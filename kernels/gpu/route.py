@@ -16,9 +16,13 @@ from torch import Tensor
 from offmoe.kernels.gpu.foretell import Past
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.resolve import KINDS, look, prefetch, resolve
+from offmoe.kernels.route import TINY, Rule
 
 PROGRAMS = 128  # at most
 RANKED = tl.constexpr(256)  # up to so many experts are ranked by comparing all with all, in one go
+SCORES = {"softmax": 0, "sigmoid": 1, "none": 2}
+SOFTMAX, SIGMOID = tl.constexpr(0), tl.constexpr(1)
+LEAST = tl.constexpr(TINY)
 LAST = tl.constexpr(1 << 30)  # the place of an expert that nobody asks for
 
 
@@ -48,17 +52,17 @@ class Table:
 
 @triton.jit
 def router_logits(
-    x, weight, gain, logits, normed, raw, eps, experts, H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr,
+    x, weight, gain, logits, normed, raw, eps, rows, H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr,
     WRITE: tl.constexpr,
 ):  # fmt: skip
-    """Of the program's experts, weight [EACH, WIDE]; the first leaves the normed x behind, and x as it was."""
+    """Of the program's rows, weight [EACH, WIDE]; the first leaves the normed x behind, and x as it was."""
     i = tl.arange(0, WIDE)
     inside = i < H
     value = tl.load(x + i, mask=inside, other=0.0)
     scale = tl.rsqrt(tl.sum(value * value, 0) / H + eps)
     dot = tl.sum(weight.to(tl.float32) * (value * gain)[None, :], 1) * scale
-    expert = tl.program_id(0) * EACH + tl.arange(0, EACH)
-    tl.store(logits + expert, dot, mask=expert < experts)
+    row = tl.program_id(0) * EACH + tl.arange(0, EACH)
+    tl.store(logits + row, dot, mask=row < rows)
     if WRITE and tl.program_id(0) == 0:
         tl.store(normed + i, value * scale * gain, mask=inside)
         if raw is not None:
@@ -66,12 +70,12 @@ def router_logits(
 
 
 @triton.jit
-def router_weights(router, norm, experts, H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr):
+def router_weights(router, norm, rows, H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr):
     """The program's rows [EACH, WIDE], and the norm's weights [WIDE]."""
     i = tl.arange(0, WIDE)
-    expert = tl.program_id(0) * EACH + tl.arange(0, EACH)
-    there = (expert < experts)[:, None] & (i < H)[None, :]
-    weight = tl.load(router + expert[:, None] * H + i[None, :], mask=there, other=0.0)
+    row = tl.program_id(0) * EACH + tl.arange(0, EACH)
+    there = (row < rows)[:, None] & (i < H)[None, :]
+    weight = tl.load(router + row[:, None] * H + i[None, :], mask=there, other=0.0)
     return weight, tl.load(norm + i, mask=i < H, other=0.0)
 
 
@@ -86,11 +90,46 @@ def last_arriver(ticket):
 
 
 @triton.jit
-def powers(logits, experts, EP: tl.constexpr):
-    """The logits [EP] and their softmax over all experts before it is divided by its sum; 0 beyond."""
+def judged(
+    logits, bias, experts, EP: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
+    BEST: tl.constexpr, GP: tl.constexpr,
+):  # fmt: skip
+    """What experts are ranked by [EP], and their scores [EP]: of a softmax before it is divided by its sum."""
     e = tl.arange(0, EP)
     value = tl.load(logits + e, mask=e < experts, other=-float("inf"), cache_modifier=".cg")
-    return value, tl.exp(value - tl.max(value, 0))
+    if SCORES == SOFTMAX:
+        score = tl.exp(value - tl.max(value, 0))
+        order = value
+        if (bias is not None) or (GROUPS > KEPT):
+            order = score / tl.sum(score, 0)
+    elif SCORES == SIGMOID:
+        score = tl.sigmoid(value)
+        order = score
+    else:
+        score = tl.where(e < experts, value, 0.0)
+        order = value
+    if bias is not None:
+        order += tl.load(bias + e, mask=e < experts, other=0.0)
+    if GROUPS > KEPT:
+        order = in_groups(order, experts, EP, GROUPS, KEPT, BEST, GP)
+    return order, score
+
+
+@triton.jit
+def in_groups(
+    order, experts, EP: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, GP: tl.constexpr,
+):  # fmt: skip
+    """order [EP], -inf in the groups that are not kept."""
+    e = tl.arange(0, EP)
+    member = (e // (experts // GROUPS))[None, :] == tl.arange(0, GP)[:, None]
+    inside = tl.where(member & (e < experts)[None, :], order[None, :], -float("inf"))
+    worth = tl.zeros((GP,), tl.float32)
+    for _ in tl.static_range(BEST):
+        best, at = tl.max(inside, 1, return_indices=True)
+        worth += best
+        inside = tl.where(e[None, :] == at[:, None], -float("inf"), inside)
+    kept = member & (ranked(worth, GROUPS, KEPT, GP) < KEPT)[:, None]
+    return tl.where(tl.sum(kept.to(tl.int32), 0) > 0, order, -float("inf"))
 
 
 @triton.jit
@@ -121,18 +160,20 @@ def places(ids, EP: tl.constexpr, KP: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["layer", "units"],
-    do_not_specialize_on_alignment=["candidate_row", "fetch_count", "fetch_slots", "norm", "router"],
+    do_not_specialize_on_alignment=["candidate_row", "fetch_count", "fetch_slots", "norm", "router", "bias"],
 )
 def _route(
-    x, norm, router, logits, normed, raw, ticket, eps, experts, k: tl.constexpr, layer, layers,
+    x, norm, router, bias, logits, normed, raw, ticket, eps, experts, k: tl.constexpr, scale, layer, layers,
     forced, forced_rows, step, ids, weights,
     slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock, candidate_row,
     status, slots, hit, miss_count, miss_records, miss_slots, fetch_count, fetch_slots, counters, log, units,
     H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
-    RENORMALISE: tl.constexpr, FORCED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, KIND: tl.constexpr,
-    PREFETCHED: tl.constexpr, PDL: tl.constexpr,
+    SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, GP: tl.constexpr,
+    RENORMALISE: tl.constexpr, SHARED: tl.constexpr, FORCED: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, KIND: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    weight, gain = router_weights(router, norm, experts, H, WIDE, EACH)
+    rows = experts + SHARED
+    weight, gain = router_weights(router, norm, rows, H, WIDE, EACH)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -142,14 +183,19 @@ def _route(
     if FORCED:
         row = (tl.maximum(tl.load(step) - 1, 0) % forced_rows) * layers + layer
         given = tl.load(forced + row * k + j, mask=j < k, other=-1).to(tl.int32)
-    router_logits(x, weight, gain, logits, normed, raw, eps, experts, H, WIDE, EACH, True)
+    router_logits(x, weight, gain, logits, normed, raw, eps, rows, H, WIDE, EACH, True)
     if last_arriver(ticket):
-        value, power = powers(logits, experts, EP)
-        rank = places(given, EP, KP) if FORCED else ranked(value, experts, k, EP)
+        order, score = judged(logits, bias, experts, EP, SCORES, GROUPS, KEPT, BEST, GP)
+        rank = places(given, EP, KP) if FORCED else ranked(order, experts, k, EP)
         asked = rank < k
-        power = power / tl.sum(tl.where(asked, power, 0.0) if RENORMALISE else power, 0)
+        if RENORMALISE:
+            score = score / (tl.sum(tl.where(asked, score, 0.0), 0) + LEAST)
+        elif SCORES == SOFTMAX:
+            score = score / tl.sum(score, 0)
         tl.store(ids + rank, tl.arange(0, EP), mask=asked)
-        tl.store(weights + rank, power, mask=asked)
+        tl.store(weights + rank, score * scale, mask=asked)
+        if SHARED:
+            tl.store(weights + k, tl.sigmoid(tl.load(logits + experts, cache_modifier=".cg")))
         resolve(seen, rank, k, layer, layer * experts, slot_of, owner, arriving, fresh, a, b, clock,
                 slots, hit, miss_count, miss_records, miss_slots, counters, log, units, EP, CP, KIND,
                 PREFETCHED)  # fmt: skip
@@ -157,14 +203,23 @@ def _route(
 
 @triton.jit(
     do_not_specialize=["layer", "units", "most"],
-    do_not_specialize_on_alignment=["candidate_row", "fetch_count", "fetch_records", "fetch_slots", "norm", "router"],
+    do_not_specialize_on_alignment=[
+        "candidate_row",
+        "fetch_count",
+        "fetch_records",
+        "fetch_slots",
+        "norm",
+        "router",
+        "bias",
+    ],
 )
 def _predict(
-    x, norm, router, logits, ticket, eps, experts, k: tl.constexpr, layer, layers, least, most,
+    x, norm, router, bias, logits, ticket, eps, experts, k: tl.constexpr, layer, layers, least, most,
     emulated, emulated_rows, step, M: tl.constexpr,
     slot_of, owner, arriving, fresh, landed, candidate_row, held, held_count, status,
     fetch_count, fetch_records, fetch_slots, counters, units,
     H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
+    SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, GP: tl.constexpr,
     EMULATED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, HELD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     weight, gain = router_weights(router, norm, experts, H, WIDE, EACH)
@@ -179,10 +234,12 @@ def _predict(
             ids = tl.load(emulated + row * M + j, mask=j < M, other=-1).to(tl.int32)
             likely = ids >= 0
         else:
-            value, power = powers(logits, experts, EP)
-            chosen = ranked(value, experts, k, EP)[:, None] == j[None, :]
+            order, score = judged(logits, bias, experts, EP, SCORES, GROUPS, KEPT, BEST, GP)
+            chosen = ranked(order, experts, k, EP)[:, None] == j[None, :]
             ids = tl.sum(tl.where(chosen, tl.arange(0, EP)[:, None], 0), 0)
-            p = tl.sum(tl.where(chosen, power[:, None], 0.0), 0) / tl.sum(power, 0)
+            p = tl.sum(tl.where(chosen, score[:, None], 0.0), 0)
+            if SCORES == SOFTMAX:
+                p = p / tl.sum(score, 0)
             likely = (j < k) & (p >= least)
         prefetch(ids, likely, layer * experts, slot_of, owner, arriving, fresh, landed, candidate_row, held, held_count,
                  status, fetch_count, fetch_records, fetch_slots, counters, most, units, KP, C, CP, HELD)  # fmt: skip
@@ -190,58 +247,63 @@ def _predict(
 
 def route(
     x: Tensor, norm: Tensor, eps: float, router: Tensor, table: Table, layer: int, *,
-    layers: int, top_k: int, renormalise: bool, logits: Tensor, normed: Tensor, ticket: Tensor,
+    layers: int, rule: Rule, logits: Tensor, normed: Tensor, ticket: Tensor,
     ids: Tensor, weights: Tensor, slots: Tensor, hit: Tensor,
     miss_count: Tensor, miss_records: Tensor, miss_slots: Tensor,
     status: Tensor, counters: Tensor, log: Tensor, step: Tensor,
     units: int = 0, forced: Tensor | None = None,
-    fetched: tuple[Tensor, Tensor] | None = None, raw: Tensor | None = None, pdl: bool = False,
+    fetched: tuple[Tensor, Tensor] | None = None, raw: Tensor | None = None, bias: Tensor | None = None,
+    pdl: bool = False,
 ) -> None:  # fmt: skip
     """x [H] float32 → normed [H], ids, weights (float32), slots, hit [k], and the missing records with their slots.
 
-    router [E, H] in a float type. hit: 1 where the record can be read at once; those that are missing must be paged in
-    and those that are late waited for. `forced` [steps, layers, k] int16: ids to take in place of the router's, the
+    router [E, H] in a float type, with one row more for a gated shared expert: the sigmoid of its logit becomes
+    weights [k], and `logits` is as long as the router. `bias` [E] float32: of rule.biased. hit: 1
+    where the record can be read at once; those that are missing must be paged in and those that are late waited for.
+    `forced` [steps, layers, k] int16: ids to take in place of the router's, the
     row by `step` [1], which counts from 1. `fetched`: count [1] and slots of what `predict` fetched for this layer.
     `raw` [H]: x as it is. `units`: a record's bytes ÷ 16, for the counters. While status [1] is not 0 the table stays
     as it is, and nothing is missing.
     """
-    experts, h = router.shape
+    experts = table.slot_of.numel() // layers
     assert router.is_contiguous()
-    assert x.numel() == h
-    _route[grid(router)](
-        x, norm, router, logits, normed, raw, ticket, eps, experts, top_k, layer, layers,
+    assert x.numel() == router.shape[1]
+    assert rule.biased == (bias is not None)
+    _route[(triton.cdiv(len(router), each(experts)),)](
+        x, norm, router, bias, logits, normed, raw, ticket, eps, experts, rule.top_k, rule.scale, layer, layers,
         forced, 1 if forced is None else forced.shape[0], step, ids, weights,
         table.slot_of, table.owner, table.arriving, table.fresh, table.landed, table.a, table.b,
         table.decay, table.decay.numel(), table.clock, candidate_row(table, layer),
         status, slots, hit, miss_count, miss_records, miss_slots, *(fetched or (None, None)), counters, log, units,
-        KP=triton.next_power_of_2(top_k), RENORMALISE=renormalise, FORCED=forced is not None,
+        KP=triton.next_power_of_2(rule.top_k), RENORMALISE=rule.renormalise, SHARED=len(router) - experts,
+        FORCED=forced is not None, **steps(rule),
         C=table.candidates.shape[1], CP=triton.next_power_of_2(table.candidates.shape[1]), KIND=KINDS[table.kind],
-        PREFETCHED=fetched is not None, enable_fp_fusion=False, **sizes(router), **dependent(pdl),
+        PREFETCHED=fetched is not None, enable_fp_fusion=False, **sizes(router, experts), **dependent(pdl),
     )  # fmt: skip
 
 
 def predict(
     x: Tensor, norm: Tensor, eps: float, router: Tensor, table: Table, layer: int, *,
-    layers: int, top_k: int, least: float, most: int, logits: Tensor, ticket: Tensor, held: Tensor,
+    layers: int, rule: Rule, least: float, most: int, logits: Tensor, ticket: Tensor, held: Tensor,
     fetch_count: Tensor, fetch_records: Tensor, fetch_slots: Tensor, status: Tensor, counters: Tensor, step: Tensor,
-    units: int = 0, emulated: Tensor | None = None, pdl: bool = False,
+    units: int = 0, emulated: Tensor | None = None, bias: Tensor | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
     """Gate-ahead: the norm and router of `layer` on the residual stream of an earlier one.
 
-    Those of its top-k with a probability of at least `least` that lie in no slot take slots, at most `most`, and are
-    to be fetched. `held` [n] int32 slots do not leave for them. `emulated` [steps, layers, m] int16, −1 padded: what
-    is predicted instead.
+    Those of its top-k with a score (a probability, of a softmax) of at least `least` that lie in no slot take
+    slots, at most `most`, and are to be fetched. `held` [n] int32 slots do not leave for them. `emulated` [steps,
+    layers, m] int16, −1 padded: what is predicted instead.
     """
-    experts = len(router)
+    experts = table.slot_of.numel() // layers
     m = 1 if emulated is None else emulated.shape[2]
-    _predict[grid(router)](
-        x, norm, router, logits, ticket, eps, experts, top_k, layer, layers, least, most,
+    _predict[(triton.cdiv(experts, each(experts)),)](
+        x, norm, router, bias, logits, ticket, eps, experts, rule.top_k, layer, layers, least, most,
         emulated, 1 if emulated is None else emulated.shape[0], step, m,
         table.slot_of, table.owner, table.arriving, table.fresh, table.landed, candidate_row(table, layer),
         held, held.numel(), status, fetch_count, fetch_records, fetch_slots, counters, units,
-        KP=triton.next_power_of_2(max(top_k, m)), EMULATED=emulated is not None,
+        KP=triton.next_power_of_2(max(rule.top_k, m)), EMULATED=emulated is not None, **steps(rule),
         C=table.candidates.shape[1], CP=triton.next_power_of_2(table.candidates.shape[1]),
-        HELD=triton.next_power_of_2(held.numel()), **sizes(router), **dependent(pdl),
+        HELD=triton.next_power_of_2(held.numel()), **sizes(router, experts), **dependent(pdl),
     )  # fmt: skip
 
 
@@ -250,12 +312,13 @@ def each(experts: int) -> int:
     return max(1, triton.next_power_of_2(experts) // (PROGRAMS if isinstance(_route, triton.JITFunction) else 2))
 
 
-def grid(router: Tensor) -> tuple[int]:
-    return (triton.cdiv(len(router), each(len(router))),)
+def steps(rule: Rule) -> dict[str, int]:
+    return {"SCORES": SCORES[rule.scores], "GROUPS": rule.groups, "KEPT": rule.kept, "BEST": rule.group_best,
+            "GP": triton.next_power_of_2(rule.groups)}  # fmt: skip
 
 
-def sizes(router: Tensor) -> dict[str, int]:
-    experts, h = router.shape
+def sizes(router: Tensor, experts: int) -> dict[str, int]:
+    h = router.shape[1]
     wide = triton.next_power_of_2(h)
     warps = 8 if wide * each(experts) > 4096 else 4
     return {"H": h, "WIDE": wide, "EACH": each(experts), "EP": triton.next_power_of_2(experts), "num_warps": warps}

@@ -77,7 +77,7 @@ class Recorder:
         self.answers: list[Answer] = []
         config = engine.config
         self.dtype = np.uint8 if config.experts < 256 else np.uint16
-        self._last = config.layers - 1
+        self._last = config.places - 1
         self._pass: Pass = [], []
         self._on_cpu = engine.plan.device.type == "cpu"
         self._states: list[Tensor] = []
@@ -180,7 +180,7 @@ class Recorder:
         config, plan = self.engine.config, self.engine.plan
         return {
             "model": self.engine.model.checkpoint.path.stem,
-            "layers": config.layers,
+            "layers": config.places,
             "experts": config.experts,
             "top_k": config.top_k,
             "chunk": plan.chunk,
@@ -196,7 +196,7 @@ class Recorder:
 
     def _gates(self) -> Floats:
         """[layers, experts, H] every router with its norm's weight."""
-        weights = [self._read("router", i) * self._read("ffn_norm", i) for i in range(self.engine.config.layers)]
+        weights = [self._read("router", i) * self._read("ffn_norm", i) for i in self.engine.config.routed]
         return torch.stack(weights).half().numpy()
 
     def _read(self, role: str, layer: int) -> Tensor:

@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
+from offmoe.kernels.route import Rule
 
 if TYPE_CHECKING:
     from offmoe.models.family import Family
 
+MOST_LAYERS = 4096
 MOST = 2**24  # no dimension of a published model comes near; larger ones are lies
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder whose every layer is attention and routed experts."""
+    """A decoder of layers that are attention and a feed-forward part: routed experts, in some layers a dense one.
+
+    A `place` numbers the layers that have experts, from 0: residency, records and traces know nothing of the others.
+    """
 
     model_type: str
     layers: int
@@ -33,40 +38,69 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     qk_norm: str  # none, head (over each head) or full (over all heads together)
-    renormalise: bool  # the top-k weights sum to one
+    rule: Rule  # of the router
     clip_qkv: float | None
     tied: bool  # the output head is the embedding
+    routed: tuple[int, ...]  # the layers with experts, by place
+    dense_hidden: int = 0  # of the layers without; 0 where there are none
+    shared: int = 0  # experts beside the routed ones, stored as one
+    shared_hidden: int = 0  # of all of them together
+    shared_gated: bool = False  # times the sigmoid of a row of its own
+    qkv_bias: bool = False
 
     @property
-    def routing_rule(self) -> str:
-        return "softmax over all, top-k" + (", renormalised" if self.renormalise else "")
+    def places(self) -> int:
+        return len(self.routed)
+
+    @property
+    def dense(self) -> tuple[int, ...]:
+        """The layers without experts."""
+        return tuple(layer for layer in range(self.layers) if layer not in self.routed)
+
+    def place_of(self, layer: int) -> int | None:
+        return self.routed.index(layer) if layer in self.routed else None
 
 
 def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     """A Hugging Face `config.json`; what is not implemented is refused by field and value."""
     refuse_unimplemented(raw, family)
     heads, hidden = count(raw, "num_attention_heads"), count(raw, "hidden_size")
+    layers, top_k = count(raw, "num_hidden_layers"), count(raw, "num_experts_per_tok")
+    if layers > MOST_LAYERS:
+        raise OffmoeError(f"the config has {layers} layers: no published model has so many")
+    rule = Rule(top_k=top_k, renormalise=flag(raw, "norm_topk_prob", family.renormalise))
     return checked(
         ModelConfig(
             model_type=family.model_type,
-            layers=count(raw, "num_hidden_layers"),
+            layers=layers,
             hidden=hidden,
             heads=heads,
             kv_heads=count(raw, "num_key_value_heads", default=heads),
             head_dim=count(raw, "head_dim", default=hidden // heads),
             vocab=count(raw, "vocab_size"),
-            experts=count(raw, "num_experts", "num_local_experts"),
-            top_k=count(raw, "num_experts_per_tok"),
+            experts=count(raw, "num_experts", "num_local_experts", "n_routed_experts"),
+            top_k=top_k,
             expert_hidden=count(raw, "moe_intermediate_size", "intermediate_size"),
             ctx=count(raw, "max_position_embeddings", default=4096),
             norm_eps=number(raw, "rms_norm_eps", 1e-6),
             rope_theta=number(rope_parameters(raw), "rope_theta", 10_000.0),
             qk_norm=family.qk_norm,
-            renormalise=flag(raw, "norm_topk_prob", family.renormalise),
             clip_qkv=number(raw, "clip_qkv", 0.0) or None,
             tied=flag(raw, "tie_word_embeddings", False),
+            **{"rule": rule, "routed": tuple(range(layers)), **family.fields(raw, layers, rule)},
         )
     )
+
+
+def sparse_layers(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """`routed` and `dense_hidden` of the Qwen families: every so many layers has experts, but for a list."""
+    step, listed = count(raw, "decoder_sparse_step", default=1), raw.get("mlp_only_layers") or []
+    if not isinstance(listed, list) or not all(type(layer) is int and 0 <= layer < layers for layer in listed):
+        raise OffmoeError(
+            f"the model's config gives mlp_only_layers = {shown(listed)}: expected layers of 0 to {layers - 1}"
+        )
+    routed = tuple(layer for layer in range(layers) if layer not in listed and (layer + 1) % step == 0)
+    return {"routed": routed, "dense_hidden": count(raw, "intermediate_size") if len(routed) < layers else 0}
 
 
 def rope_parameters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -83,7 +117,7 @@ def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     asked = {**raw, "rope_type": kind or "default"}
     for field, allowed in family.implemented.items():
-        if asked.get(field, allowed[0]) not in allowed:
+        if allowed and asked.get(field, allowed[0]) not in allowed:
             raise OffmoeError(
                 f"{family.model_type}: {field} is {shown(asked[field])}, and offmoe implements "
                 f"{' or '.join(repr(value) for value in allowed)}: this model cannot be run yet"
@@ -114,6 +148,12 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "rope_scaling": {"rope_type": key("rope.scaling.type")},
         "sliding_window": key("attention.sliding_window"),
         "n_shared_experts": key("expert_shared_count"),
+        "shared_expert_intermediate_size": key("expert_shared_feed_forward_length"),
+        "first_k_dense_replace": key("leading_dense_block_count"),
+        "norm_topk_prob": key("expert_weights_norm"),
+        "routed_scaling_factor": key("expert_weights_scale"),
+        "n_group": key("expert_group_count"),
+        "topk_group": key("expert_group_used_count"),
         "expert_gating_func": key("expert_gating_func"),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
@@ -159,6 +199,8 @@ def flag(raw: Mapping[str, Any], name: str, default: bool) -> bool:
 
 def checked(config: ModelConfig) -> ModelConfig:
     """What the fields say about one another."""
+    if not config.routed:
+        raise OffmoeError(f"none of the {config.layers} layers has experts: offmoe runs mixture-of-experts models")
     if config.top_k > config.experts:
         raise OffmoeError(f"the config routes to {config.top_k} of {config.experts} experts: more than there are")
     if config.heads % config.kv_heads:
@@ -167,6 +209,6 @@ def checked(config: ModelConfig) -> ModelConfig:
         raise OffmoeError(f"head_dim is {config.head_dim}: rotary embedding needs an even number above 0")
     if config.rope_theta < 1:
         raise OffmoeError(f"rope_theta is {config.rope_theta:g}: expected at least 1")
-    if config.layers > 4096 or config.experts > 65535:
+    if config.experts > 65535:
         raise OffmoeError(f"{config.layers} layers of {config.experts} experts: no published model has so many")
     return config

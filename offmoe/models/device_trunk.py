@@ -12,11 +12,13 @@ from dataclasses import dataclass, fields
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from offmoe.kernels.norm_rope import rms_norm, rope_table
-from offmoe.kernels.planes import Matrix, matrix, rearrange_matrix
-from offmoe.kernels.route import softmax_top_k
+from offmoe.kernels.planes import Matrix, SlotLayout, matrix, rearrange, rearrange_matrix, slot_layout
+from offmoe.kernels.record import RecordLayout
+from offmoe.kernels.route import select
 from offmoe.kernels.striped import stripe
 from offmoe.kvcache import KVCache
 from offmoe.models.model import Model
@@ -24,6 +26,14 @@ from offmoe.models.trunk import uninterleaved
 
 Part = tuple[Tensor, Matrix]  # bytes in slot layout, and what they are
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A feed-forward part that every token passes: a record in the only slot of a store, for the same kernels."""
+
+    records: Tensor  # uint8 [1, bytes]
+    layout: SlotLayout
 
 
 @dataclass(frozen=True)
@@ -38,11 +48,14 @@ class DeviceLayer:
     o: tuple[Part, ...]  # [H, Q]
     ffn_norm: Tensor  # [H]
     ffn_norm_striped: Tensor
-    router: Tensor  # [E, H] in a float type, striped
+    router: Tensor | None  # [E, H] in a float type, striped; behind it the row of a gated shared expert
+    beside: Resident | None  # shared experts; where there is no router, the layer's only feed-forward part
+    qkv_bias: Tensor | None  # [Q + 2K]
 
     def tensors(self) -> list[Tensor]:
         values = [getattr(self, field.name) for field in fields(self)]
         parts = [part[0] for value in values if isinstance(value, tuple) for part in value]
+        parts += [self.beside.records] if self.beside else []
         return parts + [value for value in values if isinstance(value, Tensor)]
 
 
@@ -87,6 +100,8 @@ class DeviceTrunk:
 
         c, w = self.config, self.layers[layer]
         qkv = self._product(rms_norm(x, w.attn_norm, c.norm_eps).to(self._dtype), w.qkv)
+        if w.qkv_bias is not None:
+            qkv += w.qkv_bias
         keys, values = kv.layer(layer)
         positions = self._positions[start : start + len(x)]
         q = norm_rope_write(qkv, keys, values, positions, self.rope, heads=c.heads, kv_heads=c.kv_heads,
@@ -98,9 +113,26 @@ class DeviceTrunk:
     def route(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
         w = self.layers[layer]
+        assert w.router is not None, f"layer {layer} has experts"
         normed = rms_norm(x, w.ffn_norm, self.config.norm_eps)
-        ids, weights = softmax_top_k(stripe(normed) @ w.router.float().t(), self.config.top_k, self.config.renormalise)
+        ids, weights = select(stripe(normed) @ w.router[: self.config.experts].float().t(), self.config.rule)
         return normed.to(self._dtype), ids, weights
+
+    def shared(self, layer: int, normed: Tensor) -> Tensor | None:
+        """What the shared experts make of the experts' input [T, H]."""
+        w = self.layers[layer]
+        if w.beside is None:
+            return None
+        out = self._resident(normed, w.beside)
+        if w.router is None or not self.config.shared_gated:
+            return out
+        return torch.sigmoid(stripe(normed.float()) @ w.router[-1:].float().t()) * out
+
+    def dense(self, layer: int, x: Tensor) -> Tensor:
+        """The whole feed-forward part of a layer without experts: what to add to x [T, H]."""
+        w = self.layers[layer]
+        assert w.beside is not None, f"layer {layer} has no experts"
+        return self._resident(rms_norm(x, w.ffn_norm, self.config.norm_eps).to(self._dtype), w.beside)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, H] → [T, V] float32; T is small."""
@@ -109,6 +141,10 @@ class DeviceTrunk:
         out = torch.empty((len(x), self.config.vocab), device=self._device)
         dense(stripe(x).contiguous(), self.head, out, norm=self.final_norm, eps=self.config.norm_eps)
         return out
+
+    def _resident(self, x: Tensor, part: Resident) -> Tensor:
+        gate, up, down = ((part.records[0], form) for form in (part.layout.gate, part.layout.up, part.layout.down))
+        return self._product(F.silu(self._product(x, (gate,))) * self._product(x, (up,)), (down,))
 
     def _product(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
         """x [T, K] times the transpose of all rows of `parts`, unpacked for this call: [T, N]."""
@@ -123,7 +159,9 @@ class DeviceTrunk:
         return x @ weight.t()
 
     def _load_layer(self, layer: int) -> DeviceLayer:
-        normed = self.config.qk_norm != "none"
+        c, routed = self.config, layer in self.config.routed
+        normed = c.qk_norm != "none"
+        beside = "dense" if not routed else "shared" if c.shared else None
         return DeviceLayer(
             attn_norm=(attn_norm := self._float("attn_norm", layer)),
             attn_norm_striped=stripe(attn_norm),
@@ -133,8 +171,28 @@ class DeviceTrunk:
             o=self._parts("o", layer=layer),
             ffn_norm=(ffn_norm := self._float("ffn_norm", layer)),
             ffn_norm_striped=stripe(ffn_norm),
-            router=stripe(self._float("router", layer, keep=True)).contiguous(),
+            router=self._router(layer) if routed else None,
+            beside=self._feed_forward(beside, layer) if beside else None,
+            qkv_bias=torch.cat([self._float(f"{role}_bias", layer) for role in "qkv"]) if c.qkv_bias else None,
         )
+
+    def _router(self, layer: int) -> Tensor:
+        """With the row of a gated shared expert behind it, in the wider type of both."""
+        router = self._float("router", layer, keep=True)
+        if self.config.shared_gated:
+            row = self._float("shared_router", layer, keep=True).view(1, -1)
+            wider = torch.promote_types(router.dtype, row.dtype)
+            router = torch.cat((router.to(wider), row.to(wider)))
+        return stripe(router).contiguous()
+
+    def _feed_forward(self, kind: str, layer: int) -> Resident:
+        """Gate, up and down as a record."""
+        h, inner = self.config.hidden, self.config.dense_hidden if kind == "dense" else self.config.shared_hidden
+        shapes = {"gate": (inner, h), "up": (inner, h), "down": (h, inner)}
+        raw = {name: self._raw(f"{kind}_{name}", layer) for name in shapes}
+        layout = slot_layout(RecordLayout.of(*((name, raw[name][0], *shape) for name, shape in shapes.items())))
+        record = torch.cat([matrix.flatten() for _, matrix in raw.values()])
+        return Resident(rearrange(record[None], layout).to(self._device), layout)
 
     def _float(self, role: str, layer: int = 0, keep: bool = False) -> Tensor:
         """In float32, or (`keep`) in the float type of the file."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from offmoe.errors import OffmoeError
+from offmoe.kernels.route import Rule
 
-MODULES = ("qwen3_moe", "mixtral", "olmoe")
+MODULES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
 
 Names = Mapping[str, tuple[str, ...]]  # role → templates over layer {l} and expert {e}; the first that exists counts
 
@@ -30,6 +31,16 @@ HF_NAMES: Names = {
     "up": ("model.layers.{l}.mlp.experts.{e}.up_proj.weight",),
     "down": ("model.layers.{l}.mlp.experts.{e}.down_proj.weight", "model.layers.{l}.mlp.experts.down_proj"),
     "gate_up": ("model.layers.{l}.mlp.experts.gate_up_proj",),
+    "q_bias": ("model.layers.{l}.self_attn.q_proj.bias",),
+    "k_bias": ("model.layers.{l}.self_attn.k_proj.bias",),
+    "v_bias": ("model.layers.{l}.self_attn.v_proj.bias",),
+    "dense_gate": ("model.layers.{l}.mlp.gate_proj.weight",),
+    "dense_up": ("model.layers.{l}.mlp.up_proj.weight",),
+    "dense_down": ("model.layers.{l}.mlp.down_proj.weight",),
+    "shared_gate": ("model.layers.{l}.mlp.shared_expert.gate_proj.weight",),
+    "shared_up": ("model.layers.{l}.mlp.shared_expert.up_proj.weight",),
+    "shared_down": ("model.layers.{l}.mlp.shared_expert.down_proj.weight",),
+    "shared_router": ("model.layers.{l}.mlp.shared_expert_gate.weight",),
 }
 
 GGUF_NAMES: Names = {
@@ -49,7 +60,24 @@ GGUF_NAMES: Names = {
     "up": ("blk.{l}.ffn_up_exps.weight", "blk.{l}.ffn_up.{e}.weight"),
     "down": ("blk.{l}.ffn_down_exps.weight", "blk.{l}.ffn_down.{e}.weight"),
     "gate_up": ("blk.{l}.ffn_gate_up_exps.weight",),
+    "q_bias": ("blk.{l}.attn_q.bias",),
+    "k_bias": ("blk.{l}.attn_k.bias",),
+    "v_bias": ("blk.{l}.attn_v.bias",),
+    "dense_gate": ("blk.{l}.ffn_gate.weight",),
+    "dense_up": ("blk.{l}.ffn_up.weight",),
+    "dense_down": ("blk.{l}.ffn_down.weight",),
+    "shared_gate": ("blk.{l}.ffn_gate_shexp.weight",),
+    "shared_up": ("blk.{l}.ffn_up_shexp.weight",),
+    "shared_down": ("blk.{l}.ffn_down_shexp.weight",),
+    "shared_router": ("blk.{l}.ffn_gate_inp_shexp.weight",),
 }
+
+Fields = Callable[[Mapping[str, Any], int, Rule], dict[str, Any]]
+
+
+def plain(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
+    """Experts in every layer, none shared."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -63,7 +91,8 @@ class Family:
     renormalise: bool  # where the file does not say
     names: Names = field(default_factory=lambda: HF_NAMES)
     interleaved_gguf: bool = False  # llama.cpp permutes q and k rows of this arch
-    implemented: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # the first value is the default
+    fields: Fields = plain  # fields of ModelConfig beyond what all families share, out of a config of so many layers
+    implemented: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # the first value is the default; (): any
 
     def __post_init__(self) -> None:
         everywhere = {
@@ -72,6 +101,10 @@ class Family:
             "rope_type": ("default", "none"),
             "sliding_window": (None,),
             "n_shared_experts": (0, None),
+            "shared_expert_intermediate_size": (0, None),
+            "first_k_dense_replace": (0, None),
+            "routed_scaling_factor": (1.0, 0.0, None),
+            "n_group": (1, 0, None),
             "expert_gating_func": (1, 0),
             "quantization_config": (None,),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,13 +17,16 @@ from offmoe.models.family import GGUF_NAMES, Family, Names, family_of
 
 @dataclass(frozen=True)
 class Model:
-    """Checkpoint, family and config, with the layout of every layer's records."""
+    """Checkpoint, family and config, with the layout of every layer's records.
+
+    Records are numbered by place (see ModelConfig), tensors by layer.
+    """
 
     checkpoint: Checkpoint
     family: Family
     config: ModelConfig
     names: Names
-    layouts: tuple[RecordLayout, ...]  # a layer each: Q4_K_M files mix formats
+    layouts: tuple[RecordLayout, ...]  # by place: Q4_K_M files mix formats
 
     @property
     def slot_bytes(self) -> int:
@@ -31,7 +35,7 @@ class Model:
 
     @property
     def records(self) -> int:
-        return self.config.layers * self.config.experts
+        return self.config.places * self.config.experts
 
     @property
     def record_bytes(self) -> int:
@@ -46,9 +50,10 @@ class Model:
         """The tensor that plays `role`, or None."""
         return find(self.checkpoint, self.names, role, layer, expert)
 
-    def ranges(self, layer: int, expert: int) -> list[ByteRange]:
+    def ranges(self, place: int, expert: int) -> list[ByteRange]:
         """Where the parts of a record lie, in the order of its layout."""
-        return [self.part_range(part.name, part.nbytes, layer, expert) for part in self.layouts[layer].parts]
+        layer = self.config.routed[place]
+        return [self.part_range(part.name, part.nbytes, layer, expert) for part in self.layouts[place].parts]
 
     def part_range(self, role: str, nbytes: int, layer: int, expert: int) -> ByteRange:
         info = self.find(role, layer, expert)
@@ -71,7 +76,7 @@ def described(checkpoint: Checkpoint) -> Model:
     family, config = read_config(checkpoint)
     names = GGUF_NAMES if checkpoint.kind == "gguf" else family.names
     check_trunk(checkpoint, names, config)
-    layouts = tuple(record_layout(checkpoint, names, config, layer) for layer in range(config.layers))
+    layouts = tuple(record_layout(checkpoint, names, config, layer) for layer in config.routed)
     return Model(checkpoint, family, config, names, layouts)
 
 
@@ -95,7 +100,7 @@ def find(checkpoint: Checkpoint, names: Names, role: str, layer: int, expert: in
 
 
 def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Role → shape of everything that is no routed expert; per layer but for the first three."""
+    """Role → shape of everything that is no routed expert; `layers_of` says in which layers."""
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     normed = {"none": None, "head": (config.head_dim, config.head_dim), "full": (q, kv)}[config.qk_norm]
     shapes: dict[str, tuple[int, ...]] = {
@@ -114,22 +119,39 @@ def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         del shapes["head"]
     if normed:
         shapes |= {"q_norm": (normed[0],), "k_norm": (normed[1],)}
+    if config.qkv_bias:
+        shapes |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
+    if config.dense:
+        shapes |= feed_forward_shapes("dense", config.hidden, config.dense_hidden)
+    if config.shared:
+        shapes |= feed_forward_shapes("shared", config.hidden, config.shared_hidden)
+    if config.shared_gated:
+        shapes["shared_router"] = (1, config.hidden)
     return shapes
 
 
-def repeats(role: str, config: ModelConfig) -> int:
-    """How many tensors play `role`: one, or one a layer."""
-    return config.layers if "{l}" in GGUF_NAMES[role][0] else 1
+def feed_forward_shapes(kind: str, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
+    """Of a dense layer or of the shared experts: its roles are those of a record, with `kind` before them."""
+    return {f"{kind}_gate": (inner, hidden), f"{kind}_up": (inner, hidden), f"{kind}_down": (hidden, inner)}
+
+
+def layers_of(role: str, config: ModelConfig) -> Sequence[int]:
+    """The layers in which a tensor plays `role`; only 0 where it belongs to none."""
+    if "{l}" not in GGUF_NAMES[role][0]:
+        return (0,)
+    if role.startswith("dense"):
+        return config.dense
+    return config.routed if role.startswith(("router", "shared")) else range(config.layers)
 
 
 def trunk_weights(config: ModelConfig) -> int:
     """Parameters of everything that is no routed expert."""
-    return sum(repeats(role, config) * prod(shape) for role, shape in trunk_shapes(config).items())
+    return sum(len(layers_of(role, config)) * prod(shape) for role, shape in trunk_shapes(config).items())
 
 
 def check_trunk(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
     for role, shape in trunk_shapes(config).items():
-        for layer in range(repeats(role, config)):
+        for layer in layers_of(role, config):
             expect(checkpoint, names, role, layer, 0, shape)
 
 
@@ -141,7 +163,7 @@ def expect(
     if info is None:
         name = names[role][0].format(l=layer, e=expert)
         raise OffmoeError(f"{checkpoint.path} has no tensor {name}: the file is incomplete or of another model")
-    if info.shape != shape:
+    if info.shape != shape and (1, *info.shape) != shape:  # a row of its own may be written as a vector
         raise OffmoeError(f"tensor {info.name} has shape {list(info.shape)}: the config asks for {list(shape)}")
     return info
 

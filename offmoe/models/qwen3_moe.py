@@ -1,6 +1,16 @@
 """Qwen3 MoE (30B-A3B, 235B-A22B, Coder, Thinking): q and k normed per head, softmax router."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from offmoe.kernels.route import Rule
+from offmoe.models.config import sparse_layers
 from offmoe.models.family import Family
+
+
+def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
+    return sparse_layers(raw, layers)
+
 
 FAMILY = Family(
     model_type="qwen3_moe",
@@ -8,9 +18,8 @@ FAMILY = Family(
     published="Qwen3-30B-A3B",
     qk_norm="head",
     renormalise=True,
+    fields=fields,
     implemented={
-        "mlp_only_layers": ([], None),
-        "decoder_sparse_step": (1,),
         "use_sliding_window": (False, None),
         "sliding_window": (None, 4096, 32768),  # kept in configs that do not use it
     },

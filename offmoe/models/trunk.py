@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offmoe.kernels.attention import attention
+from offmoe.kernels.feed_forward import swiglu_experts
 from offmoe.kernels.norm_rope import rms_norm, rope, rope_table
-from offmoe.kernels.route import softmax_top_k
+from offmoe.kernels.route import select
 from offmoe.kvcache import KVCache
 from offmoe.models.model import Model
 
@@ -29,7 +30,14 @@ class LayerWeights:
     k_norm: Tensor | None
     o: Tensor  # [Q, H]
     ffn_norm: Tensor  # [H]
-    router: Tensor  # [H, E]
+    router: Tensor | None  # [H, E], where there are experts
+    beside: tuple[Tensor, Tensor] | None  # gate beside up [H, 2F], down [F, H]: shared experts, or a dense layer's
+    shared_router: Tensor | None  # [H, 1]
+    qkv_bias: Tensor | None  # [Q + 2K]
+
+    def tensors(self) -> list[Tensor]:
+        values = [*vars(self).values(), *(self.beside or ())]
+        return [value for value in values if isinstance(value, Tensor)]
 
 
 class Trunk:
@@ -57,7 +65,7 @@ class Trunk:
     def nbytes(self) -> int:
         """Bytes held, in the form that is computed with."""
         tensors = [self._embed, self._final_norm] + ([] if self.config.tied else [self._head])
-        tensors += [t for weights in self.layers for t in vars(weights).values() if t is not None]
+        tensors += [t for weights in self.layers for t in weights.tensors()]
         return sum(t.nbytes for t in tensors)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -69,6 +77,8 @@ class Trunk:
         c, w = self.config, self.layers[layer]
         positions, bucket = self._positions[start : start + len(x)], kv.bucket(start + len(x))
         qkv = rms_norm(x, w.attn_norm, c.norm_eps) @ w.qkv
+        if w.qkv_bias is not None:
+            qkv += w.qkv_bias
         q, k, v = qkv.split((c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim), dim=-1)
         q, k, v = self._clipped(self._normed(q, w.q_norm), self._normed(k, w.k_norm), v)
         turned = rope(torch.cat((q, k), dim=-1).unflatten(-1, (-1, c.head_dim)), self._rope, positions)
@@ -79,9 +89,24 @@ class Trunk:
     def route(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
         w = self.layers[layer]
+        assert w.router is not None, f"layer {layer} has experts"
         normed = rms_norm(x, w.ffn_norm, self.config.norm_eps)
-        ids, weights = softmax_top_k(normed @ w.router, self.config.top_k, self.config.renormalise)
+        ids, weights = select(normed @ w.router, self.config.rule)
         return normed, ids, weights
+
+    def shared(self, layer: int, normed: Tensor) -> Tensor | None:
+        """What the shared experts make of the experts' input [T, H]."""
+        w = self.layers[layer]
+        if w.beside is None:
+            return None
+        (out,) = swiglu_experts([normed], [w.beside])
+        return out if w.shared_router is None else torch.sigmoid(normed @ w.shared_router) * out
+
+    def dense(self, layer: int, x: Tensor) -> Tensor:
+        """The whole feed-forward part of a layer without experts: what to add to x [T, H]."""
+        w = self.layers[layer]
+        assert w.beside is not None, f"layer {layer} has no experts"
+        return swiglu_experts([rms_norm(x, w.ffn_norm, self.config.norm_eps)], [w.beside])[0]
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, H] → [T, V] float32."""
@@ -98,7 +123,9 @@ class Trunk:
         return tuple(t.clamp(-most, most) for t in tensors) if most else tensors
 
     def _load_layer(self, layer: int) -> LayerWeights:
-        normed = self.config.qk_norm != "none"
+        c, routed = self.config, layer in self.config.routed
+        normed = c.qk_norm != "none"
+        beside = "dense" if not routed else "shared" if c.shared else None
         return LayerWeights(
             attn_norm=self._load("attn_norm", layer),
             qkv=factor(torch.cat([self._load(role, layer) for role in ("q", "k", "v")])),
@@ -106,8 +133,16 @@ class Trunk:
             k_norm=self._load("k_norm", layer) if normed else None,
             o=factor(self._load("o", layer)),
             ffn_norm=self._load("ffn_norm", layer),
-            router=factor(self._load("router", layer)),
+            router=factor(self._load("router", layer)) if routed else None,
+            beside=self._load_feed_forward(beside, layer) if beside else None,
+            shared_router=self._load("shared_router", layer).view(-1, 1) if routed and c.shared_gated else None,
+            qkv_bias=torch.cat([self._load(f"{r}_bias", layer) for r in "qkv"]) if c.qkv_bias else None,
         )
+
+    def _load_feed_forward(self, kind: str, layer: int) -> tuple[Tensor, Tensor]:
+        """Gate beside up [H, 2F], down [F, H]."""
+        gate, up, down = (self._load(f"{kind}_{part}", layer) for part in ("gate", "up", "down"))
+        return factor(torch.cat((gate, up))), factor(down)
 
     def _load(self, role: str, layer: int = 0) -> Tensor:
         info = self._model.find(role, layer)

@@ -34,6 +34,7 @@ if torch.cuda.is_available():
     from offmoe.kernels.gpu.resolve import candidates
     from offmoe.kernels.gpu.route import predict, route
     from offmoe.kernels.ring import COUNTED, COUNTERS
+    from offmoe.kernels.route import Rule
 
 CUDA = torch.device("cuda")
 TOKENS, SLOTS, HIDDEN, MOST, PREDICTED = 10_000, 8, 64, 2, 4
@@ -100,17 +101,19 @@ class Replayer:
     def route(self, layer: int) -> None:
         fetched = (self.fetch_count[layer], self.fetch_slots[layer])
         route(
-            self.x, self.norm, 1e-6, self.router, self.table, layer, layers=self.layers, top_k=self.k,
-            renormalise=True, logits=self.logits, normed=self.normed, ticket=self.ticket, ids=self.ids,
-            weights=self.weights, slots=self.slots, hit=self.hit, miss_count=self.miss_count[layer : layer + 1],
-            miss_records=self.miss_records, miss_slots=self.miss_slots, status=self.status, counters=self.counters,
+            self.x, self.norm, 1e-6, self.router, self.table, layer, layers=self.layers,
+            rule=Rule(top_k=self.k, renormalise=True), logits=self.logits, normed=self.normed, ticket=self.ticket,
+            ids=self.ids, weights=self.weights, slots=self.slots, hit=self.hit, miss_count=self.miss_count[layer : layer
+            + 1], miss_records=self.miss_records, miss_slots=self.miss_slots, status=self.status,
+            counters=self.counters,
             log=self.log, step=self.step, forced=self.forced, fetched=None if self.guesses is None else fetched,
             pdl=layer > 0 and self.scope == "layer" and self.guesses is None and pdl_supported(self.device()),
         )  # fmt: skip
 
     def predict(self, layer: int) -> None:
         predict(
-            self.x, self.norm, 1e-6, self.router, self.table, layer, layers=self.layers, top_k=self.k, least=0.0,
+            self.x, self.norm, 1e-6, self.router, self.table, layer, layers=self.layers,
+            rule=Rule(top_k=self.k, renormalise=True), least=0.0,
             most=MOST, logits=self.logits, ticket=self.ahead_ticket, held=self.slots,
             fetch_count=self.fetch_count[layer], fetch_records=self.fetch_records[layer],
             fetch_slots=self.fetch_slots[layer], status=self.status, counters=self.counters, step=self.step,

@@ -1,0 +1,57 @@
+"""Routing rules, against each written out for one token at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from offmoe.kernels.route import Rule, select
+
+RULES = [
+    Rule(top_k=3), Rule(top_k=3, renormalise=True), Rule(biased=True, top_k=2), Rule(groups=4, kept=2, top_k=4),
+    Rule("sigmoid", top_k=1), Rule("sigmoid", biased=True, groups=3, kept=1, group_best=2, top_k=4),
+    Rule("sigmoid", biased=True, groups=6, kept=4, group_best=2, top_k=5, renormalise=True, scale=2.5),
+    Rule("none", top_k=2), Rule("none", biased=True, groups=4, kept=3, top_k=2, scale=0.5),
+]  # fmt: skip
+
+
+def written_out(logits: list[float], rule: Rule, bias: list[float]) -> dict[int, float]:
+    """Expert → weight."""
+    if rule.scores == "softmax":
+        total = sum(map(math.exp, logits))
+        scores = [math.exp(value) / total for value in logits]
+    else:
+        scores = [1 / (1 + math.exp(-value)) if rule.scores == "sigmoid" else value for value in logits]
+    order = [score + (bias[e] if rule.biased else 0) for e, score in enumerate(scores)]
+    each = len(logits) // rule.groups
+    worth = [sum(sorted(order[g * each : (g + 1) * each])[-rule.group_best :]) for g in range(rule.groups)]
+    kept = sorted(range(rule.groups), key=worth.__getitem__)[-rule.kept :]
+    allowed = [e for e in range(len(logits)) if e // each in kept]
+    chosen = sorted(allowed, key=order.__getitem__)[-rule.top_k :]
+    total = sum(scores[e] for e in chosen) if rule.renormalise else 1
+    return {e: scores[e] / total * rule.scale for e in chosen}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_rule_is_what_it_says(rule: Rule) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits, bias = torch.randn((9, 24 if rule.groups != 3 else 12), generator=generator) * 2, None
+    bias = torch.randn(logits.shape[1], generator=generator) * 0.3
+    ids, weights = select(logits, rule, bias if rule.biased else None)
+    assert ids.shape == weights.shape == (9, rule.top_k)
+    assert weights.dtype == torch.float32
+    for row, experts, got in zip(logits.tolist(), ids.tolist(), weights.tolist(), strict=True):
+        want = written_out(row, rule, bias.tolist())
+        assert dict(zip(experts, got, strict=True)) == pytest.approx(want, rel=1e-5)
+
+
+def test_a_softmax_keeps_its_bits() -> None:
+    """What was routed before there were rules is routed so still."""
+    logits = torch.randn((50, 64), generator=torch.Generator().manual_seed(2)) * 3
+    weights, ids = logits.softmax(-1).topk(8)
+    for renormalise, want in ((False, weights), (True, weights / weights.sum(-1, keepdim=True))):
+        got = select(logits, Rule(top_k=8, renormalise=renormalise))
+        assert torch.equal(got[0], ids)
+        assert torch.equal(got[1], want)
