@@ -30,30 +30,39 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
             f"{family.model_type} with clip_qkv = {config.clip_qkv} cannot be packed: "
             f"llama.cpp ignores it for the architecture {family.arch}, and would answer differently"
         )
-    if config.dense:
+    if config.dense and config.dense != tuple(range(len(config.dense))):
         raise OffmoeError(
-            f"{family.model_type} with {len(config.dense)} layers without experts cannot be packed: "
-            f"the GGUF architecture {family.arch} has experts in every layer"
+            f"{family.model_type} with experts in the layers {config.routed} cannot be packed: "
+            "in a GGUF only the first layers are without"
         )
+    if config.rule.groups > 1:
+        raise OffmoeError(f"{family.model_type} with n_group = {config.rule.groups} cannot be packed yet")
     keys = {
         "block_count": config.layers,
         "context_length": config.ctx,
         "embedding_length": config.hidden,
-        "feed_forward_length": config.expert_hidden,
+        "feed_forward_length": config.dense_hidden or config.expert_hidden,
         "expert_feed_forward_length": config.expert_hidden,
         "attention.head_count": config.heads,
         "attention.head_count_kv": config.kv_heads,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": config.norm_eps,
-        "rope.dimension_count": config.head_dim,
+        "rope.dimension_count": config.rotary,
         "rope.freq_base": config.rope_theta,
         "expert_count": config.experts,
         "expert_used_count": config.top_k,
         "vocab_size": config.vocab,
     }
-    if config.shared:
+    if config.shared_gated:
         keys["expert_shared_feed_forward_length"] = config.shared_hidden
+    elif config.shared:
+        keys["expert_shared_count"] = config.shared
+    if config.dense:
+        keys["leading_dense_block_count"] = len(config.dense)
+    if config.rule.scores == "sigmoid":
+        keys |= {"expert_gating_func": 2, "expert_weights_norm": config.rule.renormalise}
+        keys["expert_weights_scale"] = config.rule.scale
     return {f"{family.arch}.{key}": value for key, value in keys.items()}
 
 

@@ -124,7 +124,7 @@ def intended(role: str, wanted: Format) -> Format:
 
 
 def output(model: Model, role: str, layer: int, wanted: Format) -> Output:
-    name, c = GGUF_NAMES[role][0].format(l=layer), model.config
+    name, c = model.family.gguf_names[role][0].format(l=layer), model.config
     if role in EXPERT_ROLES:
         runs = [expert_run(model, role, layer, expert) for expert in range(c.experts)]
         shape: tuple[int, ...] = (c.experts, runs[0].count, runs[0].info.shape[-1])

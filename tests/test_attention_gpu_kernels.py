@@ -29,6 +29,7 @@ class Case:
     heads: int = 4
     kv_heads: int = 2
     dim: int = 16
+    rotary: int = 0  # values of a head that are rotated; 0: all
     norm: str = "head"
     clip: float | None = None
     dtype: torch.dtype = F32
@@ -72,7 +73,7 @@ def naive_qkv(case: Case, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tenso
     )
     if case.clip:
         q, k, v = (t.clamp(-case.clip, case.clip) for t in (q, k, v))
-    table = rope_table(case.ctx, case.dim, 1e4, DEVICE)
+    table = rope_table(case.ctx, case.rotary or case.dim, 1e4, DEVICE)
     q, k = (rope(x.unflatten(-1, (-1, case.dim)), table, positions) for x in (q, k))
     return q, k, v.unflatten(-1, (-1, case.dim))
 
@@ -105,8 +106,8 @@ def decode(case: Case, qkv: Tensor, here: int, splits: int, split_size: int, **o
     tickets = torch.zeros(case.kv_heads, dtype=torch.int32, device=DEVICE)
     q_norm, k_norm = case.norms()
     fast.decode_attention(
-        qkv, keys, values, torch.tensor([here], device=DEVICE), rope_table(case.ctx, case.dim, 1e4, DEVICE),
-        mixed, partial, tickets, heads=case.heads, kv_heads=case.kv_heads, head_dim=case.dim,
+        qkv, keys, values, torch.tensor([here], device=DEVICE), rope_table(case.ctx, case.rotary or case.dim, 1e4,
+        DEVICE), mixed, partial, tickets, heads=case.heads, kv_heads=case.kv_heads, head_dim=case.dim,
         q_norm=q_norm, k_norm=k_norm, norm_full=case.norm == "full", clip=case.clip, eps=case.eps,
         splits=splits, split_size=split_size, scales=scales, **options,
     )  # fmt: skip
@@ -121,6 +122,8 @@ CASES = {
     "full norm, clip, no groups": Case(heads=4, kv_heads=4, norm="full", clip=0.9),
     "odd width": Case(heads=3, kv_heads=1, dim=20, dtype=F16),
     "large group": Case(heads=20, kv_heads=1, norm="full"),
+    "half of a head rotated": Case(rotary=8),
+    "full norm, rotary of an odd width": Case(heads=3, kv_heads=1, dim=20, rotary=12, norm="full", dtype=F16),
     "int8": Case(int8=True),
     "int8, clip": Case(int8=True, norm="none", clip=0.5, heads=2, kv_heads=2),
 }
@@ -169,7 +172,7 @@ def test_many_tokens_are_turned_and_written(name: str) -> None:
     keys, values, scales = case.cache(0)
     q_norm, k_norm = case.norms()
     got = fast_norm.norm_rope_write(
-        qkv, keys, values, positions, rope_table(case.ctx, case.dim, 1e4, DEVICE), heads=case.heads,
+        qkv, keys, values, positions, rope_table(case.ctx, case.rotary or case.dim, 1e4, DEVICE), heads=case.heads,
         kv_heads=case.kv_heads, head_dim=case.dim, q_norm=q_norm, k_norm=k_norm, clip=case.clip, eps=case.eps,
         scales=scales,
     )  # fmt: skip

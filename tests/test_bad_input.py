@@ -170,7 +170,7 @@ def test_damaged_gguf(refusal: Refusal, good: Path, tmp_path: Path, change: Chan
 
 ARCH = "qwen3moe"
 METADATA: dict[str, tuple[dict[str, Any], str]] = {
-    "architecture": ({"general.architecture": "gemma4"}, "'gemma4' is not supported; supported are qwen3moe, llama, "),
+    "architecture": ({"general.architecture": "gemma4"}, "'gemma4' is not supported; supported are qwen3moe, qwen2moe"),
     "dense": ({"general.architecture": "llama"}, "is a dense llama model: offmoe runs mixture-of-experts models"),
     "no experts": ({f"{ARCH}.expert_count": None}, "is a dense qwen3moe model"),
     "no layers": ({f"{ARCH}.block_count": None}, "has no num_hidden_layers"),
@@ -184,7 +184,7 @@ METADATA: dict[str, tuple[dict[str, Any], str]] = {
     "part of the head": ({f"{ARCH}.rope.dimension_count": 8}, "rope.dimension_count is 8, and offmoe implements"),
     "more layers": ({f"{ARCH}.block_count": 3}, "has no tensor blk.2.attn_norm.weight: the file is incomplete"),
     "more experts": ({f"{ARCH}.expert_count": 5}, r"has shape \[4, 32\]: the config asks for \[5, 32\]"),
-    "absurd layers": ({f"{ARCH}.block_count": 1 << 24}, "16777216 layers of 4 experts: no published model"),
+    "absurd layers": ({f"{ARCH}.block_count": 1 << 24}, "the config has 16777216 layers: no published model"),
     "split elsewhere": ({"split.count": 2}, "is one of 2 parts: name them as in model-00001-of-00003.gguf"),
 }  # fmt: skip
 
@@ -286,7 +286,7 @@ def test_damaged_safetensors(refusal: Refusal, folder: Path, tmp_path: Path, cha
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "model_type": ({"model_type": "phi5"}, "'phi5' is not supported; supported are qwen3_moe, mixtral, olmoe"),
+    "model_type": ({"model_type": "phi5"}, "'phi5' is not supported; supported are qwen3_moe, qwen2_moe"),
     "no model_type": ({"model_type": None}, "architecture 'None' is not supported; supported are qwen3_moe"),
     "model_type of lists": ({"model_type": [[]]}, "is not supported; supported are qwen3_moe"),
     "hidden_act": ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and offmoe implements 'silu': this model cannot be"),
@@ -296,8 +296,16 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "attention_bias": ({"attention_bias": True}, "attention_bias is True, and offmoe implements False"),
     "sliding_window": ({"sliding_window": 512}, "sliding_window is 512, and offmoe implements"),
     "use_sliding_window": ({"use_sliding_window": True}, "use_sliding_window is True, and offmoe implements False"),
-    "mlp_only_layers": ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\], and offmoe implements \[\]"),
-    "decoder_sparse_step": ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2, and offmoe implements 1"),
+    "mlp_only_layers": ({"mlp_only_layers": [9]}, r"mlp_only_layers = \[9\]: expected layers of 0 to"),
+    "all dense": ({"mlp_only_layers": [0, 1], "intermediate_size": 32}, "none of the 2 layers has experts"),
+    "dense": ({"mlp_only_layers": [0]}, "has no intermediate_size"),
+    "dense by tensors": ({"mlp_only_layers": [0], "intermediate_size": 32}, "no tensor model.layers.0.mlp.gate_proj"),
+    "decoder_sparse_step": ({"decoder_sparse_step": 0}, "decoder_sparse_step = 0: expected a whole number of at least"),
+    "layer_types": ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is 'sliding_attention'"),
+    "partial_rotary_factor": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and offmoe implements 1"),
+    "scoring_func": ({"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid', and offmoe implements 'softmax'"),
+    "n_group": ({"n_group": 8}, "n_group is 8, and offmoe implements 1"),
+    "routed_scaling_factor": ({"routed_scaling_factor": 2.5}, "routed_scaling_factor is 2.5, and offmoe implements 1"),
     "quantization_config": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is .*fp8.*, and"),
     "long quantization_config": ({"quantization_config": {"modules": ["x" * 70] * 99}}, "quantization_config is"),
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads = 0: expected a whole number of at least 1"),

@@ -24,7 +24,6 @@ from offmoe.checkpoint import Checkpoint, ggml, open_checkpoint
 from offmoe.checkpoint.quantise import packable, quantise
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS
-from offmoe.models.family import GGUF_NAMES
 from offmoe.models.model import described, layers_of, trunk_shapes
 from offmoe.pack import EXPERT_ROLES, PackReport, interleaved, pack
 
@@ -56,11 +55,11 @@ def expected(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
             value = checkpoint.tensor(info.name)
             if role in ("q", "k") and model.family.interleaved_gguf:
                 value = interleaved(value, model.config.heads if role == "q" else model.config.kv_heads)
-            tensors[GGUF_NAMES[role][0].format(l=layer)] = value
+            tensors[model.family.gguf_names[role][0].format(l=layer)] = value
     for layer in model.config.routed:
         for role in EXPERT_ROLES:
             stack = [checkpoint.tensor(model.find(role, layer, e).name) for e in range(model.config.experts)]  # type: ignore[union-attr]
-            tensors[GGUF_NAMES[role][0].format(l=layer)] = torch.stack(stack)
+            tensors[model.family.gguf_names[role][0].format(l=layer)] = torch.stack(stack)
     return tensors
 
 

@@ -35,6 +35,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe-sparse": {"moe_intermediate_size": 32, "num_experts": 7, "num_experts_per_tok": 3,
                          "intermediate_size": 128, "shared_expert_intermediate_size": 96, "norm_topk_prob": True,
                          "mlp_only_layers": [1], "num_key_value_heads": 4, "use_sliding_window": False},
+    "glm4_moe": {"moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 96,
+                 "head_dim": 32, "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
+                 "use_qk_norm": True, "attention_bias": True, "num_nextn_predict_layers": 0},
+    "glm4_moe-groups": {"moe_intermediate_size": 32, "n_routed_experts": 12, "num_experts_per_tok": 4,
+                        "intermediate_size": 64, "n_shared_experts": 2, "first_k_dense_replace": 2, "n_group": 4,
+                        "topk_group": 2, "num_hidden_layers": 4, "partial_rotary_factor": 0.25, "head_dim": 32,
+                        "num_nextn_predict_layers": 0},
     "mixtral": {"intermediate_size": 32, "num_local_experts": 6, "num_experts_per_tok": 2,
                 "rope_theta": 50_000.0},
     "olmoe": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "num_key_value_heads": 4},
@@ -57,6 +64,9 @@ def tiny(family: str) -> Any:
             torch.nn.init.normal_(parameter, 1.0, 0.2)
         if "bias" in name:  # as do zeros a bias
             torch.nn.init.normal_(parameter, 0.0, 0.5)
+    for name, buffer in model.named_buffers():
+        if "correction_bias" in name:
+            torch.nn.init.normal_(buffer, 0.0, 0.2)
     return model
 
 

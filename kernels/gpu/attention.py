@@ -111,11 +111,12 @@ def to_l2(base, start, last, ROW: tl.constexpr, COUNT: tl.constexpr):
 def _decode(
     qkv, keys, values, scales, position, table, q_norm, k_norm, mixed_out, partial, tickets,
     ctx, splits, least, clip, eps, to_log2,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, MANY: tl.constexpr, STAGES: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, STAGES: tl.constexpr,
     NORM: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (KV_HEADS, splits). A tile's rows: the group's query heads, their key, their value, padding.
+    """Grid (KV_HEADS, splits). The first R values of a head are rotated. A tile's rows: the group's query heads, their
+    key, their value, padding.
 
     Loads stand before what waits for one of them, all of a tile in one layout: each wait in turn costs 0.6 µs.
     """
@@ -137,11 +138,11 @@ def _decode(
         to_l2(v_base, start, tl.minimum(here, ctx - 1), BYTES, 4 * BLOCK)
 
     r, d = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDE)[None, :]
-    other = tl.where(d < D // 2, d + D // 2, d - D // 2)  # whom d is rotated with
+    other = tl.where(d < R // 2, d + R // 2, d - R // 2)  # whom d is rotated with
     is_q, is_k, is_v = r < GROUP, r == GROUP, r == GROUP + 1
-    row = tl.minimum(here, ctx - 1) * D + r * 0
-    cos = tl.load(table + row + d, mask=(r <= GROUP) & (d < D), other=1.0)  # values are not turned
-    sin = tl.load(table + ctx * D + row + d, mask=(r <= GROUP) & (d < D), other=0.0)
+    row = tl.minimum(here, ctx - 1) * R + r * 0
+    cos = tl.load(table + row + d, mask=(r <= GROUP) & (d < R), other=1.0)  # values are not turned
+    sin = tl.load(table + ctx * R + row + d, mask=(r <= GROUP) & (d < R), other=0.0)
     if NORM != 0:
         q_row = (head * GROUP + r if NORM == 2 else r * 0) * D
         k_row = (head + r * 0 if NORM == 2 else r * 0) * D
@@ -169,7 +170,7 @@ def _decode(
         y = y * factor * weight_other
     if CLIP:
         x, y = clipped(x, clip), clipped(y, clip)
-    x = x * cos + tl.where(d < D // 2, -1.0, 1.0) * y * sin
+    x = x * cos + tl.where(d < R // 2, -1.0, 1.0) * y * sin
     q = x.to(DOT)
     k_new = tl.sum(tl.where(is_k, x, 0.0), 0)[None, :]
     v_new = tl.sum(tl.where(is_v, x, 0.0), 0)[None, :]
@@ -249,9 +250,10 @@ def decode_attention(
     assert keys.is_contiguous()
     assert values.is_contiguous()
     assert (keys.dtype == torch.int8) == (scales is not None)
-    assert rope_table.shape[1:] == (ctx, head_dim)
+    assert rope_table.shape[1] == ctx
+    assert rope_table.shape[2] <= head_dim
     assert rope_table.is_contiguous()
-    assert head_dim % 2 == 0
+    assert rope_table.shape[2] % 2 == 0
     assert partial.numel() >= partial_size(heads, head_dim, splits)
     assert tickets.numel() >= kv_heads
     block = block or max(16, min(64, 16384 // (wide * keys.element_size())))
@@ -260,7 +262,7 @@ def decode_attention(
     _decode[(kv_heads, splits)](
         qkv, keys, values, keys if scales is None else scales, position, rope_table, q_norm, k_norm,
         mixed, partial, tickets, ctx, splits, split_size, clip or 0.0, eps, head_dim**-0.5 * LOG2E,
-        HEADS=heads, KV_HEADS=kv_heads, D=head_dim, WIDE=wide, ROWS=rows, BLOCK=block,
+        HEADS=heads, KV_HEADS=kv_heads, D=head_dim, R=rope_table.shape[2], WIDE=wide, ROWS=rows, BLOCK=block,
         MANY=max(1, min(triton.next_power_of_2(splits), COMBINE // wide)), STAGES=stages,
         NORM=norm_kind(q_norm, norm_full), CLIP=bool(clip), INT8=scales is not None, DOT=dot_type(keys),
         num_warps=warps, **dependent(pdl),

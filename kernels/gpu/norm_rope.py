@@ -28,17 +28,17 @@ def full_factor(base, eps, COUNT: tl.constexpr):
 @triton.jit
 def normed_turned(
     base, weight, cos, sin, first, heads, clip, eps,
-    D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, ALL: tl.constexpr,
+    D: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, ALL: tl.constexpr,
     NORM: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
     """Heads first … first + ROWS of the ALL · D values at `base`: norm, clip, rotate → [ROWS, WIDE] float32.
 
-    Rows from `heads` on and columns from D on are 0. NORM 0: none, 1: each head, 2: all together.
-    cos, sin [WIDE].
+    The first R columns are rotated; from R on cos is 1 and sin 0. Rows from `heads` on and columns from D on are 0.
+    NORM 0: none, 1: each head, 2: all together. cos, sin [WIDE].
     """
     row, d = first + tl.arange(0, ROWS), tl.arange(0, WIDE)
     inside = (row < heads)[:, None] & (d < D)[None, :]
-    other = tl.where(d < D // 2, d + D // 2, d - D // 2)  # whom d is rotated with
+    other = tl.where(d < R // 2, d + R // 2, d - R // 2)  # whom d is rotated with
     x = tl.load(base + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
     y = tl.load(base + row[:, None] * D + other[None, :], mask=inside, other=0.0).to(tl.float32)
     if NORM == 1:
@@ -51,7 +51,7 @@ def normed_turned(
         y = y * factor * tl.load(weight + row[:, None] * D + other[None, :], mask=inside, other=0.0).to(tl.float32)
     if CLIP:
         x, y = clipped(x, clip), clipped(y, clip)
-    return x * cos[None, :] + tl.where(d < D // 2, -1.0, 1.0)[None, :] * y * sin[None, :]
+    return x * cos[None, :] + tl.where(d < R // 2, -1.0, 1.0)[None, :] * y * sin[None, :]
 
 
 @triton.jit
@@ -72,8 +72,8 @@ def in_int8(x):
 @triton.jit
 def _norm_rope_write(
     qkv, q_out, keys, values, scales, positions, table, q_norm, k_norm, ctx, stride, clip, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-    NORM: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, blocks of q's heads, then of k's, then of v's)."""
     Q_BLOCKS: tl.constexpr = (HEADS + ROWS - 1) // ROWS
@@ -82,19 +82,19 @@ def _norm_rope_write(
     base = qkv + t.to(tl.int64) * stride
     position = tl.load(positions + t).to(tl.int64)
     d = tl.arange(0, WIDE)
-    cos = tl.load(table + position * D + d, mask=d < D, other=0.0)
-    sin = tl.load(table + (ctx + position) * D + d, mask=d < D, other=0.0)
+    cos = tl.load(table + position * R + d, mask=d < R, other=1.0)
+    sin = tl.load(table + (ctx + position) * R + d, mask=d < R, other=0.0)
     if block < Q_BLOCKS:
         row = block * ROWS + tl.arange(0, ROWS)
         q = normed_turned(
-            base, q_norm, cos, sin, block * ROWS, HEADS, clip, eps, D, WIDE, ROWS, HEADS, NORM, CLIP
+            base, q_norm, cos, sin, block * ROWS, HEADS, clip, eps, D, R, WIDE, ROWS, HEADS, NORM, CLIP
         )  # fmt: skip
         at = (t.to(tl.int64) * HEADS + row)[:, None] * D + d[None, :]
         tl.store(q_out + at, q.to(q_out.dtype.element_ty), mask=(row < HEADS)[:, None] & (d < D)[None, :])
     elif block < Q_BLOCKS + K_BLOCKS:
         first = (block - Q_BLOCKS) * ROWS
         k = normed_turned(
-            base + HEADS * D, k_norm, cos, sin, first, KV_HEADS, clip, eps, D, WIDE, ROWS, KV_HEADS, NORM, CLIP
+            base + HEADS * D, k_norm, cos, sin, first, KV_HEADS, clip, eps, D, R, WIDE, ROWS, KV_HEADS, NORM, CLIP
         )  # fmt: skip
         write_rows(k, keys, scales, first, position, ctx, KV_HEADS, D, WIDE, ROWS, INT8)
     else:
@@ -164,16 +164,18 @@ def norm_rope_write(
     assert keys.is_contiguous()
     assert values.is_contiguous()
     assert (keys.dtype == torch.int8) == (scales is not None)
-    assert rope_table.shape[1:] == (ctx, head_dim)
+    assert rope_table.shape[1] == ctx
+    assert rope_table.shape[2] <= head_dim
     assert rope_table.is_contiguous()
-    assert head_dim % 2 == 0
+    assert rope_table.shape[2] % 2 == 0
     q = torch.empty((len(qkv), heads, head_dim), device=qkv.device, dtype=qkv.dtype) if out is None else out
     blocks = triton.cdiv(heads, ROWS) + 2 * triton.cdiv(kv_heads, ROWS)
     full = q_norm is not None and q_norm.numel() == heads * head_dim and heads > 1
     _norm_rope_write[(len(qkv), blocks)](
         qkv, q, keys, values, keys if scales is None else scales, positions, rope_table, q_norm, k_norm,
         ctx, qkv.stride(0), clip or 0.0, eps,
-        HEADS=heads, KV_HEADS=kv_heads, D=head_dim, WIDE=triton.next_power_of_2(head_dim), ROWS=ROWS,
+        HEADS=heads, KV_HEADS=kv_heads, D=head_dim, R=rope_table.shape[2],
+        WIDE=triton.next_power_of_2(head_dim), ROWS=ROWS,
         NORM=norm_kind(q_norm, full), CLIP=bool(clip), INT8=scales is not None, num_warps=4,
     )  # fmt: skip
     return q

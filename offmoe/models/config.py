@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from offmoe.checkpoint.base import shown
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from offmoe.models.family import Family
 
 MOST_LAYERS = 4096
+FULL = "full_attention"  # a kind of layer
 MOST = 2**24  # no dimension of a published model comes near; larger ones are lies
 
 
@@ -37,6 +38,7 @@ class ModelConfig:
     ctx: int  # positions that the model was trained for
     norm_eps: float
     rope_theta: float
+    rotary: int  # values of a head that are rotated, the first
     qk_norm: str  # none, head (over each head) or full (over all heads together)
     rule: Rule  # of the router
     clip_qkv: float | None
@@ -64,7 +66,8 @@ class ModelConfig:
 def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     """A Hugging Face `config.json`; what is not implemented is refused by field and value."""
     refuse_unimplemented(raw, family)
-    heads, hidden = count(raw, "num_attention_heads"), count(raw, "hidden_size")
+    heads, hidden, rope = count(raw, "num_attention_heads"), count(raw, "hidden_size"), rope_parameters(raw)
+    head_dim = count(raw, "head_dim", default=hidden // heads)
     layers, top_k = count(raw, "num_hidden_layers"), count(raw, "num_experts_per_tok")
     if layers > MOST_LAYERS:
         raise OffmoeError(f"the config has {layers} layers: no published model has so many")
@@ -76,18 +79,23 @@ def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
             hidden=hidden,
             heads=heads,
             kv_heads=count(raw, "num_key_value_heads", default=heads),
-            head_dim=count(raw, "head_dim", default=hidden // heads),
+            head_dim=head_dim,
             vocab=count(raw, "vocab_size"),
             experts=count(raw, "num_experts", "num_local_experts", "n_routed_experts"),
             top_k=top_k,
             expert_hidden=count(raw, "moe_intermediate_size", "intermediate_size"),
             ctx=count(raw, "max_position_embeddings", default=4096),
             norm_eps=number(raw, "rms_norm_eps", 1e-6),
-            rope_theta=number(rope_parameters(raw), "rope_theta", 10_000.0),
-            qk_norm=family.qk_norm,
+            rope_theta=number(rope, "rope_theta", 10_000.0),
+            rotary=int(head_dim * number(rope, "partial_rotary_factor", family.partial_rotary)),
             clip_qkv=number(raw, "clip_qkv", 0.0) or None,
             tied=flag(raw, "tie_word_embeddings", False),
-            **{"rule": rule, "routed": tuple(range(layers)), **family.fields(raw, layers, rule)},
+            **{
+                "rule": rule,
+                "routed": tuple(range(layers)),
+                "qk_norm": family.qk_norm,
+                **family.fields(raw, layers, rule),
+            },
         )
     )
 
@@ -103,19 +111,41 @@ def sparse_layers(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
     return {"routed": routed, "dense_hidden": count(raw, "intermediate_size") if len(routed) < layers else 0}
 
 
+def first_dense(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """`routed` and `dense_hidden` where the first layers have no experts."""
+    dense = int(number(raw, "first_k_dense_replace", 0))
+    return {"routed": tuple(range(dense, layers)), "dense_hidden": count(raw, "intermediate_size") if dense else 0}
+
+
+def balanced_by_bias(raw: Mapping[str, Any], rule: Rule) -> Rule:
+    """DeepSeek-V3's (arXiv 2412.19437), which many took over."""
+    return replace(
+        rule, scores="sigmoid", biased=True, group_best=2, groups=count(raw, "n_group", default=1),
+        kept=count(raw, "topk_group", default=1), scale=number(raw, "routed_scaling_factor", 1.0),
+    )  # fmt: skip
+
+
 def rope_parameters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """transformers 5 nests what older configs keep at the top level and in `rope_scaling`."""
     nested = raw.get("rope_parameters") or {}
     scaling = raw.get("rope_scaling") or {}
     if not isinstance(nested, Mapping) or not isinstance(scaling, Mapping):
         raise OffmoeError("rope_parameters or rope_scaling in the model's config is no table")
-    return {"rope_theta": raw.get("rope_theta"), **scaling, **nested}
+    return {**{name: raw.get(name) for name in ("rope_theta", "partial_rotary_factor")}, **scaling, **nested}
 
 
 def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
     rope = rope_parameters(raw)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    asked = {**raw, "rope_type": kind or "default"}
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise OffmoeError(f"the model's config gives layer_types = {shown(kinds)}: expected a list")
+    asked = {
+        **raw,
+        "layer_types": next((kind for kind in kinds if kind != FULL), FULL),
+        "partial_rotary_factor": rope["partial_rotary_factor"],
+        "rope_type": kind or "default",
+    }
     for field, allowed in family.implemented.items():
         if allowed and asked.get(field, allowed[0]) not in allowed:
             raise OffmoeError(
@@ -130,13 +160,19 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
     def key(name: str) -> Any:
         return metadata.get(f"{family.arch}.{name}")
 
-    vocab = metadata.get("tokenizer.ggml.tokens")
+    vocab, head_dim, rotated = metadata.get("tokenizer.ggml.tokens"), key("attention.key_length"), None
+    if type(head_dim) is type(turned := key("rope.dimension_count")) is int and head_dim:
+        rotated = turned / head_dim if not family.implemented["partial_rotary_factor"] else None
+    layers, extra = key("block_count"), key("nextn_predict_layers")  # the last ones predict further tokens
+    if isinstance(layers, int) and isinstance(extra, int):
+        layers -= extra
     raw = {
-        "num_hidden_layers": key("block_count"),
+        "num_hidden_layers": layers,
         "hidden_size": key("embedding_length"),
         "num_attention_heads": key("attention.head_count"),
         "num_key_value_heads": key("attention.head_count_kv"),
-        "head_dim": key("attention.key_length"),
+        "head_dim": head_dim,
+        "partial_rotary_factor": rotated,
         "vocab_size": len(vocab) if isinstance(vocab, list) else key("vocab_size"),
         "num_experts": key("expert_count"),
         "num_experts_per_tok": key("expert_used_count"),
@@ -152,17 +188,18 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "first_k_dense_replace": key("leading_dense_block_count"),
         "norm_topk_prob": key("expert_weights_norm"),
         "routed_scaling_factor": key("expert_weights_scale"),
-        "n_group": key("expert_group_count"),
-        "topk_group": key("expert_group_used_count"),
+        "n_group": key("expert_group_count") or None,
+        "topk_group": key("expert_group_used_count") or None,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
         "expert_gating_func": key("expert_gating_func"),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
     config = from_hf({name: value for name, value in raw.items() if value is not None}, family)
-    rotated = key("rope.dimension_count")
-    if rotated not in (None, config.head_dim):
+    if turned not in (None, config.rotary):
         raise OffmoeError(
-            f"{family.arch}: rope.dimension_count is {shown(rotated)}, and offmoe implements "
-            f"rotation of the whole head ({config.head_dim}): this model cannot be run yet"
+            f"{family.arch}: rope.dimension_count is {shown(turned)}, and offmoe implements "
+            f"rotation of {config.rotary} values of a head of {config.head_dim}: this model cannot be run yet"
         )
     return config
 
@@ -207,8 +244,26 @@ def checked(config: ModelConfig) -> ModelConfig:
         raise OffmoeError(f"{config.heads} heads do not divide among {config.kv_heads} key-value heads")
     if config.head_dim % 2 or not config.head_dim:
         raise OffmoeError(f"head_dim is {config.head_dim}: rotary embedding needs an even number above 0")
+    if config.rotary % 2 or not 2 <= config.rotary <= config.head_dim:
+        raise OffmoeError(
+            f"partial_rotary_factor asks for {config.rotary} of {config.head_dim} values of a head to be rotated: "
+            "expected an even number above 0"
+        )
+    check_groups(config.rule, config.experts)
     if config.rope_theta < 1:
         raise OffmoeError(f"rope_theta is {config.rope_theta:g}: expected at least 1")
     if config.experts > 65535:
         raise OffmoeError(f"{config.layers} layers of {config.experts} experts: no published model has so many")
     return config
+
+
+def check_groups(rule: Rule, experts: int) -> None:
+    """That a rule can choose its k out of the groups that it keeps."""
+    each = experts // rule.groups
+    if experts % rule.groups or (rule.groups > 1 and rule.group_best > each):
+        raise OffmoeError(f"n_group is {rule.groups}: {experts} experts do not divide into such groups")
+    if not rule.kept <= rule.groups or rule.kept * each < rule.top_k:
+        raise OffmoeError(
+            f"topk_group is {rule.kept} of {rule.groups} groups of {each} experts: "
+            f"{rule.top_k} are to be chosen from them"
+        )

@@ -49,6 +49,7 @@ class DeviceLayer:
     ffn_norm: Tensor  # [H]
     ffn_norm_striped: Tensor
     router: Tensor | None  # [E, H] in a float type, striped; behind it the row of a gated shared expert
+    router_bias: Tensor | None  # [E]
     beside: Resident | None  # shared experts; where there is no router, the layer's only feed-forward part
     qkv_bias: Tensor | None  # [Q + 2K]
 
@@ -69,7 +70,7 @@ class DeviceTrunk:
         self.embedding = self._parts("embed")[0]  # [V, H]
         self.final_norm = stripe(self._float("final_norm"))  # only the step and `logits` use it
         self.head = (self.embedding,) if self.config.tied else self._parts("head")
-        self.rope = rope_table(ctx, self.config.head_dim, self.config.rope_theta, device)
+        self.rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device)
         self._positions = torch.arange(ctx, device=device)
 
     def load_layers(self, progress: Callable[[int, int], None]) -> None:
@@ -115,7 +116,8 @@ class DeviceTrunk:
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
         normed = rms_norm(x, w.ffn_norm, self.config.norm_eps)
-        ids, weights = select(stripe(normed) @ w.router[: self.config.experts].float().t(), self.config.rule)
+        logits = stripe(normed) @ w.router[: self.config.experts].float().t()
+        ids, weights = select(logits, self.config.rule, w.router_bias)
         return normed.to(self._dtype), ids, weights
 
     def shared(self, layer: int, normed: Tensor) -> Tensor | None:
@@ -172,6 +174,7 @@ class DeviceTrunk:
             ffn_norm=(ffn_norm := self._float("ffn_norm", layer)),
             ffn_norm_striped=stripe(ffn_norm),
             router=self._router(layer) if routed else None,
+            router_bias=self._float("router_bias", layer) if routed and c.rule.biased else None,
             beside=self._feed_forward(beside, layer) if beside else None,
             qkv_bias=torch.cat([self._float(f"{role}_bias", layer) for role in "qkv"]) if c.qkv_bias else None,
         )

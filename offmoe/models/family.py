@@ -10,9 +10,11 @@ from typing import Any
 from offmoe.errors import OffmoeError
 from offmoe.kernels.route import Rule
 
-MODULES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
+MODULES = ("qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe")
 
 Names = Mapping[str, tuple[str, ...]]  # role → templates over layer {l} and expert {e}; the first that exists counts
+
+SHARED = "model.layers.{l}.mlp.shared_expert"  # or shared_experts
 
 HF_NAMES: Names = {
     "embed": ("model.embed_tokens.weight",),
@@ -27,6 +29,7 @@ HF_NAMES: Names = {
     "k_norm": ("model.layers.{l}.self_attn.k_norm.weight",),
     "ffn_norm": ("model.layers.{l}.post_attention_layernorm.weight",),
     "router": ("model.layers.{l}.mlp.gate.weight",),
+    "router_bias": ("model.layers.{l}.mlp.gate.e_score_correction_bias",),
     "gate": ("model.layers.{l}.mlp.experts.{e}.gate_proj.weight",),
     "up": ("model.layers.{l}.mlp.experts.{e}.up_proj.weight",),
     "down": ("model.layers.{l}.mlp.experts.{e}.down_proj.weight", "model.layers.{l}.mlp.experts.down_proj"),
@@ -37,9 +40,9 @@ HF_NAMES: Names = {
     "dense_gate": ("model.layers.{l}.mlp.gate_proj.weight",),
     "dense_up": ("model.layers.{l}.mlp.up_proj.weight",),
     "dense_down": ("model.layers.{l}.mlp.down_proj.weight",),
-    "shared_gate": ("model.layers.{l}.mlp.shared_expert.gate_proj.weight",),
-    "shared_up": ("model.layers.{l}.mlp.shared_expert.up_proj.weight",),
-    "shared_down": ("model.layers.{l}.mlp.shared_expert.down_proj.weight",),
+    "shared_gate": (SHARED + ".gate_proj.weight", SHARED + "s.gate_proj.weight"),
+    "shared_up": (SHARED + ".up_proj.weight", SHARED + "s.up_proj.weight"),
+    "shared_down": (SHARED + ".down_proj.weight", SHARED + "s.down_proj.weight"),
     "shared_router": ("model.layers.{l}.mlp.shared_expert_gate.weight",),
 }
 
@@ -56,6 +59,7 @@ GGUF_NAMES: Names = {
     "k_norm": ("blk.{l}.attn_k_norm.weight",),
     "ffn_norm": ("blk.{l}.ffn_norm.weight",),
     "router": ("blk.{l}.ffn_gate_inp.weight",),
+    "router_bias": ("blk.{l}.exp_probs_b.bias",),
     "gate": ("blk.{l}.ffn_gate_exps.weight", "blk.{l}.ffn_gate.{e}.weight"),
     "up": ("blk.{l}.ffn_up_exps.weight", "blk.{l}.ffn_up.{e}.weight"),
     "down": ("blk.{l}.ffn_down_exps.weight", "blk.{l}.ffn_down.{e}.weight"),
@@ -90,6 +94,8 @@ class Family:
     qk_norm: str
     renormalise: bool  # where the file does not say
     names: Names = field(default_factory=lambda: HF_NAMES)
+    gguf_names: Names = field(default_factory=lambda: GGUF_NAMES)
+    partial_rotary: float = 1.0  # share of a head that is rotated, where the file does not say
     interleaved_gguf: bool = False  # llama.cpp permutes q and k rows of this arch
     fields: Fields = plain  # fields of ModelConfig beyond what all families share, out of a config of so many layers
     implemented: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # the first value is the default; (): any
@@ -100,10 +106,14 @@ class Family:
             "attention_bias": (False, None),
             "rope_type": ("default", "none"),
             "sliding_window": (None,),
+            "layer_types": ("full_attention",),
+            "scoring_func": ("softmax", None),
+            "topk_method": ("greedy", None),
             "n_shared_experts": (0, None),
             "shared_expert_intermediate_size": (0, None),
             "first_k_dense_replace": (0, None),
             "routed_scaling_factor": (1.0, 0.0, None),
+            "partial_rotary_factor": (1.0, None),
             "n_group": (1, 0, None),
             "expert_gating_func": (1, 0),
             "quantization_config": (None,),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -74,7 +74,7 @@ def open_model(path: str | Path) -> Model:
 
 def described(checkpoint: Checkpoint) -> Model:
     family, config = read_config(checkpoint)
-    names = GGUF_NAMES if checkpoint.kind == "gguf" else family.names
+    names = family.gguf_names if checkpoint.kind == "gguf" else family.names
     check_trunk(checkpoint, names, config)
     layouts = tuple(record_layout(checkpoint, names, config, layer) for layer in config.routed)
     return Model(checkpoint, family, config, names, layouts)
@@ -119,6 +119,8 @@ def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         del shapes["head"]
     if normed:
         shapes |= {"q_norm": (normed[0],), "k_norm": (normed[1],)}
+    if config.rule.biased:
+        shapes["router_bias"] = (config.experts,)
     if config.qkv_bias:
         shapes |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
     if config.dense:
@@ -147,6 +149,15 @@ def layers_of(role: str, config: ModelConfig) -> Sequence[int]:
 def trunk_weights(config: ModelConfig) -> int:
     """Parameters of everything that is no routed expert."""
     return sum(len(layers_of(role, config)) * prod(shape) for role, shape in trunk_shapes(config).items())
+
+
+def trunk_tensors(model: Model) -> Iterator[TensorInfo]:
+    """Everything that is used and no routed expert; files may hold more (layers that predict several tokens)."""
+    for role in trunk_shapes(model.config):
+        for layer in layers_of(role, model.config):
+            info = model.find(role, layer)
+            assert info is not None, f"{role} of layer {layer} was there when the model was opened"
+            yield info
 
 
 def check_trunk(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
@@ -201,13 +212,19 @@ class Weights:
     trunk_bytes: int  # of everything but the routed experts, in the file
 
 
-def count_weights(model: Model) -> Weights:
-    c = model.config
-    routed, resident = model.records * model.record_weights, trunk_weights(c)
+def count_parameters(config: ModelConfig) -> tuple[int, int, int]:
+    """In total; active a token; of these without the input embedding, where that is not the head too."""
+    c = config
+    routed, resident = c.places * c.experts * 3 * c.hidden * c.expert_hidden, trunk_weights(c)
     active = resident + routed * c.top_k // c.experts
+    return resident + routed, active, active - (0 if c.tied else prod(trunk_shapes(c)["embed"]))
+
+
+def count_weights(model: Model) -> Weights:
+    total, active, without_embedding = count_parameters(model.config)
     return Weights(
-        total=resident + routed,
+        total=total,
         active=active,
-        active_without_embedding=active - (0 if c.tied else prod(trunk_shapes(c)["embed"])),
-        trunk_bytes=sum(info.range.nbytes for info in model.checkpoint.tensors.values()) - model.record_bytes,
+        active_without_embedding=without_embedding,
+        trunk_bytes=sum(info.range.nbytes for info in trunk_tensors(model)),
     )

@@ -10,7 +10,12 @@ from offmoe.models.family import Family
 
 def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
     shared = count(raw, "shared_expert_intermediate_size", "intermediate_size")
-    more = {"shared": 1, "shared_hidden": shared, "shared_gated": True, "qkv_bias": flag(raw, "qkv_bias", True)}
+    more = {
+        "shared": 1,
+        "shared_hidden": shared,
+        "shared_gated": True,
+        "qkv_bias": flag(raw, "qkv_bias", flag(raw, "attention_bias", True)),
+    }
     return {**sparse_layers(raw, layers), **more}
 
 
@@ -24,6 +29,7 @@ FAMILY = Family(
     implemented={
         "shared_expert_intermediate_size": (),
         "n_shared_experts": (),
+        "attention_bias": (),  # what a GGUF says of the QKV bias
         "use_sliding_window": (False, None),
         "sliding_window": (None, 0, 4096, 32768, 65536),  # kept in configs that do not use it
     },

@@ -31,6 +31,7 @@ class LayerWeights:
     o: Tensor  # [Q, H]
     ffn_norm: Tensor  # [H]
     router: Tensor | None  # [H, E], where there are experts
+    router_bias: Tensor | None  # [E] float32
     beside: tuple[Tensor, Tensor] | None  # gate beside up [H, 2F], down [F, H]: shared experts, or a dense layer's
     shared_router: Tensor | None  # [H, 1]
     qkv_bias: Tensor | None  # [Q + 2K]
@@ -52,7 +53,7 @@ class Trunk:
         self._head = factor(self._embed if self.config.tied else self._load("head"))  # [H, V]
         if self.config.tied:
             self._embed = self._head.t()
-        self._rope = rope_table(ctx, self.config.head_dim, self.config.rope_theta, device)
+        self._rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device)
         self._positions = torch.arange(ctx, device=device)
 
     def load_layers(self, progress: Callable[[int, int], None]) -> None:
@@ -91,7 +92,7 @@ class Trunk:
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
         normed = rms_norm(x, w.ffn_norm, self.config.norm_eps)
-        ids, weights = select(normed @ w.router, self.config.rule)
+        ids, weights = select(normed @ w.router, self.config.rule, w.router_bias)
         return normed, ids, weights
 
     def shared(self, layer: int, normed: Tensor) -> Tensor | None:
@@ -134,6 +135,7 @@ class Trunk:
             o=factor(self._load("o", layer)),
             ffn_norm=self._load("ffn_norm", layer),
             router=factor(self._load("router", layer)) if routed else None,
+            router_bias=self._load("router_bias", layer, torch.float32) if routed and c.rule.biased else None,
             beside=self._load_feed_forward(beside, layer) if beside else None,
             shared_router=self._load("shared_router", layer).view(-1, 1) if routed and c.shared_gated else None,
             qkv_bias=torch.cat([self._load(f"{r}_bias", layer) for r in "qkv"]) if c.qkv_bias else None,
@@ -144,10 +146,10 @@ class Trunk:
         gate, up, down = (self._load(f"{kind}_{part}", layer) for part in ("gate", "up", "down"))
         return factor(torch.cat((gate, up))), factor(down)
 
-    def _load(self, role: str, layer: int = 0) -> Tensor:
+    def _load(self, role: str, layer: int = 0, dtype: torch.dtype | None = None) -> Tensor:
         info = self._model.find(role, layer)
         assert info is not None, f"{role} was there when the model was opened"
-        weight = self._model.checkpoint.tensor(info.name, self._dtype)
+        weight = self._model.checkpoint.tensor(info.name, dtype or self._dtype)
         if role in ("q", "k") and self._model.checkpoint.kind == "gguf" and self._model.family.interleaved_gguf:
             weight = uninterleaved(weight, self.config.heads if role == "q" else self.config.kv_heads)
         return weight.to(self._device)

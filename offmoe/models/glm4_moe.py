@@ -1,0 +1,44 @@
+"""GLM-4.5, 4.6 and 4.5-Air: sigmoid router with a correction bias, shared experts, first layers dense, half a head
+rotated, q and k normed per head in the large ones."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from offmoe.kernels.route import Rule
+from offmoe.models.config import balanced_by_bias, count, first_dense, flag
+from offmoe.models.family import GGUF_NAMES, Family
+
+
+def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
+    shared = count(raw, "n_shared_experts", default=1)
+    return {
+        **first_dense(raw, layers),
+        "rule": balanced_by_bias(raw, rule),
+        "shared": shared,
+        "shared_hidden": shared * count(raw, "moe_intermediate_size"),
+        "qkv_bias": flag(raw, "attention_bias", False),
+        "qk_norm": "head" if flag(raw, "use_qk_norm", False) else "none",
+    }
+
+
+FAMILY = Family(
+    model_type="glm4_moe",
+    arch="glm4moe",
+    published="GLM-4.5-Air",
+    qk_norm="none",
+    renormalise=True,
+    gguf_names={**GGUF_NAMES, "ffn_norm": ("blk.{l}.post_attention_norm.weight",)},
+    partial_rotary=0.5,
+    fields=fields,
+    implemented={
+        "partial_rotary_factor": (),
+        "attention_bias": (),
+        "n_shared_experts": (),
+        "first_k_dense_replace": (),
+        "routed_scaling_factor": (),
+        "n_group": (),
+        "expert_gating_func": (2,),
+        "scoring_func": ("sigmoid", None),
+        "topk_method": ("noaux_tc", None),
+    },
+)
