@@ -1,0 +1,79 @@
+"""The config.json of published checkpoints gives the parameters that their makers state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from offmoe.models.config import from_hf
+from offmoe.models.family import family_of
+from offmoe.models.model import count_parameters
+
+QWEN = {"hidden_act": "silu", "tie_word_embeddings": False, "vocab_size": 151936, "rms_norm_eps": 1e-6}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Mixtral-8x7B-v0.1": {
+        "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "vocab_size": 32000, "max_position_embeddings": 32768, "rope_theta": 1e6, "sliding_window": None,
+        "hidden_act": "silu", "tie_word_embeddings": False},
+    "OLMoE-1B-7B-0924": {
+        "model_type": "olmoe", "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+        "vocab_size": 50304, "norm_topk_prob": False, "clip_qkv": None, "attention_bias": False,
+        "tie_word_embeddings": False},
+    "Qwen3-30B-A3B": {
+        **QWEN, "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "norm_topk_prob": True, "sliding_window": None, "use_sliding_window": False},
+    "Qwen1.5-MoE-A2.7B": {
+        **QWEN, "model_type": "qwen2_moe", "hidden_size": 2048, "intermediate_size": 5632,
+        "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4,
+        "decoder_sparse_step": 1, "norm_topk_prob": False, "sliding_window": 32768, "use_sliding_window": False,
+        "max_window_layers": 21},
+    "Qwen2-57B-A14B": {
+        **QWEN, "model_type": "qwen2_moe", "hidden_size": 3584, "intermediate_size": 18944,
+        "moe_intermediate_size": 2560, "shared_expert_intermediate_size": 20480, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "num_experts": 64, "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1, "norm_topk_prob": False, "sliding_window": 65536, "use_sliding_window": False,
+        "max_window_layers": 28},
+    "GLM-4.5-Air": {
+        "model_type": "glm4_moe", "hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+        "num_hidden_layers": 46, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128,
+        "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1,
+        "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True, "use_qk_norm": False,
+        "attention_bias": True, "partial_rotary_factor": 0.5, "rope_theta": 1000000, "rope_scaling": None,
+        "num_nextn_predict_layers": 1, "vocab_size": 151552, "hidden_act": "silu", "tie_word_embeddings": False},
+    "GLM-4.5": {
+        "model_type": "glm4_moe", "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536,
+        "num_hidden_layers": 92, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128,
+        "n_routed_experts": 160, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 3,
+        "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True, "use_qk_norm": True,
+        "attention_bias": True, "partial_rotary_factor": 0.5, "rope_theta": 1000000, "rope_scaling": None,
+        "num_nextn_predict_layers": 1, "vocab_size": 151552, "hidden_act": "silu", "tie_word_embeddings": False},
+}  # fmt: skip
+
+# Total and active in billions, and what the makers count as active: every matrix that a token needs ("all"),
+# "no embedding" of the input, or no output head either ("neither").
+STATED = {
+    "Mixtral-8x7B-v0.1": (46.7, 12.9, "all"),
+    "OLMoE-1B-7B-0924": (6.9, 1.3, "all"),
+    "Qwen3-30B-A3B": (30.5, 3.3, "all"),
+    "Qwen1.5-MoE-A2.7B": (14.3, 2.7, "all"),
+    "Qwen2-57B-A14B": (57.4, 14.0, "all"),
+    "GLM-4.5-Air": (106.0, 12.0, "neither"),
+    "GLM-4.5": (355.0, 32.0, "neither"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_parameters_are_those_published(name: str) -> None:
+    raw, (total, active, convention) = PUBLISHED[name], STATED[name]
+    config = from_hf(raw, family_of("model_type", raw["model_type"]))
+    ours, everything, without_embedding = count_parameters(config)
+    found = {"all": everything, "no embedding": without_embedding,
+             "neither": without_embedding - config.vocab * config.hidden}[convention]  # fmt: skip
+    assert ours / 1e9 == pytest.approx(total, rel=0.02)
+    assert found / 1e9 == pytest.approx(active, rel=0.02)
