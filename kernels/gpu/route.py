@@ -8,6 +8,7 @@ has ended, the table before the logits are there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from offmoe.kernels.gpu.foretell import Past
 from offmoe.kernels.gpu.launch import dependent
-from offmoe.kernels.gpu.resolve import KINDS, look, prefetch, resolve
+from offmoe.kernels.gpu.resolve import KINDS, look, ordered, prefetch, resolve
 
 PROGRAMS = 128  # at most
 RANKED = tl.constexpr(256)  # up to so many experts are ranked by comparing all with all, in one go
@@ -40,6 +41,8 @@ class Table:
     scratch: Tensor  # of `candidates`
     kind: str  # of the policy
     past: Past | None = None  # of policy echo
+    use: Any = None  # of kind formula: functions of a kernel
+    worth: Any = None
 
     @property
     def foretold(self) -> Tensor | None:
@@ -97,9 +100,7 @@ def powers(logits, experts, EP: tl.constexpr):
 def ranked(value, experts, k: tl.constexpr, EP: tl.constexpr):
     """The place of each of value [EP] in falling order, the lowest of equals first; NaN has a place too."""
     e = tl.arange(0, EP)
-    bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
-    whole = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)  # orders as the floats do
-    key = whole << 10 | (1023 - e).to(tl.int64)
+    key = ordered(value).to(tl.int64) << 10 | (1023 - e).to(tl.int64)
     key = tl.where(e < experts, key, -(1 << 60) - e.to(tl.int64))
     if EP <= RANKED:
         return tl.sum((key[:, None] > key[None, :]).to(tl.int32), 0)
@@ -130,14 +131,15 @@ def _route(
     status, slots, hit, miss_count, miss_records, miss_slots, fetch_count, fetch_slots, counters, log, units,
     H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
     RENORMALISE: tl.constexpr, FORCED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, KIND: tl.constexpr,
-    PREFETCHED: tl.constexpr, PDL: tl.constexpr,
+    USE: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     weight, gain = router_weights(router, norm, experts, H, WIDE, EACH)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     seen = look(layer * experts, experts, slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock,
-                candidate_row, fetch_count, fetch_slots, counters, status, EP, C, CP, KP, KIND, PREFETCHED)  # fmt: skip
+                candidate_row, fetch_count, fetch_slots, counters, status, EP, C, CP, KP, KIND, USE,
+                PREFETCHED)  # fmt: skip
     j = tl.arange(0, KP)
     if FORCED:
         row = (tl.maximum(tl.load(step) - 1, 0) % forced_rows) * layers + layer
@@ -216,7 +218,7 @@ def route(
         status, slots, hit, miss_count, miss_records, miss_slots, *(fetched or (None, None)), counters, log, units,
         KP=triton.next_power_of_2(top_k), RENORMALISE=renormalise, FORCED=forced is not None,
         C=table.candidates.shape[1], CP=triton.next_power_of_2(table.candidates.shape[1]), KIND=KINDS[table.kind],
-        PREFETCHED=fetched is not None, enable_fp_fusion=False, **sizes(router), **dependent(pdl),
+        USE=table.use, PREFETCHED=fetched is not None, enable_fp_fusion=False, **sizes(router), **dependent(pdl),
     )  # fmt: skip
 
 
