@@ -103,6 +103,8 @@ class Chat:
         self.talk.turns.append({"role": "assistant", "content": text, "tokens": list(tokens)})
         self.answers.append(stats)
         self.ui.note(stats_line(stats))
+        if loading := self.engine.loading():
+            self.ui.note(loading)
         if stats.finish_reason == "context":
             self.ui.note("the context is full: the answer ends here; the next message makes room, or /reset")
         if stats.finish_reason == "cancelled" and not self.ui.interactive:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from offmoe.cache.policies.crf import decay_table
 from offmoe.cache.policies.echo import NEAREST, Echo
+from offmoe.cache.policies.formula import Formula
 from offmoe.cache.residency import Residency
+from offmoe.device_formula import device_formula
 from offmoe.errors import OffmoeError
 from offmoe.kernels.gpu.foretell import Past, parts_of
 from offmoe.kernels.gpu.resolve import scratch_size
@@ -40,11 +42,13 @@ def device_table(residency: Residency, reach: int, device: torch.device) -> Tabl
         return torch.zeros(shape, dtype=torch.int32, device=device)
 
     decay = getattr(policy, "decay", decay_table(1))
+    use, worth = device_formula(policy, device) if isinstance(policy, Formula) else (None, None)
     return Table(
         slot_of=ints(records), owner=ints(slots), arriving=ints(slots), fresh=ints(slots), landed=ints(slots),
         progress=ints(slots), a=ints(records), b=ints(records), decay=torch.from_numpy(decay).to(device),
         clock=ints(2), candidates=ints(residency.pools, reach), scratch=ints(scratch_size(slots, reach)),
-        kind=policy.name.partition(":")[0], past=past(policy, device) if isinstance(policy, Echo) else None,
+        kind=policy.name.partition(":")[0] if worth is None else "formula", use=use, worth=worth,
+        past=past(policy, device) if isinstance(policy, Echo) else None,
     )  # fmt: skip
 
 

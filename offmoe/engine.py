@@ -133,6 +133,11 @@ class Engine:
         file = self.model.checkpoint.files[0]
         return self._meter.stats(self.plan, roof(cost, self.plan.device, file) if cost else None)
 
+    def loading(self) -> str | None:
+        """What is still read in the background, for a person; None: all is there."""
+        done, total = (0, 0) if self.plan.all_in_slots else self.store.ram.loaded()
+        return f"{done:,} of {total:,} experts read: until all are, answers wait for the disk" if done < total else None
+
     def cancel(self) -> None:
         """Let the running answer end after the present step; may be called from a signal handler."""
         self._cancelled = True

@@ -236,7 +236,7 @@ class DecodeStep:
             behind.wait()
             candidates(
                 t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, scratch=t.scratch,
-                foretold=t.foretold,
+                foretold=t.foretold, worth=t.worth,
             )  # fmt: skip
             self._listed.set()
 

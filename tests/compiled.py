@@ -60,7 +60,7 @@ def caught() -> Iterator[list[Launch]]:
     JITFunction.run = run
 
 
-def compiled(launch: Launch, capability: int) -> dict[str, Any]:
+def made_of(launch: Launch, capability: int) -> Any:
     """Pointers and whole numbers that divide by 16 are said to, as at a launch."""
     kernel, values, named = launch
     options = {key: named.pop(key) for key in list(named) if key not in kernel.arg_names}
@@ -82,10 +82,14 @@ def compiled(launch: Launch, capability: int) -> dict[str, Any]:
             if value % 16 == 0:
                 attributes[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def compiled(launch: Launch, capability: int) -> dict[str, Any]:
+    made = made_of(launch, capability)
     ptx = made.asm["ptx"]
     return {
-        "kernel": kernel.__name__,
+        "kernel": launch[0].__name__,
         "flushing_fma": re.findall(r"fma[.\w]*ftz", ptx),
         "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v4", ptx)),
         **resources(made.asm["cubin"]),
@@ -136,7 +140,8 @@ def residency(policy: str, pdl: bool, rule: Rule = RULE) -> None:
     t, ids = table, ints(1, LAYERS, K, dtype=torch.int16)
     bias = floats(EXPERTS) if rule.biased else None
     rows = EXPERTS + rule.biased  # with a gated shared expert too
-    candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, foretold=t.foretold)
+    candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, foretold=t.foretold,
+               worth=t.worth)  # fmt: skip
     if t.past:
         foretell(t.past, ints(LAYERS * K), ints(1), k=K, experts=EXPERTS)
     route(

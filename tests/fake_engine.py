@@ -77,6 +77,9 @@ class Engine:
         reason = "cancelled" if self.cancelled else "stop"
         return replace(STATS, tokens=len(self.answer_tokens), finish_reason=reason)
 
+    def loading(self) -> str | None:
+        return None
+
     def reset(self) -> None:
         self.resets += 1
 

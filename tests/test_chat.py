@@ -123,6 +123,12 @@ def test_an_error_is_a_line_for_a_person_and_the_end_of_a_pipe() -> None:
         talk("fail", interactive=False)
 
 
+def test_what_is_still_read_is_said_after_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_engine.Engine, "loading", lambda self: f"{len(self.prompts)} of 2 experts read")
+    _, ui = talk("a", "b")
+    assert ui.notes[1::2] == ["1 of 2 experts read", "2 of 2 experts read"]
+
+
 def test_every_command_is_in_the_help() -> None:
     _, ui = talk("/help")
     assert set(COMMANDS) == {f"/{name}" for name in ["help", "stats", "reset", "system", "set", "save", "load", "exit"]}

@@ -162,6 +162,16 @@ def test_the_context_ends_an_answer_and_refuses_a_prompt() -> None:
         assert "Paris" in answer(engine, "What is the capital of France?"), "still usable"
 
 
+def test_what_is_still_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with demo(vram="50%") as engine:
+        engine.store.ram.wait_complete()
+        assert engine.loading() is None
+        monkeypatch.setattr(engine.store.ram, "loaded", lambda: (12, 960))
+        assert engine.loading() == "12 of 960 experts read: until all are, answers wait for the disk"
+    with demo(vram="100%") as engine:
+        assert engine.loading() is None
+
+
 def test_a_seed_is_reproducible(engine: Engine) -> None:
     texts = [answer(engine, PROMPT, temperature=1.0, seed=seed) for seed in (5, 5, 6)]
     assert texts[0] == texts[1] != texts[2]

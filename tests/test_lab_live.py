@@ -123,6 +123,16 @@ def test_the_demo_is_replayed_exactly() -> None:
     assert measured.parts["page-in"] == pytest.approx(measured.stall_ms)
 
 
+@pytest.mark.parametrize("policy", [name for name, kind in POLICIES.items() if "profile" not in kind.parameters])
+def test_the_demo_misses_what_its_replay_misses(policy: str) -> None:
+    """The same records in the same order, at three budgets."""
+    with Bench(DEMO, Settings.of(device="cpu"), list(PROMPTS), 30) as bench:
+        for vram in ("31.3%", "50%", "75%"):
+            measured, _ = bench.measure(bench.canonical(vram, policy, None), bench.prompts[:1], 6)
+            assert measured.misses > 0, vram
+            assert measured.same_misses is True, vram
+
+
 def test_a_probe_leaves_nothing_behind(model: Path) -> None:
     with Engine(open_model(model), Settings.of(device="cpu", ctx=128)) as engine:
         before = [dict(vars(part)) for part in (engine.trunk, engine.store, engine.store.table)]

@@ -198,10 +198,17 @@ def test_a_plugin_says_where_it_runs(tmp_path: Path) -> None:
         "class Mine(Formula):\n    @staticmethod\n    def worth(value, age):\n        return value / (age + 1)\n"
     )
     result = bench(SMALL, "--slots", "8", "--policy", f"{path}:Mine", "--policy", "lfru", "--json")
-    assert f"{path}:Mine: no kernel evaluates its score, so it runs in replay and on the CPU only" in result.stderr
+    assert not result.stderr, "a formula scores everywhere"
     mine, lfru, *_ = map(json.loads, result.stdout.splitlines())
     assert mine["policy"] == f"{path}:Mine"
     assert mine["hit_rate"] == lfru["hit_rate"]  # the same rule
+    path.write_text(
+        "from offmoe.cache.policies.base import Policy\n"
+        "class Mine(Policy):\n    def touch(self, records, now, uses=1):\n        pass\n"
+        "    def score(self, records, now):\n        return 0.0 * records\n"
+    )
+    said = bench(SMALL, "--slots", "8", "--policy", f"{path}:Mine").stderr
+    assert f"{path}:Mine: no kernel evaluates its score, so it runs in replay and on the CPU only" in said
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import formulas
 import numpy as np
 import pytest
+import torch
 from contract import OnlineContract
 from traces import of, synthetic
 
@@ -24,6 +28,7 @@ from offmoe.cache.residency import Residency
 from offmoe.download import DEMO
 from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
+from offmoe.plan import canonical_policy
 
 PAGE = (Path(__file__).parents[1] / "docs/policies.md").read_text("utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -76,17 +81,43 @@ def test_the_spec_of_a_plugin_is_canonical_and_stands_for_itself(tmp_path: Path)
     assert make_policy(make_policy(plugin, 4).name, 4).name == f"{plugin},h=16"
 
 
-def test_a_formula_is_text_that_a_kernel_can_evaluate(tmp_path: Path) -> None:
-    """Compiled for sm_90 in a process of its own, for in this one Triton may be its interpreter."""
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["MyPolicy", "Signed"])
+def test_a_formula_compiles_into_the_kernels_and_rounds_to_nearest(tmp_path: Path, name: str, capability: int) -> None:
+    """In a process of its own, for in this one Triton may be its interpreter."""
     pytest.importorskip("triton.backends.nvidia")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     script = str(Path(__file__).with_name("formula_compiled.py"))
-    command = [sys.executable, "-P", script, example(tmp_path, "MyPolicy")]
+    plugin = f"{formulas.HERE}:{name}" if name == "Signed" else example(tmp_path, name)
+    command = [sys.executable, "-P", script, str(capability), plugin]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "div" in done.stdout
-    assert "sqrt" in done.stdout
+    made = {line["kernel"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert not [line for line in made.values() if "error" in line]
+    assert made.keys() == {"_evaluate", "_candidates", "_route", "_predict"}
+    assert "sqrt.rn.f32" in made["_evaluate"]["ptx"]
+    assert "div.rn.f32" in made["_route"]["ptx"]  # there one use is a constant, and so is its root
+    for kernel in ("_evaluate", "_candidates"):
+        ptx = made[kernel]["ptx"]
+        assert "div.rn.f32" in ptx
+        assert not re.findall(r"(?:div\.(?:full|approx)|[^r]sqrt\.approx|fma|\w+\.\w+\.ftz)[.\w]*", ptx)
+
+
+def test_a_formula_that_does_more_than_its_expressions_stays_off_the_gpu() -> None:
+    """What a captured graph needs; and what says that it has none of it."""
+    assert make_policy(f"{formulas.HERE}:Signed", 4).state == ("value", "last")
+    assert make_policy(f"{formulas.HERE}:Touching", 4).state == ()
+    with pytest.raises(OffmoeError, match="Touching' works on the CPU and in replay: on a GPU choose lru"):
+        canonical_policy(f"{formulas.HERE}:Touching", SimpleNamespace(records=4), torch.device("cuda"))  # type: ignore[arg-type]
+
+
+def test_a_formula_scores_in_float32() -> None:
+    """A literal must not make it float64, which a kernel has not."""
+    policy = make_policy(f"{formulas.HERE}:Signed", 4)
+    policy.touch(np.array([0, 2]), 5, np.array([1, 3]))
+    assert policy.score(np.arange(4), 7).dtype == np.float32
+    assert (policy.score(np.arange(4), 7) < 0).all()
 
 
 def test_an_engine_on_the_cpu_takes_a_plugin_and_says_the_same_tokens(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import formulas
 import numpy as np
 import pytest
 import torch
@@ -16,17 +17,21 @@ import triton
 import triton.language as tl
 
 from offmoe.cache.policies.echo import Echo
+from offmoe.cache.policies.formula import Formula
 from offmoe.cache.policy import Policy, make_policy
 from offmoe.cache.residency import Residency
+from offmoe.device_formula import device_formula
 from offmoe.device_table import device_table, lose, pull, push, reach
+from offmoe.errors import OffmoeError
 from offmoe.kernels.gpu.foretell import foretell, popcount
-from offmoe.kernels.gpu.resolve import candidates
+from offmoe.kernels.gpu.resolve import candidates, evaluate
 from offmoe.kernels.gpu.route import Table, predict, route
 from offmoe.kernels.ring import COUNTED, COUNTERS
 from offmoe.kernels.route import Rule, select
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-POLICIES = ("lru", "lfu", "lfru", "crf:h=3", "echo:h=3,w=16")
+SIGNED = f"{formulas.HERE}:Signed,h=3"
+POLICIES = ("lru", "lfu", "lfru", "crf:h=3", "echo:h=3,w=16", pytest.param(SIGNED, id="formula"))
 HIDDEN = 16
 
 
@@ -61,7 +66,8 @@ class Device:
 
     def find(self) -> None:
         t = self.table
-        candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, foretold=t.foretold)
+        candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, foretold=t.foretold,
+                   worth=t.worth)  # fmt: skip
 
     def foretell(self) -> None:
         """When all layers are routed."""
@@ -173,6 +179,8 @@ def test_the_same_victims(policy: str, scope: str, slots: int) -> None:
         ("lfu", "global", 1, 3, 3),
         ("lfru", "global", 1, 2, 5),
         ("crf:h=3", "global", 2, 1, 7),
+        pytest.param(SIGNED, "layer", 2, 2, 6, id="formula-layer"),
+        pytest.param(SIGNED, "global", 2, 1, 7, id="formula-global"),
     ],
 )
 def test_the_same_prefetches(policy: str, scope: str, ahead: int, most: int, seed: int) -> None:
@@ -338,11 +346,38 @@ def test_a_large_pool_is_listed_in_parts(policy: str, monkeypatch: pytest.Monkey
     for scratch in (None, table.scratch, table.scratch):
         table.candidates.fill_(-7)
         candidates(table.owner, table.arriving, table.a, table.b, table.decay, table.clock, table.candidates,
-                   kind=table.kind, scratch=scratch, foretold=table.foretold)  # fmt: skip
+                   kind=table.kind, scratch=scratch, foretold=table.foretold, worth=table.worth)  # fmt: skip
         keys = residency._keys(slice(0, 29), np.empty(0, np.int32), int(table.clock[0]))
         order = keys.argsort(kind="stable")
         assert table.candidates[0].tolist() == order[:10].tolist()
     assert int(table.scratch[0]) == 0
+
+
+@pytest.mark.parametrize("name", ["Signed,h=3", "Signed,h=7", "Plain", "Curved"])
+def test_a_formula_is_the_same_bit_for_bit(name: str) -> None:
+    """Over values and ages of all sizes; but a GPU's exp2 and log2 are near."""
+    policy = make_policy(f"{formulas.HERE}:{name}", 4096)
+    assert isinstance(policy, Formula)
+    rng = np.random.default_rng(5)
+    value = rng.exponential(8, 4096).astype(np.float32)
+    age, uses = (rng.integers(low, 9999, 4096).astype(np.float32) for low in (0, 1))
+    use, worth = device_formula(policy, DEVICE)
+    got = evaluate(*(torch.from_numpy(x).to(DEVICE) for x in (value, age, uses)), use=use, worth=worth).cpu().numpy()
+    want = policy.use(value.copy(), age, uses, **policy.values), policy.worth(value, age, **policy.values)
+    assert all(each.dtype == np.float32 for each in want)
+    assert (got[0].view(np.int32) == want[0].view(np.int32)).all()
+    if name == "Curved":
+        assert np.allclose(got[1], want[1], rtol=1e-6, atol=1e-6)
+    else:
+        assert (got[1].view(np.int32) == want[1].view(np.int32)).all()
+
+
+def test_what_no_kernel_can_do_is_refused_in_one_line() -> None:
+    with pytest.raises(OffmoeError, match=r"Looped' does not compile for a GPU \(.+\): it runs on the CPU") as caught:
+        pair(f"{formulas.HERE}:Looped", "layer", 4)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(OffmoeError, match="Touching' has no score for a GPU"):
+        pair(f"{formulas.HERE}:Touching", "layer", 4)
 
 
 def test_a_list_ends_where_nothing_may_leave() -> None:

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from offmoe.cache.policies.base import Ints, Numbers, Policy
 
-# What an expression may use besides + - * / and comparisons: a kernel has all of them under the same names.
-exp2, log2, sqrt, minimum, maximum, where = np.exp2, np.log2, np.sqrt, np.minimum, np.maximum, np.where
+# What an expression may use besides + - * / and comparisons: a kernel has all of them.
+exp2, log2, sqrt, minimum, maximum = np.exp2, np.log2, np.sqrt, np.minimum, np.maximum
+
+
+def where(condition: Any, yes: Any, no: Any) -> Any:
+    """Of two numbers written in the text NumPy would make float64."""
+    return np.where(condition, np.float32(yes), np.float32(no))
 
 
 class Formula(Policy):
     """A value per record, changed by every use, and what it is worth some tokens later.
 
     Both are static methods over float32: `value` after the last use (0 before the first), `age` in tokens since then,
-    and the policy's parameters by name. No kernel evaluates them yet: such a policy runs in replay and on the CPU.
+    and the policy's parameters by name. A GPU compiles them from their text (offmoe/device_formula.py).
     """
+
+    state: ClassVar[tuple[str, ...]] = ("value", "last")
+
+    def __init_subclass__(cls) -> None:
+        if {"touch", "score"} & vars(cls).keys():
+            cls.state = ()  # the expressions are not all of it
 
     @staticmethod
     def use(value: Any, age: Any, uses: Any, **parameters: Any) -> Any:
@@ -42,8 +53,8 @@ class Formula(Policy):
         self.last[records] = now
 
     def score(self, records: Ints, now: int) -> Numbers:
-        worth: Numbers = self.worth(self.value[records], self._age(records, now), **self.values)
-        return worth
+        worth = self.worth(self.value[records], self._age(records, now), **self.values)
+        return np.asarray(worth, np.float32)
 
     def _age(self, records: Ints, now: int) -> Numbers:
         return (now - self.last[records]).astype(np.float32)

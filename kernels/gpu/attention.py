@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from offmoe.kernels.gpu.dot import place
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.norm_rope import clipped, full_factor, in_int8, norm_factor, norm_kind
+from offmoe.kernels.gpu.striped import place
 from offmoe.kernels.kv import dequantise
 
 LEAST = 256  # positions that are not worth dividing: joining partial results costs 2 µs

@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.formats import FORMATS
-from offmoe.kernels.gpu.dot import place
 from offmoe.kernels.gpu.launch import dependent
+from offmoe.kernels.gpu.striped import place
 from offmoe.kernels.planes import Matrix
 
 COLUMNS = 512  # a program's; loads are byte by byte, which is nothing for one row

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offmoe.kernels.gpu.dot import UNIT, fold, place, words_of, x_of
+from offmoe.kernels.gpu.dot import UNIT, fold, words_of, x_of
 from offmoe.kernels.gpu.launch import dependent
+from offmoe.kernels.gpu.striped import place
 from offmoe.kernels.planes import Matrix, SlotLayout
 
 ALL, HITS, MISSES = 0, 1, 2  # which pairs: by the phase of a layer

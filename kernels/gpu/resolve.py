@@ -1,7 +1,7 @@
 """Residency on the device: which slots a layer's records lie in, who leaves for those that lie in none.
 
 The choices are those of cache.residency.Residency, bit for bit: a score is a fraction of two whole numbers (a float32
-that is not negative orders as its bits), fractions are compared by cross-multiplication, ties go to the lowest slot.
+orders as its bits, see `ordered`), fractions are compared by cross-multiplication, ties go to the lowest slot.
 
 Scanning a pool is done beside the critical path: `candidates` lists the slots that would leave first. What the table
 says of all experts of the layer is read while the router multiplies (`look`); once it is known who is asked for,
@@ -10,16 +10,20 @@ says of all experts of the layer is read while the router multiplies (`look`); o
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-KINDS = {"lru": 0, "lfu": 1, "lfru": 2, "crf": 3, "echo": 3}  # echo: crf and what is foretold
-LRU, LFU, LFRU, CRF = (tl.constexpr(kind) for kind in range(4))
+KINDS = {"lru": 0, "lfu": 1, "lfru": 2, "crf": 3, "echo": 3, "formula": 4}  # echo: crf and what is foretold
+LRU, LFU, LFRU, CRF, FORMULA = (tl.constexpr(kind) for kind in range(5))  # from LFRU on, b is the token of the last use
 # Words of a step's counters, in the order of kernels.ring; what is uploaded counts in units of 16 bytes.
 HITS, COVERED, LATE, MISSES, WASTED, UPLOADED = (tl.constexpr(word) for word in range(6))
 COUNTED = tl.constexpr(8)
-NEVER = tl.constexpr(1 << 31)  # the numerator of what must not leave; times a denominator it still fits int64
+# Below and above all numerators: a free slot's, and of what must not leave. Times a denominator they still fit int64.
+FREE, NEVER = tl.constexpr(-(1 << 31) - 1), tl.constexpr(1 << 31)
 PART = 1024  # slots of a pool that one program ranks, where several share a pool
 
 
@@ -32,9 +36,16 @@ def lower(n0, d0, s0, n1, d1, s1):
 
 
 @triton.jit
+def ordered(value):
+    """int32 that orders as float32 `value` does; -0 is 0, and NaN has a place too."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
 def list_first(
     slot, inside, owner, arriving, a, b, decay, decays, clock, foretold, out,
-    C: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
+    C: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, WORTH: tl.constexpr,
 ):  # fmt: skip
     """Of slots [BLOCK] the C that leave first, in that order, into out [C]; -1 where there are no more."""
     record = tl.load(owner + slot, mask=inside, other=-1)
@@ -43,7 +54,7 @@ def list_first(
     now = tl.load(clock)
     number = tl.load(a + record, mask=owned, other=0)
     age = tl.zeros((BLOCK,), tl.int32)
-    if (KIND == CRF) | (KIND == LFRU):
+    if KIND >= LFRU:
         age = tl.where(owned, now - tl.load(b + record, mask=owned, other=0), 0)
     if KIND == CRF:
         faded = tl.load(decay + tl.minimum(age, decays - 1), mask=owned, other=0.0)
@@ -51,7 +62,10 @@ def list_first(
         if foretold is not None:
             worth += tl.load(foretold + record, mask=owned, other=0.0)
         number = worth.to(tl.int32, bitcast=True)
-    number = tl.where(owned, number, -1).to(tl.int64)  # free slots go first
+    if KIND == FORMULA:
+        worth = WORTH(number.to(tl.float32, bitcast=True), age.to(tl.float32))
+        number = ordered(tl.where(owned, worth, 0.0).to(tl.float32))
+    number = tl.where(owned, number.to(tl.int64), FREE)
     number = tl.where(stays, NEVER, number)
     place = tl.where(inside, slot, 0).to(tl.int64)
     if KIND == LFRU:
@@ -62,8 +76,8 @@ def list_first(
             number = tl.where(place == first, NEVER, number)
             age = tl.where(place == first, 1, age)
     else:
-        end: tl.constexpr = (NEVER + 1) << 20
-        key = (number + 1) << 20 | place
+        end: tl.constexpr = NEVER << 20
+        key = number << 20 | place
         for c in range(C):
             first = tl.min(key, 0)
             tl.store(out + c, tl.where(first < end, first & 0xFFFFF, -1).to(tl.int32))
@@ -73,7 +87,7 @@ def list_first(
 @triton.jit
 def _candidates(
     owner, arriving, a, b, decay, decays, clock, foretold, out, scratch, capacity, parts,
-    C: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr, KIND: tl.constexpr,
+    C: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr, KIND: tl.constexpr, WORTH: tl.constexpr,
 ):  # fmt: skip
     """Grid (pools, parts): each lists its part; the last to finish ranks what all listed (then there is one pool)."""
     pool, part = tl.program_id(0), tl.program_id(1)
@@ -82,7 +96,7 @@ def _candidates(
     if MERGED:
         target = scratch + 1 + part * C
     list_first(pool * capacity + i, i < capacity, owner, arriving, a, b, decay, decays, clock, foretold, target,
-               C, BLOCK, KIND)  # fmt: skip
+               C, BLOCK, KIND, WORTH)  # fmt: skip
     if MERGED:
         tl.debug_barrier()  # all threads' stores come before the ticket
         if tl.atomic_add(scratch, 1, sem="acq_rel") == parts - 1:
@@ -90,17 +104,17 @@ def _candidates(
             j = tl.arange(0, MERGED)
             slot = tl.load(scratch + 1 + j, mask=j < parts * C, other=-1, cache_modifier=".cg")
             list_first(slot, slot >= 0, owner, arriving, a, b, decay, decays, clock, foretold, out, C, MERGED,
-                       KIND)  # fmt: skip
+                       KIND, WORTH)  # fmt: skip
 
 
 def candidates(
     owner: Tensor, arriving: Tensor, a: Tensor, b: Tensor, decay: Tensor, clock: Tensor, out: Tensor,
-    *, kind: str, scratch: Tensor | None = None, foretold: Tensor | None = None,
+    *, kind: str, scratch: Tensor | None = None, foretold: Tensor | None = None, worth: Any = None,
 ) -> None:  # fmt: skip
     """out [pools, C] int32: of every pool of owner's slots, those that would leave first at token clock[0].
 
     `scratch` int32 of scratch_size(), zero before the first launch: several programs share a large pool. `foretold`
-    [records] float32: what kind echo adds to a score.
+    [records] float32: what kind echo adds to a score; `worth`: kind formula's function.
     """
     pools, count = out.shape
     capacity = owner.numel() // pools
@@ -110,7 +124,7 @@ def candidates(
     _candidates[(pools, parts)](
         owner, arriving, a, b, decay, decay.numel(), clock, foretold, out, scratch, capacity, parts,
         C=count, BLOCK=block, MERGED=0 if parts == 1 else triton.next_power_of_2(parts * count), KIND=KINDS[kind],
-        num_warps=4 if block <= 1024 else 16, enable_fp_fusion=False,
+        WORTH=worth, num_warps=4 if block <= 1024 else 16, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -123,7 +137,7 @@ def scratch_size(slots: int, count: int) -> int:
 def look(
     first_record, experts, slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock, candidate_row,
     fetch_count, fetch_slots, counters, status,
-    EP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr,
+    EP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, USE: tl.constexpr,
     PREFETCHED: tl.constexpr,
 ):  # fmt: skip
     """Everything that the event will need of the table, before it is known who is asked for.
@@ -156,6 +170,10 @@ def look(
         age = now - tl.load(b + first_record + e, mask=there, other=0)
         faded = tl.load(decay + tl.minimum(age, decays - 1), mask=there, other=0.0)
         value = (value.to(tl.float32, bitcast=True) * faded + 1.0).to(tl.int32, bitcast=True)
+    elif KIND == FORMULA:
+        age = now - tl.load(b + first_record + e, mask=there, other=0)
+        used = USE(value.to(tl.float32, bitcast=True), age.to(tl.float32), tl.full((EP,), 1.0, tl.float32))
+        value = tl.where(there, used, 0.0).to(tl.float32).to(tl.int32, bitcast=True)
     elif KIND == LRU:
         value = value * 0 + event
     else:
@@ -198,7 +216,7 @@ def resolve(
     tl.store(owner + new, record, mask=missed)
     tl.store(slot_of + record, new, mask=missed)
     tl.store(a + record, value, mask=touched)
-    if (KIND == CRF) | (KIND == LFRU):
+    if KIND >= LFRU:
         tl.store(b + record, record * 0 + now, mask=touched)
     tl.store(fresh + slot, slot * 0, mask=touched & (state >= 2))
     if PREFETCHED:  # from now on what was fetched for this event is like any other
@@ -274,3 +292,23 @@ def prefetch(
     tl.store(fetch_slots + rank, new, mask=wanted)
     if running:
         tl.store(counters + w, counts)
+
+
+@triton.jit
+def _evaluate(value, age, uses, out, n, BLOCK: tl.constexpr, USE: tl.constexpr, WORTH: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    inside = i < n
+    v, a = tl.load(value + i, mask=inside, other=1.0), tl.load(age + i, mask=inside, other=1.0)
+    u = tl.load(uses + i, mask=inside, other=1.0)
+    tl.store(out + i, tl.where(inside, USE(v, a, u), 0.0).to(tl.float32), mask=inside)
+    tl.store(out + n + i, tl.where(inside, WORTH(v, a), 0.0).to(tl.float32), mask=inside)
+
+
+def evaluate(value: Tensor, age: Tensor, uses: Tensor, *, use: Any, worth: Any) -> Tensor:
+    """[2, n] float32 of float32 [n]: the value after so many uses, and what it is worth before them."""
+    n = value.numel()
+    out = torch.empty((2, n), device=value.device)
+    _evaluate[(1,)](
+        value, age, uses, out, n, BLOCK=triton.next_power_of_2(n), USE=use, WORTH=worth, enable_fp_fusion=False
+    )
+    return out

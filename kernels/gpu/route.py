@@ -8,6 +8,7 @@ has ended, the table before the logits are there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from offmoe.kernels.gpu.foretell import Past
 from offmoe.kernels.gpu.launch import dependent
-from offmoe.kernels.gpu.resolve import KINDS, look, prefetch, resolve
+from offmoe.kernels.gpu.resolve import KINDS, look, ordered, prefetch, resolve
 from offmoe.kernels.route import TINY, Rule
 
 PROGRAMS = 128  # at most
@@ -44,6 +45,8 @@ class Table:
     scratch: Tensor  # of `candidates`
     kind: str  # of the policy
     past: Past | None = None  # of policy echo
+    use: Any = None  # of kind formula: functions of a kernel
+    worth: Any = None
 
     @property
     def foretold(self) -> Tensor | None:
@@ -136,9 +139,7 @@ def in_groups(
 def ranked(value, experts, k: tl.constexpr, EP: tl.constexpr):
     """The place of each of value [EP] in falling order, the lowest of equals first; NaN has a place too."""
     e = tl.arange(0, EP)
-    bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
-    whole = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)  # orders as the floats do
-    key = whole << 10 | (1023 - e).to(tl.int64)
+    key = ordered(value).to(tl.int64) << 10 | (1023 - e).to(tl.int64)
     key = tl.where(e < experts, key, -(1 << 60) - e.to(tl.int64))
     if EP <= RANKED:
         return tl.sum((key[:, None] > key[None, :]).to(tl.int32), 0)
@@ -169,8 +170,8 @@ def _route(
     status, slots, hit, miss_count, miss_records, miss_slots, fetch_count, fetch_slots, counters, log, units,
     H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
     SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, GP: tl.constexpr,
-    RENORMALISE: tl.constexpr, SHARED: tl.constexpr, FORCED: tl.constexpr,
-    C: tl.constexpr, CP: tl.constexpr, KIND: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
+    RENORMALISE: tl.constexpr, SHARED: tl.constexpr, FORCED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+    KIND: tl.constexpr, USE: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = experts + SHARED
     weight, gain = router_weights(router, norm, rows, H, WIDE, EACH)
@@ -178,7 +179,8 @@ def _route(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     seen = look(layer * experts, experts, slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock,
-                candidate_row, fetch_count, fetch_slots, counters, status, EP, C, CP, KP, KIND, PREFETCHED)  # fmt: skip
+                candidate_row, fetch_count, fetch_slots, counters, status, EP, C, CP, KP, KIND, USE,
+                PREFETCHED)  # fmt: skip
     j = tl.arange(0, KP)
     if FORCED:
         row = (tl.maximum(tl.load(step) - 1, 0) % forced_rows) * layers + layer
@@ -278,7 +280,8 @@ def route(
         KP=triton.next_power_of_2(rule.top_k), RENORMALISE=rule.renormalise, SHARED=len(router) - experts,
         FORCED=forced is not None, **steps(rule),
         C=table.candidates.shape[1], CP=triton.next_power_of_2(table.candidates.shape[1]), KIND=KINDS[table.kind],
-        PREFETCHED=fetched is not None, enable_fp_fusion=False, **sizes(router, experts), **dependent(pdl),
+        USE=table.use, PREFETCHED=fetched is not None, enable_fp_fusion=False, **sizes(router, experts),
+        **dependent(pdl),
     )  # fmt: skip
 
 

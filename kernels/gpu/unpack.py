@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.formats import FORMATS
-from offmoe.kernels.gpu.dot import half_of, k_scales
+from offmoe.kernels.gpu.bits import half_of
+from offmoe.kernels.gpu.dot_256 import k_scales
 from offmoe.kernels.gpu.gemv import planes
 from offmoe.kernels.planes import Matrix
 

@@ -17,7 +17,7 @@ import numpy as np
 from offmoe.cache.ahead import Foresight, Pace, foresee
 from offmoe.cache.files import whole_file
 from offmoe.cache.plugin import is_plugin
-from offmoe.cache.policy import policy_for
+from offmoe.cache.policy import policy_for, understand
 from offmoe.cache.predictor import make_predictor
 from offmoe.cache.replay import Outcome, check_pool, replay
 from offmoe.cache.trace import Trace
@@ -83,7 +83,8 @@ def run(
 
         console().print(*tables(rows), sep="\n")
     for name in {row["policy"] for row in rows if is_plugin(row["policy"])}:
-        click.echo(f"{name}: no kernel evaluates its score, so it runs in replay and on the CPU only", err=True)
+        if not understand(name, {})[0].state:
+            click.echo(f"{name}: no kernel evaluates its score, so it runs in replay and on the CPU only", err=True)
 
 
 @contextmanager

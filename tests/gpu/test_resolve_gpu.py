@@ -37,6 +37,7 @@ if torch.cuda.is_available():
     from offmoe.kernels.route import Rule
 
 CUDA = torch.device("cuda")
+FORMULA = f"{ROOT / 'tests/formulas.py'}:Signed"
 TOKENS, SLOTS, HIDDEN, MOST, PREDICTED = 10_000, 8, 64, 2, 4
 Guesses = NDArray[np.int16]
 
@@ -78,7 +79,7 @@ class Replayer:
         t = self.table
         candidates(
             t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, scratch=t.scratch,
-            foretold=t.foretold,
+            foretold=t.foretold, worth=t.worth,
         )  # fmt: skip
 
     def token(self) -> None:
@@ -186,7 +187,7 @@ def compare(policy: str, scope: str, trace: Trace, guesses: Guesses | None = Non
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "crf:h=16", "echo"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru", "crf:h=16", "echo", FORMULA])
 def test_the_victims_of_ten_thousand_tokens(policy: str, scope: str, trace: Trace) -> None:
     compare(policy, scope, trace)
 

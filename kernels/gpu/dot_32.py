@@ -1,0 +1,104 @@
+"""Blocks of 32: Q4_0, Q4_1, Q5_0, MXFP4 and Q8_0."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from offmoe.kernels.gpu.bits import BACK, dot_bytes, dot_nibbles
+from offmoe.kernels.gpu.striped import lane_of, load_4, sum_4
+
+
+@triton.jit
+def x_32(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr):
+    """Of a block of 32: both sixteens [U, 4] and the sum [U]."""
+    w, lane = tl.arange(0, 4)[None, :], lane_of(start, K)[:, None]
+    b, m = base[:, None], there[:, None]
+    low, high = load_4(x, norm, b, lane, 0, w, m, K, NORM), load_4(x, norm, b, lane, 16, w, m, K, NORM)
+    return low, high, tl.sum(sum_4(low) + sum_4(high), 1)
+
+
+@triton.jit
+def fifth_bits(bits):
+    """Bits 0 … 3 to bit 4 of bytes 0 … 3."""
+    return (bits & 1) << 4 | (bits & 2) << 11 | (bits & 4) << 18 | (bits & 8) << 25
+
+
+@triton.jit
+def fp4(word, SIGN: tl.constexpr, MAGNITUDE: tl.constexpr):
+    """An e2m1 code as the float32 of 2^-126 times its value: its three bits are low exponent and high mantissa."""
+    if MAGNITUDE >= 0:
+        magnitude = word << MAGNITUDE
+    else:
+        magnitude = word >> -MAGNITUDE
+    return (word << SIGN & 0x80000000 | magnitude & 0x01C00000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def words_small(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+                P2: tl.constexpr):  # fmt: skip
+    """Blocks of 32 in nibbles [R, U, 4]; their scale [R, U]; minimum or fifth bits [R, U], where there are."""
+    words = buffer.to(tl.pointer_type(tl.uint32))
+    QUANTS: tl.constexpr = P1 if (FORMAT == "Q4_0" or FORMAT == "MXFP4") else P2
+    spot = (origin[None, :] + QUANTS // 4 + at * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
+    quants = tl.load(words + spot, mask=mask[:, :, None], other=0)
+    halves = buffer.to(tl.pointer_type(tl.float16)) + origin[None, :] * 2 + at
+    if FORMAT == "MXFP4":
+        return quants, tl.load(buffer + origin[None, :] * 4 + P0 + at, mask=mask, other=0)
+    elif FORMAT == "Q4_0":
+        return quants, tl.load(halves + P0 // 2, mask=mask, other=0.0)
+    elif FORMAT == "Q4_1":
+        return (quants, tl.load(halves + P0 // 2, mask=mask, other=0.0),
+                tl.load(halves + P1 // 2, mask=mask, other=0.0))  # fmt: skip
+    else:
+        return (quants, tl.load(halves + P0 // 2, mask=mask, other=0.0),
+                tl.load(words + origin[None, :] + P1 // 4 + at, mask=mask, other=0))  # fmt: skip
+
+
+@triton.jit
+def fold_small(words, xs, FORMAT: tl.constexpr):
+    """Q4_0, Q4_1, Q5_0, MXFP4 → [R, U]."""
+    quants, a, h, x_sum = words[0], xs[0], xs[1], xs[2][None]
+    zero = tl.zeros(quants.shape, tl.float32)
+    if FORMAT == "MXFP4":
+        # fmt: off
+        total = (fp4(quants, 28, 22) * (a[0] * 2.0**63)[None] + fp4(quants, 20, 14) * (a[1] * 2.0**63)[None]
+                 + fp4(quants, 12, 6) * (a[2] * 2.0**63)[None] + fp4(quants, 4, -2) * (a[3] * 2.0**63)[None]
+                 + fp4(quants, 24, 18) * (h[0] * 2.0**63)[None] + fp4(quants, 16, 10) * (h[1] * 2.0**63)[None]
+                 + fp4(quants, 8, 2) * (h[2] * 2.0**63)[None] + fp4(quants, 0, -6) * (h[3] * 2.0**63)[None])
+        # fmt: on
+        exponent = words[1].to(tl.uint32)
+        scale = tl.where(exponent == 0, 0x00400000, exponent << 23).to(tl.float32, bitcast=True)
+        return tl.sum(total, 2) * 2.0**63 * scale
+    elif FORMAT == "Q5_0":
+        bits = words[2][:, :, None] >> (4 * tl.arange(0, 4))[None, None, :]
+        total = dot_bytes(zero, quants & 0x0F0F0F0F | fifth_bits(bits), a[0], a[1], a[2], a[3])
+        total = dot_bytes(total, quants >> 4 & 0x0F0F0F0F | fifth_bits(bits >> 16), h[0], h[1], h[2], h[3])
+        return words[1].to(tl.float32) * (tl.sum(total, 2) * BACK - 16 * x_sum)
+    else:
+        low, high = dot_nibbles(zero, zero, quants, a[0], a[1], a[2], a[3], h[0], h[1], h[2], h[3])
+        total = tl.sum(low + high, 2) * BACK
+        if FORMAT == "Q4_0":
+            return words[1].to(tl.float32) * (total - 8 * x_sum)
+        else:
+            return words[1].to(tl.float32) * total + words[2].to(tl.float32) * x_sum
+
+
+@triton.jit
+def words_q8_0(buffer, origin, at, mask, P0: tl.constexpr, P1: tl.constexpr):
+    """Twice four words [R, U, 4], and the scale [R, U]."""
+    words = buffer.to(tl.pointer_type(tl.uint32))
+    spot = (origin[None, :] + P1 // 4 + at * 8)[:, :, None] + tl.arange(0, 4)[None, None, :]
+    m = mask[:, :, None]
+    d = buffer.to(tl.pointer_type(tl.float16)) + origin[None, :] * 2 + P0 // 2 + at
+    return (tl.load(words + spot, mask=m, other=0), tl.load(words + spot + 4, mask=m, other=0),
+            tl.load(d, mask=mask, other=0.0))  # fmt: skip
+
+
+@triton.jit
+def fold_q8_0(words, xs):
+    """Signed bytes, read as unsigned ones that are 128 too large → [R, U]."""
+    a, h = xs[0], xs[1]
+    total = dot_bytes(tl.zeros(words[0].shape, tl.float32), words[0] ^ 0x80808080, a[0], a[1], a[2], a[3])
+    total = dot_bytes(total, words[1] ^ 0x80808080, h[0], h[1], h[2], h[3])
+    return words[2].to(tl.float32) * (tl.sum(total, 2) * BACK - (128 * xs[2])[None])
