@@ -80,26 +80,30 @@ def test_logits_are_those_of_transformers(family: str, scope: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("prefetch", ["none", "gate:d=1,p=0,n=2", "gate:d=2,p=0,n=1"])
-def test_prefetching_changes_no_logit(prefetch: str, tmp_path: Path) -> None:
-    want, _ = reference("qwen3_moe", IDS)
-    with step_of(saved("qwen3_moe", tmp_path), vram="75%", prefetch=prefetch) as step:
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "glm4_moe-groups"])
+def test_prefetching_changes_no_logit(family: str, prefetch: str, tmp_path: Path) -> None:
+    """Layers ahead are counted among those with experts."""
+    want, _ = reference(family, IDS)
+    with step_of(saved(family, tmp_path), vram="75%", prefetch=prefetch) as step:
         got = run(step, Variant(prefetch=prefetch != "none"))
         assert_close("logits", got, want, 1e-5)
         assert bool(step.table.landed.any()) == (prefetch != "none"), "nothing was prefetched"
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_echo_hears_every_token(scope: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "scope"), [("qwen3_moe", "layer"), ("qwen3_moe", "global"), ("qwen2_moe-sparse", "layer")]
+)
+def test_echo_hears_every_token(family: str, scope: str, tmp_path: Path) -> None:
     """A whole step's launches leave what the host's policy makes of the same ids; a step behind the end adds none."""
-    want, _ = reference("qwen3_moe", IDS)
-    with step_of(saved("qwen3_moe", tmp_path), vram="60%", scope=scope, policy="echo:h=3,w=16") as step:
+    want, _ = reference(family, IDS)
+    with step_of(saved(family, tmp_path), vram="60%", scope=scope, policy="echo:h=3,w=16") as step:
         assert_close("logits", run(step, Variant()), want, 1e-5)
         heard, c = step.store.table.policy, step.config
         assert isinstance(heard, Echo)
         told = Echo(heard.records, h=3, w=16)
         for now in range(len(IDS)):
             ids = step.ring.row(now).ids
-            told.touch((ids + np.arange(c.layers)[:, None] * c.experts).ravel(), now)
+            told.touch((ids + np.arange(c.places)[:, None] * c.experts).ravel(), now)
         with step.idle():
             step.launch(Variant())
         step.pull()
