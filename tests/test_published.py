@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from offmoe.models.config import from_hf
+from offmoe.models.config import from_gguf, from_hf
 from offmoe.models.family import family_of
 from offmoe.models.model import count_parameters
 
@@ -77,3 +77,30 @@ def test_the_parameters_are_those_published(name: str) -> None:
              "neither": without_embedding - config.vocab * config.hidden}[convention]  # fmt: skip
     assert ours / 1e9 == pytest.approx(total, rel=0.02)
     assert found / 1e9 == pytest.approx(active, rel=0.02)
+
+
+# What llama.cpp's converter writes of two of them, and the tensors that a config is read from.
+CONVERTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "Qwen1.5-MoE-A2.7B": ({
+        "block_count": 24, "embedding_length": 2048, "feed_forward_length": 5632, "attention.head_count": 16,
+        "attention.head_count_kv": 16, "rope.freq_base": 10000.0, "attention.layer_norm_rms_epsilon": 1e-6,
+        "expert_used_count": 4, "expert_count": 60, "expert_feed_forward_length": 1408,
+        "expert_shared_feed_forward_length": 5632, "vocab_size": 151936, "context_length": 4096},
+        ("output.weight", "blk.0.attn_q.bias")),
+    "GLM-4.5-Air": ({
+        "block_count": 47, "nextn_predict_layers": 1, "embedding_length": 4096, "feed_forward_length": 10944,
+        "attention.head_count": 96, "attention.head_count_kv": 8, "attention.key_length": 128,
+        "attention.value_length": 128, "rope.freq_base": 1e6, "rope.dimension_count": 64,
+        "attention.layer_norm_rms_epsilon": 1e-6, "expert_used_count": 8, "expert_count": 128, "expert_shared_count": 1,
+        "expert_feed_forward_length": 1408, "leading_dense_block_count": 1, "expert_gating_func": 2,
+        "expert_weights_scale": 1.0, "expert_weights_norm": True, "vocab_size": 151552, "context_length": 4096},
+        ("output.weight", "blk.0.attn_q.bias")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_a_gguf_says_what_the_config_says(name: str) -> None:
+    (keys, tensors), raw = CONVERTED[name], PUBLISHED[name]
+    family = family_of("model_type", raw["model_type"])
+    metadata = {f"{family.arch}.{key}": value for key, value in keys.items()}
+    assert from_gguf(metadata, family, dict.fromkeys(tensors)) == from_hf(raw, family)
