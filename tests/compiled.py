@@ -1,4 +1,4 @@
-"""Compiles every kernel of the decode graph for real, with no GPU: `python -P compiled.py 80`, a line of JSON a kernel.
+"""Compiles every kernel for real, with no GPU: `python -P compiled.py 80`, a line of JSON a kernel.
 
 Launches are caught before they start; a kernel is compiled for the arguments that it was called with.
 """
@@ -29,12 +29,15 @@ from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.foretell import foretell
+from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
 from offmoe.kernels.gpu.gemv import HITS, dense, expert_down, expert_gate_up
+from offmoe.kernels.gpu.norm_rope import norm_rope_write
 from offmoe.kernels.gpu.page_in import page_in, scratch_for
 from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
 from offmoe.kernels.gpu.sample import Scratch, sample_step
+from offmoe.kernels.gpu.unpack import dequantise_into
 from offmoe.kernels.planes import matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.ring import COUNTED
@@ -85,11 +88,16 @@ def made_of(launch: Launch, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+def name_of(launch: Launch) -> str:
+    """`gemv._down`."""
+    return f"{launch[0].__module__.rpartition('.')[2]}.{launch[0].__name__}"
+
+
 def compiled(launch: Launch, capability: int) -> dict[str, Any]:
     made = made_of(launch, capability)
     ptx = made.asm["ptx"]
     return {
-        "kernel": launch[0].__name__,
+        "kernel": name_of(launch),
         "flushing_fma": re.findall(r"fma[.\w]*ftz", ptx),
         "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v4", ptx)),
         **resources(made.asm["cubin"]),
@@ -124,6 +132,23 @@ def products(fmt: str, pdl: bool) -> None:
     parts = [(ints(form.nbytes, dtype=torch.uint8), form) for form in (matrix(fmt, 512, H), matrix("Q6_K", 512, H))]
     dense(floats(1, H), parts, floats(1, 1024), norm=floats(H), eps=1e-6, pdl=pdl)
     dense(floats(1, H), parts, floats(1, 1024), norm=floats(H), eps=1e-6, bias=floats(1024), pdl=pdl)
+
+
+def prompt(block: int) -> None:
+    """A chunk's kernels: tiles of 16 pairs have the weights on the left, others on the right."""
+    layout = slot_layout(RecordLayout.of(("gate", "Q4_K", F, H), ("up", "Q4_K", F, H), ("down", "Q6_K", H, F)))
+    x, ids = floats(64, H).bfloat16(), ints(64, K, dtype=torch.int64)
+    out = x.new_empty((ids.numel(), H))
+    tiles = plan_tiles(ids, EXPERTS, x.dtype, block)
+    expert_mlp(x, ids, tiles, ints(EXPERTS, dtype=torch.int64), layout, out)
+    combine(out, floats(64, K))
+    form = matrix("Q6_K", 512, H)
+    dequantise_into(ints(form.nbytes, dtype=torch.uint8), form, x.new_empty((512, H)))
+    keys = torch.zeros((4, 4096, 128), dtype=torch.bfloat16)
+    norm_rope_write(
+        x.new_empty((64, 40 * 128)), keys, keys, ints(64, dtype=torch.int64), floats(2, 4096, 128), heads=32,
+        kv_heads=4, head_dim=128, q_norm=floats(128), k_norm=floats(128), clip=None, eps=1e-6,
+    )  # fmt: skip
 
 
 def copies(fmt: str, pdl: bool) -> None:
@@ -191,11 +216,13 @@ def main(capability: int) -> None:
         residency("echo", pdl)
         attention(pdl)
         ends(pdl)
+        prompt(16)
+        prompt(64)
     for launch in launches:
         try:
             print(json.dumps(compiled(launch, capability)), flush=True)
         except Exception as error:  # the next kernel is tried too
-            print(json.dumps({"kernel": launch[0].__name__, "error": f"{type(error).__name__}: {error}"}), flush=True)
+            print(json.dumps({"kernel": name_of(launch), "error": f"{type(error).__name__}: {error}"}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every kernel of the decode graph compiles for sm_80 and sm_90, with no GPU; products read wide and flush nothing."""
+"""Every kernel compiles for sm_80 and sm_90, with no GPU; products read wide and flush nothing."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import pytest
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.backends.nvidia")
+from offmoe.kernels.gpu.gemv import WARPS, WARPS_WITH_NORM
 
-KERNELS = {"_gate_up", "_down", "_dense", "_page_in", "_candidates", "_route", "_predict", "_decode", "_embed",
-           "_sample", "_advance", "_request", "_remember", "_compare", "_foretell"}  # fmt: skip
-PRODUCTS = {"_gate_up", "_down", "_dense"}
-WIDE = {*PRODUCTS, "_page_in", "_route", "_decode"}
+PRODUCTS = {"gemv._gate_up", "gemv._down", "gemv._dense"}
+WIDE = {*PRODUCTS, "page_in._page_in", "route._route", "attention._decode"}
+KERNELS = {*WIDE, "resolve._candidates", "route._predict", "embed._embed", "sample._sample", "advance._advance",
+           "request._request", "foretell._remember", "foretell._compare", "foretell._foretell", "gemm._plan_tiles",
+           "gemm._gate_up", "gemm._down", "gemm._combine", "unpack._unpack", "norm_rope._norm_rope_write"}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
@@ -41,3 +43,10 @@ def test_products_read_wide_words_and_flush_nothing(made: list[dict[str, Any]]) 
     """A subnormal that is flushed would make every weight 0: see kernels.gpu.dot."""
     assert not [line for line in made if line["kernel"] in WIDE and not line["wide_loads"]]
     assert not [line for line in made if line["kernel"] in PRODUCTS and line["flushing_fma"]]
+
+
+def test_as_many_warps_run_at_once_as_a_launch_counts_on(made: list[dict[str, Any]]) -> None:
+    """gemv.WARPS and WARPS_WITH_NORM of 65,536 registers; one more and a second round begins."""
+    registers = {name: max(line["reg"] for line in made if line["kernel"] == name) for name in PRODUCTS}
+    assert max(registers["gemv._gate_up"], registers["gemv._down"]) <= 65536 // 32 // WARPS
+    assert registers["gemv._dense"] <= 65536 // 32 // WARPS_WITH_NORM
