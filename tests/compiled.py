@@ -31,7 +31,7 @@ from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.foretell import foretell
 from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
 from offmoe.kernels.gpu.gemv import HITS, dense, expert_down, expert_gate_up
-from offmoe.kernels.gpu.norm_rope import norm_rope_write
+from offmoe.kernels.gpu.norm_rope import norm_rope_write, rms_norm
 from offmoe.kernels.gpu.page_in import page_in, scratch_for
 from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
@@ -195,6 +195,7 @@ def attention(pdl: bool) -> None:
 
 
 def ends(pdl: bool) -> None:
+    rms_norm(floats(1, H), floats(H), 1e-6, floats(1, H))  # of a layer without experts
     form = matrix("Q4_K", 1024, H)
     embed(ints(1), (ints(form.nbytes, dtype=torch.uint8), form), floats(1, H), striped=True, pdl=pdl)
     sample_step(floats(151936), floats(5), ints(1, dtype=torch.int64), ints(1), ints(151936, dtype=torch.uint8),
