@@ -80,7 +80,7 @@ def chat(model: str, system: str | None, no_profile: bool, **chosen: Any) -> Non
 
     ui = choose_ui(list(COMMANDS))
     with load(path, settings) as engine:
-        for line in (f"{model} · {engine.plan.summary()}", *filter(None, [told, engine.loading()]), *engine.notes):
+        for line in (f"{model} · {engine.plan.summary()}", *filter(None, [told]), *engine.notes):
             ui.note(line)
         Chat(engine, ui, str(path.resolve()), sampling, system).loop()
 
