@@ -27,6 +27,7 @@ from offmoe.options import (
     profile_option,
     raw_option,
     sampling_options,
+    spare_existing,
     system_option,
 )
 from offmoe.profile import use_profile
@@ -155,8 +156,7 @@ def info(model: str, as_json: bool, **chosen: Any) -> None:
 def pack_command(model: str, out: Path, fmt: str, force: bool) -> None:
     """Write the safetensors MODEL as a GGUF, which llama.cpp reads too."""
     path = find_model(model)
-    if out.exists() and not force:
-        raise OffmoeError(f"{out} exists: choose another name, or --force to write over it")
+    spare_existing(out, force)
     from offmoe.checkpoint import open_checkpoint
     from offmoe.pack import pack
 

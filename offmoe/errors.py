@@ -1,8 +1,20 @@
 """What offmoe raises for a user's mistake or a machine's limit; only the command line prints it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class OffmoeError(Exception):
     """One line: what was found, what was expected, what to do."""
+
+
+@contextmanager
+def users_mistakes() -> Iterator[None]:
+    """What cache/ says of a user's mistake, a ValueError, is for the user."""
+    try:
+        yield
+    except ValueError as error:
+        raise OffmoeError(str(error)) from error
 
 
 class ContextFull(OffmoeError):

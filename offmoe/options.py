@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
 
+from offmoe.errors import OffmoeError
 from offmoe.settings import Sampling, Settings
 
 Decorator = Callable[[Any], Any]
@@ -123,6 +125,12 @@ profile_option: Decorator = option(
     "Placement", "--no-profile", is_flag=True, help="Without what `offmoe tune` found for MODEL here."
 )
 json_option: Decorator = option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def spare_existing(out: Path, force: bool) -> None:
+    """OffmoeError where there is a file already, unless it may be written over."""
+    if out.exists() and not force:
+        raise OffmoeError(f"{out} exists: choose another name, or --force to write over it")
 
 
 def parse(chosen: dict[str, Any]) -> tuple[Settings, Sampling]:

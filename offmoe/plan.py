@@ -10,7 +10,7 @@ import torch
 
 from offmoe.cache.policies import POLICIES
 from offmoe.cache.policy import make_policy
-from offmoe.errors import OffmoeError
+from offmoe.errors import OffmoeError, users_mistakes
 from offmoe.gate import NONE, Gate
 from offmoe.kvcache import kv_nbytes
 from offmoe.models.model import Model, count_weights, trunk_weights
@@ -22,9 +22,8 @@ DEFAULT_SCOPE = "layer"  # hits 1.6–3 points more than one global pool on trac
 DEFAULT_CTX = 8192
 SHARE_OF_FREE = 0.6  # of free memory: the desktop goes on living
 VRAM_MARGIN = 512 << 20  # what CUDA's libraries and compiled kernels take after the start
-BATCH_BYTES = (
-    96 << 20
-)  # of records that cross the link together: 2 ms on PCIe 5; half of it took a prompt 1.3 × the time
+# Of records that cross the link together: 2 ms on PCIe 5; half of it took a prompt 1.3 × the time.
+BATCH_BYTES = 96 << 20
 BATCHES = 3  # two under way, one rearranged
 CHUNK, CHUNK_GPU = 512, 4096  # a GPU streams all absent experts past every chunk: the fewer the better
 STAGING_ROWS = 32  # RAM rows kept even with --ram 0: what passes from disk to slots
@@ -248,10 +247,8 @@ def pick_ram_rows(model: Model, asked: int | str | None, slots: int, left: int) 
 
 def canonical_policy(spec: str, model: Model, device: torch.device) -> str:
     """A policy without `state` scores nothing in a captured graph."""
-    try:
+    with users_mistakes():
         policy = make_policy(spec, model.records)
-    except ValueError as error:
-        raise OffmoeError(str(error)) from None
     if device.type != "cpu" and not policy.state:
         able = ", ".join(name for name, kind in POLICIES.items() if kind.state)
         raise OffmoeError(f"policy {policy.name!r} works on the CPU and in replay: on a GPU choose {able}")

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from offmoe.cache.policy import policy_for, understand
 from offmoe.cache.predictor import make_predictor
 from offmoe.cache.replay import Outcome, check_pool, replay
 from offmoe.cache.trace import Trace
-from offmoe.errors import OffmoeError
+from offmoe.errors import OffmoeError, users_mistakes
 from offmoe.settings import parse_size
 from offmoe.terminal import console, progress_bar
 
@@ -61,7 +60,7 @@ def run(
 ) -> None:  # fmt: skip
     """What `offmoe bench policies` does."""
     rows: list[Row] = []
-    with user_errors():
+    with users_mistakes():
         opened = [(path, head_of(Trace.load(path), tokens)) for path in traces]
         plans: list[Plan] = []
         for path, trace in opened:
@@ -69,7 +68,7 @@ def run(
             size = parse_size(record) if record else trace.meta.get("record_bytes")
             plans.append(Plan(path, trace, cells, size, pace_of(trace, link, size, floor)))
     warn(cell for plan in plans for cell in plan.cells if cell.slots < plan.trace.meta["top_k"])
-    with user_errors(), progress_bar("replaying") as progress:
+    with users_mistakes(), progress_bar("replaying") as progress:
         total = sum(len(plan.cells) for plan in plans)
         for row in (row for plan in plans for row in rows_of(plan, per_layer)):
             rows.append(row)
@@ -85,15 +84,6 @@ def run(
     for name in {row["policy"] for row in rows if is_plugin(row["policy"])}:
         if not understand(name, {})[0].state:
             click.echo(f"{name}: no kernel evaluates its score, so it runs in replay and on the CPU only", err=True)
-
-
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """What cache/ says of a user's mistake is for the user."""
-    try:
-        yield
-    except ValueError as error:
-        raise OffmoeError(str(error)) from error
 
 
 def head_of(trace: Trace, tokens: int | None) -> Trace:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offmoe.download import find_model
-from offmoe.errors import OffmoeError
-from offmoe.options import Command, json_option, option, parse, placement_options
+from offmoe.errors import OffmoeError, users_mistakes
+from offmoe.options import Command, json_option, option, parse, placement_options, spare_existing
 from offmoe.terminal import clean, interruptible, progress_bar
 
 if TYPE_CHECKING:
@@ -103,7 +101,7 @@ def info(path: Path, plot: Path | None, as_json: bool) -> None:
     if plot:
         from offmoe.lab.trace_plot import draw
 
-        with one_line_errors():
+        with users_mistakes():
             plot.write_bytes(draw(facts))
     if as_json:
         from offmoe.cli import show_json
@@ -127,7 +125,7 @@ def convert(source: Path, out: Path, model: str | None, experts: int | None, for
     CSV and JSON keep ids, weights and sequences; states, logits and tokens stay behind.
     """
     may_write(out, force, ".npz", ".csv", ".jsonl")
-    with one_line_errors():
+    with users_mistakes():
         from offmoe.lab.trace_formats import read_any, write_any
 
         write_any(read_any(source, model, experts), out)
@@ -152,7 +150,7 @@ def fit(path: Path, ahead: int, ridge: float | None, test: Path | None, out: Pat
     train, other = read(path), read(test) if test else None
     from offmoe.lab.fit import fit_map, judge_table
 
-    with one_line_errors():
+    with users_mistakes():
         linear = fit_map(train, other, ahead, ridge)
         linear.save(out)
     if as_json:
@@ -166,26 +164,16 @@ def fit(path: Path, ahead: int, ridge: float | None, test: Path | None, out: Pat
 
 
 def read(path: Path) -> Trace:
-    with one_line_errors():
+    with users_mistakes():
         from offmoe.cache.trace import Trace
 
         return Trace.load(path)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What is wrong with a person's file, or the disk, as OffmoeError."""
-    try:
-        yield
-    except ValueError as error:
-        raise OffmoeError(str(error)) from None
 
 
 def may_write(out: Path, force: bool, *suffixes: str) -> None:
     """Found out before minutes of work."""
     if out.suffix not in suffixes:
         raise OffmoeError(f"{out} ends with {out.suffix or 'no suffix'!r}: expected {' or '.join(suffixes)}")
-    if out.exists() and not force:
-        raise OffmoeError(f"{out} exists: choose another name, or --force to write over it")
+    spare_existing(out, force)
     if not out.parent.is_dir():
         raise OffmoeError(f"{out.parent} is no directory: make it, or choose another name")
