@@ -59,6 +59,14 @@ def across(fmt: str, weights: int) -> tuple[int, int]:
 
 
 @triton.jit
+def rows_of(buffer, origin, unit, there, rows, end, UNITS: tl.constexpr, FORMAT: tl.constexpr,
+            P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
+    """The words of these rows before `end`, UNITS units a row of which this program takes `unit` where `there`."""
+    mask = (rows < end)[:, None] & there[None, :]
+    return words_of(buffer, origin, rows[:, None] * UNITS + unit[None, :], mask, FORMAT, P0, P1, P2, P3)
+
+
+@triton.jit
 def stream(buffer, origin, unit, there, words, xs, first, end, out, bias, shift, scale,
            UNITS: tl.constexpr, R: tl.constexpr, N: tl.constexpr, RESIDUAL: tl.constexpr, FORMAT: tl.constexpr,
            P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
@@ -70,8 +78,7 @@ def stream(buffer, origin, unit, there, words, xs, first, end, out, bias, shift,
     r = tl.arange(0, R)
     for row in range(first, end, R):
         rows, ahead = row + r, row + R + r
-        mask = (ahead < end)[:, None] & there[None, :]
-        following = words_of(buffer, origin, ahead[:, None] * UNITS + unit[None, :], mask, FORMAT, P0, P1, P2, P3)
+        following = rows_of(buffer, origin, unit, there, ahead, end, UNITS, FORMAT, P0, P1, P2, P3)
         at, inside = shift + rows, rows < end
         if RESIDUAL:
             at = place(at, N)
@@ -95,8 +102,7 @@ def part(buffer, pid, x, norm, out, bias, shift, eps, each,
     u, first = tl.arange(0, U), pid * each
     end = tl.minimum(first + each, ROWS)
     origin, there, rows = tl.zeros((U,), tl.int32), u < UNITS, first + tl.arange(0, R)
-    mask = (rows < end)[:, None] & there[None, :]
-    words = words_of(buffer, origin, rows[:, None] * UNITS + u[None, :], mask, FORMAT, P0, P1, P2, P3)
+    words = rows_of(buffer, origin, u, there, rows, end, UNITS, FORMAT, P0, P1, P2, P3)
     if PDL:
         tl.extra.cuda.gdc_wait()
     xs = x_of(x, norm, origin, u * WIDTH, there, FORMAT, K, NORM)
@@ -215,17 +221,12 @@ def _gate_up(
     first = which * each
     end = tl.minimum(first + each, INNER)
     row = first + r
-    gates = words_of(record, none_g, row[:, None] * (H // WG) + g[None, :], (row < end)[:, None] & there_g[None, :],
-                     FG, G0, G1, G2, G3)  # fmt: skip
-    ups = words_of(record, none_u, row[:, None] * (H // WU) + u[None, :], (row < end)[:, None] & there_u[None, :],
-                   FU, U0, U1, U2, U3)  # fmt: skip
+    gates = rows_of(record, none_g, g, there_g, row, end, H // WG, FG, G0, G1, G2, G3)
+    ups = rows_of(record, none_u, u, there_u, row, end, H // WU, FU, U0, U1, U2, U3)
     for start in range(first, end, R):
         row, ahead = start + r, start + R + r
-        inside = (ahead < end)[:, None]
-        next_gates = words_of(record, none_g, ahead[:, None] * (H // WG) + g[None, :], inside & there_g[None, :],
-                              FG, G0, G1, G2, G3)  # fmt: skip
-        next_ups = words_of(record, none_u, ahead[:, None] * (H // WU) + u[None, :], inside & there_u[None, :],
-                            FU, U0, U1, U2, U3)  # fmt: skip
+        next_gates = rows_of(record, none_g, g, there_g, ahead, end, H // WG, FG, G0, G1, G2, G3)
+        next_ups = rows_of(record, none_u, u, there_u, ahead, end, H // WU, FU, U0, U1, U2, U3)
         gate, up = fold(gates, xg, FG), fold(ups, xu, FU)
         tl.store(out + place(row, INNER), gate * tl.sigmoid(gate) * up * weight, mask=row < end)
         gates, ups = next_gates, next_ups
@@ -270,8 +271,7 @@ def _down(
     first = tl.program_id(0) * each
     end = tl.minimum(first + each, H)
     rows = first + tl.arange(0, R)
-    words = words_of(records, origin, rows[:, None] * UNITS + unit[None, :], (rows < end)[:, None] & there[None, :],
-                     FORMAT, P0, P1, P2, P3)  # fmt: skip
+    words = rows_of(records, origin, unit, there, rows, end, UNITS, FORMAT, P0, P1, P2, P3)
     if PDL:
         tl.extra.cuda.gdc_wait()
     xs = x_of(inner, inner, pair * INNER, unit * WIDTH, there, FORMAT, INNER, False)
