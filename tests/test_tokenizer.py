@@ -350,7 +350,7 @@ def expect_error(files: Files, message: str) -> None:
     [
         ({"model": None}, "has no tokenizer"),
         ({"model": "no_vocab"}, "has no tokenizer"),
-        ({"model": "bert"}, "'bert' is not supported: known are gpt2 and llama"),
+        ({"model": "bert"}, "'bert' is not supported: known are gpt2, gemma4 and llama"),
         ({"pre": "klingon"}, "'klingon' is not supported: known are .*qwen2"),
         ({"tokens": None}, "tokens is missing"),
         ({"tokens": [1, 2]}, "tokens is missing or no list of strings"),
@@ -440,8 +440,8 @@ def pairs(file: Path) -> Iterator[tuple[str, list[int]]]:
 
 
 VOCABULARIES = (
-    *("command-r", "deepseek-coder", "deepseek-llm", "falcon", "gpt-2", "llama-bpe", "llama-spm"),
-    *("mpt", "phi-3", "qwen2", "qwen35", "refact", "starcoder"),
+    *("command-r", "deepseek-coder", "deepseek-llm", "falcon", "gemma-4", "gpt-2", "llama-bpe"),
+    *("llama-spm", "mpt", "phi-3", "qwen2", "qwen35", "refact", "starcoder"),
 )
 
 
