@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from tokenizers.decoders import Decoder
 
+from offmoe.byte_letters import letters_to_bytes
 from offmoe.chat_template import ChatTemplate
 from offmoe.errors import OffmoeError
 from offmoe.vocab import Vocab, read_vocab
@@ -16,10 +17,6 @@ from offmoe.vocab import Vocab, read_vocab
 if TYPE_CHECKING:
     from offmoe.checkpoint import Checkpoint
 
-# GPT-2 writes printable bytes as themselves, and the others as the letters from U+0100 on.
-PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
-BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -200,11 +197,3 @@ def decoder_kind(decoder: Decoder | None) -> tuple[bool, bool]:
     raise OffmoeError(
         f"the tokenizer's decoder {steps} is not supported: known are byte-level BPE and sentencepiece BPE"
     )
-
-
-def letters_to_bytes(text: str) -> bytes:
-    """GPT-2's letters as the bytes that they stand for; a text with other letters stands for itself."""
-    try:
-        return bytes([BYTES[letter] for letter in text])
-    except KeyError:
-        return text.encode()

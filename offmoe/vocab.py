@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from offmoe.errors import OffmoeError
 from offmoe.pretokenizers import Kind, build, kind_of
+from offmoe.tiktoken_file import open_tiktoken
 
 if TYPE_CHECKING:
     from offmoe.checkpoint import Checkpoint
@@ -74,9 +75,9 @@ def reported(what: str) -> Iterator[None]:
 
 
 def from_directory(checkpoint: Checkpoint) -> Vocab:
-    """`tokenizer.json` with what the files beside it say about special tokens."""
-    tokenizer = open_tokenizer(checkpoint.path)
+    """`tokenizer.json`, or a tiktoken file, with what the files beside it say about special tokens."""
     config = checkpoint.json("tokenizer_config.json") or {}
+    tokenizer = open_tokenizer(checkpoint.path, config)
     names = {key: text for key in NAMES.values() if (text := token_text(config.get(key))) is not None}
     bos = tokenizer.token_to_id(names["bos_token"]) if "bos_token" in names else None
     eos = [tokenizer.token_to_id(names["eos_token"])] if "eos_token" in names else []
@@ -95,9 +96,13 @@ def from_directory(checkpoint: Checkpoint) -> Vocab:
     )
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
+def open_tokenizer(path: Path, config: dict[str, Any]) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.is_file():
+        with reported(f"{path}: its tiktoken file is damaged"):
+            ranked = open_tiktoken(path, config)
+        if ranked:
+            return ranked
         raise OffmoeError(f"{path} has no tokenizer.json: offmoe needs the tokenizer beside the weights")
     with reported(f"{file} is no tokenizer that the tokenizers library can read"):
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
