@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from tokenizers.decoders import Decoder
 
 from offmoe.byte_letters import letters_to_bytes
-from offmoe.chat_template import ChatTemplate
+from offmoe.chat_template import REASONING_KEYS, ChatTemplate
 from offmoe.errors import OffmoeError
+from offmoe.reasoning import Part, Splitter, find_format, possible_start
 from offmoe.vocab import Vocab, read_vocab
 
 if TYPE_CHECKING:
@@ -20,11 +21,19 @@ if TYPE_CHECKING:
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
+TAIL = 64  # tokens at the end of a prompt in which it may have begun the answer's reasoning
+KEYS = {"role", "content", "reasoning", "tokens"}
+
+
 class Message(TypedDict):
-    """One turn. `tokens`: the ids that the model generated for this content; they are kept verbatim."""
+    """One turn. `tokens`: the ids that the model generated for this content; they are kept verbatim.
+
+    `reasoning`: what led to it; the template decides what becomes of that.
+    """
 
     role: str
     content: str
+    reasoning: NotRequired[str]
     tokens: NotRequired[Sequence[int]]
 
 
@@ -44,6 +53,9 @@ class Tokenizer:
         self._add_bos = vocab.add_bos
         self._template = ChatTemplate(vocab.chat_template, vocab.names) if vocab.chat_template else None
         self._added = self._bpe.get_added_tokens_decoder()
+        added = {token.content: id for id, token in self._added.items()}
+        special = [token.content for token in self._added.values() if token.special]
+        self.reasoning = find_format(vocab.chat_template or "", added, special)
         self._byte_level, self.starts_with_space = decoder_kind(self._bpe.decoder)
         self._pieces: dict[int, bytes] = {}
         self.vocab_size: int = self._bpe.get_vocab_size(with_added_tokens=True)
@@ -61,6 +73,12 @@ class Tokenizer:
     def stream(self) -> Detokenizer:
         return Detokenizer(self)
 
+    def speech(self, prompt: Sequence[int], stops: Iterable[str] = ()) -> Speech:
+        """What takes the answer to `prompt` apart, a token at a time."""
+        marks = self.reasoning.marks
+        tail = [marks.get(id) or self.piece(id).decode("utf-8", "replace") for id in prompt[-TAIL:]]
+        return Speech(self.stream(), marks, self.reasoning.splitter("".join(tail)), StopStrings(stops))
+
     def piece(self, id: int) -> bytes:
         """The bytes that an id stands for; none for special tokens and ids outside the vocabulary."""
         piece = self._pieces.get(id)
@@ -76,7 +94,8 @@ class Tokenizer:
         if self._template is None:
             raise OffmoeError("the model has no chat template: give it plain text instead of messages")
         check_messages(messages)
-        text, marks = self._template.render_marked(messages, add_generation_prompt)
+        given = [self._with_reasoning(self._template, message) for message in messages]
+        text, marks = self._template.render_marked(given, add_generation_prompt)
         if not marks:
             return self._encode(text)
         first, *rest = re.split(f"({'|'.join(marks)})", text)
@@ -84,6 +103,17 @@ class Tokenizer:
         for mark, piece in zip(rest[::2], rest[1::2], strict=True):
             ids += [*marks[mark]["tokens"], *self._encode_after(piece)]
         return ids
+
+    def _with_reasoning(self, template: ChatTemplate, message: Message) -> Mapping[str, Any]:
+        """`message` as the template wants it: reasoning apart where it looks for that, else within the content."""
+        reasoning = message.get("reasoning")
+        given = {key: value for key, value in message.items() if key != "reasoning"}
+        if not reasoning:
+            return given
+        given.pop("tokens", None)
+        if template.reads_reasoning:
+            return given | dict.fromkeys(REASONING_KEYS, reasoning)
+        return given | {"content": self.reasoning.whole(reasoning, message["content"])}
 
     def close(self) -> None:
         if self._template is not None:
@@ -134,12 +164,49 @@ class Detokenizer:
         return text
 
 
+class Speech:
+    """An answer's ids in, parts of reasoning and of the answer out. Stop strings end the answer alone."""
+
+    def __init__(self, stream: Detokenizer, marks: Mapping[int, str], splitter: Splitter, stops: StopStrings) -> None:
+        self._stream, self._marks, self._splitter, self._stops = stream, marks, splitter, stops
+        self.stopped = False  # a stop string has come
+
+    @property
+    def plain(self) -> bool:
+        """Whether all was answer so far: no reasoning, no marks."""
+        return self._splitter.plain
+
+    @property
+    def inside(self) -> bool:
+        """Whether reasoning is under way."""
+        return self._splitter.inside
+
+    def push(self, id: int) -> list[Part]:
+        mark = self._marks.get(id)
+        text = self._stream.push(id) if mark is None else self._stream.flush() + mark
+        return self._stop(self._splitter.push(text))
+
+    def flush(self) -> list[Part]:
+        """What was held back, when no more comes."""
+        parts = self._stop([*self._splitter.push(self._stream.flush()), *self._splitter.flush()])
+        held = self._stops.flush()
+        return [*parts, (False, held)] if held else parts
+
+    def _stop(self, parts: list[Part]) -> list[Part]:
+        shown = []
+        for reasoning, text in parts:
+            if not reasoning:
+                text, self.stopped = self._stops.push(text)
+            if text:
+                shown.append((reasoning, text))
+        return shown
+
+
 class StopStrings:
     """Ends a stream at the first stop string, also across pieces; holds back what may begin one."""
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(stops)
-        self._longest = max(map(len, self._stops), default=1)
         self._held = ""
         self._stopped = False
 
@@ -152,7 +219,7 @@ class StopStrings:
         if ends:  # the one that is whole first: the cut does not depend on how the text came in pieces
             self._held, self._stopped = "", True
             return text[: min(ends)[1]], True
-        keep = self._possible_start(text)
+        keep = max((possible_start(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
@@ -161,17 +228,16 @@ class StopStrings:
         text, self._held = self._held, ""
         return text
 
-    def _possible_start(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
-        lengths = range(min(self._longest - 1, len(text)), 0, -1)
-        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
-
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Roles and contents must be strings: images and tools are not supported."""
+    """Roles, contents and reasoning must be strings: images and tools are not supported."""
     for i, message in enumerate(messages, start=1):
-        for key in ("role", "content"):
-            value = message.get(key)
+        if unknown := message.keys() - KEYS:
+            raise OffmoeError(f"message {i} has {sorted(unknown)[0]!r}: give role and content, no images or tools")
+        if message.get("role") == "tool":
+            raise OffmoeError(f"message {i} has the role 'tool': give text of user and assistant, no images or tools")
+        for key in ("role", "content", "reasoning"):
+            value = message.get(key, "" if key == "reasoning" else None)
             if not isinstance(value, str):
                 kind = type(value).__name__
                 raise OffmoeError(f"message {i} has a {key} of type {kind}: give text, no images or tools")

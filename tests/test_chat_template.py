@@ -101,9 +101,10 @@ def ours(template: ChatTemplate, messages: list[dict[str, str]], prompt: bool) -
     try:
         return template.render(messages, prompt)
     except OffmoeError as error:
-        told = re.fullmatch(r".* refuses this conversation: (.*)|.* fails \(\w+: (.*)\): give plain text", str(error))
-        assert told, error
-        return f"error: {told[1] or told[2]}"
+        message = str(error)
+    told = re.fullmatch(r".* refuses this conversation: (.*)|.* fails \(\w+: (.*)\): give plain text", message)
+    assert told, message
+    return f"error: {told[1] or told[2]}"
 
 
 @pytest.mark.parametrize("chat", CHATS)
