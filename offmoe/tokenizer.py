@@ -121,7 +121,8 @@ class Tokenizer:
 
     def _encode(self, text: str) -> list[int]:
         check_unicode(text)
-        return list(self._bpe.encode(text, add_special_tokens=False).ids)
+        (encoding,) = self._bpe.encode_batch_fast([text], add_special_tokens=False)  # without offsets: a third faster
+        return list(encoding.ids)
 
     def _encode_after(self, text: str) -> list[int]:
         """Ids of text that follows other ids: without the space that some models put before a text."""
