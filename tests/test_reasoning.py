@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer as Library
 
 from offmoe.answer import Answer
 from offmoe.checkpoint import open_checkpoint
-from offmoe.engine import Engine, Piece
+from offmoe.engine import Engine, Piece, pieces
 from offmoe.errors import OffmoeError
 from offmoe.reasoning import PAIRS, Part, Splitter, find_format
 from offmoe.tokenizer import Message, Tokenizer, load_tokenizer
@@ -74,7 +75,7 @@ def heard(tokenizer: Tokenizer, answer: str, prompt: str = "", stops: tuple[str,
 
 
 def joined(parts: list[Part]) -> tuple[str, str]:
-    assert all(text for _, text in parts)
+    assert all(text and text.encode() for _, text in parts)  # no mark is left, nor half a character
     return "".join(text for inside, text in parts if inside), "".join(text for inside, text in parts if not inside)
 
 
@@ -178,6 +179,8 @@ def test_channels_that_do_not_come(harmony: Tokenizer) -> None:
     prompt = "<|start|>user<|message|>Why?<|end|><|start|>assistant"
     assert heard(harmony, "Because", prompt)[:2] == ("", "Because")
     assert heard(harmony, "so " * 200, prompt)[:2] == ("", "so " * 200)
+    speech = harmony.speech(harmony.encode(prompt))
+    assert joined([part for id in harmony.encode("so " * 200) for part in speech.push(id)]) == ("", "so " * 200)
     assert heard(harmony, " a time", "Once upon") == ("", " a time", True)
     assert heard(harmony, ANALYSIS + "<|channel|>fin", prompt)[:2] == ("Let me see.", "")
 
@@ -295,17 +298,25 @@ def answered(engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str, **sampl
 
 
 def test_pieces_of_an_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    pieces = answered(engine, monkeypatch, "<think>\nhm, 🎉\n</think>\n\nSo it is STOP", stop=("STOP",))
+    said = answered(engine, monkeypatch, "<think>\nhm, 🎉\n</think>\n\nSo it is STOP", stop=("STOP",))
     answer = Answer(None)
-    for piece in pieces:
+    for piece in said:
         answer.take(piece)
     assert (answer.reasoning, answer.text) == ("hm, 🎉", "So it is ")
-    assert [piece.token for piece in pieces if piece.token is not None] == engine.answer_tokens
+    assert [piece.token for piece in said if piece.token is not None] == engine.answer_tokens
     assert not engine.answer_is_plain
     assert engine.stats().finish_reason == "stop"
 
 
+def test_a_token_of_two_parts_is_counted_once() -> None:
+    speech: Any = SimpleNamespace(push=lambda _: [(True, "a"), (False, "b")], inside=False)
+    assert list(pieces(speech, 7)) == [Piece("a", 7, True), Piece("b", None, False)]
+    speech = SimpleNamespace(push=lambda _: [], inside=True)
+    assert list(pieces(speech, 7)) == [Piece("", 7, True)]
+    assert list(pieces(None, 7)) == [Piece("", 7, False)]
+
+
 def test_an_answer_without_reasoning_is_plain(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    pieces = answered(engine, monkeypatch, "It is so.")
-    assert "".join(piece.text for piece in pieces if not piece.reasoning) == "It is so."
+    said = answered(engine, monkeypatch, "It is so.")
+    assert "".join(piece.text for piece in said if not piece.reasoning) == "It is so."
     assert engine.answer_is_plain
