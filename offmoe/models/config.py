@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
+from offmoe.kernels.rope import PLAIN, Scaling
 from offmoe.kernels.route import Rule
+from offmoe.models.fields import count as count  # families take them from here
+from offmoe.models.fields import flag as flag
+from offmoe.models.fields import number as number
+from offmoe.models.rope import check_rope, gguf_scaling, positions, rope_parameters, scaling_of
 
 if TYPE_CHECKING:
     from offmoe.models.family import Family
 
 MOST_LAYERS = 4096
 FULL = "full_attention"  # a kind of layer
-MOST = 2**24  # no dimension of a published model comes near; larger ones are lies
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class ModelConfig:
     shared_hidden: int = 0  # of all of them together
     shared_gated: bool = False  # times the sigmoid of a row of its own
     qkv_bias: bool = False
+    rope: Scaling = PLAIN
 
     @property
     def places(self) -> int:
@@ -72,6 +77,7 @@ def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     if layers > MOST_LAYERS:
         raise OffmoeError(f"the config has {layers} layers: no published model has so many")
     rule = Rule(top_k=top_k, renormalise=flag(raw, "norm_topk_prob", family.renormalise))
+    scaling = scaling_of(raw)
     return checked(
         ModelConfig(
             model_type=family.model_type,
@@ -84,12 +90,13 @@ def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
             experts=count(raw, "num_experts", "num_local_experts", "n_routed_experts"),
             top_k=top_k,
             expert_hidden=count(raw, "moe_intermediate_size", "intermediate_size"),
-            ctx=count(raw, "max_position_embeddings", default=4096),
+            ctx=positions(raw, scaling),
             norm_eps=number(raw, "rms_norm_eps", 1e-6),
             rope_theta=number(rope, "rope_theta", 10_000.0),
             rotary=int(head_dim * number(rope, "partial_rotary_factor", family.partial_rotary)),
             clip_qkv=number(raw, "clip_qkv", 0.0) or None,
             tied=flag(raw, "tie_word_embeddings", False),
+            rope=scaling,
             **{
                 "rule": rule,
                 "routed": tuple(range(layers)),
@@ -125,18 +132,8 @@ def balanced_by_bias(raw: Mapping[str, Any], rule: Rule) -> Rule:
     )  # fmt: skip
 
 
-def rope_parameters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """transformers 5 nests what older configs keep at the top level and in `rope_scaling`."""
-    nested = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {}
-    if not isinstance(nested, Mapping) or not isinstance(scaling, Mapping):
-        raise OffmoeError("rope_parameters or rope_scaling in the model's config is no table")
-    return {**{name: raw.get(name) for name in ("rope_theta", "partial_rotary_factor")}, **scaling, **nested}
-
-
 def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
     rope = rope_parameters(raw)
-    kind = rope.get("rope_type", rope.get("type", "default"))
     kinds = raw.get("layer_types") or []
     if not isinstance(kinds, list):
         raise OffmoeError(f"the model's config gives layer_types = {shown(kinds)}: expected a list")
@@ -144,7 +141,7 @@ def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
         **raw,
         "layer_types": next((kind for kind in kinds if kind != FULL), FULL),
         "partial_rotary_factor": rope["partial_rotary_factor"],
-        "rope_type": kind or "default",
+        "rope_type": rope["rope_type"],
     }
     for field, allowed in family.implemented.items():
         if allowed and asked.get(field, allowed[0]) not in allowed:
@@ -181,7 +178,7 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "max_position_embeddings": key("context_length"),
         "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
         "rope_theta": key("rope.freq_base"),
-        "rope_scaling": {"rope_type": key("rope.scaling.type")},
+        "rope_scaling": gguf_scaling(key, tensors),
         "sliding_window": key("attention.sliding_window"),
         "n_shared_experts": key("expert_shared_count"),
         "shared_expert_intermediate_size": key("expert_shared_feed_forward_length"),
@@ -204,36 +201,6 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
     return config
 
 
-def count(raw: Mapping[str, Any], *names: str, default: int | None = None) -> int:
-    """The first of `names` that is there: a whole number, at least 1."""
-    for name in names:
-        if (value := raw.get(name)) is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
-                raise OffmoeError(
-                    f"the model's config gives {name} = {shown(value)}: expected a whole number of at least 1"
-                )
-            return value
-    if default is None:
-        raise OffmoeError(f"the model's config has no {' or '.join(names)}: it is incomplete or no MoE model")
-    return default
-
-
-def number(raw: Mapping[str, Any], name: str, default: float) -> float:
-    value = raw.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
-        raise OffmoeError(f"the model's config gives {name} = {shown(value)}: expected a number of at least 0")
-    return float(value)
-
-
-def flag(raw: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = raw.get(name)
-    if not isinstance(value, bool | None):
-        raise OffmoeError(f"the model's config gives {name} = {shown(value)}: expected true or false")
-    return default if value is None else value
-
-
 def checked(config: ModelConfig) -> ModelConfig:
     """What the fields say about one another."""
     if not config.routed:
@@ -250,8 +217,7 @@ def checked(config: ModelConfig) -> ModelConfig:
             "expected an even number above 0"
         )
     check_groups(config.rule, config.experts)
-    if config.rope_theta < 1:
-        raise OffmoeError(f"rope_theta is {config.rope_theta:g}: expected at least 1")
+    check_rope(config.rope, config.rotary, config.rope_theta)
     if config.experts > 65535:
         raise OffmoeError(f"{config.layers} layers of {config.experts} experts: no published model has so many")
     return config

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offmoe.kernels.norm_rope import rms_norm, rope_table
+from offmoe.kernels.norm_rope import rms_norm
 from offmoe.kernels.planes import Matrix, SlotLayout, matrix, rearrange, rearrange_matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
+from offmoe.kernels.rope import rope_table
 from offmoe.kernels.route import select
 from offmoe.kernels.striped import stripe
 from offmoe.kvcache import KVCache
@@ -70,7 +71,7 @@ class DeviceTrunk:
         self.embedding = self._parts("embed")[0]  # [V, H]
         self.final_norm = stripe(self._float("final_norm"))  # only the step and `logits` use it
         self.head = (self.embedding,) if self.config.tied else self._parts("head")
-        self.rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device)
+        self.rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device, self.config.rope)
         self._positions = torch.arange(ctx, device=device)
 
     def load_layers(self, progress: Callable[[int, int], None]) -> None:

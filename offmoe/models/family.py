@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from offmoe.errors import OffmoeError
+from offmoe.kernels.rope import KINDS
 from offmoe.kernels.route import Rule
 
 MODULES = ("qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe")
@@ -104,7 +105,7 @@ class Family:
         everywhere = {
             "hidden_act": ("silu",),
             "attention_bias": (False, None),
-            "rope_type": ("default", "none"),
+            "rope_type": KINDS,
             "sliding_window": (None,),
             "layer_types": ("full_attention",),
             "scoring_func": ("softmax", None),

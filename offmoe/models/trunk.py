@@ -14,7 +14,8 @@ from torch import Tensor
 
 from offmoe.kernels.attention import attention
 from offmoe.kernels.feed_forward import swiglu_experts
-from offmoe.kernels.norm_rope import rms_norm, rope, rope_table
+from offmoe.kernels.norm_rope import rms_norm, rope
+from offmoe.kernels.rope import rope_table
 from offmoe.kernels.route import select
 from offmoe.kvcache import KVCache
 from offmoe.models.model import Model
@@ -53,7 +54,7 @@ class Trunk:
         self._head = factor(self._embed if self.config.tied else self._load("head"))  # [H, V]
         if self.config.tied:
             self._embed = self._head.t()
-        self._rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device)
+        self._rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device, self.config.rope)
         self._positions = torch.arange(ctx, device=device)
 
     def load_layers(self, progress: Callable[[int, int], None]) -> None:
