@@ -74,12 +74,10 @@ class KVCache:
         if chunk.keys is keys:
             return
         kept = torch.arange(max(start, start + count - room), start + count, device=keys.device)
-        keys[:, kept % room], values[:, kept % room] = (
-            chunk.keys[:, kept - chunk.first],
-            chunk.values[:, kept - chunk.first],
-        )
+        places, sources = kept % room, kept - chunk.first
+        keys[:, places], values[:, places] = chunk.keys[:, sources], chunk.values[:, sources]
         if chunk.scales is not None:
-            self._scales[layer][:, :, kept % room] = chunk.scales[:, :, kept - chunk.first]
+            self._scales[layer][:, :, places] = chunk.scales[:, :, sources]
 
     def bucket(self, length: int) -> int:
         """Positions to read for a context of `length`: a multiple of BUCKET, at most all."""

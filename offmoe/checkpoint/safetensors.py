@@ -73,7 +73,7 @@ def unsupported(path: Path, name: str, dtype: object) -> OffmoeError:
 
 
 def joined(directory: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """What gpt-oss's files keep as NAME_blocks [E, R, G, 16] and NAME_scales [E, R, G] is NAME [E, R, 32 G] in MXFP4."""
+    """gpt-oss's NAME_blocks [E, R, G, 16] and NAME_scales [E, R, G] are one tensor NAME [E, R, 32 G] of MXFP4."""
     found = {name: info for name, info in tensors.items() if info.format != BYTES}
     plain = {name: info for name, info in tensors.items() if info.format == BYTES}
     for name, blocks in list(plain.items()):
