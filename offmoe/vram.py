@@ -15,11 +15,11 @@ from torch import Tensor
 
 from offmoe.experts import Counters, ExpertStore, Ints
 from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
-from offmoe.kernels.gpu.page_in import page_in, scratch_for
+from offmoe.kernels.gpu.page_in import CHUNK, WARPS, Copies, page_in, scratch_for
 from offmoe.kernels.planes import slot_layout
 from offmoe.models.model import Model
 from offmoe.plan import Plan
-from offmoe.uploads import Landing, Uploads
+from offmoe.uploads import Landing, Uploads, on_gpu
 
 Multiply = Callable[[Ints, Ints], None]  # experts, and the addresses of their records
 PROGRAMS = 128  # within VRAM it is many that saturate, not few
@@ -38,7 +38,7 @@ class VramStore(ExpertStore):
         self.records = torch.empty(
             (self.table.slots + self.uploads.batch, plan.stride), dtype=torch.uint8, device=plan.device
         )
-        self._scratch = scratch_for(plan.device, PROGRAMS)
+        self._scratch = scratch_for(plan.device, PROGRAMS * WARPS * CHUNK)
         self._k = config.top_k
         self._streaming = False
 
@@ -70,8 +70,7 @@ class VramStore(ExpertStore):
         def multiply(some: Ints, places: Ints) -> None:
             addresses = np.zeros(self.table.experts, np.int64)
             addresses[some] = places
-            on_device = torch.from_numpy(addresses).to(self.device)
-            expert_mlp(x, ids, tiles, on_device, self.layouts[layer], out)
+            expert_mlp(x, ids, tiles, on_gpu(addresses, self.device), self.layouts[layer], out)
 
         there = resident >= 0
         if there.any():
@@ -112,11 +111,9 @@ class VramStore(ExpertStore):
         slots = self.table.slot_of[landing.layer * self.table.experts + experts].astype(np.int64)
         slots[slots < 0] = self.table.slots + np.arange(np.count_nonzero(slots < 0))
         if n:
-            packed = torch.from_numpy(np.concatenate([sources, slots, [n]])).to(self.device)
-            page_in(
-                packed[:n], packed[2 * n :], packed[n : 2 * n], self.records, self.layouts[landing.layer],
-                self._scratch, programs=PROGRAMS,
-            )  # fmt: skip
+            packed = on_gpu(np.concatenate([sources, slots, [n]]), self.device)
+            copies = Copies(packed[2 * n :], packed[n : 2 * n], self._scratch, packed[:n])
+            page_in(copies, self.records, self.layouts[landing.layer], programs=PROGRAMS)
         self.uploads.release(landing)
         self.counts.pcie_bytes += self.record_bytes[landing.layer] * len(landing.experts)
         if n:
