@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -170,9 +171,10 @@ class DecodeStep:
             b.qkv[0], keys, values, b.position, self.trunk.rope, b.mixed[0], b.partial, b.attention_tickets,
             heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
             norm_full=c.qk_norm == "full", clip=c.clip_qkv, eps=c.norm_eps, splits=self.splits,
-            split_size=self.split_size, scales=self.kv.scales(layer), pdl=self.pdl,
+            split_size=self.split_size, scales=self.kv.scales(layer), window=c.window(layer), sinks=w.sinks,
+            pdl=self.pdl,
         )  # fmt: skip
-        dense(b.mixed, w.o, b.x, residual=True, pdl=self.pdl)
+        dense(b.mixed, w.o, b.x, bias=w.o_bias, residual=True, pdl=self.pdl)
 
     def _dense(self, layer: int) -> None:
         """The feed-forward part of a layer without experts."""
@@ -205,7 +207,7 @@ class DecodeStep:
             joins = True
         route(
             b.x[0], w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.places,
-            rule=c.rule, bias=w.router_bias, logits=b.router_logits, normed=b.normed[0], ticket=b.route_ticket,
+            rule=c.rule, bias=w.router_bias, offset=w.router_offset, logits=b.router_logits, normed=b.normed[0], ticket=b.route_ticket,
             ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
             miss_records=b.miss_records, miss_slots=b.miss_slots, status=b.status, counters=b.counters, log=b.log,
             step=b.steps, units=self._units[layer], forced=self._forced if variant.forced else None,
@@ -248,7 +250,7 @@ class DecodeStep:
             self._routed.wait()
             predict(
                 b.raw, w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.places, rule=c.rule,
-                bias=w.router_bias, least=self.gate.least, most=self.gate.most, logits=b.predict_logits,
+                bias=w.router_bias, offset=w.router_offset, least=self.gate.least, most=self.gate.most, logits=b.predict_logits,
                 ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
                 fetch_records=b.fetch_records[layer], fetch_slots=b.fetch_slots[layer], status=b.status,
                 counters=b.counters, step=b.steps, units=self._units[layer], emulated=self._predicted if
@@ -271,16 +273,20 @@ class DecodeStep:
         """Multiply what is there while what is missing comes; a join is a whole edge, so no early start behind it."""
         b, c, store, w = self.buffers, self.config, self.store, self._layer(layer)
         records, layout = store.records, store.layouts[layer]
+        gate_up_bias, down_bias = store.biases[layer] if store.biases else (None, None)
         if w.beside:
             self._beside_experts(w, b.weights[c.top_k :] if c.shared_gated else b.one, b.shared_inner)
-        products = (records, layout, b.slots, b.weights, b.normed, b.inner)
+        gate_up = partial(
+            expert_gate_up, records, layout, b.slots, b.weights, b.normed, b.inner, glu=c.glu, ids=b.ids,
+            bias=gate_up_bias,
+        )  # fmt: skip
         if self.plan.all_in_slots:
-            expert_gate_up(*products, phase=ALL, pdl=self.pdl)
+            gate_up(phase=ALL, pdl=self.pdl)
         else:
-            expert_gate_up(*products, hit=b.hit, phase=HITS, copies=self._copies(variant), pdl=self.pdl)
+            gate_up(hit=b.hit, phase=HITS, copies=self._copies(variant), pdl=self.pdl)
             joins = self._join(layer, variant)
-            expert_gate_up(*products, hit=b.hit, phase=MISSES, pdl=self.pdl and not joins)
-        expert_down(records, layout, b.slots, b.inner, b.x, pdl=self.pdl)
+            gate_up(hit=b.hit, phase=MISSES, pdl=self.pdl and not joins)
+        expert_down(records, layout, b.slots, b.inner, b.x, ids=b.ids, weights=b.weights, bias=down_bias, pdl=self.pdl)
 
     def _join(self, layer: int, variant: Variant) -> bool:
         """Wait for lanes whose work this layer's misses, or the token's end, need; True if there was one."""
@@ -337,6 +343,7 @@ class DecodeStep:
     def pull(self) -> int:
         """Residency back to the host, once nothing runs any more; returns the number of the last token."""
         token = pull(self.store.table, self.table) - 1
+        self.kv.wrote(int(self.buffers.position))
         if int(self.buffers.status) == ABORTED:
             lose(self.store.table, self.buffers.miss_records, self.buffers.miss_slots)
         return token

@@ -44,7 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
                         "topk_group": 2, "num_hidden_layers": 5, "partial_rotary_factor": 0.25, "head_dim": 32,
                         "num_nextn_predict_layers": 0},
     "gpt_oss": {"intermediate_size": 32, "num_local_experts": 6, "num_experts_per_tok": 3, "num_hidden_layers": 4,
-                "head_dim": 32, "sliding_window": 7, "swiglu_limit": 2.0, "max_position_embeddings": 2048,
+                "head_dim": 32, "sliding_window": 4, "swiglu_limit": 2.0, "max_position_embeddings": 2048,
                 "rope_parameters": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
                                     "rope_theta": 150_000.0, "truncate": False,
                                     "original_max_position_embeddings": 64}},

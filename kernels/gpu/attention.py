@@ -322,11 +322,12 @@ def _prefill(
     inside = (t < tokens)[:, None] & (d < D)[None, :]
     query = tl.load(q + at, mask=inside, other=0.0).to(DOT)
     line = (head // GROUP).to(tl.int64) * head_stride
-    top = tl.full((M,), -1e30, tl.float32)  # finite: a row may see nothing of a block
-    total = tl.zeros((M,), tl.float32)
     if sinks is not None:
-        top += tl.load(sinks + head) * LOG_2_E + 1e30
-        total += 1.0
+        top = tl.load(sinks + head) * LOG_2_E + tl.zeros((M,), tl.float32)
+        total = tl.full((M,), 1.0, tl.float32)
+    else:
+        top = tl.full((M,), -1e30, tl.float32)  # finite: a row may see nothing of a block
+        total = tl.zeros((M,), tl.float32)
     mixed = tl.zeros((M, WIDE), tl.float32)
     first = tl.program_id(0) * M + past
     end = tl.minimum(first + M, past + tokens)
