@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from offmoe.errors import OffmoeError
+from offmoe.kernels.rope import Scaling, yarn_mscale
 from offmoe.pretokenizers import pre_tokenizer_name
 from offmoe.tokenizer import BYTE_TOKEN
 from offmoe.vocab import BYTE, CONTROL, NAMES, UNKNOWN, USER_DEFINED, Vocab, read_vocab
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from offmoe.models.family import Family
 
 NORMAL, UNUSED = 1, 5  # tokenizer.ggml.token_type; the others stand in vocab.py
+NOT_TRUNCATED = ("gpt-oss",)  # archs whose yarn ramps between bounds that are no whole numbers
 UNMERGED = -1e9  # the score of a token that no merge makes
 
 
@@ -37,7 +40,7 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
         )
     if config.rule.groups > 1:
         raise OffmoeError(f"{family.model_type} with n_group = {config.rule.groups} cannot be packed yet")
-    keys = {
+    keys: dict[str, Any] = {
         "block_count": config.layers,
         "context_length": config.ctx,
         "embedding_length": config.hidden,
@@ -63,7 +66,29 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
     if config.rule.scores == "sigmoid":
         keys |= {"expert_gating_func": 2, "expert_weights_norm": config.rule.renormalise}
         keys["expert_weights_scale"] = config.rule.scale
+    keys |= scaling_keys(config.rope, family)
     return {f"{family.arch}.{key}": value for key, value in keys.items()}
+
+
+def scaling_keys(rope: Scaling, family: Family) -> dict[str, Any]:
+    """`rope.scaling.*`, what models.rope.gguf_scaling reads. Raises OffmoeError on what these keys cannot say."""
+    if rope.kind == "default":
+        return {}
+    keys = {"type": rope.kind, "factor": rope.factor}
+    if rope.kind == "yarn":
+        keys |= {"original_context_length": rope.original, "yarn_beta_fast": rope.fast, "yarn_beta_slow": rope.slow}
+        grown = yarn_mscale(rope.factor)
+        if rope.scores != 1:
+            keys["yarn_log_multiplier"] = (math.sqrt(rope.scores) - 1) / math.log(rope.factor)
+            grown = 1.0
+        elif not math.isclose(rope.attention, grown):
+            keys["attn_factor"], grown = rope.attention / grown, rope.attention
+        said = math.isclose(rope.attention, grown) and (rope.truncate or family.arch in NOT_TRUNCATED)
+    else:
+        said = rope.kind == "linear"
+    if not said:
+        raise OffmoeError(f"{family.model_type} with {rope} cannot be packed: a GGUF has no keys for it")
+    return {f"rope.scaling.{key}": value for key, value in keys.items()}
 
 
 def tokenizer_keys(checkpoint: Checkpoint, vocab_size: int) -> dict[str, Any]:

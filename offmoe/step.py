@@ -170,9 +170,10 @@ class DecodeStep:
             b.qkv[0], keys, values, b.position, self.trunk.rope, b.mixed[0], b.partial, b.attention_tickets,
             heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
             norm_full=c.qk_norm == "full", clip=c.clip_qkv, eps=c.norm_eps, splits=self.splits,
-            split_size=self.split_size, scales=self.kv.scales(layer), pdl=self.pdl,
+            split_size=self.split_size, scales=self.kv.scales(layer), window=c.window(layer), sinks=w.sinks,
+            pdl=self.pdl,
         )  # fmt: skip
-        dense(b.mixed, w.o, b.x, residual=True, pdl=self.pdl)
+        dense(b.mixed, w.o, b.x, bias=w.o_bias, residual=True, pdl=self.pdl)
 
     def _dense(self, layer: int) -> None:
         """The feed-forward part of a layer without experts."""
@@ -205,8 +206,8 @@ class DecodeStep:
             joins = True
         route(
             b.x[0], w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.places,
-            rule=c.rule, bias=w.router_bias, logits=b.router_logits, normed=b.normed[0], ticket=b.route_ticket,
-            ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
+            rule=c.rule, bias=w.router_bias, offset=w.router_offset, logits=b.router_logits, normed=b.normed[0],
+            ticket=b.route_ticket, ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
             miss_records=b.miss_records, miss_slots=b.miss_slots, status=b.status, counters=b.counters, log=b.log,
             step=b.steps, units=self._units[layer], forced=self._forced if variant.forced else None,
             fetched=(b.fetch_count[layer], b.fetch_slots[layer]) if variant.prefetch else None,
@@ -248,8 +249,8 @@ class DecodeStep:
             self._routed.wait()
             predict(
                 b.raw, w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.places, rule=c.rule,
-                bias=w.router_bias, least=self.gate.least, most=self.gate.most, logits=b.predict_logits,
-                ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
+                bias=w.router_bias, offset=w.router_offset, least=self.gate.least, most=self.gate.most,
+                logits=b.predict_logits, ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
                 fetch_records=b.fetch_records[layer], fetch_slots=b.fetch_slots[layer], status=b.status,
                 counters=b.counters, step=b.steps, units=self._units[layer], emulated=self._predicted if
                 variant.emulated else None,
@@ -271,14 +272,16 @@ class DecodeStep:
         """Multiply what is there while what is missing comes; behind a join, a whole edge, there is no early start."""
         b, c, store, w = self.buffers, self.config, self.store, self._layer(layer)
         records, layout = store.records, store.layouts[layer]
+        gate_up_bias, down_bias = store.biases[layer] if store.biases else (None, None)
         if w.beside:
             self._beside_experts(w, b.weights[c.top_k :] if c.shared_gated else b.one, b.shared_inner)
         copies = None if self.plan.all_in_slots else self._copies(variant)
         joins = self._join(layer, variant)
         expert_gate_up(
-            records, layout, b.slots, b.weights, b.normed, b.inner, copies=copies, pdl=self.pdl and not joins
+            records, layout, b.slots, b.weights, b.normed, b.inner, copies=copies, glu=c.glu, ids=b.ids,
+            bias=gate_up_bias, pdl=self.pdl and not joins,
         )  # fmt: skip
-        expert_down(records, layout, b.slots, b.inner, b.x, pdl=self.pdl)
+        expert_down(records, layout, b.slots, b.inner, b.x, ids=b.ids, weights=b.weights, bias=down_bias, pdl=self.pdl)
 
     def _join(self, layer: int, variant: Variant) -> bool:
         """Wait for lanes whose work this layer, or the token's end, needs; True if there was one."""
@@ -335,6 +338,7 @@ class DecodeStep:
     def pull(self) -> int:
         """Residency back to the host, once nothing runs any more; returns the number of the last token."""
         token = pull(self.store.table, self.table) - 1
+        self.kv.wrote(int(self.buffers.position))
         if int(self.buffers.status) == ABORTED:
             lose(self.store.table, self.buffers.miss_records, self.buffers.miss_slots)
         return token

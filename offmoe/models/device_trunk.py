@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offmoe.kernels.norm_rope import rms_norm, rope_table
+from offmoe.kernels.norm_rope import rms_norm
 from offmoe.kernels.planes import Matrix, SlotLayout, matrix, rearrange, rearrange_matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
+from offmoe.kernels.rope import rope_table
 from offmoe.kernels.route import select
 from offmoe.kernels.striped import stripe
 from offmoe.kvcache import KVCache
@@ -52,6 +53,9 @@ class DeviceLayer:
     router_bias: Tensor | None  # [E]
     beside: Resident | None  # shared experts; where there is no router, the layer's only feed-forward part
     qkv_bias: Tensor | None  # [Q + 2K]
+    o_bias: Tensor | None  # [H]
+    sinks: Tensor | None  # [heads]
+    router_offset: Tensor | None  # [E]
 
     def tensors(self) -> list[Tensor]:
         values = [getattr(self, field.name) for field in fields(self)]
@@ -70,7 +74,7 @@ class DeviceTrunk:
         self.embedding = self._parts("embed")[0]  # [V, H]
         self.final_norm = stripe(self._float("final_norm"))  # only the step and `logits` use it
         self.head = (self.embedding,) if self.config.tied else self._parts("head")
-        self.rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device)
+        self.rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device, self.config.rope)
         self._positions = torch.arange(ctx, device=device)
 
     def load_layers(self, progress: Callable[[int, int], None]) -> None:
@@ -103,13 +107,15 @@ class DeviceTrunk:
         qkv = self._product(rms_norm(x, w.attn_norm, c.norm_eps).to(self._dtype), w.qkv)
         if w.qkv_bias is not None:
             qkv += w.qkv_bias
-        keys, values = kv.layer(layer)
-        positions = self._positions[start : start + len(x)]
-        q = norm_rope_write(qkv, keys, values, positions, self.rope, heads=c.heads, kv_heads=c.kv_heads,
+        chunk, positions = kv.open(layer, start, len(x)), self._positions[start : start + len(x)]
+        q = norm_rope_write(qkv, chunk.keys, chunk.values, positions, self.rope, heads=c.heads, kv_heads=c.kv_heads,
                             head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
-                            eps=c.norm_eps, scales=kv.scales(layer))  # fmt: skip
-        mixed = prefill_attention(q, keys, values, start, scales=kv.scales(layer))
-        return self._product(mixed.flatten(1), w.o)
+                            eps=c.norm_eps, scales=chunk.scales, first=chunk.first)  # fmt: skip
+        kv.close(layer, chunk, start, len(x))
+        mixed = prefill_attention(q, chunk.keys, chunk.values, start - chunk.first, chunk.scales,
+                                  window=c.window(layer), sinks=w.sinks)  # fmt: skip
+        out = self._product(mixed.flatten(1), w.o)
+        return out if w.o_bias is None else out + w.o_bias
 
     def route(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
@@ -117,6 +123,8 @@ class DeviceTrunk:
         assert w.router is not None, f"layer {layer} has experts"
         normed = rms_norm(x, w.ffn_norm, self.config.norm_eps)
         logits = stripe(normed) @ w.router[: self.config.experts].float().t()
+        if w.router_offset is not None:
+            logits += w.router_offset
         ids, weights = select(logits, self.config.rule, w.router_bias)
         return normed.to(self._dtype), ids, weights
 
@@ -177,6 +185,9 @@ class DeviceTrunk:
             router_bias=self._float("router_bias", layer) if routed and c.rule.biased else None,
             beside=self._feed_forward(beside, layer) if beside else None,
             qkv_bias=torch.cat([self._float(f"{role}_bias", layer) for role in "qkv"]) if c.qkv_bias else None,
+            o_bias=self._float("o_bias", layer) if c.o_bias else None,
+            sinks=self._float("sinks", layer) if c.sinks else None,
+            router_offset=self._float("router_offset", layer) if routed and c.router_offset else None,
         )
 
     def _router(self, layer: int) -> Tensor:

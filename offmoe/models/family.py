@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from offmoe.errors import OffmoeError
+from offmoe.kernels.rope import KINDS
 from offmoe.kernels.route import Rule
 
-MODULES = ("qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe")
+MODULES = ("qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe", "gpt_oss")
 
 Names = Mapping[str, tuple[str, ...]]  # role → templates over layer {l} and expert {e}; the first that exists counts
 
@@ -37,6 +38,8 @@ HF_NAMES: Names = {
     "q_bias": ("model.layers.{l}.self_attn.q_proj.bias",),
     "k_bias": ("model.layers.{l}.self_attn.k_proj.bias",),
     "v_bias": ("model.layers.{l}.self_attn.v_proj.bias",),
+    "o_bias": ("model.layers.{l}.self_attn.o_proj.bias",),
+    "sinks": ("model.layers.{l}.self_attn.sinks",),
     "dense_gate": ("model.layers.{l}.mlp.gate_proj.weight",),
     "dense_up": ("model.layers.{l}.mlp.up_proj.weight",),
     "dense_down": ("model.layers.{l}.mlp.down_proj.weight",),
@@ -67,6 +70,12 @@ GGUF_NAMES: Names = {
     "q_bias": ("blk.{l}.attn_q.bias",),
     "k_bias": ("blk.{l}.attn_k.bias",),
     "v_bias": ("blk.{l}.attn_v.bias",),
+    "o_bias": ("blk.{l}.attn_output.bias",),
+    "sinks": ("blk.{l}.attn_sinks.weight",),
+    "router_offset": ("blk.{l}.ffn_gate_inp.bias",),
+    "gate_bias": ("blk.{l}.ffn_gate_exps.bias",),
+    "up_bias": ("blk.{l}.ffn_up_exps.bias",),
+    "down_bias": ("blk.{l}.ffn_down_exps.bias",),
     "dense_gate": ("blk.{l}.ffn_gate.weight",),
     "dense_up": ("blk.{l}.ffn_up.weight",),
     "dense_down": ("blk.{l}.ffn_down.weight",),
@@ -97,6 +106,8 @@ class Family:
     gguf_names: Names = field(default_factory=lambda: GGUF_NAMES)
     partial_rotary: float = 1.0  # share of a head that is rotated, where the file does not say
     interleaved_gguf: bool = False  # llama.cpp permutes q and k rows of this arch
+    interleaved_experts: bool = False  # in safetensors: stacked gate and up take turns, row by row
+    transposed_experts: bool = False  # in safetensors: stacked experts of floats lie column by column
     fields: Fields = plain  # fields of ModelConfig beyond what all families share, out of a config of so many layers
     implemented: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # the first value is the default; (): any
 
@@ -104,7 +115,7 @@ class Family:
         everywhere = {
             "hidden_act": ("silu",),
             "attention_bias": (False, None),
-            "rope_type": ("default", "none"),
+            "rope_type": KINDS,
             "sliding_window": (None,),
             "layer_types": ("full_attention",),
             "scoring_func": ("softmax", None),

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from offmoe.kernels.attention import attention
 from offmoe.kernels.feed_forward import swiglu_experts
-from offmoe.kernels.norm_rope import rms_norm, rope, rope_table
+from offmoe.kernels.norm_rope import rms_norm, rope
+from offmoe.kernels.rope import rope_table
 from offmoe.kernels.route import select
 from offmoe.kvcache import KVCache
 from offmoe.models.model import Model
@@ -35,6 +36,9 @@ class LayerWeights:
     beside: tuple[Tensor, Tensor] | None  # gate beside up [H, 2F], down [F, H]: shared experts, or a dense layer's
     shared_router: Tensor | None  # [H, 1]
     qkv_bias: Tensor | None  # [Q + 2K]
+    o_bias: Tensor | None  # [H]
+    sinks: Tensor | None  # [heads]
+    router_offset: Tensor | None  # [E]
 
     def tensors(self) -> list[Tensor]:
         values = [*vars(self).values(), *(self.beside or ())]
@@ -53,7 +57,7 @@ class Trunk:
         self._head = factor(self._embed if self.config.tied else self._load("head"))  # [H, V]
         if self.config.tied:
             self._embed = self._head.t()
-        self._rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device)
+        self._rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device, self.config.rope)
         self._positions = torch.arange(ctx, device=device)
 
     def load_layers(self, progress: Callable[[int, int], None]) -> None:
@@ -76,7 +80,7 @@ class Trunk:
     def attend(self, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
         """Attention of the residual stream x [T, H], writing its keys and values; returns what to add to x."""
         c, w = self.config, self.layers[layer]
-        positions, bucket = self._positions[start : start + len(x)], kv.bucket(start + len(x))
+        positions = self._positions[start : start + len(x)]
         qkv = rms_norm(x, w.attn_norm, c.norm_eps) @ w.qkv
         if w.qkv_bias is not None:
             qkv += w.qkv_bias
@@ -84,15 +88,24 @@ class Trunk:
         q, k, v = self._clipped(self._normed(q, w.q_norm), self._normed(k, w.k_norm), v)
         turned = rope(torch.cat((q, k), dim=-1).unflatten(-1, (-1, c.head_dim)), self._rope, positions)
         q, k = turned.split((c.heads, c.kv_heads), dim=1)
-        keys, values = kv.write(layer, k, v.unflatten(-1, (-1, c.head_dim)), positions, bucket)
-        return attention(q, keys, values, positions).flatten(1) @ w.o
+        chunk = kv.open(layer, start, len(x))
+        places = positions - chunk.first
+        chunk.keys.index_copy_(1, places, k.transpose(0, 1))
+        chunk.values.index_copy_(1, places, v.unflatten(-1, (-1, c.head_dim)).transpose(0, 1))
+        kv.close(layer, chunk, start, len(x))
+        keys, values = (cache[:, : kv.bucket(start + len(x) - chunk.first)] for cache in (chunk.keys, chunk.values))
+        out = attention(q, keys, values, places, c.window(layer), w.sinks).flatten(1) @ w.o
+        return out if w.o_bias is None else out + w.o_bias
 
     def route(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
         normed = rms_norm(x, w.ffn_norm, self.config.norm_eps)
-        ids, weights = select(normed @ w.router, self.config.rule, w.router_bias)
+        logits = normed @ w.router
+        if w.router_offset is not None:
+            logits = logits + w.router_offset
+        ids, weights = select(logits, self.config.rule, w.router_bias)
         return normed, ids, weights
 
     def shared(self, layer: int, normed: Tensor) -> Tensor | None:
@@ -139,6 +152,9 @@ class Trunk:
             beside=self._load_feed_forward(beside, layer) if beside else None,
             shared_router=self._load("shared_router", layer).view(-1, 1) if routed and c.shared_gated else None,
             qkv_bias=torch.cat([self._load(f"{r}_bias", layer) for r in "qkv"]) if c.qkv_bias else None,
+            o_bias=self._load("o_bias", layer) if c.o_bias else None,
+            sinks=self._load("sinks", layer) if c.sinks else None,
+            router_offset=self._load("router_offset", layer) if routed and c.router_offset else None,
         )
 
     def _load_feed_forward(self, kind: str, layer: int) -> tuple[Tensor, Tensor]:
