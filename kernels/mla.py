@@ -14,6 +14,7 @@ from torch import Tensor
 from offmoe.kernels.attention import attention
 
 LATENT_EPS = 1e-6  # of the norms of latents, whatever the model's other norms take
+HEADS_AT_ONCE = 16  # whose keys and values a prompt's chunk expands together on a GPU
 
 
 @dataclass(frozen=True)

@@ -275,10 +275,13 @@ def dot_type(keys: Tensor) -> tl.dtype:
     return names.get(keys.dtype, tl.bfloat16 if keys.is_cuda else tl.float32)
 
 
-def prefill_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, scales: Tensor | None = None) -> Tensor:
+def prefill_attention(
+    q: Tensor, keys: Tensor, values: Tensor, start: int, scales: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """q [T, heads, D] at positions start … over keys, values [kv_heads, ctx, D] up to their own: [T, heads, D].
 
-    No [T, start + T] mask is made on a GPU. int8 keys and values are unpacked first, in q's type.
+    Scores are multiplied by `scale`, D ** -0.5 where it is None. No [T, start + T] mask is made on a GPU. int8 keys
+    and values are unpacked first, in q's type.
     """
     end = start + len(q)
     k, v = keys[:, :end], values[:, :end]
@@ -287,6 +290,6 @@ def prefill_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, scale
     bias = causal_lower_right(len(q), end) if start else None
     mixed = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0),
-        attn_mask=bias, is_causal=bias is None, enable_gqa=q.shape[1] != len(keys),
+        attn_mask=bias, is_causal=bias is None, enable_gqa=q.shape[1] != len(keys), scale=scale,
     )  # fmt: skip
     return mixed.squeeze(0).transpose(0, 1)

@@ -68,6 +68,13 @@ class ModelConfig:
         return ("q_a" if self.latent.q_rank else "q", "kv_a") if self.latent else ("q", "k", "v")
 
     @property
+    def projected(self) -> int:
+        """Rows of these matrices."""
+        if self.latent:
+            return (self.latent.q_rank or self.heads * self.head_dim) + self.latent.width
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
     def score_scale(self) -> float:
         """What q · k is multiplied by."""
         return float(self.head_dim**-0.5 * self.rope.scores)
