@@ -59,7 +59,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
                            "qk_nope_head_dim": 64, "num_attention_heads": 3, "num_key_value_heads": 3,
                            "hidden_size": 96},
     "glm4_moe_lite": {**LATENT, "num_experts_per_tok": 2, "q_lora_rank": 32, "n_shared_experts": 1, "v_head_dim": 64,
-                      "num_attention_heads": 5, "num_key_value_heads": 5, "routed_scaling_factor": 1.8,
+                      "num_attention_heads": 5, "num_key_value_heads": 5, "routed_scaling_factor": 1.75,
                       "rms_norm_eps": 1e-5},
     "mixtral": {"intermediate_size": 32, "num_local_experts": 6, "num_experts_per_tok": 2,
                 "rope_theta": 50_000.0},
@@ -68,7 +68,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # What llama.cpp's archs have no key for: clip_qkv, layers without experts.
-PACKABLE = [family for family in FAMILIES if "-" not in family]
+PACKABLE = [*(family for family in FAMILIES if "-" not in family), "deepseek_v3-groups"]
 
 
 @cache
