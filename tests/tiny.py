@@ -48,8 +48,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
                         "intermediate_size": 64, "n_shared_experts": 2, "first_k_dense_replace": 2, "n_group": 4,
                         "topk_group": 2, "num_hidden_layers": 5, "partial_rotary_factor": 0.25, "head_dim": 32,
                         "num_nextn_predict_layers": 0},
-    "deepseek_v2": {**LATENT, "num_experts_per_tok": 2, "q_lora_rank": None, "topk_method": "greedy",
+    "deepseek_v2": {**LATENT, "num_experts_per_tok": 2, "q_lora_rank": 32, "topk_method": "greedy",
                     "routed_scaling_factor": 1.5},
+    "deepseek_v2-lite": {**LATENT, "num_experts_per_tok": 2, "q_lora_rank": None, "topk_method": "greedy",
+                         "rope_parameters": YARN},
     "deepseek_v2-groups": {**LATENT, "num_experts_per_tok": 3, "q_lora_rank": 32, "topk_method": "group_limited_greedy",
                            "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0, "rope_parameters": YARN},
     "deepseek_v3": {**LATENT, "num_experts_per_tok": 3, "q_lora_rank": 64, "n_group": 1, "topk_group": 1,
@@ -69,6 +71,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 # What llama.cpp's archs have no key for: clip_qkv, layers without experts.
 PACKABLE = [*(family for family in FAMILIES if "-" not in family), "deepseek_v3-groups"]
+# llama.cpp knows by its 27 layers that such a model's queries have no latent.
+PACKABLE_UNHEARD = [*PACKABLE, "deepseek_v2-lite"]
 
 
 @cache
