@@ -18,8 +18,9 @@ class Format:
     name: str
     block: int
     bytes: int
-    gguf_type: int  # ggml_type in a GGUF's tensor table
+    gguf_type: int | None  # ggml_type in a GGUF's tensor table
     unpack: Callable[[Tensor], Tensor] = field(repr=False, compare=False)  # uint8 [..., n, bytes] → [..., n, block]
+    apart: bool = False  # in a file all first bytes of a matrix's blocks come first, then the rest of each
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes of a [rows, cols] matrix. Raises ValueError where cols is no multiple of `block`."""
@@ -37,8 +38,14 @@ def dequantise(raw: Tensor, fmt: str | Format, rows: int, cols: int, dtype: torc
     form = FORMATS[fmt] if isinstance(fmt, str) else fmt
     if raw.shape[-1] != form.nbytes(rows, cols):
         raise ValueError(f"{form.name} [{rows}, {cols}] is {form.nbytes(rows, cols)} bytes, got {raw.shape[-1]}")
-    blocks = split(raw, rows * cols // form.block, form.bytes)
+    blocks = together(raw, form) if form.apart else split(raw, rows * cols // form.block, form.bytes)
     return form.unpack(blocks).to(dtype).reshape(*raw.shape[:-1], rows, cols)
+
+
+def together(raw: Tensor, form: Format) -> Tensor:
+    """Bytes [..., n * form.bytes] of a format that lies apart → blocks [..., n, form.bytes]."""
+    n = raw.shape[-1] // form.bytes
+    return torch.cat((raw[..., :n, None], raw[..., n:].unflatten(-1, (n, -1))), -1)
 
 
 def reinterpret(raw: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,10 +150,18 @@ def q6_k(blocks: Tensor) -> Tensor:
 
 
 def mxfp4(blocks: Tensor) -> Tensor:
+    return fp4(blocks[..., :1].int(), nibbles(blocks[..., 1:]))
+
+
+def mxfp4_pairs(blocks: Tensor) -> Tensor:
+    """The same, as gpt-oss's safetensors have it: a byte holds two neighbours."""
+    code = nibbles(blocks[..., 1:]).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    return fp4(blocks[..., :1].int(), code)
+
+
+def fp4(exponent: Tensor, code: Tensor) -> Tensor:
     """FP4 (e2m1) times 2 ** (exponent - 127), held as twice e2m1's values, all whole, and half the scale."""
-    exponent = blocks[..., :1].int()
     scale = torch.where(exponent < 2, 0x00200000 << exponent.clamp(max=1), exponent - 1 << 23)
-    code = nibbles(blocks[..., 1:])
     ramp = code & 7  # 0 1 2 3 4 5 6 7 → 0 1 2 3 4 6 8 12
     magnitude = ramp.add((ramp - 4).clamp_(min=0)).add_((ramp - 6).clamp_(min=0), alpha=2)
     sign = 1 - (code >> 2 & 2)
@@ -167,5 +182,7 @@ FORMATS = {
         Format("Q5_K", 256, 176, 13, q5_k),
         Format("Q6_K", 256, 210, 14, q6_k),
         Format("MXFP4", 32, 17, 39, mxfp4),
+        Format("MXFP4_PAIRS", 32, 17, None, mxfp4_pairs, apart=True),
     )
 }
+GGML = {name: form for name, form in FORMATS.items() if form.gguf_type is not None}  # what a GGUF may hold

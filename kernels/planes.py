@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from offmoe.kernels.formats import FORMATS
+from offmoe.kernels.formats import FORMATS, together
 from offmoe.kernels.record import RecordLayout
 
 ALIGN = 16
@@ -29,6 +29,7 @@ PLANES: dict[str, tuple[int, ...]] = {
     "Q5_K": (176,),
     "Q6_K": (128, 64, 16, 2),
     "MXFP4": (1, 16),
+    "MXFP4_PAIRS": (1, 16),  # apart in the file already
 }
 
 
@@ -40,6 +41,7 @@ class Matrix:
     rows: int
     cols: int
     planes: tuple[int, ...]
+    pitch: int = 1  # its rows are every so many-th
 
     @property
     def row_blocks(self) -> int:
@@ -54,11 +56,11 @@ class Matrix:
         """Up to the end of the last plane, from the start of the first; alone in a buffer, the buffer's size."""
         return self.planes[-1] - self.planes[0] + aligned(self.blocks * PLANES[self.format][-1])
 
-    def rows_from(self, start: int, rows: int) -> Matrix:
-        """A run of its rows, in the same planes."""
+    def rows_from(self, start: int, rows: int, pitch: int = 1) -> Matrix:
+        """Some of its rows, every `pitch`-th, in the same planes."""
         skip = start * self.row_blocks
         planes = tuple(at + skip * size for at, size in zip(self.planes, PLANES[self.format], strict=True))
-        return replace(self, rows=rows, planes=planes)
+        return replace(self, rows=rows, planes=planes, pitch=pitch)
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,26 @@ def slot_layout(layout: RecordLayout) -> SlotLayout:
     for part in layout.parts:
         form = matrix(part.format, part.rows, part.cols, at)
         at = planes_from(part.format, form.blocks, at)[1]
-        runs.append(Run(part.format, part.offset, form.blocks, form.planes))
+        runs += runs_of(part.format, part.offset, form)
         matrices[part.name] = form
     if "gate_up" in matrices:
         both = matrices["gate_up"]
         inner = both.rows // 2
-        matrices["gate"], matrices["up"] = both.rows_from(0, inner), both.rows_from(inner, inner)
+        second, pitch = (1, 2) if layout.interleaved else (inner, 1)
+        matrices["gate"], matrices["up"] = both.rows_from(0, inner, pitch), both.rows_from(second, inner, pitch)
     return SlotLayout(matrices["gate"], matrices["up"], matrices["down"], at, tuple(runs))
+
+
+def runs_of(fmt: str, source: int, form: Matrix) -> list[Run]:
+    """What a matrix is moved in; planes that are apart in the file already, word by word."""
+    if not FORMATS[fmt].apart:
+        return [Run(fmt, source, form.blocks, form.planes)]
+    runs = []
+    for size, place in zip(PLANES[fmt], form.planes, strict=True):
+        assert form.blocks % ALIGN == 0, f"{form.blocks} blocks of {fmt} are no whole number of {ALIGN}"
+        runs.append(Run("F32", source, form.blocks * size // 4, (place,)))
+        source += form.blocks * size
+    return runs
 
 
 def rearrange(raw: Tensor, layout: SlotLayout) -> Tensor:
@@ -143,15 +158,19 @@ def rearrange_matrix(raw: Tensor, form: Matrix) -> Tensor:
 
 def into_planes(raw: Tensor, fmt: str, planes: tuple[int, ...], target: Tensor) -> None:
     """Blocks uint8 [n, blocks · bytes] → their planes in `target` [n, …]."""
-    blocks = raw.unflatten(1, (-1, FORMATS[fmt].bytes))
+    form = FORMATS[fmt]
+    blocks = together(raw, form) if form.apart else raw.unflatten(1, (-1, form.bytes))
     for at, part in zip(planes, blocks.split(PLANES[fmt], dim=2), strict=True):
         target[:, at : at + part.shape[1] * part.shape[2]] = part.flatten(1)
 
 
 def unplane(slots: Tensor, form: Matrix) -> Tensor:
     """A matrix out of slots uint8 [n, …], back in the file's order: uint8 [n, rows · row bytes]."""
-    parts = [
-        slots[:, at : at + form.blocks * size].unflatten(1, (form.blocks, size))
-        for at, size in zip(form.planes, PLANES[form.format], strict=True)
-    ]
+    parts, lines = [], (form.rows - 1) * form.pitch + 1
+    for at, size in zip(form.planes, PLANES[form.format], strict=True):
+        row = form.row_blocks * size
+        rows = slots[:, at : at + lines * row].unflatten(1, (lines, row))[:, :: form.pitch]
+        parts.append(rows.reshape(len(slots), form.blocks, size))
+    if FORMATS[form.format].apart:
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
     return torch.cat(parts, dim=2).flatten(1)

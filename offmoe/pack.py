@@ -16,11 +16,11 @@ import gguf
 import torch
 from torch import Tensor
 
-from offmoe.checkpoint import ByteRange, Checkpoint, TensorInfo
+from offmoe.checkpoint import Checkpoint, TensorInfo
 from offmoe.checkpoint.quantise import packable, quantise
 from offmoe.errors import OffmoeError
 from offmoe.gguf_keys import model_keys, tokenizer_keys
-from offmoe.kernels.formats import FORMATS, Format, dequantise
+from offmoe.kernels.formats import FORMATS, Format
 from offmoe.kernels.mla import Latent
 from offmoe.models.family import GGUF_NAMES
 from offmoe.models.model import Model, described, layers_of, trunk_shapes
@@ -217,16 +217,9 @@ def pieces(model: Model, output: Output) -> Iterator[Tensor]:
     for run in output.runs:
         step = run.count if output.heads or output.transposed else max(1, PIECE // output.cols)
         for first in range(0, run.count, step):
-            rows = read_rows(model.checkpoint, run.info, run.first + first, min(step, run.count - first))
+            rows = model.checkpoint.rows(run.info, run.first + first, min(step, run.count - first))
             rows = rows.t().contiguous() if output.transposed else rows
             yield interleaved(rows, output.heads) if output.heads else rows
-
-
-def read_rows(checkpoint: Checkpoint, info: TensorInfo, first: int, count: int) -> Tensor:
-    form, cols = FORMATS[info.format], info.shape[-1]
-    start = info.range.offset + form.nbytes(first, cols)
-    raw = checkpoint.read_range(ByteRange(info.range.file, start, form.nbytes(count, cols)))
-    return dequantise(raw, form, count, cols)
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:

@@ -14,7 +14,7 @@ from offmoe.errors import OffmoeError, users_mistakes
 from offmoe.gate import NONE, Gate
 from offmoe.kernels.mla import HEADS_AT_ONCE
 from offmoe.kvcache import kv_nbytes
-from offmoe.models.model import Model, count_weights, trunk_weights
+from offmoe.models.model import Model, bias_weights, count_weights, trunk_weights
 from offmoe.settings import Budget, Settings, format_size
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -102,7 +102,8 @@ def make_plan(model: Model, settings: Settings) -> Plan:
     chunk = min(settings.chunk or (CHUNK if on_cpu else CHUNK_GPU), ctx)
     kv = kv_nbytes(model.config, ctx, dtype.itemsize, settings.kv == "int8")
     if on_cpu:
-        trunk, real, workspace = trunk_weights(model.config) * dtype.itemsize, model.record_weights * dtype.itemsize, 0
+        weights = trunk_weights(model.config) + bias_weights(model.config)
+        trunk, real, workspace = weights * dtype.itemsize, model.record_weights * dtype.itemsize, 0
     else:
         trunk, real = count_weights(model).trunk_bytes, model.slot_bytes
         workspace = workspace_nbytes(model, chunk, ctx, dtype.itemsize)

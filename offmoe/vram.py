@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offmoe.errors import OffmoeError
 from offmoe.experts import Counters, ExpertStore, Ints
 from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
-from offmoe.kernels.gpu.page_in import page_in, scratch_for
+from offmoe.kernels.gpu.page_in import CHUNK, WARPS, Copies, page_in, scratch_for
 from offmoe.kernels.planes import slot_layout
 from offmoe.models.model import Model
 from offmoe.plan import Plan
-from offmoe.uploads import Landing, Uploads
+from offmoe.uploads import Landing, Uploads, on_gpu
 
 Multiply = Callable[[Ints, Ints], None]  # experts, and the addresses of their records
 PROGRAMS = 128  # within VRAM it is many that saturate, not few
@@ -29,6 +30,11 @@ class VramStore(ExpertStore):
     """`records` [slots + batch, stride] uint8: the slots, and behind them a stage for what passes without staying."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
+        if any(layout.transposed for layout in model.layouts):
+            raise OffmoeError(
+                f"{model.checkpoint.path} keeps its experts column by column, which kernels on a GPU do not read: "
+                "`offmoe pack` writes them as a GGUF, row by row"
+            )
         super().__init__(model, plan)
         config = model.config
         self.device = plan.device
@@ -38,8 +44,8 @@ class VramStore(ExpertStore):
         self.records = torch.empty(
             (self.table.slots + self.uploads.batch, plan.stride), dtype=torch.uint8, device=plan.device
         )
-        self._scratch = scratch_for(plan.device, PROGRAMS)
-        self._k = config.top_k
+        self._scratch = scratch_for(plan.device, PROGRAMS * WARPS * CHUNK)
+        self._k, self._glu = config.top_k, config.glu
         self._streaming = False
 
     def preload(self, progress: Callable[[int, int], None]) -> None:
@@ -66,12 +72,13 @@ class VramStore(ExpertStore):
         self._admit(layer, experts, counts[experts])
         tiles = plan_tiles(ids, self.table.experts, x.dtype)
         out = x.new_empty((ids.numel(), x.shape[1]))
+        biases = self.biases[layer] if self.biases else None
 
         def multiply(some: Ints, places: Ints) -> None:
             addresses = np.zeros(self.table.experts, np.int64)
             addresses[some] = places
-            on_device = torch.from_numpy(addresses).to(self.device)
-            expert_mlp(x, ids, tiles, on_device, self.layouts[layer], out)
+            expert_mlp(x, ids, tiles, on_gpu(addresses, self.device), self.layouts[layer], out, glu=self._glu,
+                       biases=biases)  # fmt: skip
 
         there = resident >= 0
         if there.any():
@@ -112,11 +119,9 @@ class VramStore(ExpertStore):
         slots = self.table.slot_of[landing.layer * self.table.experts + experts].astype(np.int64)
         slots[slots < 0] = self.table.slots + np.arange(np.count_nonzero(slots < 0))
         if n:
-            packed = torch.from_numpy(np.concatenate([sources, slots, [n]])).to(self.device)
-            page_in(
-                packed[:n], packed[2 * n :], packed[n : 2 * n], self.records, self.layouts[landing.layer],
-                self._scratch, programs=PROGRAMS,
-            )  # fmt: skip
+            packed = on_gpu(np.concatenate([sources, slots, [n]]), self.device)
+            copies = Copies(packed[2 * n :], packed[n : 2 * n], self._scratch, packed[:n])
+            page_in(copies, self.records, self.layouts[landing.layer], programs=PROGRAMS)
         self.uploads.release(landing)
         self.counts.pcie_bytes += self.record_bytes[landing.layer] * len(landing.experts)
         if n:

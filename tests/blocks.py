@@ -30,7 +30,7 @@ def random_matrix(fmt: str, rows: int, cols: int, n: int = 1, kind: str = "norma
         return values.to(FLOATS[fmt]).view(torch.uint8)
     blocks = raw.view(n, -1, FORMATS[fmt].bytes)
     many = blocks.shape[1]
-    if fmt == "MXFP4":
+    if fmt.startswith("MXFP4"):
         low, high = {"normal": (118, 128), "zero": (0, 1), "subnormal": (0, 3), "ones": (200, 210)}[kind]
         blocks[..., 0] = torch.randint(low, high, (n, many), dtype=torch.uint8, generator=g)
         if kind == "zero":  # a scale is never 0, a code may be
@@ -39,7 +39,7 @@ def random_matrix(fmt: str, rows: int, cols: int, n: int = 1, kind: str = "norma
         scale = torch.rand((n, many, 1), generator=g) * 0.1 + 0.01
         scale *= {"normal": 1.0, "zero": 0.0, "subnormal": 5e-4, "ones": 1.0}[kind]
         blocks[..., at : at + 2] = scale.half().view(torch.uint8)
-    return raw
+    return torch.cat((blocks[..., 0], blocks[..., 1:].flatten(1)), 1) if FORMATS[fmt].apart else raw
 
 
 def random_records(layout: RecordLayout, n: int, kind: str = "normal", seed: int = 0) -> Tensor:

@@ -23,7 +23,7 @@ from tiny import PACKABLE_UNHEARD, saved
 from offmoe.checkpoint import Checkpoint, ggml, open_checkpoint
 from offmoe.checkpoint.quantise import packable, quantise
 from offmoe.errors import OffmoeError
-from offmoe.kernels.formats import FORMATS
+from offmoe.kernels.formats import GGML
 from offmoe.models.model import described, layers_of, trunk_shapes
 from offmoe.pack import EXPERT_ROLES, PackReport, interleaved, pack
 
@@ -93,7 +93,7 @@ def test_interleaved_is_what_llama_cpp_converts_to() -> None:
     assert interleaved(rows, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-@pytest.mark.parametrize("fmt", [name.lower() for name in FORMATS if not name.endswith("_K")])
+@pytest.mark.parametrize("fmt", [name.lower() for name in GGML if not name.endswith("_K")])
 def test_every_format(fmt: str, tmp_path: Path) -> None:
     """Equal bytes for both readers, values near the source's; norms and routers exact."""
     source, out = saved("qwen3_moe", tmp_path), tmp_path / "m.gguf"

@@ -73,7 +73,9 @@ def test_rows_are_views(fmt: str) -> None:
     assert len(buffer) == form.nbytes
     assert torch.equal(unplane(buffer[None], form), raw)
     some = form.rows_from(2, 2)
-    size = FORMATS[fmt].nbytes(1, cols)
-    assert torch.equal(unplane(buffer[None], some)[0], raw[0, 2 * size : 4 * size])
+    want = dequantise(raw, fmt, rows, cols)
+    assert torch.equal(dequantise(unplane(buffer[None], some), fmt, 2, cols), want[:, 2:4])
+    taken = form.rows_from(1, 2, pitch=2)
+    assert torch.equal(dequantise(unplane(buffer[None], taken), fmt, 2, cols), want[:, 1:5:2])
     shifted = torch.cat([torch.full((48,), 0xFF, dtype=torch.uint8), buffer])
     assert torch.equal(unplane(shifted[None], matrix(fmt, rows, cols, 48)), raw)

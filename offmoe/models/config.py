@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
+from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.mla import Latent
 from offmoe.kernels.rope import PLAIN, Scaling
 from offmoe.kernels.route import Rule
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from offmoe.models.family import Family
 
 MOST_LAYERS = 4096
-FULL = "full_attention"  # a kind of layer
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class ModelConfig:
     shared_gated: bool = False  # times the sigmoid of a row of its own
     qkv_bias: bool = False
     rope: Scaling = PLAIN
+    windows: tuple[int, ...] = ()  # by layer: positions that attention sees, 0: all; nothing: all in every layer
+    sinks: bool = False  # a logit a head that takes its share of attention and gives nothing
+    o_bias: bool = False
+    router_offset: bool = False  # added to the router's logits
+    expert_bias: bool = False
+    glu: Glu = SILU  # of the routed experts
     latent: Latent | None = None  # of multi-head latent attention; then head_dim is a key's, and kv_heads is 1
 
     @property
@@ -87,6 +94,10 @@ class ModelConfig:
     def dense(self) -> tuple[int, ...]:
         """The layers without experts."""
         return tuple(layer for layer in range(self.layers) if layer not in self.routed)
+
+    def window(self, layer: int) -> int:
+        """Positions that a token of `layer` sees, itself among them; 0: all before it."""
+        return self.windows[layer] if self.windows else 0
 
     def place_of(self, layer: int) -> int | None:
         return self.routed.index(layer) if layer in self.routed else None
@@ -144,6 +155,16 @@ def first_dense(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
     return {"routed": tuple(range(dense, layers)), "dense_hidden": count(raw, "intermediate_size") if dense else 0}
 
 
+def sliding_windows(raw: Mapping[str, Any], layers: int, default: Sequence[str]) -> tuple[int, ...]:
+    """`windows`, of layer_types: every layer looks at all positions or at sliding_window of them."""
+    kinds = raw.get("layer_types") or list(default)
+    if len(kinds) != layers:
+        raise OffmoeError(
+            f"the model's config gives {len(kinds)} layer_types: expected one for each of {layers} layers"
+        )
+    return tuple(count(raw, "sliding_window") if kind == SLIDING else 0 for kind in kinds)
+
+
 def balanced_by_bias(raw: Mapping[str, Any], rule: Rule) -> Rule:
     """DeepSeek-V3's (arXiv 2412.19437), which many took over."""
     return replace(
@@ -169,9 +190,10 @@ def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
     kinds = raw.get("layer_types") or []
     if not isinstance(kinds, list):
         raise OffmoeError(f"the model's config gives layer_types = {shown(kinds)}: expected a list")
+    known = family.implemented["layer_types"]
     asked = {
         **raw,
-        "layer_types": next((kind for kind in kinds if kind != FULL), FULL),
+        "layer_types": next((kind for kind in kinds if kind not in known), known[0]),
         "partial_rotary_factor": rope["partial_rotary_factor"],
         "rope_type": rope["rope_type"],
     }

@@ -66,7 +66,10 @@ class DeviceLayer:
     router_bias: Tensor | None  # [E]
     beside: Resident | None  # shared experts; where there is no router, the layer's only feed-forward part
     qkv_bias: Tensor | None  # [Q + 2K]
-    latent: DeviceLatent | None = None
+    o_bias: Tensor | None  # [H]
+    sinks: Tensor | None  # [heads]
+    router_offset: Tensor | None  # [E]
+    latent: DeviceLatent | None
 
     def tensors(self) -> list[Tensor]:
         values = [getattr(part, field.name) for part in (self, self.latent) if part for field in fields(part)]
@@ -121,12 +124,15 @@ class DeviceTrunk:
         positions = self._positions[start : start + len(x)]
         if w.latent:
             return self._product(self._attend_latents(w.latent, qkv, kv.latents(layer), positions, start), w.o)
-        keys, values = kv.layer(layer)
-        q = norm_rope_write(qkv, keys, values, positions, self.rope, heads=c.heads, kv_heads=c.kv_heads,
+        chunk = kv.open(layer, start, len(x))
+        q = norm_rope_write(qkv, chunk.keys, chunk.values, positions, self.rope, heads=c.heads, kv_heads=c.kv_heads,
                             head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
-                            eps=c.norm_eps, scales=kv.scales(layer))  # fmt: skip
-        mixed = prefill_attention(q, keys, values, start, scales=kv.scales(layer))
-        return self._product(mixed.flatten(1), w.o)
+                            eps=c.norm_eps, scales=chunk.scales, first=chunk.first)  # fmt: skip
+        kv.close(layer, chunk, start, len(x))
+        mixed = prefill_attention(q, chunk.keys, chunk.values, start - chunk.first, chunk.scales,
+                                  window=c.window(layer), sinks=w.sinks)  # fmt: skip
+        out = self._product(mixed.flatten(1), w.o)
+        return out if w.o_bias is None else out + w.o_bias
 
     def _attend_latents(self, w: DeviceLatent, qkv: Tensor, cache: Tensor, positions: Tensor, start: int) -> Tensor:
         """qkv [T, q_rank or Q, and L + R], cache [ctx, L + R] → [T, heads · V]. Keys and values are expanded."""
@@ -159,6 +165,8 @@ class DeviceTrunk:
         assert w.router is not None, f"layer {layer} has experts"
         normed = rms_norm(x, w.ffn_norm, self.config.norm_eps)
         logits = stripe(normed) @ w.router[: self.config.experts].float().t()
+        if w.router_offset is not None:
+            logits += w.router_offset
         ids, weights = select(logits, self.config.rule, w.router_bias)
         return normed.to(self._dtype), ids, weights
 
@@ -222,6 +230,9 @@ class DeviceTrunk:
             router_bias=self._float("router_bias", layer) if routed and c.rule.biased else None,
             beside=self._feed_forward(beside, layer) if beside else None,
             qkv_bias=torch.cat([self._float(f"{role}_bias", layer) for role in "qkv"]) if c.qkv_bias else None,
+            o_bias=self._float("o_bias", layer) if c.o_bias else None,
+            sinks=self._float("sinks", layer) if c.sinks else None,
+            router_offset=self._float("router_offset", layer) if routed and c.router_offset else None,
             latent=self._load_latent(layer, c.latent) if c.latent else None,
         )
 

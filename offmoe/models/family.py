@@ -11,7 +11,7 @@ from offmoe.errors import OffmoeError
 from offmoe.kernels.rope import KINDS
 from offmoe.kernels.route import Rule
 
-MODULES = ("qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe", "deepseek_v3", "deepseek_v2", "kimi_k2",
+MODULES = ("qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3", "deepseek_v2", "kimi_k2",
            "glm4_moe_lite")  # fmt: skip
 
 Names = Mapping[str, tuple[str, ...]]  # role → templates over layer {l} and expert {e}; the first that exists counts
@@ -45,6 +45,8 @@ HF_NAMES: Names = {
     "kv_a": ("model.layers.{l}.self_attn.kv_a_proj_with_mqa.weight",),
     "kv_a_norm": ("model.layers.{l}.self_attn.kv_a_layernorm.weight",),
     "kv_b": ("model.layers.{l}.self_attn.kv_b_proj.weight",),
+    "o_bias": ("model.layers.{l}.self_attn.o_proj.bias",),
+    "sinks": ("model.layers.{l}.self_attn.sinks",),
     "dense_gate": ("model.layers.{l}.mlp.gate_proj.weight",),
     "dense_up": ("model.layers.{l}.mlp.up_proj.weight",),
     "dense_down": ("model.layers.{l}.mlp.down_proj.weight",),
@@ -83,6 +85,12 @@ GGUF_NAMES: Names = {
     "kv_b": ("blk.{l}.attn_kv_b.weight",),  # of older files; later ones have its two halves, the keys' transposed
     "k_b": ("blk.{l}.attn_k_b.weight",),
     "v_b": ("blk.{l}.attn_v_b.weight",),
+    "o_bias": ("blk.{l}.attn_output.bias",),
+    "sinks": ("blk.{l}.attn_sinks.weight",),
+    "router_offset": ("blk.{l}.ffn_gate_inp.bias",),
+    "gate_bias": ("blk.{l}.ffn_gate_exps.bias",),
+    "up_bias": ("blk.{l}.ffn_up_exps.bias",),
+    "down_bias": ("blk.{l}.ffn_down_exps.bias",),
     "dense_gate": ("blk.{l}.ffn_gate.weight",),
     "dense_up": ("blk.{l}.ffn_up.weight",),
     "dense_down": ("blk.{l}.ffn_down.weight",),
@@ -113,6 +121,8 @@ class Family:
     gguf_names: Names = field(default_factory=lambda: GGUF_NAMES)
     partial_rotary: float = 1.0  # share of a head that is rotated, where the file does not say
     interleaved_gguf: bool = False  # llama.cpp permutes q and k rows of this arch
+    interleaved_experts: bool = False  # in safetensors: stacked gate and up take turns, row by row
+    transposed_experts: bool = False  # in safetensors: stacked experts of floats lie column by column
     fields: Fields = plain  # fields of ModelConfig beyond what all families share, out of a config of so many layers
     implemented: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # the first value is the default; (): any
 
