@@ -105,7 +105,8 @@ def make_plan(model: Model, settings: Settings) -> Plan:
         weights = trunk_weights(model.config) + bias_weights(model.config)
         trunk, real, workspace = weights * dtype.itemsize, model.record_weights * dtype.itemsize, 0
     else:
-        trunk, real = count_weights(model).trunk_bytes, model.slot_bytes
+        weights = count_weights(model)
+        trunk, real = weights.trunk_bytes + weights.unpacked_bytes, model.slot_bytes
         workspace = workspace_nbytes(model, chunk, ctx, dtype.itemsize)
     free = free_memory(device)
     slots = pick_slots(model, settings.vram, default_slots(model, free, trunk + kv + workspace, real))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.mla import HEADS_AT_ONCE, LATENT_EPS, Latent, expand
 from offmoe.kernels.norm_rope import rms_norm
 from offmoe.kernels.planes import Matrix, SlotLayout, matrix, rearrange, rearrange_matrix, slot_layout
@@ -300,7 +301,12 @@ class DeviceTrunk:
         """Format and bytes [rows, row bytes] of one matrix; rotated pairs put into halves."""
         info = self._model.find(role, layer)
         assert info is not None, f"{role} was there when the model was opened"
-        raw = self._model.checkpoint.read(info.name).view(math.prod(info.shape[:-1]), -1)
+        if FORMATS[info.format].tile:  # rows that share scales cannot be moved: in bfloat16, which holds its 4 bits
+            values = self._model.checkpoint.tensor(info.name, torch.bfloat16)
+            info = replace(info, format="BF16")
+            raw = values.view(torch.uint8).view(math.prod(info.shape[:-1]), -1)
+        else:
+            raw = self._model.checkpoint.read(info.name).view(math.prod(info.shape[:-1]), -1)
         if role in ("q", "k") and self._model.checkpoint.kind == "gguf" and self._model.family.interleaved_gguf:
             raw = uninterleaved(raw, self.config.heads if role == "q" else self.config.kv_heads)
         if (rows := rows_of(role, self.config, striped=True)) is not None:

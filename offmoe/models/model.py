@@ -285,6 +285,11 @@ def record_layout(
                 f"layer {layer} keeps its {role} experts in {' and '.join(sorted(formats))}: expected one"
             )
         parts.append((role, formats.pop(), *shape))
+        if (odd := FORMATS[parts[-1][1]].scales_nbytes(*shape) % 16) and FORMATS[parts[-1][1]].tile:
+            raise OffmoeError(
+                f"layer {layer} has {role} experts of {list(shape)} in float8, whose scales end {odd} bytes behind a "
+                "multiple of 16: offmoe cannot move such records yet"
+            )
     interleaved = stacked is not None and family.interleaved_experts
     return RecordLayout.of(*parts, interleaved=interleaved, transposed=transposed)
 
@@ -297,6 +302,7 @@ class Weights:
     active: int  # a token: everything but the experts that it is not routed to
     active_without_embedding: int  # some models leave the input embedding out of their own figure
     trunk_bytes: int  # of everything but the routed experts, in the file
+    unpacked_bytes: int  # that a GPU holds beyond these: float8 in bfloat16
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int, int]:
@@ -314,4 +320,5 @@ def count_weights(model: Model) -> Weights:
         active=active,
         active_without_embedding=without_embedding,
         trunk_bytes=sum(info.range.nbytes for info in trunk_tensors(model)) + 4 * bias_weights(model.config),
+        unpacked_bytes=sum(info.range.nbytes for info in trunk_tensors(model) if FORMATS[info.format].tile),
     )
