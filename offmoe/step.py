@@ -1,8 +1,8 @@
 """One decoded token as a sequence of launches: what the graph captures, and what tests run through the interpreter.
 
 A layer is six nodes: norm and qkv → attention → output → norm, router, top-k and residency → gate and up, in which
-some programs bring what is missing and multiply it as it comes → down, summed into x. Shared experts are two nodes
-more; a layer without experts has norm and these two.
+some programs bring what is missing and multiply it as it comes → down, summed into x. Latent attention is three nodes,
+or four. Shared experts are two nodes more; a layer without experts has norm and these two.
 Nothing here allocates, waits or reads a tensor on the host.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from offmoe.device_table import device_table, lose, pull, push, reach
 from offmoe.gate import Gate
+from offmoe.kernels.gpu import mla
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
 from offmoe.kernels.gpu.embed import embed
@@ -37,7 +38,7 @@ from offmoe.kernels.ring import ABORTED, COUNTED, DONE, Ring, row_words
 from offmoe.kvcache import KVCache
 from offmoe.memory import host_memory, register, unregister
 from offmoe.models.config import ModelConfig
-from offmoe.models.device_trunk import DeviceLayer, DeviceTrunk
+from offmoe.models.device_trunk import DeviceLatent, DeviceLayer, DeviceTrunk
 from offmoe.plan import Plan
 from offmoe.settings import Sampling
 from offmoe.streams import Lane, Mark
@@ -72,9 +73,13 @@ class StepBuffers:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self.x, self.normed, self.raw = floats(1, c.hidden), floats(1, c.hidden), floats(c.hidden)
-        self.qkv = floats(1, (c.heads + 2 * c.kv_heads) * c.head_dim)
-        self.mixed = floats(1, c.heads * c.head_dim)
-        self.partial = floats(partial_size(c.heads, c.head_dim, splits))
+        self.qkv = floats(1, c.projected)
+        self.mixed = floats(1, c.heads * c.value_dim)
+        if c.latent:
+            self.query, self.absorbed = floats(1, c.heads * c.head_dim), floats(c.heads * c.latent.kv_rank)
+            self.partial = floats(mla.partial_size(c.heads, c.latent, splits, device))
+        else:
+            self.partial = floats(partial_size(c.heads, c.head_dim, splits))
         self.router_logits, self.weights = floats(c.experts + 1), floats(c.top_k + 1)  # one more: the shared expert's
         self.inner = floats(c.top_k, c.expert_hidden)
         self.dense_inner, self.shared_inner = floats(1, c.dense_hidden), floats(1, c.shared_hidden)
@@ -105,7 +110,8 @@ class DecodeStep:
         self.device = device
         self.pdl = pdl_supported(device)
         sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        self.splits, self.split_size = pick_splits(plan.ctx, c.kv_heads, sms)
+        picked = mla.pick_splits(plan.ctx, c.heads, sms) if c.latent else pick_splits(plan.ctx, c.kv_heads, sms)
+        self.splits, self.split_size = picked
         self.buffers = StepBuffers(c, self.splits, device)
         self.gate = Gate.of(plan.prefetch).within(store.table, c.top_k)
         self.table = device_table(store.table, reach(store.table, c.top_k, self.gate.most), device)
@@ -162,10 +168,18 @@ class DecodeStep:
 
     def _attend(self, layer: int) -> None:
         b, c, w = self.buffers, self.config, self.trunk.layers[layer]
-        keys, values = self.kv.layer(layer)
         dense(
             b.x, w.qkv, b.qkv, norm=w.attn_norm_striped, eps=c.norm_eps, bias=w.qkv_bias, pdl=self.pdl and layer > 0
         )  # fmt: skip
+        if w.latent:
+            self._attend_latents(layer, w.latent)
+        else:
+            self._attend_heads(layer)
+        dense(b.mixed, w.o, b.x, bias=w.o_bias, residual=True, pdl=self.pdl)
+
+    def _attend_heads(self, layer: int) -> None:
+        b, c, w = self.buffers, self.config, self.trunk.layers[layer]
+        keys, values = self.kv.layer(layer)
         decode_attention(
             b.qkv[0], keys, values, b.position, self.trunk.rope, b.mixed[0], b.partial, b.attention_tickets,
             heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
@@ -173,7 +187,20 @@ class DecodeStep:
             split_size=self.split_size, scales=self.kv.scales(layer), window=c.window(layer), sinks=w.sinks,
             pdl=self.pdl,
         )  # fmt: skip
-        dense(b.mixed, w.o, b.x, bias=w.o_bias, residual=True, pdl=self.pdl)
+
+    def _attend_latents(self, layer: int, w: DeviceLatent) -> None:
+        """Three launches, four where queries have a latent of their own."""
+        b, c, z = self.buffers, self.config, self.config.latent
+        assert z is not None, "its weights are there"
+        query = b.qkv
+        if w.q_b:
+            dense(b.qkv[:, : z.q_rank], w.q_b, b.query, norm=w.q_a_norm, eps=mla.LATENT_EPS, pdl=self.pdl)
+            query = b.query
+        mla.decode_latents(
+            query[0, : c.heads * z.key], b.qkv[0, -z.width :], self.kv.latents(layer), b.position, self.trunk.rope,
+            w.kv_a_norm, w.k_b[0], w.v_b[0], b.mixed[0], b.absorbed, b.partial, heads=c.heads, latent=z,
+            scale=c.score_scale, splits=self.splits, split_size=self.split_size, pdl=self.pdl,
+        )  # fmt: skip
 
     def _dense(self, layer: int) -> None:
         """The feed-forward part of a layer without experts."""

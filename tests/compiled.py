@@ -31,6 +31,7 @@ from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.foretell import foretell
 from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
 from offmoe.kernels.gpu.gemv import dense, expert_down, expert_gate_up
+from offmoe.kernels.gpu.mla import decode_latents
 from offmoe.kernels.gpu.norm_rope import norm_rope_write, rms_norm
 from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, page_in, scratch_for
 from offmoe.kernels.gpu.request import request
@@ -38,6 +39,7 @@ from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
 from offmoe.kernels.gpu.sample import Scratch, sample_step
 from offmoe.kernels.gpu.unpack import dequantise_into
+from offmoe.kernels.mla import Latent
 from offmoe.kernels.planes import matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.ring import COUNTED
@@ -198,6 +200,20 @@ def attention(pdl: bool) -> None:
     )  # fmt: skip
 
 
+def latents(pdl: bool, heads: int, z: Latent, fmt: str) -> None:
+    ctx, splits = 4096, 32
+    parts = []
+    for rows, cols in ((heads * z.kv_rank, z.plain), (heads * z.value, z.kv_rank)):
+        form = matrix(fmt, rows, cols)
+        parts.append((ints(form.nbytes, dtype=torch.uint8), form))
+    decode_latents(
+        floats(heads * z.key), floats(z.width), floats(ctx, z.width).bfloat16(), ints(1), floats(2, ctx, z.turned),
+        floats(z.kv_rank), *parts, floats(heads * z.value), floats(heads * z.kv_rank),
+        floats(heads * (splits * (z.kv_rank + 2) + 132 * z.kv_rank)), heads=heads, latent=z, scale=0.1, splits=splits,
+        pdl=pdl,
+    )  # fmt: skip
+
+
 def ends(pdl: bool) -> None:
     rms_norm(floats(1, H), floats(H), 1e-6, floats(1, H))  # of a layer without experts
     form = matrix("Q4_K", 1024, H)
@@ -221,6 +237,8 @@ def main(capability: int) -> None:
         residency("lfru", pdl)
         residency("echo", pdl)
         attention(pdl)
+        latents(pdl, 16, Latent(0, 512, 128, 64, 128), "BF16")  # DeepSeek-V2-Lite
+        latents(pdl, 20, Latent(768, 512, 192, 64, 256), "Q8_0")  # GLM-4.7-Flash
         ends(pdl)
         prompt(16)
         prompt(64)

@@ -199,7 +199,7 @@ def dense(
     for i, (_, form) in enumerate(parts):
         settings |= {f"F{i}": form.format, f"ROWS{i}": form.rows, f"WIDTH{i}": UNIT[form.format],
                      f"U{i}": across(form.format, k)[0]}  # fmt: skip
-        settings |= {f"{'ABC'[i]}{j}": at for j, at in enumerate((*form.planes, 0, 0, 0)[:4])}
+        settings |= {f"{'ABC'[i]}{j}": at for j, at in enumerate(form.constants)}
     _dense[(count, len(x))](
         x, norm, out, bias, *(buffer for buffer, _ in parts), eps, each, K=k, WIDE=triton.next_power_of_2(k), N=n,
         R=rows, NORM=norm is not None, RESIDUAL=residual, **settings, num_warps=warps, **dependent(pdl),
@@ -446,4 +446,4 @@ def expert_down(
 
 
 def planes(name: str, form: Matrix) -> dict[str, int]:
-    return {f"{name}{i}": at for i, at in enumerate((*form.planes, 0, 0, 0)[:4])}
+    return {f"{name}{i}": at for i, at in enumerate(form.constants)}
