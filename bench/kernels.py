@@ -32,10 +32,10 @@ from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import Table, route
-from offmoe.kernels.norm_rope import rope_table
 from offmoe.kernels.planes import PLANES, SlotLayout, matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.ring import COUNTED
+from offmoe.kernels.rope import rope_table
 from offmoe.kernels.route import Rule
 from offmoe.links import link_bandwidth, vram_bandwidth
 

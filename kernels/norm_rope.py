@@ -12,14 +12,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def rope_table(ctx: int, dim: int, theta: float, device: torch.device) -> Tensor:
-    """cos and sin of every position, [2, ctx, dim] float32, each half repeated (NEOX order)."""
-    inverse = theta ** -(torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
-    angle = torch.outer(torch.arange(ctx).float(), inverse)
-    angle = torch.cat((angle, angle), dim=-1)
-    return torch.stack((angle.cos(), angle.sin())).to(device)
-
-
 def rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
     """Rotate x [T, heads, D] by its positions [T] (arXiv 2104.09864); table [2, ctx, R ≤ D]: the first R values."""
     cos, sin = table.index_select(1, positions).to(x.dtype).unsqueeze(2)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from offmoe.errors import OffmoeError
+from offmoe.kernels.rope import Scaling, yarn_mscale
 from offmoe.pretokenizers import pre_tokenizer_name
 from offmoe.tokenizer import BYTE_TOKEN
 from offmoe.vocab import BYTE, CONTROL, NAMES, UNKNOWN, USER_DEFINED, Vocab, read_vocab
 
 if TYPE_CHECKING:
     from offmoe.checkpoint import Checkpoint
+    from offmoe.kernels.mla import Latent
     from offmoe.models.config import ModelConfig
     from offmoe.models.family import Family
 
 NORMAL, UNUSED = 1, 5  # tokenizer.ggml.token_type; the others stand in vocab.py
+NOT_TRUNCATED = ("gpt-oss",)  # archs whose yarn ramps between bounds that are no whole numbers
 UNMERGED = -1e9  # the score of a token that no merge makes
 
 
@@ -35,9 +39,9 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
             f"{family.model_type} with experts in the layers {config.routed} cannot be packed: "
             "in a GGUF only the first layers are without"
         )
-    if config.rule.groups > 1:
+    if config.rule.groups > 1 and not (config.latent and config.rule.group_best == 2):
         raise OffmoeError(f"{family.model_type} with n_group = {config.rule.groups} cannot be packed yet")
-    keys = {
+    keys: dict[str, Any] = {
         "block_count": config.layers,
         "context_length": config.ctx,
         "embedding_length": config.hidden,
@@ -60,10 +64,48 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
         keys["expert_shared_count"] = config.shared
     if config.dense:
         keys["leading_dense_block_count"] = len(config.dense)
-    if config.rule.scores == "sigmoid":
-        keys |= {"expert_gating_func": 2, "expert_weights_norm": config.rule.renormalise}
-        keys["expert_weights_scale"] = config.rule.scale
+    if config.rule.scores == "sigmoid" or config.latent:
+        keys["expert_gating_func"] = 2 if config.rule.scores == "sigmoid" else 1
+        keys |= {"expert_weights_norm": config.rule.renormalise, "expert_weights_scale": config.rule.scale}
+    if config.rule.groups > 1:
+        keys |= {"expert_group_count": config.rule.groups, "expert_group_used_count": config.rule.kept}
+    if config.latent:
+        keys |= latent_keys(config.latent)
+    keys |= scaling_keys(config.rope, family)
     return {f"{family.arch}.{key}": value for key, value in keys.items()}
+
+
+def latent_keys(z: Latent) -> dict[str, int]:
+    """The plain key and value lengths are those of the cache: one key-value head, whose value is its key's front."""
+    return {
+        "attention.key_length": z.width,
+        "attention.value_length": z.kv_rank,
+        "attention.key_length_mla": z.key,
+        "attention.value_length_mla": z.value,
+        "attention.kv_lora_rank": z.kv_rank,
+        **({"attention.q_lora_rank": z.q_rank} if z.q_rank else {}),
+    }
+
+
+def scaling_keys(rope: Scaling, family: Family) -> dict[str, Any]:
+    """`rope.scaling.*`, what models.rope.gguf_scaling reads. Raises OffmoeError on what these keys cannot say."""
+    if rope.kind == "default":
+        return {}
+    keys = {"type": rope.kind, "factor": rope.factor}
+    if rope.kind == "yarn":
+        keys |= {"original_context_length": rope.original, "yarn_beta_fast": rope.fast, "yarn_beta_slow": rope.slow}
+        grown = yarn_mscale(rope.factor)
+        if rope.scores != 1:
+            keys["yarn_log_multiplier"] = (math.sqrt(rope.scores) - 1) / math.log(rope.factor)
+            grown = 1.0
+        elif not math.isclose(rope.attention, grown):
+            keys["attn_factor"], grown = rope.attention / grown, rope.attention
+        said = math.isclose(rope.attention, grown) and (rope.truncate or family.arch in NOT_TRUNCATED)
+    else:
+        said = rope.kind == "linear"
+    if not said:
+        raise OffmoeError(f"{family.model_type} with {rope} cannot be packed: a GGUF has no keys for it")
+    return {f"rope.scaling.{key}": value for key, value in keys.items()}
 
 
 def tokenizer_keys(checkpoint: Checkpoint, vocab_size: int) -> dict[str, Any]:

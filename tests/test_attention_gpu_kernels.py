@@ -11,7 +11,8 @@ from torch import Tensor
 
 from offmoe.kernels import kv as naive_kv
 from offmoe.kernels.attention import attention
-from offmoe.kernels.norm_rope import rms_norm, rope, rope_table
+from offmoe.kernels.norm_rope import rms_norm, rope
+from offmoe.kernels.rope import rope_table
 from offmoe.kernels.striped import unstripe
 
 pytest.importorskip("triton")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
+from offmoe.kernels.feed_forward import SILU, Glu
+from offmoe.kernels.mla import Latent
+from offmoe.kernels.rope import PLAIN, Scaling
 from offmoe.kernels.route import Rule
+from offmoe.models.fields import count as count  # families take them from here
+from offmoe.models.fields import flag as flag
+from offmoe.models.fields import number as number
+from offmoe.models.rope import check_rope, gguf_scaling, positions, rope_parameters, scaling_of
 
 if TYPE_CHECKING:
     from offmoe.models.family import Family
 
 MOST_LAYERS = 4096
-FULL = "full_attention"  # a kind of layer
-MOST = 2**24  # no dimension of a published model comes near; larger ones are lies
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,36 @@ class ModelConfig:
     shared_hidden: int = 0  # of all of them together
     shared_gated: bool = False  # times the sigmoid of a row of its own
     qkv_bias: bool = False
+    rope: Scaling = PLAIN
+    windows: tuple[int, ...] = ()  # by layer: positions that attention sees, 0: all; nothing: all in every layer
+    sinks: bool = False  # a logit a head that takes its share of attention and gives nothing
+    o_bias: bool = False
+    router_offset: bool = False  # added to the router's logits
+    expert_bias: bool = False
+    glu: Glu = SILU  # of the routed experts
+    latent: Latent | None = None  # of multi-head latent attention; then head_dim is a key's, and kv_heads is 1
+
+    @property
+    def value_dim(self) -> int:
+        """Of what a head's attention gives."""
+        return self.latent.value if self.latent else self.head_dim
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The roles whose matrices are multiplied with a layer's input, together."""
+        return ("q_a" if self.latent.q_rank else "q", "kv_a") if self.latent else ("q", "k", "v")
+
+    @property
+    def projected(self) -> int:
+        """Rows of these matrices."""
+        if self.latent:
+            return (self.latent.q_rank or self.heads * self.head_dim) + self.latent.width
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def score_scale(self) -> float:
+        """What q · k is multiplied by."""
+        return float(self.head_dim**-0.5 * self.rope.scores)
 
     @property
     def places(self) -> int:
@@ -58,6 +94,10 @@ class ModelConfig:
     def dense(self) -> tuple[int, ...]:
         """The layers without experts."""
         return tuple(layer for layer in range(self.layers) if layer not in self.routed)
+
+    def window(self, layer: int) -> int:
+        """Positions that a token of `layer` sees, itself among them; 0: all before it."""
+        return self.windows[layer] if self.windows else 0
 
     def place_of(self, layer: int) -> int | None:
         return self.routed.index(layer) if layer in self.routed else None
@@ -72,32 +112,30 @@ def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     if layers > MOST_LAYERS:
         raise OffmoeError(f"the config has {layers} layers: no published model has so many")
     rule = Rule(top_k=top_k, renormalise=flag(raw, "norm_topk_prob", family.renormalise))
-    return checked(
-        ModelConfig(
-            model_type=family.model_type,
-            layers=layers,
-            hidden=hidden,
-            heads=heads,
-            kv_heads=count(raw, "num_key_value_heads", default=heads),
-            head_dim=head_dim,
-            vocab=count(raw, "vocab_size"),
-            experts=count(raw, "num_experts", "num_local_experts", "n_routed_experts"),
-            top_k=top_k,
-            expert_hidden=count(raw, "moe_intermediate_size", "intermediate_size"),
-            ctx=count(raw, "max_position_embeddings", default=4096),
-            norm_eps=number(raw, "rms_norm_eps", 1e-6),
-            rope_theta=number(rope, "rope_theta", 10_000.0),
-            rotary=int(head_dim * number(rope, "partial_rotary_factor", family.partial_rotary)),
-            clip_qkv=number(raw, "clip_qkv", 0.0) or None,
-            tied=flag(raw, "tie_word_embeddings", False),
-            **{
-                "rule": rule,
-                "routed": tuple(range(layers)),
-                "qk_norm": family.qk_norm,
-                **family.fields(raw, layers, rule),
-            },
-        )
+    scaling = scaling_of(raw)
+    config = ModelConfig(
+        model_type=family.model_type,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=count(raw, "num_key_value_heads", default=heads),
+        head_dim=head_dim,
+        vocab=count(raw, "vocab_size"),
+        experts=count(raw, "num_experts", "num_local_experts", "n_routed_experts"),
+        top_k=top_k,
+        expert_hidden=count(raw, "moe_intermediate_size", "intermediate_size"),
+        ctx=positions(raw, scaling),
+        norm_eps=number(raw, "rms_norm_eps", 1e-6),
+        rope_theta=number(rope, "rope_theta", 10_000.0),
+        rotary=int(head_dim * number(rope, "partial_rotary_factor", family.partial_rotary)),
+        clip_qkv=number(raw, "clip_qkv", 0.0) or None,
+        tied=flag(raw, "tie_word_embeddings", False),
+        rule=rule,
+        routed=tuple(range(layers)),
+        qk_norm=family.qk_norm,
+        rope=scaling,
     )
+    return checked(replace(config, **family.fields(raw, layers, rule)))
 
 
 def sparse_layers(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -117,6 +155,16 @@ def first_dense(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
     return {"routed": tuple(range(dense, layers)), "dense_hidden": count(raw, "intermediate_size") if dense else 0}
 
 
+def sliding_windows(raw: Mapping[str, Any], layers: int, default: Sequence[str]) -> tuple[int, ...]:
+    """`windows`, of layer_types: every layer looks at all positions or at sliding_window of them."""
+    kinds = raw.get("layer_types") or list(default)
+    if len(kinds) != layers:
+        raise OffmoeError(
+            f"the model's config gives {len(kinds)} layer_types: expected one for each of {layers} layers"
+        )
+    return tuple(count(raw, "sliding_window") if kind == SLIDING else 0 for kind in kinds)
+
+
 def balanced_by_bias(raw: Mapping[str, Any], rule: Rule) -> Rule:
     """DeepSeek-V3's (arXiv 2412.19437), which many took over."""
     return replace(
@@ -125,26 +173,30 @@ def balanced_by_bias(raw: Mapping[str, Any], rule: Rule) -> Rule:
     )  # fmt: skip
 
 
-def rope_parameters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """transformers 5 nests what older configs keep at the top level and in `rope_scaling`."""
-    nested = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {}
-    if not isinstance(nested, Mapping) or not isinstance(scaling, Mapping):
-        raise OffmoeError("rope_parameters or rope_scaling in the model's config is no table")
-    return {**{name: raw.get(name) for name in ("rope_theta", "partial_rotary_factor")}, **scaling, **nested}
+def latent_attention(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Multi-head latent attention, as DeepSeek-V2 has it and others took it over."""
+    latent = Latent(
+        q_rank=count(raw, "q_lora_rank", default=0),
+        kv_rank=count(raw, "kv_lora_rank"),
+        plain=count(raw, "qk_nope_head_dim"),
+        turned=count(raw, "qk_rope_head_dim"),
+        value=count(raw, "v_head_dim"),
+    )
+    return {"latent": latent, "kv_heads": 1, "head_dim": latent.key, "rotary": latent.turned}
 
 
 def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
     rope = rope_parameters(raw)
-    kind = rope.get("rope_type", rope.get("type", "default"))
     kinds = raw.get("layer_types") or []
     if not isinstance(kinds, list):
         raise OffmoeError(f"the model's config gives layer_types = {shown(kinds)}: expected a list")
+    known = family.implemented["layer_types"]
     asked = {
         **raw,
-        "layer_types": next((kind for kind in kinds if kind != FULL), FULL),
+        "layer_types": next((kind for kind in kinds if kind not in known), known[0]),
         "partial_rotary_factor": rope["partial_rotary_factor"],
-        "rope_type": kind or "default",
+        "rope_type": rope["rope_type"],
+        "quantization_config": beyond_tensors(raw.get("quantization_config")),
     }
     for field, allowed in family.implemented.items():
         if allowed and asked.get(field, allowed[0]) not in allowed:
@@ -154,6 +206,14 @@ def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
             )
 
 
+def beyond_tensors(quantisation: Any) -> Any:
+    """None where the tensors say all that there is to know: float8 in tiles, activations as they are."""
+    said = quantisation if isinstance(quantisation, Mapping) else {}
+    if (said.get("quant_method"), said.get("weight_block_size")) == ("fp8", [128, 128]):
+        return None if said.get("fmt", "e4m3") == "e4m3" else quantisation
+    return quantisation
+
+
 def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str, Any]) -> ModelConfig:
     """GGUF metadata, by way of the field names of `config.json`."""
 
@@ -161,6 +221,7 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         return metadata.get(f"{family.arch}.{name}")
 
     vocab, head_dim, rotated = metadata.get("tokenizer.ggml.tokens"), key("attention.key_length"), None
+    a_key = key("attention.key_length_mla") or head_dim  # where the cache holds latents, key_length is a latent's
     if type(head_dim) is type(turned := key("rope.dimension_count")) is int and head_dim:
         rotated = turned / head_dim if not family.implemented["partial_rotary_factor"] else None
     layers, extra = key("block_count"), key("nextn_predict_layers")  # the last ones predict further tokens
@@ -173,6 +234,11 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "num_key_value_heads": key("attention.head_count_kv"),
         "head_dim": head_dim,
         "partial_rotary_factor": rotated,
+        "q_lora_rank": key("attention.q_lora_rank"),
+        "kv_lora_rank": key("attention.kv_lora_rank"),
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": a_key - turned if isinstance(a_key, int) and isinstance(turned, int) else None,
+        "v_head_dim": key("attention.value_length_mla") or key("attention.value_length"),
         "vocab_size": len(vocab) if isinstance(vocab, list) else key("vocab_size"),
         "num_experts": key("expert_count"),
         "num_experts_per_tok": key("expert_used_count"),
@@ -181,7 +247,7 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "max_position_embeddings": key("context_length"),
         "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
         "rope_theta": key("rope.freq_base"),
-        "rope_scaling": {"rope_type": key("rope.scaling.type")},
+        "rope_scaling": gguf_scaling(key, tensors),
         "sliding_window": key("attention.sliding_window"),
         "n_shared_experts": key("expert_shared_count"),
         "shared_expert_intermediate_size": key("expert_shared_feed_forward_length"),
@@ -204,36 +270,6 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
     return config
 
 
-def count(raw: Mapping[str, Any], *names: str, default: int | None = None) -> int:
-    """The first of `names` that is there: a whole number, at least 1."""
-    for name in names:
-        if (value := raw.get(name)) is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
-                raise OffmoeError(
-                    f"the model's config gives {name} = {shown(value)}: expected a whole number of at least 1"
-                )
-            return value
-    if default is None:
-        raise OffmoeError(f"the model's config has no {' or '.join(names)}: it is incomplete or no MoE model")
-    return default
-
-
-def number(raw: Mapping[str, Any], name: str, default: float) -> float:
-    value = raw.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
-        raise OffmoeError(f"the model's config gives {name} = {shown(value)}: expected a number of at least 0")
-    return float(value)
-
-
-def flag(raw: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = raw.get(name)
-    if not isinstance(value, bool | None):
-        raise OffmoeError(f"the model's config gives {name} = {shown(value)}: expected true or false")
-    return default if value is None else value
-
-
 def checked(config: ModelConfig) -> ModelConfig:
     """What the fields say about one another."""
     if not config.routed:
@@ -250,8 +286,7 @@ def checked(config: ModelConfig) -> ModelConfig:
             "expected an even number above 0"
         )
     check_groups(config.rule, config.experts)
-    if config.rope_theta < 1:
-        raise OffmoeError(f"rope_theta is {config.rope_theta:g}: expected at least 1")
+    check_rope(config.rope, config.rotary, config.rope_theta)
     if config.experts > 65535:
         raise OffmoeError(f"{config.layers} layers of {config.experts} experts: no published model has so many")
     return config

@@ -1,0 +1,108 @@
+"""Rotary embedding and its scaling, out of `config.json` (both its layouts) or the keys of a GGUF."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from offmoe.errors import OffmoeError
+from offmoe.kernels.rope import PLAIN, Scaling, yarn_mscale
+from offmoe.models.fields import count, flag, number, numbers
+
+OLD_NAMES = {None: "default", "none": "default", "su": "longrope"}
+GGUF_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+def rope_parameters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """transformers 5 nests what older configs keep at the top level and in `rope_scaling`; `rope_type` is set."""
+    nested = raw.get("rope_parameters") or {}
+    scaling = raw.get("rope_scaling") or {}
+    if not isinstance(nested, Mapping) or not isinstance(scaling, Mapping):
+        raise OffmoeError("rope_parameters or rope_scaling in the model's config is no table")
+    rope = {**{name: raw.get(name) for name in ("rope_theta", "partial_rotary_factor")}, **scaling, **nested}
+    kind = rope.get("rope_type", rope.get("type"))
+    rope["rope_type"] = OLD_NAMES.get(kind, kind) if isinstance(kind, str | None) else kind
+    return rope
+
+
+def scaling_of(raw: Mapping[str, Any]) -> Scaling:
+    """The config's scaling, of a kind that is implemented."""
+    rope = rope_parameters(raw)
+    kind, trained = rope["rope_type"], count(raw, "max_position_embeddings", default=4096)
+    if kind == "default":
+        return PLAIN
+    original = count(raw, "original_max_position_embeddings", default=0) or count(
+        rope, "original_max_position_embeddings", default=trained
+    )
+    factor = number(rope, "factor", 0.0)
+    if not factor and kind in ("yarn", "longrope"):  # as the lengths say
+        factor = trained / original
+    if not factor:
+        raise OffmoeError(f"rope_type {kind} has no factor: expected by how much it lengthens the context")
+    if kind == "yarn":
+        return yarn(rope, factor, original)
+    if kind == "longrope":
+        grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+        return Scaling(kind, factor, original, number(rope, "attention_factor", 0.0) or grown,
+                       short=numbers(rope, "short_factor"), long=numbers(rope, "long_factor"))  # fmt: skip
+    if kind == "llama3":
+        return Scaling(kind, factor, original, fast=number(rope, "high_freq_factor", 4.0),
+                       slow=number(rope, "low_freq_factor", 1.0))  # fmt: skip
+    return Scaling(kind, factor, trained)
+
+
+def yarn(rope: Mapping[str, Any], factor: float, original: int) -> Scaling:
+    """DeepSeek's two mscales (arXiv 2405.04434): cos and sin grow by their quotient, scores by the second, squared."""
+    mscale, all_dim = number(rope, "mscale", 0.0), number(rope, "mscale_all_dim", 0.0)
+    grown = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if mscale and all_dim else yarn_mscale(factor)
+    return Scaling(
+        "yarn", factor, original,
+        attention=number(rope, "attention_factor", 0.0) or grown,
+        scores=yarn_mscale(factor, all_dim) ** 2 if all_dim else 1.0,
+        fast=number(rope, "beta_fast", 0.0) or 32.0, slow=number(rope, "beta_slow", 0.0) or 1.0,
+        truncate=flag(rope, "truncate", True),
+    )  # fmt: skip
+
+
+def positions(raw: Mapping[str, Any], scaling: Scaling) -> int:
+    """That a model is good for: Qwen's configs with yarn, and all with dynamic, go on naming the ones trained."""
+    trained = count(raw, "max_position_embeddings", default=4096)
+    return max(trained, int(scaling.factor * scaling.original)) if scaling.kind in ("yarn", "dynamic") else trained
+
+
+def gguf_scaling(key: Callable[[str], Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The table `rope_scaling` of a config, out of `{arch}.rope.scaling.*`. llama.cpp multiplies yarn's own factor of
+    cos and sin by `attn_factor`, and keeps a tenth of mscale_all_dim."""
+    if factors := [name for name in GGUF_FACTORS if name in tensors]:
+        raise OffmoeError(f"tensor {factors[0]} scales the rotation, which offmoe reads from a config.json only")
+    names = {
+        "rope_type": "type",
+        "factor": "factor",
+        "original_max_position_embeddings": "original_context_length",
+        "beta_fast": "yarn_beta_fast",
+        "beta_slow": "yarn_beta_slow",
+    }
+    found = {ours: key(f"rope.scaling.{theirs}") for ours, theirs in names.items()}
+    given = {"attn_factor": key("rope.scaling.attn_factor"), "log": key("rope.scaling.yarn_log_multiplier")}
+    if given["attn_factor"] is not None:
+        grown = yarn_mscale(number(found, "factor", 1.0)) if found["rope_type"] == "yarn" else 1.0
+        found["attention_factor"] = number(given, "attn_factor", 1.0) * grown
+    if multiplier := number(given, "log", 0.0):
+        found["mscale"] = found["mscale_all_dim"] = 10 * multiplier
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def check_rope(scaling: Scaling, rotary: int, theta: float) -> None:
+    """What the numbers of one rotation say about one another."""
+    if theta < 1 or (theta == 1 and scaling.kind == "yarn"):
+        raise OffmoeError(f"rope_theta is {theta:g}: expected at least 1{', and more for yarn' * (theta == 1)}")
+    if scaling.kind == "dynamic" and rotary == 2:
+        raise OffmoeError("rope_type is 'dynamic' for 2 values of a head: expected more")
+    if scaling.kind == "llama3" and scaling.fast <= scaling.slow:
+        raise OffmoeError(
+            f"high_freq_factor is {scaling.fast:g} and low_freq_factor {scaling.slow:g}: expected a larger first"
+        )
+    for name, factors in (("short_factor", scaling.short), ("long_factor", scaling.long)):
+        if scaling.kind == "longrope" and len(factors) != rotary // 2:
+            raise OffmoeError(f"{name} has {len(factors)} numbers: expected one for each of {rotary // 2} pairs")
