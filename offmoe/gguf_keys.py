@@ -152,7 +152,16 @@ def pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
 
 def byte_level(raw: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     merges = [f"{left} {right}" for left, right in pairs(model)]
-    return {"model": "gpt2", "pre": pre_tokenizer_name(raw), "merges": merges}
+    return {"model": "gpt2", "pre": pre_tokenizer_name(raw), "merges": merges} | normalizer(raw)
+
+
+def normalizer(raw: dict[str, Any]) -> dict[str, str]:
+    """A key of ours: llama.cpp knows no normaliser for these vocabularies and leaves text as it is."""
+    step = raw.get("normalizer") or {}
+    kinds = [step.get("type") for step in step.get("normalizers", [step]) if step]
+    if kinds and kinds != ["NFC"]:
+        raise OffmoeError(f"tokenizer.json normalises text by {kinds}: this has no GGUF name, so pack cannot write it")
+    return {"normalizer": "nfc"} if kinds else {}
 
 
 def sentencepiece(raw: dict[str, Any], model: dict[str, Any], tokens: list[str]) -> dict[str, Any]:

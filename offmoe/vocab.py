@@ -243,6 +243,8 @@ def bpe_with_merges(vocab: GgufVocab) -> Tokenizer:
     if kind.byte_level:
         tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=kind.ignore_merges))
         tokenizer.decoder = decoders.ByteLevel()
+        if vocab.get("normalizer") == "nfc":  # written by offmoe pack
+            tokenizer.normalizer = normalizers.NFC()
     else:
         tokenizer = character_bpe(vocab, merges, bool(vocab.get("add_space_prefix", False)))
     tokenizer.pre_tokenizer = build(kind)
