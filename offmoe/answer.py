@@ -31,7 +31,7 @@ class Answer:
 
     def end(self) -> None:
         """No more comes."""
-        self._close()
+        self._close("\n")
         if self._out:
             self._out.write("\n")
 
@@ -49,18 +49,18 @@ class Answer:
 
     def _say(self, text: str) -> None:
         if text:
-            self._close()
+            self._close("\n\n")
         self.text += text
         if self._out:
             self._out.write(text)
 
-    def _close(self) -> None:
-        """End what is shown of the reasoning."""
+    def _close(self, gap: str) -> None:
+        """End what is shown of the reasoning. gap: before what follows dim text."""
         if not self._open or not self._out:
             return
         self._open = False
         if self._mode == DIM:
-            self._out.think("\n\n")
+            self._out.think(gap)
             return
         seconds = time.monotonic() - self._began
         self._out.status("")

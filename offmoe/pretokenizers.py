@@ -182,18 +182,19 @@ def build(kind: Kind) -> pre_tokenizers.PreTokenizer:
 
 
 def pre_tokenizer_name(tokenizer_json: dict[str, Any]) -> str:
-    """The GGUF name of the cut that a byte-level `tokenizer.json` makes; an unknown one is refused."""
+    """The GGUF name of the cut that a byte-level `tokenizer.json` makes; an unknown one is refused.
+
+    Of kinds that cut alike, one that ignores merges alike where there is one.
+    """
     cut = tokenizer_json.get("pre_tokenizer") or {}
     patterns = tuple(pattern for step in cut.get("pretokenizers", [cut]) for pattern in step_patterns(step))
     ignore_merges = bool((tokenizer_json.get("model") or {}).get("ignore_merges"))
     same = [name for name, kind in KINDS.items() if kind.patterns == patterns]
-    exact = [name for name in same if KINDS[name].ignore_merges == ignore_merges]
-    if not exact:
+    if not same:
         raise OffmoeError(
-            f"tokenizer.json cuts text by {patterns} with ignore_merges {ignore_merges}: "
-            "this has no GGUF name, so pack cannot write the tokenizer"
+            f"tokenizer.json cuts text by {patterns}: this has no GGUF name, so pack cannot write the tokenizer"
         )
-    return exact[0]
+    return next((name for name in same if KINDS[name].ignore_merges == ignore_merges), same[0])
 
 
 def step_patterns(step: dict[str, Any]) -> list[str]:

@@ -241,9 +241,10 @@ def bpe_with_merges(vocab: GgufVocab) -> Tokenizer:
             raise OffmoeError(f"the merge {merge!r} is not of known tokens: the file's tokenizer is damaged")
         merges.append((left, right))
     if kind.byte_level:
-        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=kind.ignore_merges))
+        ignore = bool(vocab.get("ignore_merges", kind.ignore_merges))
+        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=ignore))
         tokenizer.decoder = decoders.ByteLevel()
-        if vocab.get("normalizer") == "nfc":  # written by offmoe pack
+        if vocab.get("normalizer") == "nfc":  # like ignore_merges a key of offmoe pack
             tokenizer.normalizer = normalizers.NFC()
     else:
         tokenizer = character_bpe(vocab, merges, bool(vocab.get("add_space_prefix", False)))

@@ -185,6 +185,12 @@ def test_reasoning_is_dim_folded_or_hidden_and_never_part_of_the_answer() -> Non
     assert (hidden.answers, hidden.thoughts, hidden.statuses, len(hidden.notes)) == ("yes \n", "", [], 2)
 
 
+def test_reasoning_without_an_answer_ends_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_engine.Engine, "_answer", lambda *_: iter([fake_engine.Piece("well", 0, reasoning=True)]))
+    _, ui = talk("a")
+    assert (ui.answers, ui.thoughts) == ("\n", "well\n")
+
+
 def test_reasoning_is_kept_apart_in_the_conversation_and_in_its_file(tmp_path: Path) -> None:
     file = tmp_path / "chat.json"
     chat, _ = talk("well now => yes", f"/save {file}", "go on")
