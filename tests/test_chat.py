@@ -186,6 +186,7 @@ def test_reasoning_is_dim_folded_or_hidden_and_never_part_of_the_answer() -> Non
 
 
 def test_reasoning_without_an_answer_ends_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_engine.Engine, "cancelled", False, raising=False)
     monkeypatch.setattr(fake_engine.Engine, "_answer", lambda *_: iter([fake_engine.Piece("well", 0, reasoning=True)]))
     _, ui = talk("a")
     assert (ui.answers, ui.thoughts) == ("\n", "well\n")
