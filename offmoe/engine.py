@@ -29,8 +29,9 @@ from offmoe.models.trunk import Trunk
 from offmoe.plan import Plan, make_plan, smaller
 from offmoe.roof import roof
 from offmoe.settings import SAMPLING_DEFAULTS, Sampling, Settings
+from offmoe.speech import Speech
 from offmoe.stats import Stats
-from offmoe.tokenizer import Message, Speech, Tokenizer, load_tokenizer
+from offmoe.tokenizer import Message, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from offmoe.graph import Decoder

@@ -18,7 +18,8 @@ from tokenizers import models
 from offmoe.checkpoint import open_checkpoint
 from offmoe.errors import OffmoeError
 from offmoe.pretokenizers import GPT2, KINDS, QWEN2, build, pre_tokenizer_name
-from offmoe.tokenizer import Message, StopStrings, Tokenizer, load_tokenizer
+from offmoe.speech import StopStrings
+from offmoe.tokenizer import Message, Tokenizer, load_tokenizer
 
 DEMO = Path(__file__).parents[1] / "offmoe/demo/smolmoe-demo-Q4_0.gguf"
 LLAMA_CPP = Path(os.environ.get("LLAMA_CPP_SOURCE", "/nonexistent"))  # a checkout: models/ggml-vocab-*.gguf
