@@ -207,8 +207,8 @@ class DecodeStep:
             joins = True
         route(
             b.x[0], w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.places,
-            rule=c.rule, bias=w.router_bias, offset=w.router_offset, logits=b.router_logits, normed=b.normed[0], ticket=b.route_ticket,
-            ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
+            rule=c.rule, bias=w.router_bias, offset=w.router_offset, logits=b.router_logits, normed=b.normed[0],
+            ticket=b.route_ticket, ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
             miss_records=b.miss_records, miss_slots=b.miss_slots, status=b.status, counters=b.counters, log=b.log,
             step=b.steps, units=self._units[layer], forced=self._forced if variant.forced else None,
             fetched=(b.fetch_count[layer], b.fetch_slots[layer]) if variant.prefetch else None,
@@ -250,8 +250,8 @@ class DecodeStep:
             self._routed.wait()
             predict(
                 b.raw, w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.places, rule=c.rule,
-                bias=w.router_bias, offset=w.router_offset, least=self.gate.least, most=self.gate.most, logits=b.predict_logits,
-                ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
+                bias=w.router_bias, offset=w.router_offset, least=self.gate.least, most=self.gate.most,
+                logits=b.predict_logits, ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
                 fetch_records=b.fetch_records[layer], fetch_slots=b.fetch_slots[layer], status=b.status,
                 counters=b.counters, step=b.steps, units=self._units[layer], emulated=self._predicted if
                 variant.emulated else None,

@@ -197,8 +197,9 @@ def dense(
 
 @triton.jit
 def pair_of(pid, programs, slots, weights, ids, hit, pairs, PHASE: tl.constexpr, PP: tl.constexpr):
-    """The pair of this program (-1: there is none for it), its slot, weight and expert (0 where nobody asks for it),
-    how many programs share it, and which of them it is. In a phase all that may be needed is read at once: reading one after another costs 1 µs each."""
+    """The pair of this program (-1: there is none for it), its slot, weight and expert (0 where no `ids` are given),
+    how many programs share it, and which of them it is. In a phase all that may be needed is read at once: reading one
+    after another costs 1 µs each."""
     if PHASE == 0:
         each = programs // pairs
         pair = tl.where(pid // each < pairs, pid // each, -1)
