@@ -14,6 +14,7 @@ from tiny import FAMILIES, PACKABLE, reference, reference_routing, saved, tiny
 from offmoe.download import DEMO
 from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
+from offmoe.kernels.record import unpack
 from offmoe.models.model import open_model
 from offmoe.settings import Settings
 
@@ -70,12 +71,26 @@ def test_the_greedy_tokens_are_the_same_at_every_budget(family: str, tmp_path: P
     assert len(answers[0]) == 32
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
 @pytest.mark.parametrize("family", PACKABLE)
-def test_a_packed_gguf_gives_the_same_logits(family: str, tmp_path: Path) -> None:
+def test_a_packed_gguf_gives_the_same_logits(family: str, fused: bool, tmp_path: Path) -> None:
     want, _ = reference(family, IDS)
-    with engine_of(packed(saved(family, tmp_path), tmp_path, "f32"), chunk=5) as engine:
+    with engine_of(packed(saved(family, tmp_path, fused), tmp_path, "f32"), chunk=5) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
     assert (logits - want[7:]).abs().max() < 1e-4
+
+
+def test_mxfp4_is_packed_without_a_loss(tmp_path: Path) -> None:
+    """gpt-oss's blocks in ggml's order; what is not an expert becomes Q8_0."""
+    path = saved("gpt_oss", tmp_path)
+    with engine_of(packed(path, tmp_path, "mxfp4")) as theirs, engine_of(path) as ours:
+        assert {part.format for part in theirs.model.layouts[0].parts} == {"MXFP4"}
+        for place, expert in ((0, 0), (3, 5)):
+            weights = []
+            for store in (theirs.store, ours.store):
+                rows = store.ram.rows[store.ram.fetch(place, np.array([expert]), 0)]
+                weights.append(unpack(rows[:, : store.layouts[place].nbytes], store.layouts[place], torch.float32))
+            assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -120,6 +135,7 @@ def oracle(path: Path) -> Any:
     ("qwen3_moe-sparse", r"experts in the layers \(1, 5\) cannot be packed"),
     ("qwen2_moe-sparse", r"norm_topk_prob = True cannot be packed"),
     ("glm4_moe-groups", r"n_group = 4 cannot be packed"),
+    ("gpt_oss-clamped", r"limit=1.0, plus=1.0\) cannot be packed: the GGUF architecture gpt-oss always means"),
 ])  # fmt: skip
 def test_what_llama_cpp_would_get_wrong_is_not_packed(family: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(OffmoeError, match=message):
