@@ -3,8 +3,7 @@
     python bench/shapes.py qwen3-30b-a3b /tmp/qwen3.gguf [LAYERS]
 
 Tensors of one shape share their bytes, so 17 GB are written in seconds and take 0.7 GB of memory to make; the experts
-within a tensor differ. gpt-oss-20b is its shape, expert format and bytes only: that family (biases, sinks, clamped
-SwiGLU, sliding windows) is not implemented, so the file is a plain qwen3moe, which offmoe and llama.cpp both load.
+within a tensor differ.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": {"arch": "qwen3moe", "layers": 48, "hidden": 2048, "heads": 32, "kv_heads": 4, "head_dim": 128,
                       "vocab": 151936, "experts": 128, "top_k": 8, "inner": 768, "format": "Q4_K", "dense": "Q4_K",
                       "head": "Q6_K", "qk_norm": "head", "ctx": 40960, "theta": 1e6},
-    "gpt-oss-20b": {"arch": "qwen3moe", "layers": 24, "hidden": 2880, "heads": 64, "kv_heads": 8, "head_dim": 64,
+    "gpt-oss-20b": {"arch": "gpt-oss", "layers": 24, "hidden": 2880, "heads": 64, "kv_heads": 8, "head_dim": 64,
                     "vocab": 201088, "experts": 32, "top_k": 4, "inner": 2880, "format": "MXFP4", "dense": "Q8_0",
-                    "head": "Q8_0", "qk_norm": "head", "ctx": 131072, "theta": 150000.0},
+                    "head": "Q8_0", "qk_norm": "none", "ctx": 131072, "theta": 150000.0, "window": 128},
     "olmoe": {"arch": "olmoe", "layers": 16, "hidden": 2048, "heads": 16, "kv_heads": 16, "head_dim": 128,
               "vocab": 50304, "experts": 64, "top_k": 8, "inner": 1024, "format": "Q8_0", "dense": "Q8_0",
               "head": "Q8_0", "qk_norm": "full", "ctx": 4096, "theta": 1e4},
@@ -78,8 +77,15 @@ def tensors(s: dict[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
                 ("ffn_up_exps", fmt, (s["experts"], s["inner"], h)),
                 ("ffn_down_exps", fmt, (s["experts"], h, s["inner"]))]  # fmt: skip
         part += [(name, "F32", (size,)) for name, size in zip(("attn_q_norm", "attn_k_norm"), norms, strict=False)]
+        if s["arch"] == "gpt-oss":
+            part[5] = ("post_attention_norm", "F32", (h,))
+            sizes = {"attn_q.bias": (q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,), "attn_output.bias": (h,),
+                     "attn_sinks": (s["heads"],), "ffn_gate_inp.bias": (s["experts"],),
+                     "ffn_gate_exps.bias": (s["experts"], s["inner"]), "ffn_up_exps.bias": (s["experts"], s["inner"]),
+                     "ffn_down_exps.bias": (s["experts"], h)}  # fmt: skip
+            part += [(name, "F32", size) for name, size in sizes.items()]
         rows += [(f"blk.{layer}.{name}", *rest) for name, *rest in part]
-    return [(f"{name}.weight", fmt, shape) for name, fmt, shape in rows]
+    return [(name if name.endswith(".bias") else f"{name}.weight", fmt, shape) for name, fmt, shape in rows]
 
 
 def shape(name: str, layers: int | None = None) -> dict[str, Any]:
@@ -92,12 +98,12 @@ def write(name: str, path: Path, layers: int | None = None, seed: int = 0, **cha
     writer = gguf.GGUFWriter(path, s["arch"])
     add_metadata(writer, s)
     rng = np.random.default_rng(seed)
-    made: dict[tuple[str, int, int], np.ndarray] = {}
+    made: dict[tuple[str, int, int, bool], np.ndarray] = {}
     for tensor, fmt, dims in tensors(s):
         rows, cols = int(np.prod(dims[:-1])), dims[-1]
-        key = (fmt, rows, cols)
+        key = (fmt, rows, cols, norm := "norm" in tensor)
         if key not in made:
-            made[key] = weights(rng, fmt, rows, cols) if len(dims) > 1 else np.ones(cols, np.float32).view(np.uint8)
+            made[key] = np.ones(cols, np.float32).view(np.uint8) if norm else weights(rng, fmt, rows, cols)
         kind = gguf.GGMLQuantizationType(FORMATS[fmt].gguf_type)
         data = made[key].reshape(*dims[:-1], FORMATS[fmt].nbytes(1, cols))
         writer.add_tensor(tensor, data.view(np.float32) if fmt == "F32" else data, raw_dtype=kind)
@@ -124,6 +130,11 @@ def add_metadata(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
     writer.add_expert_used_count(s["top_k"])
     writer.add_vocab_size(s["vocab"])
     writer.add_tokenizer_model("no_vocab")
+    if s["arch"] == "gpt-oss":
+        writer.add_sliding_window(s["window"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(32.0)
+        writer.add_rope_scaling_orig_ctx_len(4096)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def scaling_keys(rope: Scaling, family: Family) -> dict[str, Any]:
             grown = 1.0
         elif not math.isclose(rope.attention, grown):
             keys["attn_factor"], grown = rope.attention / grown, rope.attention
-        said = math.isclose(rope.attention, grown) and (rope.truncate or family.arch in NOT_TRUNCATED)
+        said = math.isclose(rope.attention, grown) and rope.truncate == (family.arch not in NOT_TRUNCATED)
     else:
         said = rope.kind == "linear"
     if not said:
