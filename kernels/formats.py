@@ -21,12 +21,17 @@ class Format:
     gguf_type: int | None  # ggml_type in a GGUF's tensor table
     unpack: Callable[[Tensor], Tensor] = field(repr=False, compare=False)  # uint8 [..., n, bytes] → [..., n, block]
     apart: bool = False  # in a file all first bytes of a matrix's blocks come first, then the rest of each
+    tile: int = 0  # before all blocks: float32 scales, row by row, each of so many rows and columns of weights
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes of a [rows, cols] matrix. Raises ValueError where cols is no multiple of `block`."""
         if cols % self.block:
             raise ValueError(f"a row of {cols} weights is no whole number of {self.name} blocks of {self.block}")
-        return rows * (cols // self.block) * self.bytes
+        return rows * (cols // self.block) * self.bytes + self.scales_nbytes(rows, cols)
+
+    def scales_nbytes(self, rows: int, cols: int) -> int:
+        """Of the tiles' scales."""
+        return 4 * -(-rows // self.tile) * -(-cols // self.tile) if self.tile else 0
 
 
 def dequantise(raw: Tensor, fmt: str | Format, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -38,8 +43,19 @@ def dequantise(raw: Tensor, fmt: str | Format, rows: int, cols: int, dtype: torc
     form = FORMATS[fmt] if isinstance(fmt, str) else fmt
     if raw.shape[-1] != form.nbytes(rows, cols):
         raise ValueError(f"{form.name} [{rows}, {cols}] is {form.nbytes(rows, cols)} bytes, got {raw.shape[-1]}")
+    if form.tile:
+        return in_tiles(raw, form, rows, cols).to(dtype)
     blocks = together(raw, form) if form.apart else split(raw, rows * cols // form.block, form.bytes)
     return form.unpack(blocks).to(dtype).reshape(*raw.shape[:-1], rows, cols)
+
+
+def in_tiles(raw: Tensor, form: Format, rows: int, cols: int) -> Tensor:
+    """Scales and blocks [..., bytes] → float32 [..., rows, cols]."""
+    start = form.scales_nbytes(rows, cols)
+    scales = reinterpret(raw[..., :start], torch.float32).unflatten(-1, (-1, -(-cols // form.tile)))
+    weights = form.unpack(raw[..., start:].unflatten(-1, (-1, form.bytes))).view(*raw.shape[:-1], rows, cols)
+    spread = scales.repeat_interleave(form.tile, -1)[..., :cols]
+    return weights * spread.repeat_interleave(form.tile, -2)[..., :rows, :]
 
 
 def together(raw: Tensor, form: Format) -> Tensor:
@@ -168,6 +184,10 @@ def fp4(exponent: Tensor, code: Tensor) -> Tensor:
     return magnitude.mul_(sign).float().mul_(scale.view(torch.float32))
 
 
+def f8_e4m3(blocks: Tensor) -> Tensor:
+    return blocks.contiguous().view(torch.float8_e4m3fn).float()
+
+
 FORMATS = {
     form.name: form
     for form in (
@@ -183,6 +203,7 @@ FORMATS = {
         Format("Q6_K", 256, 210, 14, q6_k),
         Format("MXFP4", 32, 17, 39, mxfp4),
         Format("MXFP4_PAIRS", 32, 17, None, mxfp4_pairs, apart=True),
+        Format("F8_E4M3", 128, 128, None, f8_e4m3, tile=128),  # quant_method fp8 of safetensors, weight_scale_inv
     )
 }
 GGML = {name: form for name, form in FORMATS.items() if form.gguf_type is not None}  # what a GGUF may hold

@@ -62,8 +62,10 @@ def unpack(raw: Tensor, layout: RecordLayout, dtype: torch.dtype) -> tuple[Tenso
     for (fmt, _), parts in groupby(layout.parts, key=together):
         run = list(parts)
         end = run[-1].offset + run[-1].nbytes
-        weights = sum(part.rows * part.cols for part in run)
-        runs.append(dequantise(raw[:, run[0].offset : end], fmt, 1, weights, dtype).squeeze(1))
+        rows, cols = 1, sum(part.rows * part.cols for part in run)
+        if FORMATS[fmt].tile:
+            rows, cols = run[0].rows, run[0].cols
+        runs.append(dequantise(raw[:, run[0].offset : end], fmt, rows, cols, dtype).flatten(1))
     flat = runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
     hidden, inner = layout.hidden, layout.expert_hidden
     gate_up, down = flat.split((2 * inner * hidden, hidden * inner), dim=1)
@@ -78,4 +80,5 @@ def unpack(raw: Tensor, layout: RecordLayout, dtype: torch.dtype) -> tuple[Tenso
 
 def together(part: Part) -> tuple[str, int]:
     """What parts have in common that are unpacked in one call: neighbours of one format, whose blocks follow."""
-    return part.format, part.offset if FORMATS[part.format].apart else 0
+    form = FORMATS[part.format]
+    return part.format, part.offset if form.apart or form.tile else 0

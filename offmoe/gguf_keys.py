@@ -14,6 +14,7 @@ from offmoe.vocab import BYTE, CONTROL, NAMES, UNKNOWN, USER_DEFINED, Vocab, rea
 
 if TYPE_CHECKING:
     from offmoe.checkpoint import Checkpoint
+    from offmoe.kernels.mla import Latent
     from offmoe.models.config import ModelConfig
     from offmoe.models.family import Family
 
@@ -50,7 +51,7 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
             f"{family.model_type} with windows of {config.windows} cannot be packed: in a GGUF every second layer, "
             "beginning with the first, looks at one"
         )
-    if config.rule.groups > 1:
+    if config.rule.groups > 1 and not (config.latent and config.rule.group_best == 2):
         raise OffmoeError(f"{family.model_type} with n_group = {config.rule.groups} cannot be packed yet")
     keys: dict[str, Any] = {
         "block_count": config.layers,
@@ -77,11 +78,27 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
         keys["attention.sliding_window"] = config.window(0)
     if config.dense:
         keys["leading_dense_block_count"] = len(config.dense)
-    if config.rule.scores == "sigmoid":
-        keys |= {"expert_gating_func": 2, "expert_weights_norm": config.rule.renormalise}
-        keys["expert_weights_scale"] = config.rule.scale
+    if config.rule.scores == "sigmoid" or config.latent:
+        keys["expert_gating_func"] = 2 if config.rule.scores == "sigmoid" else 1
+        keys |= {"expert_weights_norm": config.rule.renormalise, "expert_weights_scale": config.rule.scale}
+    if config.rule.groups > 1:
+        keys |= {"expert_group_count": config.rule.groups, "expert_group_used_count": config.rule.kept}
+    if config.latent:
+        keys |= latent_keys(config.latent)
     keys |= scaling_keys(config.rope, family)
     return {f"{family.arch}.{key}": value for key, value in keys.items()}
+
+
+def latent_keys(z: Latent) -> dict[str, int]:
+    """The plain key and value lengths are those of the cache: one key-value head, whose value is its key's front."""
+    return {
+        "attention.key_length": z.width,
+        "attention.value_length": z.kv_rank,
+        "attention.key_length_mla": z.key,
+        "attention.value_length_mla": z.value,
+        "attention.kv_lora_rank": z.kv_rank,
+        **({"attention.q_lora_rank": z.q_rank} if z.q_rank else {}),
+    }
 
 
 def scaling_keys(rope: Scaling, family: Family) -> dict[str, Any]:

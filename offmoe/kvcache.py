@@ -21,7 +21,8 @@ class KVCache:
     """Static buffers of every layer [kv_heads, room, head_dim], and the ids that they hold.
 
     Position p lies at p % room: a layer that looks at a window has room for little more than that, others for the
-    whole context. In int8 each head's key or value has a float32 scale a position, [2, kv_heads, room].
+    whole context. In int8 each head's key or value has a float32 scale a position, [2, kv_heads, room]. Of latent
+    attention (kernels.mla) one row a position is kept, [1, ctx, L + R]: the value is the front of the key.
     """
 
     def __init__(
@@ -32,13 +33,14 @@ class KVCache:
         self._written = 0  # positions before it may have been written over what a window's layers kept
         self._windows = [config.window(layer) for layer in range(config.layers)]
         self._rooms = rooms(config, ctx)
-        self._keys, self._values = (
-            [
-                zeros((config.kv_heads, room, config.head_dim), device, torch.int8 if int8 else dtype)
-                for room in self._rooms
-            ]
-            for _ in range(2)
-        )
+        z = config.latent
+        shapes = [(config.kv_heads, room, z.width if z else config.head_dim) for room in self._rooms]
+
+        def reserved() -> list[Tensor]:
+            return [zeros(shape, device, torch.int8 if int8 else dtype) for shape in shapes]
+
+        self._keys = reserved()
+        self._values = [keys[..., : z.kv_rank] for keys in self._keys] if z else reserved()
         self._scales = [zeros((2, config.kv_heads, room), device, torch.float32) for room in self._rooms if int8]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -78,6 +80,16 @@ class KVCache:
         keys[:, places], values[:, places] = chunk.keys[:, sources], chunk.values[:, sources]
         if chunk.scales is not None:
             self._scales[layer][:, :, places] = chunk.scales[:, :, sources]
+
+    def latents(self, layer: int) -> Tensor:
+        """Of latent attention, [ctx, L + R] of a layer."""
+        return self._keys[layer][0]
+
+    def write_latents(self, layer: int, rows: Tensor, positions: Tensor, bucket: int) -> Tensor:
+        """Store rows [T, L + R] at positions [T]; returns the first `bucket` positions of the layer."""
+        cache = self._keys[layer][0]
+        cache.index_copy_(0, positions, rows.to(cache.dtype))
+        return cache[:bucket]
 
     def bucket(self, length: int) -> int:
         """Positions to read for a context of `length`: a multiple of BUCKET, at most all."""
@@ -139,5 +151,7 @@ def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> T
 
 def kv_nbytes(config: ModelConfig, ctx: int, itemsize: int, int8: bool = False) -> int:
     """Of keys and values of `ctx` positions."""
+    if config.latent:
+        return config.layers * ctx * config.latent.width * itemsize
     a_head = config.head_dim + 4 if int8 else config.head_dim * itemsize
     return 2 * sum(rooms(config, ctx)) * config.kv_heads * a_head

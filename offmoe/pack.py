@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from offmoe.checkpoint.quantise import packable, quantise
 from offmoe.errors import OffmoeError
 from offmoe.gguf_keys import model_keys, tokenizer_keys
 from offmoe.kernels.formats import FORMATS, Format
+from offmoe.kernels.mla import Latent
 from offmoe.models.family import GGUF_NAMES
 from offmoe.models.model import Model, described, layers_of, trunk_shapes
 from offmoe.settings import format_size
 
 PIECE = 1 << 22  # weights read, quantised and written together: 16 MiB in float32
 EXPERT_ROLES = ("gate", "up", "down")
+HALVES = ("k_b", "v_b")  # of kv_b
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q5_K": 16,
               "Q6_K": 18, "BF16": 32, "MXFP4": 38}  # fmt: skip  # general.file_type
 
@@ -64,13 +66,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor of the GGUF, made of runs of rows; `heads`: its rows are permuted for interleaved rope."""
+    """A tensor of the GGUF, made of runs of rows; `heads`: its rows are permuted for interleaved rope. transposed: each
+    run is, which holds a head's matrix."""
 
     name: str
     shape: tuple[int, ...]
     wanted: Format
     runs: list[Run]
-    heads: int | None
+    heads: int | None = None
+    transposed: bool = False
 
     @property
     def cols(self) -> int:
@@ -109,7 +113,7 @@ def pack(checkpoint: Checkpoint, out: Path, fmt: str, progress: Callable[[int, i
 
 def roles(model: Model) -> Iterator[tuple[str, int]]:
     """Every tensor of the GGUF as (role, layer), in the order of the file."""
-    trunk = {role: layers_of(role, model.config) for role in trunk_shapes(model.config)}
+    trunk = {role: layers_of(role, model.config) for role in trunk_shapes(model.config, split=True)}
     per_layer = [role for role in trunk if "{l}" in GGUF_NAMES[role][0]]
     yield from ((role, 0) for role in trunk if role not in per_layer)
     for layer in range(model.config.layers):
@@ -130,14 +134,25 @@ def output(model: Model, role: str, layer: int, wanted: Format) -> Output:
     if role in EXPERT_ROLES:
         runs = [expert_run(model, role, layer, expert) for expert in range(c.experts)]
         wide, narrow = (c.experts, c.expert_hidden, c.hidden), (c.experts, c.hidden, c.expert_hidden)
-        return Output(name, narrow if role == "down" else wide, wanted, runs, None)
+        return Output(name, narrow if role == "down" else wide, wanted, runs)
     if role in ("gate_bias", "up_bias") and (both := model.find("gate_up_bias", layer)):
-        run = Run(both, 0, c.experts, lambda rows: half(rows.mT, role, model.layouts[0].interleaved).mT)
-        return Output(name, (c.experts, c.expert_hidden), wanted, [run], None)
+        run = Run(both, 0, c.experts, lambda rows: rows_of(rows.mT, role, model.layouts[0].interleaved).mT)
+        return Output(name, (c.experts, c.expert_hidden), wanted, [run])
+    if c.latent and role in HALVES:
+        return half(model, c.latent, role, layer, Output(name, trunk_shapes(c, split=True)[role], wanted, []))
     info = model.find(role, layer)
     assert info is not None, f"{role} was there when the model was described"
     heads = {"q": c.heads, "k": c.kv_heads}.get(role) if model.family.interleaved_gguf else None
     return Output(name, info.shape, wanted, [Run(info, 0, prod(info.shape[:-1]))], heads)
+
+
+def half(model: Model, z: Latent, role: str, layer: int, empty: Output) -> Output:
+    """The keys' or the values' rows of kv_b, head by head."""
+    info = model.find("kv_b", layer)
+    assert info is not None, f"kv_b of layer {layer} was there when the model was described"
+    first, count = (0, z.plain) if role == "k_b" else (z.plain, z.value)
+    runs = [Run(info, head * (z.plain + z.value) + first, count) for head in range(model.config.heads)]
+    return replace(empty, runs=runs, transposed=role == "k_b")
 
 
 def expert_run(model: Model, role: str, layer: int, expert: int) -> Run:
@@ -150,7 +165,7 @@ def expert_run(model: Model, role: str, layer: int, expert: int) -> Run:
 
         def pick(matrix: Tensor) -> Tensor:
             upright = matrix.mT if layout.transposed else matrix
-            return upright if role == "down" else half(upright, role, layout.interleaved)
+            return upright if role == "down" else rows_of(upright, role, layout.interleaved)
 
         return Run(info, expert * rows, rows, pick)
     count = model.config.hidden if role == "down" else model.config.expert_hidden
@@ -158,7 +173,7 @@ def expert_run(model: Model, role: str, layer: int, expert: int) -> Run:
     return Run(info, first + (count if role == "up" and info.shape[-2] == 2 * count else 0), count)
 
 
-def half(rows: Tensor, role: str, interleaved: bool) -> Tensor:
+def rows_of(rows: Tensor, role: str, interleaved: bool) -> Tensor:
     """Of the rows of gate and up together, those of `role`."""
     second = role.startswith("up")
     return rows[second::2] if interleaved else rows.chunk(2)[second]
@@ -220,11 +235,11 @@ def write_header(writer: gguf.GGUFWriter, outputs: list[Output], keys: dict[str,
 def pieces(model: Model, output: Output) -> Iterator[Tensor]:
     """The weights of a tensor as float32 [rows, cols], a bounded number at a time."""
     for run in output.runs:
-        step = run.count if output.heads or run.pick else max(1, PIECE // output.cols)
+        step = run.count if output.heads or output.transposed or run.pick else max(1, PIECE // output.cols)
         for first in range(0, run.count, step):
             rows = model.checkpoint.rows(run.info, run.first + first, min(step, run.count - first))
-            if run.pick:
-                rows = run.pick(rows).contiguous()
+            rows = run.pick(rows).contiguous() if run.pick else rows
+            rows = rows.t().contiguous() if output.transposed else rows
             yield interleaved(rows, output.heads) if output.heads else rows
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from close import assert_close
+from test_models import decoded, engine_of, older, packed
 from tiny import FAMILIES, reference, saved
 
 pytest.importorskip("triton")
@@ -99,6 +100,17 @@ def test_a_ring_that_has_gone_around(kv: str, tmp_path: Path, monkeypatch: pytes
         got = run(step, Variant())
         assert_close("logits", got, want[110:], 0.1 if kv == "int8" else 1e-5)
         assert step.kv.reuse(before + IDS) == 110
+
+
+@pytest.mark.parametrize(("fmt", "ratio"), [(None, 1e-5), ("F32", 1e-5), ("Q8_0", 2e-3)])
+def test_a_gguf_of_latent_attention_gives_the_same_logits(fmt: str | None, ratio: float, tmp_path: Path) -> None:
+    """As on the CPU, its matrices of all heads in halves; in one; in one whose keys' half is transposed in float16."""
+    path = packed(saved("deepseek_v3-groups", tmp_path), tmp_path, "f32")
+    path = older(path, tmp_path, 3, fmt) if fmt else path
+    with engine_of(path) as engine:
+        want, _ = decoded(engine, IDS, prompt=1)
+    with step_of(path, vram="60%") as step:
+        assert_close("logits", run(step, Variant()), want, ratio)
 
 
 @pytest.mark.parametrize("prefetch", ["none", "gate:d=1,p=0,n=2", "gate:d=2,p=0,n=1"])

@@ -25,6 +25,12 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+LATENT: dict[str, Any] = {"moe_intermediate_size": 32, "n_routed_experts": 8, "n_shared_experts": 2,
+                          "num_key_value_heads": 4,
+                          "intermediate_size": 96, "first_k_dense_replace": 1, "kv_lora_rank": 32,
+                          "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+        "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 32,
                   "norm_topk_prob": True, "intermediate_size": 64},
@@ -43,6 +49,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
                         "intermediate_size": 64, "n_shared_experts": 2, "first_k_dense_replace": 2, "n_group": 4,
                         "topk_group": 2, "num_hidden_layers": 5, "partial_rotary_factor": 0.25, "head_dim": 32,
                         "num_nextn_predict_layers": 0},
+    "deepseek_v2": {**LATENT, "num_experts_per_tok": 2, "q_lora_rank": 32, "topk_method": "greedy",
+                    "routed_scaling_factor": 1.5},
+    "deepseek_v2-lite": {**LATENT, "num_experts_per_tok": 2, "q_lora_rank": None, "topk_method": "greedy",
+                         "rope_parameters": YARN},
+    "deepseek_v2-groups": {**LATENT, "num_experts_per_tok": 3, "q_lora_rank": 32, "topk_method": "group_limited_greedy",
+                           "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0, "rope_parameters": YARN},
+    "deepseek_v3": {**LATENT, "num_experts_per_tok": 3, "q_lora_rank": 64, "n_group": 1, "topk_group": 1,
+                    "n_shared_experts": 1, "rope_parameters": YARN},
+    "deepseek_v3-groups": {**LATENT, "num_experts_per_tok": 4, "q_lora_rank": 64, "n_group": 4, "topk_group": 2,
+                           "num_hidden_layers": 5, "first_k_dense_replace": 2, "kv_lora_rank": 64,
+                           "qk_nope_head_dim": 64, "num_attention_heads": 3, "num_key_value_heads": 3,
+                           "hidden_size": 96},
+    "glm4_moe_lite": {**LATENT, "num_experts_per_tok": 2, "q_lora_rank": 32, "n_shared_experts": 1, "v_head_dim": 64,
+                      "num_attention_heads": 5, "num_key_value_heads": 5, "routed_scaling_factor": 1.75,
+                      "rms_norm_eps": 1e-5},
     "gpt_oss": {"intermediate_size": 32, "num_local_experts": 6, "num_experts_per_tok": 3, "num_hidden_layers": 4,
                 "head_dim": 32, "sliding_window": 4, "max_position_embeddings": 2048,
                 "rope_parameters": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
@@ -58,7 +79,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # What llama.cpp's archs have no key for: clip_qkv, layers without experts.
-PACKABLE = [family for family in FAMILIES if "-" not in family]
+PACKABLE = [*(family for family in FAMILIES if "-" not in family), "deepseek_v3-groups"]
+# llama.cpp knows by its 27 layers that such a model's queries have no latent.
+PACKABLE_UNHEARD = [*PACKABLE, "deepseek_v2-lite"]
 
 
 @cache

@@ -352,12 +352,12 @@ def _prefill(
 
 def prefill_attention(
     q: Tensor, keys: Tensor, values: Tensor, start: int, scales: Tensor | None = None, *,
-    window: int = 0, sinks: Tensor | None = None,
+    window: int = 0, sinks: Tensor | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """q [T, heads, D] at places start … over keys, values [kv_heads, room, D] up to their own: [T, heads, D].
 
     No [T, start + T] mask is made on a GPU. int8 keys and values are unpacked first, in q's type. `window` and
-    `sinks` [heads] float32 as in kernels.attention.
+    `sinks` [heads] float32 as in kernels.attention; beside them no `scale` (there) but D ** -0.5.
     """
     end = start + len(q)
     k, v = keys[:, :end], values[:, :end]
@@ -368,7 +368,7 @@ def prefill_attention(
     bias = causal_lower_right(len(q), end) if start else None
     mixed = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0),
-        attn_mask=bias, is_causal=bias is None, enable_gqa=q.shape[1] != len(keys),
+        attn_mask=bias, is_causal=bias is None, enable_gqa=q.shape[1] != len(keys), scale=scale,
     )  # fmt: skip
     return mixed.squeeze(0).transpose(0, 1)
 

@@ -129,6 +129,16 @@ class Checkpoint:
     def rows(self, info: TensorInfo, first: int, count: int) -> Tensor:
         """Rows first … first + count of a tensor of shape [..., cols], dequantised: float32 [count, cols]."""
         form, cols = FORMATS[info.format], info.shape[-1]
+        if form.tile and info.scales:  # whole tiles of rows
+            start, end = (
+                first // form.tile * form.tile,
+                min(info.shape[0], -(-(first + count) // form.tile) * form.tile),
+            )
+            size, line = form.nbytes(1, cols) - form.scales_nbytes(1, cols), form.scales_nbytes(1, cols)
+            places = ((info.scales, start // form.tile * line, -(-(end - start) // form.tile) * line),
+                      (info.range, start * size, (end - start) * size))  # fmt: skip
+            raw = torch.cat([self.read_range(ByteRange(r.file, r.offset + at, n)) for r, at, n in places])
+            return dequantise(raw, form, end - start, cols)[first - start : first - start + count]
         parts = [(info.range, form.nbytes(1, cols))]
         if info.scales:
             scales = cols // form.block

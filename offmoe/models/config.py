@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
 from offmoe.kernels.feed_forward import SILU, Glu
+from offmoe.kernels.mla import Latent
 from offmoe.kernels.rope import PLAIN, Scaling
 from offmoe.kernels.route import Rule
 from offmoe.models.fields import count as count  # families take them from here
@@ -61,6 +62,29 @@ class ModelConfig:
     router_offset: bool = False  # added to the router's logits
     expert_bias: bool = False
     glu: Glu = SILU  # of the routed experts
+    latent: Latent | None = None  # of multi-head latent attention; then head_dim is a key's, and kv_heads is 1
+
+    @property
+    def value_dim(self) -> int:
+        """Of what a head's attention gives."""
+        return self.latent.value if self.latent else self.head_dim
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The roles whose matrices are multiplied with a layer's input, together."""
+        return ("q_a" if self.latent.q_rank else "q", "kv_a") if self.latent else ("q", "k", "v")
+
+    @property
+    def projected(self) -> int:
+        """Rows of these matrices."""
+        if self.latent:
+            return (self.latent.q_rank or self.heads * self.head_dim) + self.latent.width
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def score_scale(self) -> float:
+        """What q · k is multiplied by."""
+        return float(self.head_dim**-0.5 * self.rope.scores)
 
     @property
     def places(self) -> int:
@@ -89,33 +113,29 @@ def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
         raise OffmoeError(f"the config has {layers} layers: no published model has so many")
     rule = Rule(top_k=top_k, renormalise=flag(raw, "norm_topk_prob", family.renormalise))
     scaling = scaling_of(raw)
-    return checked(
-        ModelConfig(
-            model_type=family.model_type,
-            layers=layers,
-            hidden=hidden,
-            heads=heads,
-            kv_heads=count(raw, "num_key_value_heads", default=heads),
-            head_dim=head_dim,
-            vocab=count(raw, "vocab_size"),
-            experts=count(raw, "num_experts", "num_local_experts", "n_routed_experts"),
-            top_k=top_k,
-            expert_hidden=count(raw, "moe_intermediate_size", "intermediate_size"),
-            ctx=positions(raw, scaling),
-            norm_eps=number(raw, "rms_norm_eps", 1e-6),
-            rotary=int(head_dim * number(rope, "partial_rotary_factor", family.partial_rotary)),
-            clip_qkv=number(raw, "clip_qkv", 0.0) or None,
-            tied=flag(raw, "tie_word_embeddings", False),
-            **{
-                "rope": scaling,
-                "rope_theta": number(rope, "rope_theta", 10_000.0),
-                "rule": rule,
-                "routed": tuple(range(layers)),
-                "qk_norm": family.qk_norm,
-                **family.fields(raw, layers, rule),
-            },
-        )
+    config = ModelConfig(
+        model_type=family.model_type,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=count(raw, "num_key_value_heads", default=heads),
+        head_dim=head_dim,
+        vocab=count(raw, "vocab_size"),
+        experts=count(raw, "num_experts", "num_local_experts", "n_routed_experts"),
+        top_k=top_k,
+        expert_hidden=count(raw, "moe_intermediate_size", "intermediate_size"),
+        ctx=positions(raw, scaling),
+        norm_eps=number(raw, "rms_norm_eps", 1e-6),
+        rope_theta=number(rope, "rope_theta", 10_000.0),
+        rotary=int(head_dim * number(rope, "partial_rotary_factor", family.partial_rotary)),
+        clip_qkv=number(raw, "clip_qkv", 0.0) or None,
+        tied=flag(raw, "tie_word_embeddings", False),
+        rule=rule,
+        routed=tuple(range(layers)),
+        qk_norm=family.qk_norm,
+        rope=scaling,
     )
+    return checked(replace(config, **family.fields(raw, layers, rule)))
 
 
 def sparse_layers(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -153,6 +173,18 @@ def balanced_by_bias(raw: Mapping[str, Any], rule: Rule) -> Rule:
     )  # fmt: skip
 
 
+def latent_attention(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Multi-head latent attention, as DeepSeek-V2 has it and others took it over."""
+    latent = Latent(
+        q_rank=count(raw, "q_lora_rank", default=0),
+        kv_rank=count(raw, "kv_lora_rank"),
+        plain=count(raw, "qk_nope_head_dim"),
+        turned=count(raw, "qk_rope_head_dim"),
+        value=count(raw, "v_head_dim"),
+    )
+    return {"latent": latent, "kv_heads": 1, "head_dim": latent.key, "rotary": latent.turned}
+
+
 def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
     rope = rope_parameters(raw)
     kinds = raw.get("layer_types") or []
@@ -164,6 +196,7 @@ def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
         "layer_types": next((kind for kind in kinds if kind not in known), known[0]),
         "partial_rotary_factor": rope["partial_rotary_factor"],
         "rope_type": rope["rope_type"],
+        "quantization_config": beyond_tensors(raw.get("quantization_config")),
     }
     for field, allowed in family.implemented.items():
         if allowed and asked.get(field, allowed[0]) not in allowed:
@@ -173,6 +206,14 @@ def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
             )
 
 
+def beyond_tensors(quantisation: Any) -> Any:
+    """None where the tensors say all that there is to know: float8 in tiles, activations as they are."""
+    said = quantisation if isinstance(quantisation, Mapping) else {}
+    if (said.get("quant_method"), said.get("weight_block_size")) == ("fp8", [128, 128]):
+        return None if said.get("fmt", "e4m3") == "e4m3" else quantisation
+    return quantisation
+
+
 def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str, Any]) -> ModelConfig:
     """GGUF metadata, by way of the field names of `config.json`."""
 
@@ -180,6 +221,7 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         return metadata.get(f"{family.arch}.{name}")
 
     vocab, head_dim, rotated = metadata.get("tokenizer.ggml.tokens"), key("attention.key_length"), None
+    a_key = key("attention.key_length_mla") or head_dim  # where the cache holds latents, key_length is a latent's
     if type(head_dim) is type(turned := key("rope.dimension_count")) is int and head_dim:
         rotated = turned / head_dim if not family.implemented["partial_rotary_factor"] else None
     layers, extra = key("block_count"), key("nextn_predict_layers")  # the last ones predict further tokens
@@ -192,6 +234,11 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "num_key_value_heads": key("attention.head_count_kv"),
         "head_dim": head_dim,
         "partial_rotary_factor": rotated,
+        "q_lora_rank": key("attention.q_lora_rank"),
+        "kv_lora_rank": key("attention.kv_lora_rank"),
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": a_key - turned if isinstance(a_key, int) and isinstance(turned, int) else None,
+        "v_head_dim": key("attention.value_length_mla") or key("attention.value_length"),
         "vocab_size": len(vocab) if isinstance(vocab, list) else key("vocab_size"),
         "num_experts": key("expert_count"),
         "num_experts_per_tok": key("expert_used_count"),

@@ -14,11 +14,24 @@ from torch import Tensor
 
 from offmoe.kernels.attention import attention
 from offmoe.kernels.feed_forward import swiglu_experts
+from offmoe.kernels.mla import LATENT_EPS, Latent, latent_attention
 from offmoe.kernels.norm_rope import rms_norm, rope
 from offmoe.kernels.rope import rope_table
 from offmoe.kernels.route import select
 from offmoe.kvcache import KVCache
+from offmoe.models.latent import head_rows, positioned, rows_of
 from offmoe.models.model import Model
+
+
+@dataclass(frozen=True)
+class LatentWeights:
+    """What latent attention has beside; then `qkv` has no keys and values, but latents: see kernels.mla."""
+
+    q_a_norm: Tensor | None  # [q_rank], where queries have a latent; then qkv makes that
+    q_b: Tensor | None  # [q_rank, Q]
+    kv_a_norm: Tensor  # [L]
+    k_b: Tensor  # [heads, L, N]
+    v_b: Tensor  # [heads, V, L]
 
 
 @dataclass(frozen=True)
@@ -39,9 +52,10 @@ class LayerWeights:
     o_bias: Tensor | None  # [H]
     sinks: Tensor | None  # [heads]
     router_offset: Tensor | None  # [E]
+    latent: LatentWeights | None
 
     def tensors(self) -> list[Tensor]:
-        values = [*vars(self).values(), *(self.beside or ())]
+        values = [*vars(self).values(), *(self.beside or ()), *(vars(self.latent).values() if self.latent else ())]
         return [value for value in values if isinstance(value, Tensor)]
 
 
@@ -84,6 +98,8 @@ class Trunk:
         qkv = rms_norm(x, w.attn_norm, c.norm_eps) @ w.qkv
         if w.qkv_bias is not None:
             qkv += w.qkv_bias
+        if w.latent:
+            return self._attend_latents(layer, w.latent, qkv, kv, positions, kv.bucket(start + len(x))) @ w.o
         q, k, v = qkv.split((c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim), dim=-1)
         q, k, v = self._clipped(self._normed(q, w.q_norm), self._normed(k, w.k_norm), v)
         turned = rope(torch.cat((q, k), dim=-1).unflatten(-1, (-1, c.head_dim)), self._rope, positions)
@@ -96,6 +112,19 @@ class Trunk:
         keys, values = (cache[:, : kv.bucket(start + len(x) - chunk.first)] for cache in (chunk.keys, chunk.values))
         out = attention(q, keys, values, places, c.window(layer), w.sinks).flatten(1) @ w.o
         return out if w.o_bias is None else out + w.o_bias
+
+    def _attend_latents(
+        self, layer: int, w: LatentWeights, qkv: Tensor, kv: KVCache, positions: Tensor, bucket: int
+    ) -> Tensor:
+        """qkv [T, q_rank or Q, and L + R] → [T, heads · V]."""
+        c, z = self.config, self.config.latent
+        assert z is not None, "its weights are there"
+        query, fresh = qkv.split((qkv.shape[1] - z.width, z.width), dim=1)
+        if w.q_b is not None and w.q_a_norm is not None:
+            query = rms_norm(query, w.q_a_norm, LATENT_EPS) @ w.q_b
+        plain, turned, rows = positioned(query, fresh, w.kv_a_norm, self._rope, positions, c.heads, z)
+        cache = kv.write_latents(layer, rows, positions, bucket)
+        return latent_attention(plain, turned, cache, w.k_b, w.v_b, positions, c.score_scale).flatten(1)
 
     def route(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
@@ -142,7 +171,7 @@ class Trunk:
         beside = "dense" if not routed else "shared" if c.shared else None
         return LayerWeights(
             attn_norm=self._load("attn_norm", layer),
-            qkv=factor(torch.cat([self._load(role, layer) for role in ("q", "k", "v")])),
+            qkv=factor(torch.cat([self._load(role, layer) for role in c.projections])),
             q_norm=self._load("q_norm", layer) if normed else None,
             k_norm=self._load("k_norm", layer) if normed else None,
             o=factor(self._load("o", layer)),
@@ -155,6 +184,21 @@ class Trunk:
             o_bias=self._load("o_bias", layer) if c.o_bias else None,
             sinks=self._load("sinks", layer) if c.sinks else None,
             router_offset=self._load("router_offset", layer) if routed and c.router_offset else None,
+            latent=self._load_latent(layer, c.latent) if c.latent else None,
+        )
+
+    def _load_latent(self, layer: int, z: Latent) -> LatentWeights:
+        if self._model.split:
+            k_b, v_b = self._load("k_b", layer), self._load("v_b", layer)
+        else:
+            keys, v_b = head_rows(self._load("kv_b", layer), self.config.heads, z)
+            k_b = keys.transpose(1, 2)
+        return LatentWeights(
+            q_a_norm=self._load("q_a_norm", layer) if z.q_rank else None,
+            q_b=factor(self._load("q_b", layer)) if z.q_rank else None,
+            kv_a_norm=self._load("kv_a_norm", layer),
+            k_b=k_b.contiguous(),
+            v_b=v_b.contiguous(),
         )
 
     def _load_feed_forward(self, kind: str, layer: int) -> tuple[Tensor, Tensor]:
@@ -168,6 +212,8 @@ class Trunk:
         weight = self._model.checkpoint.tensor(info.name, dtype or self._dtype)
         if role in ("q", "k") and self._model.checkpoint.kind == "gguf" and self._model.family.interleaved_gguf:
             weight = uninterleaved(weight, self.config.heads if role == "q" else self.config.kv_heads)
+        if (rows := rows_of(role, self.config)) is not None:
+            weight = weight[rows]
         return weight.to(self._device)
 
 
