@@ -18,7 +18,7 @@ from offmoe.kernels.striped import unstripe
 
 pytest.importorskip("triton")
 from offmoe.kernels.gpu import gemv as fast
-from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, scratch_for
+from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, Strips, scratch_for
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RATIO = 2e-6
@@ -96,6 +96,14 @@ def test_extreme_blocks(fmt: str, kind: str) -> None:
         assert want.abs().min() > 0
         # Q8_0's -1 is 127 - 128 there: what is left of two large sums
         assert_close(f"{fmt} {kind}", out, want, 2e-5 if (fmt, kind) == ("Q8_0", "ones") else RATIO)
+
+
+def test_rows_come_with_their_scales() -> None:
+    """16 tiles a row: 32 rows would be a whole number of 16 bytes of scales, but of a quarter of a tile."""
+    layout = slot_layout(
+        RecordLayout.of(("gate", "F8_E4M3", 256, 2048), ("up", "F8_E4M3", 256, 2048), ("down", "Q4_0", 2048, 256))
+    )
+    assert Strips.of(layout, MOVER_CHUNK).rows == 128
 
 
 @pytest.mark.parametrize("stacked", [False, True])
