@@ -1,9 +1,8 @@
 """One decoded token as a sequence of launches: what the graph captures, and what tests run through the interpreter.
 
-A layer is seven nodes: norm and qkv → attention → output → norm, router, top-k and residency → gate and up of the
-records that are there, while programs of the same launch copy those that are missing → gate and up of these → down,
-summed into x. Latent attention is three nodes, or four. Shared experts are two nodes more; a layer without experts has
-norm and these two.
+A layer is six nodes: norm and qkv → attention → output → norm, router, top-k and residency → gate and up, in which
+some programs bring what is missing and multiply it as it comes → down, summed into x. Latent attention is three nodes,
+or four. Shared experts are two nodes more; a layer without experts has norm and these two.
 Nothing here allocates, waits or reads a tensor on the host.
 """
 
@@ -13,7 +12,6 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -27,10 +25,10 @@ from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.foretell import Past, foretell
-from offmoe.kernels.gpu.gemv import ALL, HITS, MISSES, dense, expert_down, expert_gate_up
+from offmoe.kernels.gpu.gemv import dense, expert_down, expert_gate_up
 from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.gpu.norm_rope import rms_norm
-from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
+from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, page_in, scratch_for
 from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
@@ -127,7 +125,7 @@ class DecodeStep:
         self.ring = Ring(memory, c.places, c.top_k)
         self._forced: Tensor | None = None
         self._predicted: Tensor | None = None
-        self._scratch, self._ahead_scratch = scratch_for(device), scratch_for(device)
+        self._scratch, self._ahead_scratch = scratch_for(device, MOVERS * MOVER_CHUNK), scratch_for(device)
         self._units = [nbytes // 16 for nbytes in store.record_bytes]
         self._beside, self._ahead, self._fetching = (Lane(device) for _ in range(3))
         self._forked, self._listed, self._routed = (Mark(device) for _ in range(3))
@@ -235,8 +233,8 @@ class DecodeStep:
             joins = True
         route(
             b.x[0], w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.places,
-            rule=c.rule, bias=w.router_bias, offset=w.router_offset, logits=b.router_logits, normed=b.normed[0], ticket=b.route_ticket,
-            ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
+            rule=c.rule, bias=w.router_bias, offset=w.router_offset, logits=b.router_logits, normed=b.normed[0],
+            ticket=b.route_ticket, ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
             miss_records=b.miss_records, miss_slots=b.miss_slots, status=b.status, counters=b.counters, log=b.log,
             step=b.steps, units=self._units[layer], forced=self._forced if variant.forced else None,
             fetched=(b.fetch_count[layer], b.fetch_slots[layer]) if variant.prefetch else None,
@@ -278,8 +276,8 @@ class DecodeStep:
             self._routed.wait()
             predict(
                 b.raw, w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.places, rule=c.rule,
-                bias=w.router_bias, offset=w.router_offset, least=self.gate.least, most=self.gate.most, logits=b.predict_logits,
-                ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
+                bias=w.router_bias, offset=w.router_offset, least=self.gate.least, most=self.gate.most,
+                logits=b.predict_logits, ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
                 fetch_records=b.fetch_records[layer], fetch_slots=b.fetch_slots[layer], status=b.status,
                 counters=b.counters, step=b.steps, units=self._units[layer], emulated=self._predicted if
                 variant.emulated else None,
@@ -298,26 +296,22 @@ class DecodeStep:
             self._fetched[layer].set()
 
     def _experts(self, layer: int, variant: Variant) -> None:
-        """Multiply what is there while what is missing comes; a join is a whole edge, so no early start behind it."""
+        """Multiply what is there while what is missing comes; behind a join, a whole edge, there is no early start."""
         b, c, store, w = self.buffers, self.config, self.store, self._layer(layer)
         records, layout = store.records, store.layouts[layer]
         gate_up_bias, down_bias = store.biases[layer] if store.biases else (None, None)
         if w.beside:
             self._beside_experts(w, b.weights[c.top_k :] if c.shared_gated else b.one, b.shared_inner)
-        gate_up = partial(
-            expert_gate_up, records, layout, b.slots, b.weights, b.normed, b.inner, glu=c.glu, ids=b.ids,
-            bias=gate_up_bias,
+        copies = None if self.plan.all_in_slots else self._copies(variant)
+        joins = self._join(layer, variant)
+        expert_gate_up(
+            records, layout, b.slots, b.weights, b.normed, b.inner, copies=copies, glu=c.glu, ids=b.ids,
+            bias=gate_up_bias, pdl=self.pdl and not joins,
         )  # fmt: skip
-        if self.plan.all_in_slots:
-            gate_up(phase=ALL, pdl=self.pdl)
-        else:
-            gate_up(hit=b.hit, phase=HITS, copies=self._copies(variant), pdl=self.pdl)
-            joins = self._join(layer, variant)
-            gate_up(hit=b.hit, phase=MISSES, pdl=self.pdl and not joins)
         expert_down(records, layout, b.slots, b.inner, b.x, ids=b.ids, weights=b.weights, bias=down_bias, pdl=self.pdl)
 
     def _join(self, layer: int, variant: Variant) -> bool:
-        """Wait for lanes whose work this layer's misses, or the token's end, need; True if there was one."""
+        """Wait for lanes whose work this layer, or the token's end, needs; True if there was one."""
         late = variant.prefetch and layer >= self.gate.ahead
         if late:
             self._fetched[layer].wait()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -20,16 +21,26 @@ from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.gpu.dot import UNIT, fold, words_of, x_of
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.norm_rope import clipped
-from offmoe.kernels.gpu.page_in import CHUNK, UNDER_WAY, Copies, bring, checked
+from offmoe.kernels.gpu.page_in import (
+    FIELDS,
+    MOVER_CHUNK,
+    MOVERS,
+    Copies,
+    Strips,
+    bring,
+    check,
+    copy_part,
+    described,
+    source_of,
+)
 from offmoe.kernels.gpu.striped import place
 from offmoe.kernels.planes import Matrix, SlotLayout
 
-ALL, HITS, MISSES = 0, 1, 2  # which pairs: by the phase of a layer
 LANE, LANE_OF_FLOATS = 64, 32  # values of x that a lane holds; as many weights of a row, and twice as many rows
 # Warps a multiprocessor. 16 need at most 128 registers a lane, which the norm's weights exceed: the head takes 108 µs
 # with 12 and 136 with 16, gate and up of 8 experts 9.6 and 8.2.
 WARPS, FEWER_WARPS = 16, 12
-HEAVY = {"Q5_K", "Q6_K", "Q8_0"}  # gate and up take 158 to 168 registers
+HEAVY = {"Q5_0", "Q5_K", "Q6_K", "Q8_0"}  # gate and up take 158 to 168 registers
 
 Part = tuple[Tensor, Matrix]
 
@@ -196,21 +207,25 @@ def dense(
 
 
 @triton.jit
-def pair_of(pid, programs, slots, weights, ids, hit, pairs, PHASE: tl.constexpr, PP: tl.constexpr):
+def pair_of(pid, programs, slots, weights, ids, targets, missing, pairs, PP: tl.constexpr,
+            LISTED: tl.constexpr, KP: tl.constexpr):  # fmt: skip
     """The pair of this program (-1: there is none for it), its slot, weight and expert (0 where nobody asks for it),
-    how many programs share it, and which of them it is. In a phase all that may be needed is read at once: reading one after another costs 1 µs each."""
-    if PHASE == 0:
+    how many programs share it, and which of them it is. Pairs in slots that the first `missing` targets fill are left
+    to the movers. All that may be needed is read at once: reading one after another costs 1 µs each."""
+    if targets is None:
         each = programs // pairs
         pair = tl.where(pid // each < pairs, pid // each, -1)
         at = tl.maximum(pair, 0)
         expert = 0 if ids is None else tl.load(ids + at)
         return pair, tl.load(slots + at), tl.load(weights + at), expert, each, pid % each
     else:
-        j = tl.arange(0, PP)
+        j, c = tl.arange(0, PP), tl.arange(0, KP)
         there = j < pairs
         slot, weight = tl.load(slots + j, mask=there, other=0), tl.load(weights + j, mask=there, other=0.0)
-        expert = 0 if ids is None else tl.load(ids + j, mask=there, other=0)
-        chosen = (there & ((tl.load(hit + j, mask=there, other=0) != 0) == (PHASE == 1))).to(tl.int32)
+        expert = tl.zeros((PP,), tl.int32) if ids is None else tl.load(ids + j, mask=there, other=0)
+        target = tl.load(targets + c, mask=c < LISTED, other=-1)
+        absent = (target[None, :] == slot[:, None]) & (c < missing)[None, :]
+        chosen = (there & (tl.sum(absent.to(tl.int32), 1) == 0)).to(tl.int32)
         each = programs // tl.maximum(tl.sum(chosen, 0), 1)
         mine = (chosen != 0) & (tl.cumsum(chosen, 0) - 1 == pid // each)
         pair = tl.sum(tl.where(mine, j + 1, 0), 0) - 1
@@ -225,6 +240,24 @@ def glu(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr):
         gate, up = tl.where(gate > LIMIT, LIMIT, gate), clipped(up, LIMIT)
     slope = gate if ALPHA == 1 else gate * ALPHA
     return gate * tl.sigmoid(slope) * (up if PLUS == 0 else up + PLUS)
+
+
+@triton.jit
+def bring_rows(source, record, stage, turn, ROWS: tl.constexpr, INNER: tl.constexpr, STRIPS: tl.constexpr,
+               CHUNK: tl.constexpr):  # fmt: skip
+    """The turn-th ROWS rows of gate and up, from address `source` into the slot at `record`."""
+    for strip in tl.static_range(len(STRIPS) // FIELDS):
+        bring_strip(source, record, stage, turn, ROWS, INNER, STRIPS, 1 + strip * FIELDS, CHUNK)
+    tl.debug_barrier()  # other threads read them
+
+
+@triton.jit
+def bring_strip(source, record, stage, turn, ROWS: tl.constexpr, INNER: tl.constexpr, RUNS: tl.constexpr,
+                AT: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    EACH: tl.constexpr = RUNS[AT + 3] * ROWS // INNER  # blocks
+    last = tl.minimum(turn * EACH + EACH, RUNS[AT + 3])
+    for block in range(turn * EACH, last, RUNS[AT + 5]):
+        copy_part(source, record, stage, block, tl.minimum(RUNS[AT + 5], last - block), RUNS, AT, CHUNK)
 
 
 @triton.jit
@@ -263,71 +296,104 @@ def gate_up_rows(
 
 @triton.jit
 def _gate_up(
-    records, stride, slots, hit, weights, ids, bias, x, out, k, pairs,
+    records, stride, slots, weights, ids, bias, x, out, k, pairs,
     sources, numbers, base, row_stride, count, targets, scratch,
-    MOVERS: tl.constexpr, RUNS: tl.constexpr, CHUNK: tl.constexpr,
-    H: tl.constexpr, INNER: tl.constexpr, PHASE: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,
+    MOVERS: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, DOWN: tl.constexpr, CHUNK: tl.constexpr,
+    LISTED: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,
     PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr,
     FG: tl.constexpr, UG: tl.constexpr, WG: tl.constexpr,
     G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
     FU: tl.constexpr, UU: tl.constexpr, WU: tl.constexpr,
     U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, U3: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Where anything is to be copied, the first MOVERS programs do that: they start first. The others are divided
-    among the pairs of the phase."""
+    """Where anything is missing, the first MOVERS programs, which start first, bring it and multiply ROWS rows at a
+    time; the others are divided among the pairs that are there."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # only now: _down reads the slots before it waits
-    pid, movers = tl.program_id(0), 0
+    pid, movers, missing = tl.program_id(0), 0, 0
     if MOVERS > 0:
-        movers = tl.where(tl.load(count) > 0, MOVERS, 0)
-        if pid < movers:
-            bring(pid, MOVERS, sources, numbers, base, row_stride, count, targets, scratch, records, stride, None, None,
-                  RUNS, CHUNK, False)  # fmt: skip
+        missing = tl.load(count)
+        movers = tl.where(missing > 0, MOVERS, 0)
+    moves = pid < movers
     pair, slot, weight, expert, sharing, which = pair_of(
-        pid - movers, tl.num_programs(0) - movers, slots, weights, ids, hit, pairs, PHASE, PP
+        pid - movers, tl.num_programs(0) - movers, slots, weights, ids, targets, missing, pairs, PP, LISTED, KP
     )
-    if (pid >= movers) & (pair >= 0):
+    each = tl.cdiv(tl.cdiv(INNER, R), sharing) * R
+    first, end = which * each, tl.minimum(which * each + each, INNER)
+    TURNS: tl.constexpr = tl.cdiv(INNER, ROWS)  # of a record
+    turns = tl.where(moves, missing * TURNS, (pair >= 0).to(tl.int32))
+    for now in range(tl.where(moves, pid, 0), turns, tl.where(moves, MOVERS, 1)):
+        if MOVERS > 0:
+            if moves:
+                i, j = now // TURNS, tl.arange(0, PP)
+                slot = tl.load(targets + i)
+                mine = (j < pairs) & (tl.load(slots + j, mask=j < pairs, other=-1) == slot)
+                pair = tl.sum(tl.where(mine, j, 0), 0)
+                weight = tl.load(weights + pair)
+                if ids is not None:
+                    expert = tl.load(ids + pair)
+                first = now % TURNS * ROWS
+                end = tl.minimum(first + ROWS, INNER)
+                source = source_of(sources, numbers, base, row_stride, i)
+                bring_rows(source, records + slot.to(tl.int64) * stride, scratch + pid * CHUNK, now % TURNS, ROWS,
+                           INNER, STRIPS, CHUNK)  # fmt: skip
         record = records + slot.to(tl.int64) * stride
-        each = tl.cdiv(tl.cdiv(INNER, R), sharing) * R
-        first = which * each
         gate_up_rows(record, weight, None if bias is None else bias + expert * (2 * INNER), x + (pair // k) * H,
-                     out + pair * INNER, first, tl.minimum(first + each, INNER), H, INNER, R, PITCH, ALPHA, LIMIT, PLUS,
+                     out + pair * INNER, first, end, H, INNER, R, PITCH, ALPHA, LIMIT, PLUS,
                      FG, UG, WG, G0, G1, G2, G3, FU, UU, WU, U0, U1, U2, U3)  # fmt: skip
+    if MOVERS > 0:
+        if moves:
+            bring(pid, MOVERS, sources, numbers, base, row_stride, count, targets, scratch, records, stride, None, None,
+                  DOWN, CHUNK, False)  # fmt: skip
 
 
 def expert_gate_up(
     records: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, x: Tensor, out: Tensor, *,
-    hit: Tensor | None = None, phase: int = ALL, copies: Copies | None = None, glu: Glu = SILU,
-    ids: Tensor | None = None, bias: Tensor | None = None, pdl: bool = False,
+    copies: Copies | None = None, glu: Glu = SILU, ids: Tensor | None = None, bias: Tensor | None = None,
+    pdl: bool = False,
 ) -> None:  # fmt: skip
     """weight · glu(gate x, up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P] float32,
     x [T, H] striped → out [P, F] striped. `bias` [E, 2F] float32, of gate beside up, of experts `ids` [P] int32.
 
-    Pair p is of token p // (P / T). hit [P] int32: phase HITS takes pairs where it is not 0, MISSES the others.
-    Meanwhile `copies` go into slots that no pair of the phase is in.
+    Pair p is of token p // (P / T). With `copies`, for one token: its missing experts are brought into their slots
+    first, whole records, and multiplied as they come.
     """
     assert x.is_contiguous() and out.is_contiguous() and records.stride(1) == 1
+    assert copies is None or len(x) == 1
     gate, up, h, pairs = layout.gate, layout.up, x.shape[1], len(slots)
     (ug, warps), (uu, warps_up) = across(gate.format, h), across(up.format, h)
     warps = max(warps, warps_up)
-    movers, chunk = (movers_of(warps) if copies else 0), CHUNK * warps
-    most = programs(x.device, warps, heavy=not HEAVY.isdisjoint((gate.format, up.format)))
-    if phase == MISSES:  # mostly there are none, or few, and then it counts how soon all programs have looked
-        most //= 4
-    _gate_up[(max(most, pairs + movers),)](
-        records, records.stride(0), slots, hit, weights, ids, bias, x, out, pairs // len(x), pairs,
-        *(copies.arguments if copies else [None] * 7), MOVERS=movers,
-        RUNS=checked(copies, records, layout, movers, chunk) if copies else None, CHUNK=chunk,
-        H=h, INNER=gate.rows, PHASE=phase, PP=triton.next_power_of_2(pairs), R=tile(), PITCH=gate.pitch,
+    heavy = not HEAVY.isdisjoint((gate.format, up.format))
+    most = programs(x.device, warps, heavy)
+    moving = moving_of(copies, records, layout, warps)
+    _gate_up[(max(most, pairs + moving["MOVERS"]),)](
+        records, records.stride(0), slots, weights, ids, bias, x, out, pairs // len(x), pairs,
+        *(copies.arguments if copies else [None] * 7), **moving,
+        H=h, INNER=gate.rows, PP=triton.next_power_of_2(pairs), R=tile(), PITCH=gate.pitch,
         ALPHA=glu.alpha, LIMIT=glu.limit, PLUS=glu.plus,
         FG=gate.format, UG=ug, WG=UNIT[gate.format], **planes("G", gate),
-        FU=up.format, UU=uu, WU=UNIT[up.format], **planes("U", up), num_warps=warps, **dependent(pdl),
+        FU=up.format, UU=uu, WU=UNIT[up.format], **planes("U", up), num_warps=warps,
+        maxnreg=registers(FEWER_WARPS if heavy else WARPS), **dependent(pdl),
     )  # fmt: skip
 
 
-def movers_of(warps: int) -> int:
-    return 1 if interpreted() else UNDER_WAY // (CHUNK * warps)
+def registers(warps: int) -> int:
+    """A lane's, so that so many warps run at once. Movers would like 30 more: what they hold beside the rows they
+    multiply lies on the stack, and is read once for every few rows."""
+    return 65536 // (32 * warps) // 8 * 8
+
+
+def moving_of(copies: Copies | None, records: Tensor, layout: SlotLayout, warps: int) -> dict[str, Any]:
+    """How many programs move, and what."""
+    if copies is None:
+        return {"MOVERS": 0, "STRIPS": None, "ROWS": 1, "DOWN": None, "CHUNK": 0, "LISTED": 0, "KP": 1}
+    movers, chunk = 1 if interpreted() else MOVERS // warps, MOVER_CHUNK * warps
+    check(copies, records, movers, chunk)
+    strips, listed = Strips.of(layout, chunk), len(copies.slots)
+    return {"MOVERS": movers, "STRIPS": described(strips.runs, chunk), "ROWS": strips.rows,
+            "DOWN": described(strips.down, chunk), "CHUNK": chunk, "LISTED": listed,
+            "KP": triton.next_power_of_2(listed)}  # fmt: skip
 
 
 @triton.jit
