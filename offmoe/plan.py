@@ -102,8 +102,8 @@ def make_plan(model: Model, settings: Settings) -> Plan:
     chunk = min(settings.chunk or (CHUNK if on_cpu else CHUNK_GPU), ctx)
     kv = kv_nbytes(model.config, ctx, dtype.itemsize, settings.kv == "int8")
     if on_cpu:
-        weights = trunk_weights(model.config) + bias_weights(model.config)
-        trunk, real, workspace = weights * dtype.itemsize, model.record_weights * dtype.itemsize, 0
+        held = trunk_weights(model.config) + bias_weights(model.config)
+        trunk, real, workspace = held * dtype.itemsize, model.record_weights * dtype.itemsize, 0
     else:
         weights = count_weights(model)
         trunk, real = weights.trunk_bytes + weights.unpacked_bytes, model.slot_bytes

@@ -265,6 +265,7 @@ def main(capability: int) -> None:
         products("Q4_K", pdl)
         products("MXFP4", pdl)
         products("Q6_K", pdl)
+        products("F8_E4M3", pdl)
         gpt_oss(pdl)
         copies("Q6_K", pdl)
         residency("lru", pdl)

@@ -134,6 +134,34 @@ def test_an_older_gguf_gives_the_same_logits(family: str, tmp_path: Path) -> Non
     assert (logits - want[7:]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(("family", "changes", "message"), [
+    ("deepseek_v3", {"kv_lora_rank": None}, "the model's config has no kv_lora_rank"),
+    ("deepseek_v3", {"q_lora_rank": "x"}, "the model's config gives q_lora_rank = 'x': expected a whole number"),
+    ("deepseek_v3", {"qk_rope_head_dim": 15}, "head_dim is 47: rotary embedding needs an even number above 0"),
+    ("deepseek_v3", {"v_head_dim": 16}, r"o_proj.weight has shape \[64, 128\]: the config asks for \[64, 64\]"),
+    ("deepseek_v3", {"rope_interleave": False}, "deepseek_v3: rope_interleave is False, and offmoe implements True"),
+    ("deepseek_v3", {"moe_layer_freq": 2}, "deepseek_v3: moe_layer_freq is 2"),
+    ("deepseek_v3", {"attention_bias": True}, "deepseek_v3: attention_bias is True"),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, "deepseek_v2: topk_method is 'noaux_tc'"),
+    ("deepseek_v2", {"norm_topk_prob": True}, "deepseek_v2: norm_topk_prob is True"),
+    ("glm4_moe_lite", {"mlp_layer_types": ["dense", "none"]}, "mlp_layer_types = .*: expected dense or sparse a layer"),
+    ("mixtral", {"kv_lora_rank": 16}, "mixtral: kv_lora_rank is 16"),
+])  # fmt: skip
+def test_latent_attention_that_is_not_ours_is_refused(
+    family: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = saved(family, tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(OffmoeError, match=message):
+        open_model(path)
+
+
+def test_latents_are_not_kept_in_int8(tmp_path: Path) -> None:
+    with pytest.raises(OffmoeError, match="--kv int8 does not go with latent attention"):
+        engine_of(saved("deepseek_v2", tmp_path), kv="int8")
+
+
 def test_kimi_k2_is_deepseek_v3_under_another_name(tmp_path: Path) -> None:
     want, _ = reference("deepseek_v3", IDS)
     path = saved("deepseek_v3", tmp_path)
