@@ -436,7 +436,7 @@ def test_chat_template_that_is_no_text(command: Command, folder: Path, values: A
 VOCABULARIES: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"tokenizer.ggml.model": "no_vocab", "tokenizer.ggml.tokens": None, f"{ARCH}.vocab_size": 260},
              "has no tokenizer .*: use a GGUF with one"),
-    "unknown": ({"tokenizer.ggml.model": "bert"}, "tokenizer model 'bert' is not supported: known are gpt2 and llama"),
+    "unknown": ({"tokenizer.ggml.model": "bert"}, "tokenizer model 'bert' is not supported: known are gpt2, gemma4"),
     "numbers": ({"tokenizer.ggml.tokens": list(range(260))}, "tokens is missing or no list of strings"),
     "twice": ({"tokenizer.ggml.tokens": ["a"] * 260}, "tokens names a token twice: the file is damaged"),
     "types": ({"tokenizer.ggml.token_type": [1]}, "token_type does not match the 260 tokens"),
