@@ -170,10 +170,9 @@ KINDS |= dict.fromkeys(("glm4", "glm5"), Kind((LLAMA3,), ignore_merges=True))
 def kind_of(name: str) -> Kind:
     """The kind called `name` in GGUF files; an unknown one is refused."""
     if name not in KINDS:
-        own = sorted(KINDS.keys() - {alias for names in SAME_AS.values() for alias in names.split()})
-        raise OffmoeError(
-            f"the file's pre-tokenizer {name!r} is not supported: known are {', '.join(own)} and their kin"
-        )
+        aliases = {alias for names in SAME_AS.values() for alias in names.split()}
+        known = ", ".join(sorted(KINDS.keys() - aliases))
+        raise OffmoeError(f"the file's pre-tokenizer {name!r} is not supported: known are {known} and their kin")
     return KINDS[name]
 
 
