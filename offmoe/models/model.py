@@ -80,7 +80,7 @@ class Model:
         """Of all experts of a place, float32: gate beside up [E, 2F], down [E, H]."""
         layer = self.config.routed[place]
         found = {}
-        for role in bias_shapes(self.checkpoint, self.names, self.config, layer):
+        for role in bias_shapes(self.names, self.config):
             info = self.find(role, layer)
             assert info is not None, f"{role} of layer {layer} was there when the model was opened"
             found[role] = self.checkpoint.tensor(info.name)
@@ -233,15 +233,15 @@ def check_trunk(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> No
             expect(checkpoint, names, role, layer, 0, shape)
     if config.expert_bias:
         for layer in config.routed:
-            for role, shape in bias_shapes(checkpoint, names, config, layer).items():
+            for role, shape in bias_shapes(names, config).items():
                 expect(checkpoint, names, role, layer, 0, shape)
 
 
-def bias_shapes(checkpoint: Checkpoint, names: Names, config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+def bias_shapes(names: Names, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Role → shape of the biases of all experts of a layer, stacked as its file has them."""
     experts, inner = config.experts, config.expert_hidden
     down = {"down_bias": (experts, config.hidden)}
-    if find(checkpoint, names, "gate_up_bias", layer, 0):
+    if "gate_up_bias" in names:
         return {"gate_up_bias": (experts, 2 * inner), **down}
     return {"gate_bias": (experts, inner), "up_bias": (experts, inner), **down}
 
