@@ -156,6 +156,8 @@ def workspace_nbytes(model: Model, chunk: int, ctx: int, itemsize: int) -> int:
     c = model.config
     heads = c.projected + (2 * c.heads * c.head_dim if c.latent else 0)
     a_token = c.hidden * (12 + 4 * itemsize) + heads * 4 * itemsize + c.top_k * (c.hidden + c.expert_hidden) * itemsize
+    if any(c.windows):  # a chunk's keys and values, before they go into a ring
+        a_token += 4 * c.kv_heads * c.head_dim * itemsize
     inner = max(c.dense_hidden, c.shared_hidden)
     a_token += 4 * inner * itemsize  # gate, up, its silu and their product
     unpacked = max(heads, c.hidden, inner) * max(c.hidden, c.heads * c.head_dim) * itemsize
