@@ -82,11 +82,14 @@ class ModelInfo:
         c, w, sizes = self.model.config, self.weights, {layout.nbytes for layout in self.model.layouts}
         dense = f" ({len(c.dense)} without experts)" if c.dense else ""
         record = " to ".join(format_size(size) for size in sorted({min(sizes), max(sizes)}))
+        kept = f"{c.kv_heads} key-value heads"
+        if c.latent:
+            kept = f"a latent of {c.latent.width} values a position"
         return [
             ("family", f"{c.model_type} ({self.model.checkpoint.kind})"),
             ("parameters", f"{billions(w.total)} in total, {billions(w.active)} active a token"),
             ("", f"{billions(w.active_without_embedding)} active without the input embedding"),
-            ("layers", f"{c.layers}{dense}, hidden {c.hidden}, {c.heads} heads, {c.kv_heads} key-value heads"),
+            ("layers", f"{c.layers}{dense}, hidden {c.hidden}, {c.heads} heads, {kept}"),
             ("experts", f"{c.experts} a layer, {c.top_k} routed a token, {c.shared or 'none'} shared"),
             ("routing", str(c.rule)),
             ("record", f"{record} ({'; '.join(self.formats())})"),
