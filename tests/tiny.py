@@ -45,11 +45,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"intermediate_size": 32, "num_local_experts": 6, "num_experts_per_tok": 2,
                 "rope_theta": 50_000.0},
     "olmoe": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "num_key_value_heads": 4},
+    "ernie4_5_moe": {"moe_intermediate_size": 32, "moe_num_experts": 8, "moe_k": 3, "intermediate_size": 96,
+                     "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "tie_word_embeddings": True},
+    "dots1": {"moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 96,
+              "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+              "num_key_value_heads": 4},
+    "minimax_m2": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 32,
+                   "rotary_dim": 16},
+    "hunyuan_v1_moe": {"intermediate_size": 32, "num_experts": 8, "moe_topk": [3, 3, 3], "head_dim": 32,
+                       "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0,
+                                           "alpha": 1000.0}},
     "olmoe-clipped": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "clip_qkv": 1.0},
 }  # fmt: skip
 
 # What llama.cpp's archs have no key for: clip_qkv, layers without experts.
-PACKABLE = [family for family in FAMILIES if "-" not in family]
+PACKABLE = [family for family in FAMILIES if "-" not in family] + ["glm4_moe-groups"]
 
 
 @cache
@@ -94,7 +104,7 @@ def reference_routing(
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, out: seen.append((out[2], out[1])))
         for module in model.modules()
-        if type(module).__name__.endswith("Router")
+        if type(module).__name__.endswith(("Router", "V1Gate"))
     ]
     try:
         logits = model(torch.tensor([ids])).logits[0]

@@ -43,7 +43,7 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     rotary: int  # values of a head that are rotated, the first
-    qk_norm: str  # none, head (over each head) or full (over all heads together)
+    qk_norm: str  # none, head (over each head), after (so, of rotated heads) or full (over all heads together)
     rule: Rule  # of the router
     clip_qkv: float | None
     tied: bool  # the output head is the embedding
@@ -70,6 +70,7 @@ class ModelConfig:
 
 def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     """A Hugging Face `config.json`; what is not implemented is refused by field and value."""
+    raw = family.translated(raw)
     refuse_unimplemented(raw, family)
     heads, hidden, rope = count(raw, "num_attention_heads"), count(raw, "hidden_size"), rope_parameters(raw)
     head_dim = count(raw, "head_dim", default=hidden // heads)
@@ -92,7 +93,7 @@ def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
             expert_hidden=count(raw, "moe_intermediate_size", "intermediate_size"),
             ctx=positions(raw, scaling),
             norm_eps=number(raw, "rms_norm_eps", 1e-6),
-            rope_theta=number(rope, "rope_theta", 10_000.0),
+            rope_theta=number(rope, "rope_theta", family.rope_theta),
             rotary=int(head_dim * number(rope, "partial_rotary_factor", family.partial_rotary)),
             clip_qkv=number(raw, "clip_qkv", 0.0) or None,
             tied=flag(raw, "tie_word_embeddings", False),

@@ -108,7 +108,7 @@ class DeviceTrunk:
         positions = self._positions[start : start + len(x)]
         q = norm_rope_write(qkv, keys, values, positions, self.rope, heads=c.heads, kv_heads=c.kv_heads,
                             head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
-                            eps=c.norm_eps, scales=kv.scales(layer))  # fmt: skip
+                            eps=c.norm_eps, scales=kv.scales(layer), norm_after=c.qk_norm == "after")  # fmt: skip
         mixed = prefill_attention(q, keys, values, start, scales=kv.scales(layer))
         return self._product(mixed.flatten(1), w.o)
 
@@ -223,6 +223,6 @@ class DeviceTrunk:
         info = self._model.find(role, layer)
         assert info is not None, f"{role} was there when the model was opened"
         raw = self._model.checkpoint.read(info.name).view(math.prod(info.shape[:-1]), -1)
-        if role in ("q", "k") and self._model.checkpoint.kind == "gguf" and self._model.family.interleaved_gguf:
+        if role in ("q", "k") and self._model.interleaved:
             raw = uninterleaved(raw, self.config.heads if role == "q" else self.config.kv_heads)
         return info.format, raw

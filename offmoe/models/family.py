@@ -5,13 +5,19 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from offmoe.errors import OffmoeError
 from offmoe.kernels.rope import KINDS
 from offmoe.kernels.route import Rule
 
-MODULES = ("qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe")
+if TYPE_CHECKING:
+    from offmoe.models.config import ModelConfig
+
+MODULES = (
+    "qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe",
+    "ernie4_5_moe", "dots1", "minimax_m2", "hunyuan_v1_moe",
+)  # fmt: skip
 
 Names = Mapping[str, tuple[str, ...]]  # role → templates over layer {l} and expert {e}; the first that exists counts
 
@@ -78,10 +84,15 @@ GGUF_NAMES: Names = {
 }
 
 Fields = Callable[[Mapping[str, Any], int, Rule], dict[str, Any]]
+Translated = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 def plain(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
     """Experts in every layer, none shared."""
+    return {}
+
+
+def no_keys(config: ModelConfig) -> dict[str, Any]:
     return {}
 
 
@@ -96,8 +107,14 @@ class Family:
     renormalise: bool  # where the file does not say
     names: Names = field(default_factory=lambda: HF_NAMES)
     gguf_names: Names = field(default_factory=lambda: GGUF_NAMES)
+    rope_theta: float = 10_000.0  # where the file does not say
     partial_rotary: float = 1.0  # share of a head that is rotated, where the file does not say
+    interleaved: bool = False  # pairs that are rotated together lie side by side in q's and k's rows, in every file
     interleaved_gguf: bool = False  # llama.cpp permutes q and k rows of this arch
+    translated: Translated = dict  # a config of its own dialect in the field names that all share
+    gguf_keys: Callable[[ModelConfig], dict[str, Any]] = (
+        no_keys  # that llama.cpp wants of this arch beside those of all
+    )
     fields: Fields = plain  # fields of ModelConfig beyond what all families share, out of a config of so many layers
     implemented: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # the first value is the default; (): any
 

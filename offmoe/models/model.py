@@ -43,6 +43,11 @@ class Model:
         return sum(layout.nbytes for layout in self.layouts) * self.config.experts
 
     @property
+    def interleaved(self) -> bool:
+        """Whether the pairs that are rotated together lie side by side in q's and k's rows."""
+        return self.family.interleaved or (self.checkpoint.kind == "gguf" and self.family.interleaved_gguf)
+
+    @property
     def record_weights(self) -> int:
         return 3 * self.config.hidden * self.config.expert_hidden
 
@@ -102,7 +107,8 @@ def find(checkpoint: Checkpoint, names: Names, role: str, layer: int, expert: in
 def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Role → shape of everything that is no routed expert; `layers_of` says in which layers."""
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    normed = {"none": None, "head": (config.head_dim, config.head_dim), "full": (q, kv)}[config.qk_norm]
+    each = (config.head_dim, config.head_dim)
+    normed = {"none": None, "head": each, "after": each, "full": (q, kv)}[config.qk_norm]
     shapes: dict[str, tuple[int, ...]] = {
         "embed": (config.vocab, config.hidden),
         "final_norm": (config.hidden,),
@@ -174,7 +180,7 @@ def expect(
     if info is None:
         name = names[role][0].format(l=layer, e=expert)
         raise OffmoeError(f"{checkpoint.path} has no tensor {name}: the file is incomplete or of another model")
-    if info.shape != shape and (1, *info.shape) != shape:  # a row of its own may be written as a vector
+    if [n for n in info.shape if n > 1] != [n for n in shape if n > 1]:  # a single row may be written as a vector
         raise OffmoeError(f"tensor {info.name} has shape {list(info.shape)}: the config asks for {list(shape)}")
     return info
 

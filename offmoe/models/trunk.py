@@ -82,9 +82,13 @@ class Trunk:
         if w.qkv_bias is not None:
             qkv += w.qkv_bias
         q, k, v = qkv.split((c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim), dim=-1)
-        q, k, v = self._clipped(self._normed(q, w.q_norm), self._normed(k, w.k_norm), v)
+        if c.qk_norm != "after":
+            q, k = self._normed(q, w.q_norm), self._normed(k, w.k_norm)
+        q, k, v = self._clipped(q, k, v)
         turned = rope(torch.cat((q, k), dim=-1).unflatten(-1, (-1, c.head_dim)), self._rope, positions)
         q, k = turned.split((c.heads, c.kv_heads), dim=1)
+        if c.qk_norm == "after":
+            q, k = (self._normed(x.flatten(1), w).view_as(x) for x, w in ((q, w.q_norm), (k, w.k_norm)))
         keys, values = kv.write(layer, k, v.unflatten(-1, (-1, c.head_dim)), positions, bucket)
         return attention(q, keys, values, positions).flatten(1) @ w.o
 
@@ -151,7 +155,7 @@ class Trunk:
         info = self._model.find(role, layer)
         assert info is not None, f"{role} was there when the model was opened"
         weight = self._model.checkpoint.tensor(info.name, dtype or self._dtype)
-        if role in ("q", "k") and self._model.checkpoint.kind == "gguf" and self._model.family.interleaved_gguf:
+        if role in ("q", "k") and self._model.interleaved:
             weight = uninterleaved(weight, self.config.heads if role == "q" else self.config.kv_heads)
         return weight.to(self._device)
 
