@@ -169,8 +169,8 @@ class DecodeStep:
         decode_attention(
             b.qkv[0], keys, values, b.position, self.trunk.rope, b.mixed[0], b.partial, b.attention_tickets,
             heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
-            norm_full=c.qk_norm == "full", norm_after=c.qk_norm == "after", clip=c.clip_qkv, eps=c.norm_eps, splits=self.splits,
-            split_size=self.split_size, scales=self.kv.scales(layer), pdl=self.pdl,
+            norm_full=c.qk_norm == "full", norm_after=c.qk_norm == "after", clip=c.clip_qkv, eps=c.norm_eps,
+            splits=self.splits, split_size=self.split_size, scales=self.kv.scales(layer), pdl=self.pdl,
         )  # fmt: skip
         dense(b.mixed, w.o, b.x, residual=True, pdl=self.pdl)
 
