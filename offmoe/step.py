@@ -132,7 +132,7 @@ class DecodeStep:
     def launch(self, variant: Variant) -> None:
         """Run the token in `buffers.token` at `buffers.position`, and choose the next one."""
         b, c = self.buffers, self.config
-        embed(b.token, self.trunk.embedding, b.x, striped=True)
+        embed(b.token, self.trunk.embedding, b.x, striped=True, scale=c.stream_scale)
         if not self.plan.all_in_slots:
             self._forked.set()
             self._list_candidates(self._forked)
@@ -144,7 +144,7 @@ class DecodeStep:
             else:
                 self._route(place, variant)
                 self._experts(place, variant)
-        dense(b.x, self.trunk.head, b.logits, norm=self.trunk.final_norm, eps=c.norm_eps, pdl=self.pdl)
+        dense(b.x, self.trunk.head, b.logits, norm=self.trunk.final_norm, eps=c.stream_eps, pdl=self.pdl)
         self.choose(variant, self.pdl)
 
     def choose(self, variant: Variant, pdl: bool = False) -> None:
@@ -164,20 +164,21 @@ class DecodeStep:
         b, c, w = self.buffers, self.config, self.trunk.layers[layer]
         keys, values = self.kv.layer(layer)
         dense(
-            b.x, w.qkv, b.qkv, norm=w.attn_norm_striped, eps=c.norm_eps, bias=w.qkv_bias, pdl=self.pdl and layer > 0
+            b.x, w.qkv, b.qkv, norm=w.attn_norm_striped, eps=c.stream_eps, bias=w.qkv_bias, pdl=self.pdl and layer > 0
         )  # fmt: skip
         decode_attention(
             b.qkv[0], keys, values, b.position, self.trunk.rope, b.mixed[0], b.partial, b.attention_tickets,
             heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
             norm_full=c.qk_norm == "full", norm_after=c.qk_norm == "after", clip=c.clip_qkv, eps=c.norm_eps,
-            splits=self.splits, split_size=self.split_size, scales=self.kv.scales(layer), pdl=self.pdl,
+            splits=self.splits, split_size=self.split_size, scales=self.kv.scales(layer), scale=c.score_scale,
+            pdl=self.pdl,
         )  # fmt: skip
         dense(b.mixed, w.o, b.x, residual=True, pdl=self.pdl)
 
     def _dense(self, layer: int) -> None:
         """The feed-forward part of a layer without experts."""
         b, w = self.buffers, self.trunk.layers[layer]
-        rms_norm(b.x, w.ffn_norm_striped, self.config.norm_eps, b.normed)
+        rms_norm(b.x, w.ffn_norm_striped, self.config.stream_eps, b.normed)
         self._beside_experts(w, b.one, b.dense_inner)
 
     def _beside_experts(self, w: DeviceLayer, weight: Tensor, inner: Tensor) -> None:
@@ -204,7 +205,7 @@ class DecodeStep:
             self._predicted_mark.wait()
             joins = True
         route(
-            b.x[0], w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.places,
+            b.x[0], w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.places,
             rule=c.rule, bias=w.router_bias, logits=b.router_logits, normed=b.normed[0], ticket=b.route_ticket,
             ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
             miss_records=b.miss_records, miss_slots=b.miss_slots, status=b.status, counters=b.counters, log=b.log,
@@ -247,7 +248,7 @@ class DecodeStep:
         with self._ahead():
             self._routed.wait()
             predict(
-                b.raw, w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.places, rule=c.rule,
+                b.raw, w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.places, rule=c.rule,
                 bias=w.router_bias, least=self.gate.least, most=self.gate.most, logits=b.predict_logits,
                 ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
                 fetch_records=b.fetch_records[layer], fetch_slots=b.fetch_slots[layer], status=b.status,

@@ -83,6 +83,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
                          "mscale": 1.0, "mscale_all_dim": 1.0},
         "vocab_size": 128167, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True},
+    "Granite-3.1-3B-A800M": {
+        "model_type": "granitemoe", "hidden_size": 1536, "intermediate_size": 512, "num_hidden_layers": 32,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "num_local_experts": 40, "num_experts_per_tok": 8,
+        "embedding_multiplier": 12.0, "attention_multiplier": 0.015625, "residual_multiplier": 0.22,
+        "logits_scaling": 6.0, "rope_theta": 1500000, "rope_scaling": None, "vocab_size": 49155,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False,
+        "tie_word_embeddings": True},
 }  # fmt: skip
 
 # Total and active in billions, and what the makers count as active: every matrix that a token needs ("all"),
@@ -98,6 +105,7 @@ STATED = {
     "dots.llm1": (142.0, 14.0, "all"),
     "MiniMax-M2": (230.0, 10.0, "neither"),
     "Hunyuan-A13B": (80.0, 13.0, "all"),
+    "Granite-3.1-3B-A800M": (3.3, 0.8, "neither"),
 }
 # Makers who cut their figures instead of rounding them: total and active of all, and the decimals that are left.
 CUT = {"ERNIE-4.5-21B-A3B": (21.0, 3.0, 0)}

@@ -238,13 +238,15 @@ def decode_attention(
     partial: Tensor, tickets: Tensor, *,
     heads: int, kv_heads: int, head_dim: int, q_norm: Tensor | None, k_norm: Tensor | None, norm_full: bool,
     clip: float | None, eps: float, splits: int, split_size: int = LEAST, scales: Tensor | None = None,
-    norm_after: bool = False, pdl: bool = False, block: int | None = None, warps: int = 4, stages: int = 3,
+    scale: float | None = None, norm_after: bool = False,
+    pdl: bool = False, block: int | None = None, warps: int = 4, stages: int = 3,
 ) -> None:  # fmt: skip
     """One token at `position` [1]: q, k, v [(heads + 2 kv_heads) · D] float32 → mixed [heads · D] float32, striped.
 
     Norm, clip, rotation as in kernels.norm_rope; k and v are written into keys, values [kv_heads, ctx, D] at
     `position` (int8: with scales [2, kv_heads, ctx]), unless it is ctx, where nothing fits any more.
     `partial` [partial_size(…)] float32 is scratch; `tickets` [kv_heads] int32 are 0 before and after.
+    Scores are multiplied by `scale`, D ** -0.5 where it is None.
     The result depends on splits · split_size, not on the order in which programs run.
     """
     ctx, wide, group = keys.shape[1], triton.next_power_of_2(head_dim), heads // kv_heads
@@ -264,7 +266,8 @@ def decode_attention(
     rows = max(16, triton.next_power_of_2(group + 2))
     _decode[(kv_heads, splits)](
         qkv, keys, values, keys if scales is None else scales, position, rope_table, q_norm, k_norm,
-        mixed, partial, tickets, ctx, splits, split_size, clip or 0.0, eps, head_dim**-0.5 * LOG2E,
+        mixed, partial, tickets, ctx, splits, split_size, clip or 0.0, eps,
+        (head_dim**-0.5 if scale is None else scale) * LOG2E,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, R=rope_table.shape[2], WIDE=wide, ROWS=rows, BLOCK=block,
         MANY=max(1, min(triton.next_power_of_2(splits), COMBINE // wide)), STAGES=stages,
         NORM=norm_kind(q_norm, norm_full, norm_after), CLIP=bool(clip), INT8=scales is not None, DOT=dot_type(keys),
@@ -278,7 +281,9 @@ def dot_type(keys: Tensor) -> tl.dtype:
     return names.get(keys.dtype, tl.bfloat16 if keys.is_cuda else tl.float32)
 
 
-def prefill_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, scales: Tensor | None = None) -> Tensor:
+def prefill_attention(
+    q: Tensor, keys: Tensor, values: Tensor, start: int, scales: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """q [T, heads, D] at positions start … over keys, values [kv_heads, ctx, D] up to their own: [T, heads, D].
 
     No [T, start + T] mask is made on a GPU. int8 keys and values are unpacked first, in q's type.
@@ -290,6 +295,6 @@ def prefill_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, scale
     bias = causal_lower_right(len(q), end) if start else None
     mixed = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0),
-        attn_mask=bias, is_causal=bias is None, enable_gqa=q.shape[1] != len(keys),
+        attn_mask=bias, is_causal=bias is None, enable_gqa=q.shape[1] != len(keys), scale=scale,
     )  # fmt: skip
     return mixed.squeeze(0).transpose(0, 1)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 MODULES = (
     "qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe",
-    "ernie4_5_moe", "dots1", "minimax_m2", "hunyuan_v1_moe",
+    "deepseek_v3", "deepseek_v2", "kimi_k2", "glm4_moe_lite",
+    "ernie4_5_moe", "dots1", "minimax_m2", "hunyuan_v1_moe", "granitemoe",
 )  # fmt: skip
 
 Names = Mapping[str, tuple[str, ...]]  # role → templates over layer {l} and expert {e}; the first that exists counts
@@ -44,6 +45,12 @@ HF_NAMES: Names = {
     "q_bias": ("model.layers.{l}.self_attn.q_proj.bias",),
     "k_bias": ("model.layers.{l}.self_attn.k_proj.bias",),
     "v_bias": ("model.layers.{l}.self_attn.v_proj.bias",),
+    "q_a": ("model.layers.{l}.self_attn.q_a_proj.weight",),
+    "q_a_norm": ("model.layers.{l}.self_attn.q_a_layernorm.weight",),
+    "q_b": ("model.layers.{l}.self_attn.q_b_proj.weight",),
+    "kv_a": ("model.layers.{l}.self_attn.kv_a_proj_with_mqa.weight",),
+    "kv_a_norm": ("model.layers.{l}.self_attn.kv_a_layernorm.weight",),
+    "kv_b": ("model.layers.{l}.self_attn.kv_b_proj.weight",),
     "dense_gate": ("model.layers.{l}.mlp.gate_proj.weight",),
     "dense_up": ("model.layers.{l}.mlp.up_proj.weight",),
     "dense_down": ("model.layers.{l}.mlp.down_proj.weight",),
@@ -74,6 +81,14 @@ GGUF_NAMES: Names = {
     "q_bias": ("blk.{l}.attn_q.bias",),
     "k_bias": ("blk.{l}.attn_k.bias",),
     "v_bias": ("blk.{l}.attn_v.bias",),
+    "q_a": ("blk.{l}.attn_q_a.weight",),
+    "q_a_norm": ("blk.{l}.attn_q_a_norm.weight",),
+    "q_b": ("blk.{l}.attn_q_b.weight",),
+    "kv_a": ("blk.{l}.attn_kv_a_mqa.weight",),
+    "kv_a_norm": ("blk.{l}.attn_kv_a_norm.weight",),
+    "kv_b": ("blk.{l}.attn_kv_b.weight",),  # of older files; later ones have its two halves, the keys' transposed
+    "k_b": ("blk.{l}.attn_k_b.weight",),
+    "v_b": ("blk.{l}.attn_v_b.weight",),
     "dense_gate": ("blk.{l}.ffn_gate.weight",),
     "dense_up": ("blk.{l}.ffn_up.weight",),
     "dense_down": ("blk.{l}.ffn_down.weight",),
@@ -133,6 +148,7 @@ class Family:
             "routed_scaling_factor": (1.0, 0.0, None),
             "partial_rotary_factor": (1.0, None),
             "n_group": (1, 0, None),
+            "kv_lora_rank": (None,),
             "expert_gating_func": (1, 0),
             "quantization_config": (None,),
         }
@@ -143,10 +159,13 @@ def families() -> list[Family]:
     return [importlib.import_module(f"offmoe.models.{name}").FAMILY for name in MODULES]
 
 
-def family_of(key: str, value: object) -> Family:
-    """The family whose `key` (model_type or arch) is `value`."""
-    for family in families():
-        if getattr(family, key) == value:
-            return family
-    known = ", ".join(str(getattr(family, key)) for family in families())
-    raise OffmoeError(f"architecture {str(value)[:60]!r} is not supported; supported are {known}")
+def family_of(key: str, value: object, gate: object = None) -> Family:
+    """The family whose `key` (model_type or arch) is `value`.
+
+    Where several share an arch, the first that implements `gate`, the file's expert_gating_func.
+    """
+    found = [family for family in families() if getattr(family, key) == value]
+    if not found:
+        known = ", ".join(dict.fromkeys(str(getattr(family, key)) for family in families()))
+        raise OffmoeError(f"architecture {str(value)[:60]!r} is not supported; supported are {known}")
+    return next((family for family in found if gate in family.implemented["expert_gating_func"]), found[0])

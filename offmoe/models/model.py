@@ -9,6 +9,7 @@ from pathlib import Path
 
 from offmoe.checkpoint import ByteRange, Checkpoint, TensorInfo, open_checkpoint
 from offmoe.errors import OffmoeError
+from offmoe.kernels.mla import Latent
 from offmoe.kernels.planes import slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.models.config import ModelConfig, from_gguf, from_hf
@@ -51,6 +52,11 @@ class Model:
     def record_weights(self) -> int:
         return 3 * self.config.hidden * self.config.expert_hidden
 
+    @property
+    def split(self) -> bool:
+        """Whether kv_b lies in two halves, see `latent_shapes`."""
+        return is_split(self.checkpoint, self.names)
+
     def find(self, role: str, layer: int = 0, expert: int = 0) -> TensorInfo | None:
         """The tensor that plays `role`, or None."""
         return find(self.checkpoint, self.names, role, layer, expert)
@@ -88,7 +94,7 @@ def described(checkpoint: Checkpoint) -> Model:
 def read_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
     if checkpoint.kind == "gguf":
         arch = checkpoint.metadata.get("general.architecture")
-        family = family_of("arch", arch)
+        family = family_of("arch", arch, gating(checkpoint, arch))
         if not checkpoint.metadata.get(f"{arch}.expert_count"):
             raise OffmoeError(f"{checkpoint.path} is a dense {arch} model: offmoe runs mixture-of-experts models")
         return family, from_gguf(checkpoint.metadata, family, checkpoint.tensors)
@@ -99,36 +105,37 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
     return family, from_hf(raw, family)
 
 
+def gating(checkpoint: Checkpoint, arch: object) -> object:
+    """expert_gating_func, which old files leave out: there it is a sigmoid (2) where a bias corrects the scores."""
+    biased = any(name.endswith("exp_probs_b.bias") for name in checkpoint.tensors)
+    return checkpoint.metadata.get(f"{arch}.expert_gating_func") or (2 if biased else 1)
+
+
+def is_split(checkpoint: Checkpoint, names: Names) -> bool:
+    return find(checkpoint, names, "k_b", 0, 0) is not None
+
+
 def find(checkpoint: Checkpoint, names: Names, role: str, layer: int, expert: int) -> TensorInfo | None:
     candidates = (template.format(l=layer, e=expert) for template in names.get(role, ()))
     return next((checkpoint.tensors[name] for name in candidates if name in checkpoint.tensors), None)
 
 
-def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Role → shape of everything that is no routed expert; `layers_of` says in which layers."""
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    each = (config.head_dim, config.head_dim)
-    normed = {"none": None, "head": each, "after": each, "full": (q, kv)}[config.qk_norm]
+def trunk_shapes(config: ModelConfig, split: bool = False) -> dict[str, tuple[int, ...]]:
+    """Role → shape of everything that is no routed expert; `layers_of` says in which layers. split: kv_b is."""
     shapes: dict[str, tuple[int, ...]] = {
         "embed": (config.vocab, config.hidden),
         "final_norm": (config.hidden,),
         "head": (config.vocab, config.hidden),
         "attn_norm": (config.hidden,),
-        "q": (q, config.hidden),
-        "k": (kv, config.hidden),
-        "v": (kv, config.hidden),
-        "o": (config.hidden, q),
+        "o": (config.hidden, config.heads * config.value_dim),
         "ffn_norm": (config.hidden,),
         "router": (config.experts, config.hidden),
     }
+    shapes |= latent_shapes(config, config.latent, split) if config.latent else attention_shapes(config)
     if config.tied:
         del shapes["head"]
-    if normed:
-        shapes |= {"q_norm": (normed[0],), "k_norm": (normed[1],)}
     if config.rule.biased:
         shapes["router_bias"] = (config.experts,)
-    if config.qkv_bias:
-        shapes |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
     if config.dense:
         shapes |= feed_forward_shapes("dense", config.hidden, config.dense_hidden)
     if config.shared:
@@ -136,6 +143,30 @@ def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.shared_gated:
         shapes["shared_router"] = (1, config.hidden)
     return shapes
+
+
+def attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"q": (q, config.hidden), "k": (kv, config.hidden), "v": (kv, config.hidden)}
+    if config.qk_norm != "none":
+        norms = (config.head_dim, config.head_dim) if config.qk_norm in ("head", "after") else (q, kv)
+        shapes |= {"q_norm": norms[:1], "k_norm": norms[1:]}
+    if config.qkv_bias:
+        shapes |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
+    return shapes
+
+
+def latent_shapes(config: ModelConfig, z: Latent, split: bool) -> dict[str, tuple[int, ...]]:
+    """Of kernels.mla. kv_b has a head's key and value rows together; split, those of its key are transposed."""
+    heads, hidden = config.heads, config.hidden
+    shapes: dict[str, tuple[int, ...]] = {"kv_a": (z.width, hidden), "kv_a_norm": (z.kv_rank,)}
+    if z.q_rank:
+        shapes |= {"q_a": (z.q_rank, hidden), "q_a_norm": (z.q_rank,), "q_b": (heads * z.key, z.q_rank)}
+    else:
+        shapes["q"] = (heads * z.key, hidden)
+    if split:
+        return shapes | {"k_b": (heads, z.kv_rank, z.plain), "v_b": (heads, z.value, z.kv_rank)}
+    return shapes | {"kv_b": (heads * (z.plain + z.value), z.kv_rank)}
 
 
 def feed_forward_shapes(kind: str, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
@@ -159,7 +190,7 @@ def trunk_weights(config: ModelConfig) -> int:
 
 def trunk_tensors(model: Model) -> Iterator[TensorInfo]:
     """Everything that is used and no routed expert; files may hold more (layers that predict several tokens)."""
-    for role in trunk_shapes(model.config):
+    for role in trunk_shapes(model.config, model.split):
         for layer in layers_of(role, model.config):
             info = model.find(role, layer)
             assert info is not None, f"{role} of layer {layer} was there when the model was opened"
@@ -167,7 +198,7 @@ def trunk_tensors(model: Model) -> Iterator[TensorInfo]:
 
 
 def check_trunk(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
-    for role, shape in trunk_shapes(config).items():
+    for role, shape in trunk_shapes(config, is_split(checkpoint, names)).items():
         for layer in layers_of(role, config):
             expect(checkpoint, names, role, layer, 0, shape)
 
