@@ -33,7 +33,7 @@ def dense(
     """x [T, K], striped, times the transpose of matrices, rows one after another: out [T, N].
 
     norm [K], striped: x is RMS-normed with it first. residual: `out` is the residual stream, striped, and is added
-    to; else it is in natural order, and `bias` [N] is added.
+    to; else it is in natural order. `bias` [N], in natural order, is added.
     """
     x = unstripe(x).to(out.dtype)
     if norm is not None:

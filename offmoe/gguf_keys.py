@@ -33,6 +33,11 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
             f"{family.model_type} with clip_qkv = {config.clip_qkv} cannot be packed: "
             f"llama.cpp ignores it for the architecture {family.arch}, and would answer differently"
         )
+    if config.rule.scores == "mixer":
+        raise OffmoeError(
+            f"{family.model_type} cannot be packed: llama.cpp routes the architecture {family.arch} by another rule, "
+            "and would answer differently"
+        )
     if config.dense and config.dense != tuple(range(len(config.dense))):
         raise OffmoeError(
             f"{family.model_type} with experts in the layers {config.routed} cannot be packed: "

@@ -37,7 +37,7 @@ from offmoe.kernels.ring import ABORTED, COUNTED, DONE, Ring, row_words
 from offmoe.kvcache import KVCache
 from offmoe.memory import host_memory, register, unregister
 from offmoe.models.config import ModelConfig
-from offmoe.models.device_trunk import DeviceLayer, DeviceTrunk
+from offmoe.models.device_trunk import DeviceLayer, DeviceTrunk, normed_dense
 from offmoe.plan import Plan
 from offmoe.settings import Sampling
 from offmoe.streams import Lane, Mark
@@ -144,7 +144,7 @@ class DecodeStep:
             else:
                 self._route(place, variant)
                 self._experts(place, variant)
-        dense(b.x, self.trunk.head, b.logits, norm=self.trunk.final_norm, eps=c.stream_eps, pdl=self.pdl)
+        self.trunk.logits_into(b.x, b.normed, b.logits, self.pdl)
         self.choose(variant, self.pdl)
 
     def choose(self, variant: Variant, pdl: bool = False) -> None:
@@ -163,9 +163,8 @@ class DecodeStep:
     def _attend(self, layer: int) -> None:
         b, c, w = self.buffers, self.config, self.trunk.layers[layer]
         keys, values = self.kv.layer(layer)
-        dense(
-            b.x, w.qkv, b.qkv, norm=w.attn_norm_striped, eps=c.stream_eps, bias=w.qkv_bias, pdl=self.pdl and layer > 0
-        )  # fmt: skip
+        normed_dense(b.x, w.attn_norm_striped, w.attn_norm_bias_striped, c.stream_eps, b.normed, w.qkv, b.qkv,
+                     w.qkv_bias, self.pdl and layer > 0)  # fmt: skip
         decode_attention(
             b.qkv[0], keys, values, b.position, self.trunk.rope, b.mixed[0], b.partial, b.attention_tickets,
             heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
@@ -173,12 +172,12 @@ class DecodeStep:
             splits=self.splits, split_size=self.split_size, scales=self.kv.scales(layer), scale=c.score_scale,
             pdl=self.pdl,
         )  # fmt: skip
-        dense(b.mixed, w.o, b.x, residual=True, pdl=self.pdl)
+        dense(b.mixed, w.o, b.x, residual=True, bias=w.o_bias, pdl=self.pdl)
 
     def _dense(self, layer: int) -> None:
         """The feed-forward part of a layer without experts."""
         b, w = self.buffers, self.trunk.layers[layer]
-        rms_norm(b.x, w.ffn_norm_striped, self.config.stream_eps, b.normed)
+        rms_norm(b.x, w.ffn_norm_striped, self.config.stream_eps, b.normed, w.ffn_norm_bias_striped)
         self._beside_experts(w, b.one, b.dense_inner)
 
     def _beside_experts(self, w: DeviceLayer, weight: Tensor, inner: Tensor) -> None:
@@ -206,7 +205,8 @@ class DecodeStep:
             joins = True
         route(
             b.x[0], w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.places,
-            rule=c.rule, bias=w.router_bias, logits=b.router_logits, normed=b.normed[0], ticket=b.route_ticket,
+            rule=c.rule, bias=w.router_bias, shift=w.ffn_norm_bias_striped, logits=b.router_logits,
+            normed=b.normed[0], ticket=b.route_ticket,
             ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
             miss_records=b.miss_records, miss_slots=b.miss_slots, status=b.status, counters=b.counters, log=b.log,
             step=b.steps, units=self._units[layer], forced=self._forced if variant.forced else None,
@@ -249,7 +249,8 @@ class DecodeStep:
             self._routed.wait()
             predict(
                 b.raw, w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.places, rule=c.rule,
-                bias=w.router_bias, least=self.gate.least, most=self.gate.most, logits=b.predict_logits,
+                bias=w.router_bias, shift=w.ffn_norm_bias_striped, least=self.gate.least,
+                most=self.gate.most, logits=b.predict_logits,
                 ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
                 fetch_records=b.fetch_records[layer], fetch_slots=b.fetch_slots[layer], status=b.status,
                 counters=b.counters, step=b.steps, units=self._units[layer], emulated=self._predicted if

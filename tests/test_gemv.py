@@ -165,9 +165,9 @@ def test_residual(fmt: str) -> None:
     parts = parts_of(cols, fmt)
     x, out = randn(2, cols), randn(2, 37, seed=6)
     want = out.double()
-    for _ in range(2):
-        fast.dense(x, parts, out, residual=True)
-        naive.dense(x, parts, want, residual=True)
+    for bias in (None, randn(37, seed=7)):
+        fast.dense(x, parts, out, residual=True, bias=bias)
+        naive.dense(x, parts, want, residual=True, bias=bias)
     assert_close("out", out, want, RATIO)
 
 

@@ -90,6 +90,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "logits_scaling": 6.0, "rope_theta": 1500000, "rope_scaling": None, "vocab_size": 49155,
         "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False,
         "tie_word_embeddings": True},
+    "Phi-3.5-MoE": {
+        "model_type": "phimoe", "hidden_size": 4096, "intermediate_size": 6400, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 16, "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.01, "input_jitter_noise": 0.01, "attention_bias": True, "lm_head_bias": True,
+        "rope_theta": 10000.0, "sliding_window": 131072, "original_max_position_embeddings": 4096,
+        "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 4096, "short_factor": [1.0] * 64,
+                         "long_factor": [1.0] * 64, "short_mscale": 1.243163121016122,
+                         "long_mscale": 1.243163121016122},  # the factors are longer numbers
+        "vocab_size": 32064, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "tie_word_embeddings": False},
 }  # fmt: skip
 
 # Total and active in billions, and what the makers count as active: every matrix that a token needs ("all"),
@@ -105,6 +115,7 @@ STATED = {
     "dots.llm1": (142.0, 14.0, "all"),
     "MiniMax-M2": (230.0, 10.0, "neither"),
     "Hunyuan-A13B": (80.0, 13.0, "all"),
+    "Phi-3.5-MoE": (41.9, 6.6, "all"),
     "Granite-3.1-3B-A800M": (3.3, 0.8, "neither"),
 }
 # Makers who cut their figures instead of rounding them: total and active of all, and the decimals that are left.

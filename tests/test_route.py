@@ -14,11 +14,26 @@ RULES = [
     Rule("sigmoid", top_k=1), Rule("sigmoid", biased=True, groups=3, kept=1, group_best=2, top_k=4),
     Rule("sigmoid", biased=True, groups=6, kept=4, group_best=2, top_k=5, renormalise=True, scale=2.5),
     Rule("none", top_k=2), Rule("none", biased=True, groups=4, kept=3, top_k=2, scale=0.5),
+    Rule("mixer", top_k=2, jitter=0.2), Rule("mixer", top_k=3, jitter=0.4),
 ]  # fmt: skip
+
+
+def mixed(logits: list[float], rule: Rule) -> dict[int, float]:
+    """Each choice is the largest of what is left, and shares with all of it that is near enough."""
+    chosen: dict[int, float] = {}
+    for _ in range(rule.top_k):
+        rest = [e for e in range(len(logits)) if e not in chosen]
+        best = max(rest, key=logits.__getitem__)
+        near = [e for e in rest if logits[best] - logits[e] <= 2 * rule.jitter * max(abs(logits[e]), logits[best])]
+        assert len(near) > 1 or rule.jitter < 0.3
+        chosen[best] = math.exp(logits[best]) / sum(math.exp(logits[e]) for e in near)
+    return chosen
 
 
 def written_out(logits: list[float], rule: Rule, bias: list[float]) -> dict[int, float]:
     """Expert → weight."""
+    if rule.scores == "mixer":
+        return mixed(logits, rule)
     if rule.scores == "softmax":
         total = sum(map(math.exp, logits))
         scores = [math.exp(value) / total for value in logits]

@@ -76,11 +76,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoe": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 3,
                    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.4,
                    "logits_scaling": 0.5, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+    "phimoe": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "attention_bias": True,
+               "lm_head_bias": True, "router_jitter_noise": 0.2, "rope_parameters": {
+                   # Beyond `original` transformers 5.23 goes on with the short factors.
+                   "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128,
+                   "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "short_mscale": 1.2, "long_mscale": 1.2,
+                   "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0]}},
     "olmoe-clipped": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "clip_qkv": 1.0},
 }  # fmt: skip
 
-# What llama.cpp's archs have no key for: clip_qkv, layers without experts.
-PACKABLE = [family for family in FAMILIES if "-" not in family] + ["glm4_moe-groups"]
+# What llama.cpp's archs have no key for: clip_qkv, layers without experts, a sparse mixer.
+PACKABLE = [family for family in FAMILIES if "-" not in family and family != "phimoe"] + ["glm4_moe-groups"]
 
 
 @cache

@@ -83,9 +83,11 @@ def stream(buffer, origin, unit, there, words, xs, first, end, out, bias, shift,
         following = rows_of(buffer, origin, unit, there, ahead, end, UNITS, FORMAT, P0, P1, P2, P3)
         at, inside = shift + rows, rows < end
         if RESIDUAL:
-            at = place(at, N)
-            before = tl.load(out + at, mask=inside, other=0.0)
-            tl.store(out + at, fold(words, xs, FORMAT) * scale + before, mask=inside)
+            spot = place(at, N)
+            before = tl.load(out + spot, mask=inside, other=0.0)
+            if bias is not None:
+                before += tl.load(bias + at, mask=inside, other=0.0)
+            tl.store(out + spot, fold(words, xs, FORMAT) * scale + before, mask=inside)
         elif bias is not None:
             constant = tl.load(bias + at, mask=inside, other=0.0)
             tl.store(out + at, fold(words, xs, FORMAT) * scale + constant, mask=inside)
@@ -156,9 +158,8 @@ def dense(
     """x [T, K] float32, striped, times the transpose of up to three matrices, rows one after another: out [T, N].
 
     norm [K], striped: x is RMS-normed with it first. residual: `out` is the residual stream, striped, and is added
-    to; else it is in natural order, and `bias` [N] float32 is added.
+    to; else it is in natural order. `bias` [N] float32, in natural order, is added.
     """
-    assert bias is None or not residual
     assert 1 <= len(parts) <= 3 and out.is_contiguous() and x.is_contiguous()
     k, n, rows = x.shape[1], sum(form.rows for _, form in parts), tile()
     assert out.shape == (len(x), n) and all(form.cols == k for _, form in parts)

@@ -127,22 +127,26 @@ def write_rows(
 
 
 @triton.jit
-def _rms_norm(x, weight, out, eps, H: tl.constexpr, WIDE: tl.constexpr):
+def _rms_norm(x, weight, bias, out, eps, H: tl.constexpr, WIDE: tl.constexpr):
     """One row a program."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, WIDE)
     row = tl.load(x + t * H + h, mask=h < H, other=0.0).to(tl.float32)
+    if bias is not None:
+        row = tl.where(h < H, row - tl.sum(row, 0) / H, 0.0)
     row = row * tl.rsqrt(tl.sum(row * row, 0) / H + eps) * tl.load(weight + h, mask=h < H, other=0.0).to(tl.float32)
+    if bias is not None:
+        row += tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)
     tl.store(out + t * H + h, row.to(out.dtype.element_ty), mask=h < H)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
-    """x [T, H] in any float type → out [T, H], rounded once to its type. Returns `out`."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, H] in any float type → out [T, H], rounded once to its type; with a bias LayerNorm. Returns `out`."""
     assert x.is_contiguous()
     assert out.is_contiguous()
     assert x.shape == out.shape
     wide = triton.next_power_of_2(x.shape[1])
-    _rms_norm[(len(x),)](x, weight, out, eps, x.shape[1], wide, num_warps=8 if wide > 2048 else 4)
+    _rms_norm[(len(x),)](x, weight, bias, out, eps, x.shape[1], wide, num_warps=8 if wide > 2048 else 4)
     return out
 
 

@@ -54,6 +54,9 @@ class ModelConfig:
     shared_hidden: int = 0  # of all of them together
     shared_gated: bool = False  # times the sigmoid of a row of its own
     qkv_bias: bool = False
+    o_bias: bool = False
+    head_bias: bool = False
+    norm_bias: bool = False  # the norms of the residual stream are LayerNorms
     rope: Scaling = PLAIN
     embed_scale: float = 1.0  # of what the embedding gives
     residual_scale: float = 1.0  # of what a layer adds to the residual stream

@@ -53,6 +53,11 @@ class DeviceLayer:
     router_bias: Tensor | None  # [E]
     beside: Resident | None  # shared experts; where there is no router, the layer's only feed-forward part
     qkv_bias: Tensor | None  # [Q + 2K]
+    o_bias: Tensor | None  # [H]
+    attn_norm_bias: Tensor | None  # [H], and striped ones
+    attn_norm_bias_striped: Tensor | None
+    ffn_norm_bias: Tensor | None
+    ffn_norm_bias_striped: Tensor | None
 
     def tensors(self) -> list[Tensor]:
         values = [getattr(self, field.name) for field in fields(self)]
@@ -69,9 +74,13 @@ class DeviceTrunk:
         self.layers: list[DeviceLayer] = []
         self._model, self._device, self._dtype = model, device, dtype
         self.embedding = self._parts("embed")[0]  # [V, H]
-        self.final_norm = (
-            stripe(self._float("final_norm")) / self.config.logit_divisor
-        )  # only the step and `logits` use it
+        # Only the step and `logits` use these.
+        self.final_norm = stripe(self._float("final_norm")) / self.config.logit_divisor
+        self.final_norm_bias = self.head_bias = None
+        if self.config.norm_bias:
+            self.final_norm_bias = stripe(self._float("final_norm_bias")) / self.config.logit_divisor
+        if self.config.head_bias:
+            self.head_bias = self._float("head_bias") / self.config.logit_divisor
         self.head = (self.embedding,) if self.config.tied else self._parts("head")
         self.rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device, self.config.rope)
         self._positions = torch.arange(ctx, device=device)
@@ -103,7 +112,7 @@ class DeviceTrunk:
         from offmoe.kernels.gpu.norm_rope import norm_rope_write
 
         c, w = self.config, self.layers[layer]
-        qkv = self._product(rms_norm(x, w.attn_norm, c.stream_eps).to(self._dtype), w.qkv)
+        qkv = self._product(rms_norm(x, w.attn_norm, c.stream_eps, w.attn_norm_bias).to(self._dtype), w.qkv)
         if w.qkv_bias is not None:
             qkv += w.qkv_bias
         keys, values = kv.layer(layer)
@@ -112,13 +121,14 @@ class DeviceTrunk:
                             head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
                             eps=c.norm_eps, scales=kv.scales(layer), norm_after=c.qk_norm == "after")  # fmt: skip
         mixed = prefill_attention(q, keys, values, start, scales=kv.scales(layer), scale=c.score_scale)
-        return self._product(mixed.flatten(1), w.o)
+        out = self._product(mixed.flatten(1), w.o)
+        return out if w.o_bias is None else out + w.o_bias
 
     def route(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
-        normed = rms_norm(x, w.ffn_norm, self.config.stream_eps)
+        normed = rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias)
         logits = stripe(normed) @ w.router[: self.config.experts].float().t()
         ids, weights = select(logits, self.config.rule, w.router_bias)
         return normed.to(self._dtype), ids, weights
@@ -137,15 +147,20 @@ class DeviceTrunk:
         """The whole feed-forward part of a layer without experts: what to add to x [T, H]."""
         w = self.layers[layer]
         assert w.beside is not None, f"layer {layer} has no experts"
-        return self._resident(rms_norm(x, w.ffn_norm, self.config.stream_eps).to(self._dtype), w.beside)
+        return self._resident(
+            rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias).to(self._dtype), w.beside
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, H] → [T, V] float32; T is small."""
-        from offmoe.kernels.gpu.gemv import dense
-
         out = torch.empty((len(x), self.config.vocab), device=self._device)
-        dense(stripe(x).contiguous(), self.head, out, norm=self.final_norm, eps=self.config.stream_eps)
+        self.logits_into(stripe(x).contiguous(), torch.empty_like(x), out)
         return out
+
+    def logits_into(self, x: Tensor, normed: Tensor, out: Tensor, pdl: bool = False) -> None:
+        """x [T, H] striped → out [T, V]; `normed` [T, H] is scratch."""
+        normed_dense(x, self.final_norm, self.final_norm_bias, self.config.stream_eps, normed, self.head, out,
+                     self.head_bias, pdl)  # fmt: skip
 
     def _resident(self, x: Tensor, part: Resident) -> Tensor:
         gate, up, down = ((part.records[0], form) for form in (part.layout.gate, part.layout.up, part.layout.down))
@@ -179,6 +194,11 @@ class DeviceTrunk:
             router=self._router(layer) if routed else None,
             router_bias=self._float("router_bias", layer) if routed and c.rule.biased else None,
             beside=self._feed_forward(beside, layer) if beside else None,
+            o_bias=self._float("o_bias", layer) if c.o_bias else None,
+            attn_norm_bias=(attn_bias := self._float("attn_norm_bias", layer) if c.norm_bias else None),
+            attn_norm_bias_striped=None if attn_bias is None else stripe(attn_bias),
+            ffn_norm_bias=(ffn_bias := self._float("ffn_norm_bias", layer) if c.norm_bias else None),
+            ffn_norm_bias_striped=None if ffn_bias is None else stripe(ffn_bias),
             qkv_bias=torch.cat([self._float(f"{role}_bias", layer) for role in "qkv"]) if c.qkv_bias else None,
         )
 
@@ -228,3 +248,18 @@ class DeviceTrunk:
         if role in ("q", "k") and self._model.interleaved:
             raw = uninterleaved(raw, self.config.heads if role == "q" else self.config.kv_heads)
         return info.format, raw
+
+
+def normed_dense(
+    x: Tensor, norm: Tensor, shift: Tensor | None, eps: float, normed: Tensor, parts: Sequence[Part], out: Tensor,
+    bias: Tensor | None, pdl: bool,
+) -> None:  # fmt: skip
+    """kernels.gpu.gemv.dense of x [T, H] behind its norm, which is a launch of its own where it is a LayerNorm."""
+    from offmoe.kernels.gpu.gemv import dense
+    from offmoe.kernels.gpu.norm_rope import rms_norm as norm_into
+
+    if shift is None:
+        dense(x, parts, out, norm=norm, eps=eps, bias=bias, pdl=pdl)
+    else:
+        norm_into(x, norm, eps, normed, shift)
+        dense(normed, parts, out, bias=bias, pdl=pdl)

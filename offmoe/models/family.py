@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MODULES = (
     "qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe",
     "deepseek_v3", "deepseek_v2", "kimi_k2", "glm4_moe_lite",
-    "ernie4_5_moe", "dots1", "minimax_m2", "hunyuan_v1_moe", "granitemoe",
+    "ernie4_5_moe", "dots1", "minimax_m2", "hunyuan_v1_moe", "granitemoe", "phimoe",
 )  # fmt: skip
 
 Names = Mapping[str, tuple[str, ...]]  # role → templates over layer {l} and expert {e}; the first that exists counts
@@ -51,6 +51,11 @@ HF_NAMES: Names = {
     "kv_a": ("model.layers.{l}.self_attn.kv_a_proj_with_mqa.weight",),
     "kv_a_norm": ("model.layers.{l}.self_attn.kv_a_layernorm.weight",),
     "kv_b": ("model.layers.{l}.self_attn.kv_b_proj.weight",),
+    "o_bias": ("model.layers.{l}.self_attn.o_proj.bias",),
+    "head_bias": ("lm_head.bias",),
+    "attn_norm_bias": ("model.layers.{l}.input_layernorm.bias",),
+    "ffn_norm_bias": ("model.layers.{l}.post_attention_layernorm.bias",),
+    "final_norm_bias": ("model.norm.bias",),
     "dense_gate": ("model.layers.{l}.mlp.gate_proj.weight",),
     "dense_up": ("model.layers.{l}.mlp.up_proj.weight",),
     "dense_down": ("model.layers.{l}.mlp.down_proj.weight",),
@@ -89,6 +94,11 @@ GGUF_NAMES: Names = {
     "kv_b": ("blk.{l}.attn_kv_b.weight",),  # of older files; later ones have its two halves, the keys' transposed
     "k_b": ("blk.{l}.attn_k_b.weight",),
     "v_b": ("blk.{l}.attn_v_b.weight",),
+    "o_bias": ("blk.{l}.attn_output.bias",),
+    "head_bias": ("output.bias",),
+    "attn_norm_bias": ("blk.{l}.attn_norm.bias",),
+    "ffn_norm_bias": ("blk.{l}.ffn_norm.bias",),
+    "final_norm_bias": ("output_norm.bias",),
     "dense_gate": ("blk.{l}.ffn_gate.weight",),
     "dense_up": ("blk.{l}.ffn_up.weight",),
     "dense_down": ("blk.{l}.ffn_down.weight",),

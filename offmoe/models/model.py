@@ -134,6 +134,12 @@ def trunk_shapes(config: ModelConfig, split: bool = False) -> dict[str, tuple[in
     shapes |= latent_shapes(config, config.latent, split) if config.latent else attention_shapes(config)
     if config.tied:
         del shapes["head"]
+    if config.o_bias:
+        shapes["o_bias"] = (config.hidden,)
+    if config.head_bias:
+        shapes["head_bias"] = (config.vocab,)
+    if config.norm_bias:
+        shapes |= {f"{norm}_norm_bias": (config.hidden,) for norm in ("attn", "ffn", "final")}
     if config.rule.biased:
         shapes["router_bias"] = (config.experts,)
     if config.dense:

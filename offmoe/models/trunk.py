@@ -49,6 +49,9 @@ class LayerWeights:
     beside: tuple[Tensor, Tensor] | None  # gate beside up [H, 2F], down [F, H]: shared experts, or a dense layer's
     shared_router: Tensor | None  # [H, 1]
     qkv_bias: Tensor | None  # [Q + 2K]
+    o_bias: Tensor | None = None  # [H]
+    attn_norm_bias: Tensor | None = None  # [H]
+    ffn_norm_bias: Tensor | None = None  # [H]
     latent: LatentWeights | None = None
 
     def tensors(self) -> list[Tensor]:
@@ -65,6 +68,8 @@ class Trunk:
         self._model, self._device, self._dtype = model, device, dtype
         self._embed = self._load("embed")  # [V, H]
         self._final_norm = self._load("final_norm")
+        self._final_norm_bias = self._load("final_norm_bias") if self.config.norm_bias else None
+        self._head_bias = self._load("head_bias") if self.config.head_bias else None
         self._head = factor(self._embed if self.config.tied else self._load("head"))  # [H, V]
         if self.config.tied:
             self._embed = self._head.t()
@@ -92,7 +97,7 @@ class Trunk:
         """Attention of the residual stream x [T, H], writing its keys and values; returns what to add to x."""
         c, w = self.config, self.layers[layer]
         positions, bucket = self._positions[start : start + len(x)], kv.bucket(start + len(x))
-        qkv = rms_norm(x, w.attn_norm, c.stream_eps) @ w.qkv
+        qkv = rms_norm(x, w.attn_norm, c.stream_eps, w.attn_norm_bias) @ w.qkv
         if w.qkv_bias is not None:
             qkv += w.qkv_bias
         if w.latent:
@@ -106,7 +111,8 @@ class Trunk:
         if c.qk_norm == "after":
             q, k = (self._normed(x.flatten(1), w).view_as(x) for x, w in ((q, w.q_norm), (k, w.k_norm)))
         keys, values = kv.write(layer, k, v.unflatten(-1, (-1, c.head_dim)), positions, bucket)
-        return attention(q, keys, values, positions, c.score_scale).flatten(1) @ w.o
+        mixed = attention(q, keys, values, positions, c.score_scale).flatten(1) @ w.o
+        return mixed if w.o_bias is None else mixed + w.o_bias
 
     def _attend_latents(
         self, layer: int, w: LatentWeights, qkv: Tensor, kv: KVCache, positions: Tensor, bucket: int
@@ -125,7 +131,7 @@ class Trunk:
         """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
-        normed = rms_norm(x, w.ffn_norm, self.config.stream_eps)
+        normed = rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias)
         ids, weights = select(normed @ w.router, self.config.rule, w.router_bias)
         return normed, ids, weights
 
@@ -141,12 +147,13 @@ class Trunk:
         """The whole feed-forward part of a layer without experts: what to add to x [T, H]."""
         w = self.layers[layer]
         assert w.beside is not None, f"layer {layer} has no experts"
-        return swiglu_experts([rms_norm(x, w.ffn_norm, self.config.stream_eps)], [w.beside])[0]
+        return swiglu_experts([rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias)], [w.beside])[0]
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, H] → [T, V] float32."""
         c = self.config
-        return (rms_norm(x, self._final_norm, c.stream_eps) @ self._head).float() / c.logit_divisor
+        logits = (rms_norm(x, self._final_norm, c.stream_eps, self._final_norm_bias) @ self._head).float()
+        return (logits if self._head_bias is None else logits + self._head_bias) / c.logit_divisor
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """q or k [T, heads · D]: over each head or over all together, as wide as the weight is."""
@@ -174,6 +181,9 @@ class Trunk:
             beside=self._load_feed_forward(beside, layer) if beside else None,
             shared_router=self._load("shared_router", layer).view(-1, 1) if routed and c.shared_gated else None,
             qkv_bias=torch.cat([self._load(f"{r}_bias", layer) for r in "qkv"]) if c.qkv_bias else None,
+            o_bias=self._load("o_bias", layer) if c.o_bias else None,
+            attn_norm_bias=self._load("attn_norm_bias", layer) if c.norm_bias else None,
+            ffn_norm_bias=self._load("ffn_norm_bias", layer) if c.norm_bias else None,
             latent=self._load_latent(layer, c.latent) if c.latent else None,
         )
 
