@@ -180,18 +180,23 @@ def dense(
 
 
 @triton.jit
-def pair_of(pid, programs, hit, pairs, PHASE: tl.constexpr, PP: tl.constexpr):
-    """The pair of this program (-1: there is none for it), how many programs share it, and which of them it is."""
+def pair_of(pid, programs, slots, weights, hit, pairs, PHASE: tl.constexpr, PP: tl.constexpr):
+    """The pair of this program (-1: there is none for it), its slot and weight, how many programs share it, and which
+    of them it is. In a phase all that may be needed is read at once: reading one after another costs 1 µs each."""
     if PHASE == 0:
         each = programs // pairs
-        pair = pid // each
-        return tl.where(pair < pairs, pair, -1), each, pid % each
+        pair = tl.where(pid // each < pairs, pid // each, -1)
+        at = tl.maximum(pair, 0)
+        return pair, tl.load(slots + at), tl.load(weights + at), each, pid % each
     else:
         j = tl.arange(0, PP)
-        chosen = ((j < pairs) & ((tl.load(hit + j, mask=j < pairs, other=0) != 0) == (PHASE == 1))).to(tl.int32)
+        there = j < pairs
+        slot, weight = tl.load(slots + j, mask=there, other=0), tl.load(weights + j, mask=there, other=0.0)
+        chosen = (there & ((tl.load(hit + j, mask=there, other=0) != 0) == (PHASE == 1))).to(tl.int32)
         each = programs // tl.maximum(tl.sum(chosen, 0), 1)
         mine = (chosen != 0) & (tl.cumsum(chosen, 0) - 1 == pid // each)
-        return tl.sum(tl.where(mine, j + 1, 0), 0) - 1, each, pid % each
+        pair = tl.sum(tl.where(mine, j + 1, 0), 0) - 1
+        return pair, tl.sum(tl.where(mine, slot, 0), 0), tl.sum(tl.where(mine, weight, 0.0), 0), each, pid % each
 
 
 @triton.jit
@@ -244,9 +249,11 @@ def _gate_up(
         if pid < movers:
             bring(pid, MOVERS, sources, numbers, base, row_stride, count, targets, scratch, records, stride, None, None,
                   RUNS, CHUNK, False)  # fmt: skip
-    pair, sharing, which = pair_of(pid - movers, tl.num_programs(0) - movers, hit, pairs, PHASE, PP)
+    pair, slot, weight, sharing, which = pair_of(
+        pid - movers, tl.num_programs(0) - movers, slots, weights, hit, pairs, PHASE, PP
+    )
     if (pid >= movers) & (pair >= 0):
-        record, weight = records + tl.load(slots + pair).to(tl.int64) * stride, tl.load(weights + pair)
+        record = records + slot.to(tl.int64) * stride
         each = tl.cdiv(tl.cdiv(INNER, R), sharing) * R
         first = which * each
         gate_up_rows(record, weight, x + (pair // k) * H, out + pair * INNER, first, tl.minimum(first + each, INNER),
@@ -269,6 +276,8 @@ def expert_gate_up(
     warps = max(warps, warps_up)
     movers, chunk = (movers_of(warps) if copies else 0), CHUNK * warps
     most = programs(x.device, warps, heavy=not HEAVY.isdisjoint((gate.format, up.format)))
+    if phase == MISSES:  # mostly there are none, or few, and then it counts how soon all programs have looked
+        most //= 4
     _gate_up[(max(most, pairs + movers),)](
         records, records.stride(0), slots, hit, weights, x, out, pairs // len(x), pairs,
         *(copies.arguments if copies else [None] * 7), MOVERS=movers,

@@ -166,10 +166,10 @@ def _page_in(
 
 
 def page_in(
-    copies: Copies, target: Tensor, layout: SlotLayout, *, landed: Tensor | None = None,
+    copies: Copies, target: Tensor, layout: SlotLayout | None = None, *, landed: Tensor | None = None,
     progress: Tensor | None = None, programs: int = PROGRAMS, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """Make `copies` into slots of target [S, stride] uint8.
+    """Make `copies` into slots of target [S, stride] uint8; without a layout, as they are, the whole stride.
 
     `landed` [S] int32: set to 1 once a slot is whole; `progress` [S] int32 is 0 before and after.
     """
@@ -180,12 +180,13 @@ def page_in(
     )  # fmt: skip
 
 
-def checked(copies: Copies, target: Tensor, layout: SlotLayout, programs: int, chunk: int) -> tuple[int, ...]:
+def checked(copies: Copies, target: Tensor, layout: SlotLayout | None, programs: int, chunk: int) -> tuple[int, ...]:
     """What `bring` is told of the layout, once it is known that there is room and that all is aligned."""
     assert copies.scratch.numel() >= programs * chunk, f"{programs} programs stage {programs * chunk} bytes"
     assert target.stride(1) == 1
     assert target.stride(0) % 16 == 0, f"slots of {target.stride(0)} bytes are no whole number of 16"
-    return described(merged(layout.runs), chunk)
+    runs = layout.runs if layout else (Run("F32", 0, target.stride(0) // 4, (0,)),)
+    return described(merged(runs), chunk)
 
 
 @cache
