@@ -51,11 +51,12 @@ def expert_gate_up(
     """weight · silu(gate x) · (up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P],
     x [T, H] striped → out [P, F] striped.
 
-    Pair p is of token p // (P / T). hit [P] int32: phase HITS takes pairs where it is not 0, MISSES the others.
+    Pair p is of token p // (P / T). hit [P] int32: phase HITS takes pairs where it is 1, MISSES those where it is 0.
+    A pair of slot -1 is none.
     """
     of_token = unstripe(x).to(out.dtype).repeat_interleave(len(slots) // len(x), dim=0)
     for pair, slot in enumerate(slots.tolist()):
-        if phase == ALL or (hit is not None and bool(hit[pair]) == (phase == HITS)):
+        if slot >= 0 and (phase == ALL or (hit is not None and int(hit[pair]) == (phase == HITS))):
             gate, up = (weights_of(records[slot][None], form, out.dtype)[0] for form in (layout.gate, layout.up))
             inner = F.silu(gate @ of_token[pair]) * (up @ of_token[pair])
             out[pair] = stripe(inner * weights[pair].to(out.dtype))
@@ -66,6 +67,7 @@ def expert_down(records: Tensor, layout: SlotLayout, slots: Tensor, inner: Tenso
 
     records [S, stride] uint8, slots [T · k], inner [T · k, F] and x striped.
     """
-    down = weights_of(records[slots.long()], layout.down, x.dtype)  # [P, H, F]
+    down = weights_of(records[slots.long().clamp(min=0)], layout.down, x.dtype)  # [P, H, F]
     products = (down @ unstripe(inner).to(x.dtype).unsqueeze(2)).squeeze(2)
+    products[slots < 0] = 0
     x += stripe(products.unflatten(0, (len(x), -1)).sum(1))

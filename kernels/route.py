@@ -20,6 +20,7 @@ class Rule:
     kept: int = 1  # … of which the best so many may be chosen from (arXiv 2405.04434)
     group_best: int = 1  # a group is as good as the sum of its best so many
     top_k: int = 1
+    top_p: float = 1.0  # of the k only the first whose scores sum to so much (arXiv 2403.07652)
     renormalise: bool = False  # the k weights sum to one
     scale: float = 1.0
     jitter: float = 0.0  # of a mixer
@@ -32,12 +33,17 @@ class Rule:
         ]
         steps += ["correction bias"] if self.biased else []
         steps += [f"{self.kept} of {self.groups} groups"] if self.groups > self.kept else []
-        steps += ["top-k"] + (["renormalised"] if self.renormalise else [])
+        steps += ["top-k" if self.top_p >= 1 else f"top-p {self.top_p:g}, at most k"] + (
+            ["renormalised"] if self.renormalise else []
+        )
         return ", ".join(steps + ([f"times {self.scale:g}"] if self.scale != 1 else []))
 
 
 def select(logits: Tensor, rule: Rule, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Router logits [T, E], bias [E] → ids [T, k], the first chosen first, and weights [T, k] float32."""
+    """Router logits [T, E], bias [E] → ids [T, k], the first chosen first, and weights [T, k] float32.
+
+    Places that a top-p leaves empty have id -1 and weight 0.
+    """
     if rule.scores == "mixer":
         return mixed(logits.float(), rule)
     scores = scored(logits.float(), rule.scores)
@@ -45,6 +51,9 @@ def select(logits: Tensor, rule: Rule, bias: Tensor | None = None) -> tuple[Tens
     weights, ids = in_groups(order, rule).topk(rule.top_k, dim=-1)
     if order is not scores:
         weights = scores.gather(-1, ids)
+    if rule.top_p < 1:
+        empty = weights.cumsum(-1) - weights >= rule.top_p
+        ids, weights = ids.masked_fill(empty, -1), weights.masked_fill(empty, 0)
     if rule.renormalise:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + TINY)
     return ids, weights if rule.scale == 1 else weights * rule.scale

@@ -109,7 +109,7 @@ class DecodeStep:
         self.buffers = StepBuffers(c, self.splits, device)
         self.gate = Gate.of(plan.prefetch).within(store.table, c.top_k)
         self.table = device_table(store.table, reach(store.table, c.top_k, self.gate.most), device)
-        self.routed = c.places * c.top_k  # records a step
+        self.routed = c.places * c.top_k  # records a step, at most
         self.sampler = Scratch.of(c.vocab, device)
         words = row_words(self.routed)
         memory = host_memory(RING_ROWS * words * 4).view(torch.int32).view(RING_ROWS, words)

@@ -46,7 +46,7 @@ from offmoe.kernels.route import Rule
 CPU = torch.device("cpu")
 H, F, LAYERS, EXPERTS, K = 2048, 768, 2, 128, 8
 RULE = Rule(top_k=K, renormalise=True)
-GROUPED = Rule("sigmoid", biased=True, groups=8, kept=4, group_best=2, top_k=K, renormalise=True, scale=2.5)
+GROUPED = Rule("sigmoid", biased=True, groups=8, kept=4, group_best=2, top_k=K, top_p=0.9, renormalise=True, scale=2.5)
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int16: "*i16",
          torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
 

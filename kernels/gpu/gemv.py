@@ -192,7 +192,7 @@ def pair_of(pid, programs, slots, weights, hit, pairs, PHASE: tl.constexpr, PP: 
         j = tl.arange(0, PP)
         there = j < pairs
         slot, weight = tl.load(slots + j, mask=there, other=0), tl.load(weights + j, mask=there, other=0.0)
-        chosen = (there & ((tl.load(hit + j, mask=there, other=0) != 0) == (PHASE == 1))).to(tl.int32)
+        chosen = (tl.load(hit + j, mask=there, other=-1) == 2 - PHASE).to(tl.int32)
         each = programs // tl.maximum(tl.sum(chosen, 0), 1)
         mine = (chosen != 0) & (tl.cumsum(chosen, 0) - 1 == pid // each)
         pair = tl.sum(tl.where(mine, j + 1, 0), 0) - 1
@@ -252,7 +252,7 @@ def _gate_up(
     pair, slot, weight, sharing, which = pair_of(
         pid - movers, tl.num_programs(0) - movers, slots, weights, hit, pairs, PHASE, PP
     )
-    if (pid >= movers) & (pair >= 0):
+    if (pid >= movers) & (pair >= 0) & (slot >= 0):
         record = records + slot.to(tl.int64) * stride
         each = tl.cdiv(tl.cdiv(INNER, R), sharing) * R
         first = which * each
@@ -267,8 +267,8 @@ def expert_gate_up(
     """weight · silu(gate x) · (up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P] float32,
     x [T, H] striped → out [P, F] striped.
 
-    Pair p is of token p // (P / T). hit [P] int32: phase HITS takes pairs where it is not 0, MISSES the others.
-    Meanwhile `copies` go into slots that no pair of the phase is in.
+    Pair p is of token p // (P / T). hit [P] int32: phase HITS takes pairs where it is 1, MISSES those where it is 0.
+    A pair of slot -1 (and hit -1) is none: nothing is made of it, here or by expert_down. Meanwhile `copies` go into slots that no pair of the phase is in.
     """
     assert x.is_contiguous() and out.is_contiguous() and records.stride(1) == 1
     gate, up, h, pairs = layout.gate, layout.up, x.shape[1], len(slots)
@@ -306,7 +306,8 @@ def _down(
     UNITS: tl.constexpr = INNER // WIDTH
     t, u = tl.program_id(1), tl.arange(0, U)
     pair, unit, there = t * K + u // UNITS, u % UNITS, u < K * UNITS
-    origin = tl.load(slots + pair, mask=there, other=0).to(tl.int64) * (stride // 4)
+    slot = tl.load(slots + pair, mask=there, other=-1).to(tl.int64)
+    origin, there = tl.maximum(slot, 0) * (stride // 4), slot >= 0
     first = tl.program_id(0) * each
     end = tl.minimum(first + each, H)
     rows = first + tl.arange(0, R)

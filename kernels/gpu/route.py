@@ -128,6 +128,18 @@ def judged(
 
 
 @triton.jit
+def enough(score, rank, top_p, K: tl.constexpr, EP: tl.constexpr, SCORES: tl.constexpr):
+    """How many of the first K by rank have scores that sum to top_p: up to the one that reaches it."""
+    if SCORES <= MIXER:
+        score = score / tl.sum(score, 0)
+    count, mass = 1, tl.sum(tl.where(rank == 0, score, 0.0), 0)
+    for j in tl.static_range(1, K):
+        count += tl.where(mass < top_p, 1, 0)
+        mass += tl.sum(tl.where(rank == j, score, 0.0), 0)
+    return count
+
+
+@triton.jit
 def mixed(logit, rank, experts, jitter, K: tl.constexpr, EP: tl.constexpr):
     """Weights of the first K by rank, as kernels.route.mixed has them [EP]."""
     there = tl.arange(0, EP) < experts
@@ -187,13 +199,13 @@ def places(ids, EP: tl.constexpr, KP: tl.constexpr):
     do_not_specialize_on_alignment=["candidate_row", "fetch_count", "fetch_slots", "norm", "shift", "router", "bias"],
 )
 def _route(
-    x, norm, shift, router, bias, logits, normed, raw, ticket, eps, experts, k: tl.constexpr, scale, jitter,
+    x, norm, shift, router, bias, logits, normed, raw, ticket, eps, experts, k: tl.constexpr, top_p, scale, jitter,
     layer, layers, forced, forced_rows, step, ids, weights,
     slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock, candidate_row,
     status, slots, hit, miss_count, miss_records, miss_slots, fetch_count, fetch_slots, counters, log, units,
     H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
     SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, GP: tl.constexpr,
-    RENORMALISE: tl.constexpr, SHARED: tl.constexpr, FORCED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+    VARIES: tl.constexpr, RENORMALISE: tl.constexpr, SHARED: tl.constexpr, FORCED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
     KIND: tl.constexpr, USE: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = experts + SHARED
@@ -212,7 +224,12 @@ def _route(
     if last_arriver(ticket):
         order, score = judged(logits, bias, experts, EP, SCORES, GROUPS, KEPT, BEST, GP)
         rank = places(given, EP, KP) if FORCED else ranked(order, experts, k, EP)
-        asked = rank < k
+        chosen = k
+        if VARIES:
+            chosen = tl.sum((given >= 0).to(tl.int32), 0) if FORCED else enough(score, rank, top_p, k, EP, SCORES)
+            tl.store(ids + j, j * 0 - 1, mask=(j >= chosen) & (j < k))
+            tl.store(weights + j, j * 0.0, mask=(j >= chosen) & (j < k))
+        asked = rank < chosen
         if SCORES == MIXER:
             score = mixed(order, rank, experts, jitter, k, EP)
         elif RENORMALISE:
@@ -223,9 +240,9 @@ def _route(
         tl.store(weights + rank, score * scale, mask=asked)
         if SHARED:
             tl.store(weights + k, tl.sigmoid(tl.load(logits + experts, cache_modifier=".cg")))
-        resolve(seen, rank, k, layer, layer * experts, slot_of, owner, arriving, fresh, a, b, clock,
-                slots, hit, miss_count, miss_records, miss_slots, counters, log, units, EP, CP, KIND,
-                PREFETCHED)  # fmt: skip
+        resolve(seen, rank, chosen, k, layer, layer * experts, slot_of, owner, arriving, fresh, a, b, clock,
+                slots, hit, miss_count, miss_records, miss_slots, counters, log, units, EP, CP, KP, KIND,
+                PREFETCHED, VARIES)  # fmt: skip
 
 
 @triton.jit(
@@ -242,13 +259,13 @@ def _route(
     ],
 )
 def _predict(
-    x, norm, shift, router, bias, logits, ticket, eps, experts, k: tl.constexpr, layer, layers, least, most,
+    x, norm, shift, router, bias, logits, ticket, eps, experts, k: tl.constexpr, top_p, layer, layers, least, most,
     emulated, emulated_rows, step, M: tl.constexpr,
     slot_of, owner, arriving, fresh, landed, candidate_row, held, held_count, status,
     fetch_count, fetch_records, fetch_slots, counters, units,
     H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
     SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, GP: tl.constexpr,
-    EMULATED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, HELD: tl.constexpr, PDL: tl.constexpr,
+    VARIES: tl.constexpr, EMULATED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, HELD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     weight, gain = router_weights(router, norm, experts, H, WIDE, EACH)
     if PDL:
@@ -263,12 +280,15 @@ def _predict(
             likely = ids >= 0
         else:
             order, score = judged(logits, bias, experts, EP, SCORES, GROUPS, KEPT, BEST, GP)
-            chosen = ranked(order, experts, k, EP)[:, None] == j[None, :]
+            rank = ranked(order, experts, k, EP)
+            chosen = rank[:, None] == j[None, :]
             ids = tl.sum(tl.where(chosen, tl.arange(0, EP)[:, None], 0), 0)
             p = tl.sum(tl.where(chosen, score[:, None], 0.0), 0)
             if SCORES <= MIXER:
                 p = p / tl.sum(score, 0)
             likely = (j < k) & (p >= least)
+            if VARIES:
+                likely &= j < enough(score, rank, top_p, k, EP, SCORES)
         prefetch(ids, likely, layer * experts, slot_of, owner, arriving, fresh, landed, candidate_row, held, held_count,
                  status, fetch_count, fetch_records, fetch_slots, counters, most, units, KP, C, CP, HELD)  # fmt: skip
 
@@ -289,7 +309,7 @@ def route(
     weights [k], and `logits` is as long as the router. `bias` [E] float32: of rule.biased. `shift` [H] float32: the
     norm is a LayerNorm with this bias. hit: 1
     where the record can be read at once; those that are missing must be paged in and those that are late waited for.
-    `forced` [steps, layers, k] int16: ids to take in place of the router's, the
+    `forced` [steps, layers, k] int16: ids to take in place of the router's (of a top-p -1: none), the
     row by `step` [1], which counts from 1. `fetched`: count [1] and slots of what `predict` fetched for this layer.
     `raw` [H]: x as it is. `units`: a record's bytes ÷ 16, for the counters. While status [1] is not 0 the table stays
     as it is, and nothing is missing.
@@ -299,7 +319,7 @@ def route(
     assert x.numel() == router.shape[1]
     assert rule.biased == (bias is not None)
     _route[(triton.cdiv(len(router), each(experts)),)](
-        x, norm, shift, router, bias, logits, normed, raw, ticket, eps, experts, rule.top_k, rule.scale, rule.jitter,
+        x, norm, shift, router, bias, logits, normed, raw, ticket, eps, experts, rule.top_k, rule.top_p, rule.scale, rule.jitter,
         layer, layers, forced, 1 if forced is None else forced.shape[0], step, ids, weights,
         table.slot_of, table.owner, table.arriving, table.fresh, table.landed, table.a, table.b,
         table.decay, table.decay.numel(), table.clock, candidate_row(table, layer),
@@ -328,7 +348,7 @@ def predict(
     experts = table.slot_of.numel() // layers
     m = 1 if emulated is None else emulated.shape[2]
     _predict[(triton.cdiv(experts, each(experts)),)](
-        x, norm, shift, router, bias, logits, ticket, eps, experts, rule.top_k, layer, layers, least, most,
+        x, norm, shift, router, bias, logits, ticket, eps, experts, rule.top_k, rule.top_p, layer, layers, least, most,
         emulated, 1 if emulated is None else emulated.shape[0], step, m,
         table.slot_of, table.owner, table.arriving, table.fresh, table.landed, candidate_row(table, layer),
         held, held.numel(), status, fetch_count, fetch_records, fetch_slots, counters, units,
@@ -344,7 +364,7 @@ def each(experts: int) -> int:
 
 
 def steps(rule: Rule) -> dict[str, int]:
-    return {"SCORES": SCORES[rule.scores], "GROUPS": rule.groups, "KEPT": rule.kept, "BEST": rule.group_best,
+    return {"SCORES": SCORES[rule.scores], "VARIES": rule.top_p < 1, "GROUPS": rule.groups, "KEPT": rule.kept, "BEST": rule.group_best,
             "GP": triton.next_power_of_2(rule.groups)}  # fmt: skip
 
 
