@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,19 @@ import gguf
 import torch
 from torch import Tensor
 
-from offmoe.checkpoint import ByteRange, Checkpoint, TensorInfo
+from offmoe.checkpoint import Checkpoint, TensorInfo
 from offmoe.checkpoint.quantise import packable, quantise
 from offmoe.errors import OffmoeError
 from offmoe.gguf_keys import model_keys, tokenizer_keys
-from offmoe.kernels.formats import FORMATS, Format, dequantise
+from offmoe.kernels.formats import FORMATS, Format
+from offmoe.kernels.mla import Latent
 from offmoe.models.family import GGUF_NAMES
 from offmoe.models.model import Model, described, layers_of, trunk_shapes
 from offmoe.settings import format_size
 
 PIECE = 1 << 22  # weights read, quantised and written together: 16 MiB in float32
 EXPERT_ROLES = ("gate", "up", "down")
+HALVES = ("k_b", "v_b")  # of kv_b
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q5_K": 16,
               "Q6_K": 18, "BF16": 32, "MXFP4": 38}  # fmt: skip  # general.file_type
 
@@ -63,13 +65,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor of the GGUF, made of runs of rows; `heads`: its rows are permuted for interleaved rope."""
+    """A tensor of the GGUF, made of runs of rows; `heads`: its rows are permuted for interleaved rope. transposed: each
+    run is, which holds a head's matrix."""
 
     name: str
     shape: tuple[int, ...]
     wanted: Format
     runs: list[Run]
-    heads: int | None
+    heads: int | None = None
+    transposed: bool = False
 
     @property
     def cols(self) -> int:
@@ -108,7 +112,7 @@ def pack(checkpoint: Checkpoint, out: Path, fmt: str, progress: Callable[[int, i
 
 def roles(model: Model) -> Iterator[tuple[str, int]]:
     """Every tensor of the GGUF as (role, layer), in the order of the file."""
-    trunk = {role: layers_of(role, model.config) for role in trunk_shapes(model.config)}
+    trunk = {role: layers_of(role, model.config) for role in trunk_shapes(model.config, split=True)}
     per_layer = [role for role in trunk if "{l}" in GGUF_NAMES[role][0]]
     yield from ((role, 0) for role in trunk if role not in per_layer)
     for layer in range(model.config.layers):
@@ -128,12 +132,23 @@ def output(model: Model, role: str, layer: int, wanted: Format) -> Output:
     if role in EXPERT_ROLES:
         runs = [expert_run(model, role, layer, expert) for expert in range(c.experts)]
         shape: tuple[int, ...] = (c.experts, runs[0].count, runs[0].info.shape[-1])
-        return Output(name, shape, wanted, runs, None)
+        return Output(name, shape, wanted, runs)
+    if c.latent and role in HALVES:
+        return half(model, c.latent, role, layer, Output(name, trunk_shapes(c, split=True)[role], wanted, []))
     info = model.find(role, layer)
     assert info is not None, f"{role} was there when the model was described"
     heads = {"q": c.heads, "k": c.kv_heads}.get(role) if model.family.interleaved_gguf else None
     shape = trunk_shapes(c)[role]
     return Output(name, shape, wanted, [Run(info, 0, prod(shape[:-1]))], heads)
+
+
+def half(model: Model, z: Latent, role: str, layer: int, empty: Output) -> Output:
+    """The keys' or the values' rows of kv_b, head by head."""
+    info = model.find("kv_b", layer)
+    assert info is not None, f"kv_b of layer {layer} was there when the model was described"
+    first, count = (0, z.plain) if role == "k_b" else (z.plain, z.value)
+    runs = [Run(info, head * (z.plain + z.value) + first, count) for head in range(model.config.heads)]
+    return replace(empty, runs=runs, transposed=role == "k_b")
 
 
 def expert_run(model: Model, role: str, layer: int, expert: int) -> Run:
@@ -201,17 +216,11 @@ def write_header(writer: gguf.GGUFWriter, outputs: list[Output], keys: dict[str,
 def pieces(model: Model, output: Output) -> Iterator[Tensor]:
     """The weights of a tensor as float32 [rows, cols], a bounded number at a time."""
     for run in output.runs:
-        step = run.count if output.heads else max(1, PIECE // output.cols)
+        step = run.count if output.heads or output.transposed else max(1, PIECE // output.cols)
         for first in range(0, run.count, step):
-            rows = read_rows(model.checkpoint, run.info, run.first + first, min(step, run.count - first))
+            rows = model.checkpoint.rows(run.info, run.first + first, min(step, run.count - first))
+            rows = rows.t().contiguous() if output.transposed else rows
             yield interleaved(rows, output.heads) if output.heads else rows
-
-
-def read_rows(checkpoint: Checkpoint, info: TensorInfo, first: int, count: int) -> Tensor:
-    form, cols = FORMATS[info.format], info.shape[-1]
-    start = info.range.offset + form.nbytes(first, cols)
-    raw = checkpoint.read_range(ByteRange(info.range.file, start, form.nbytes(count, cols)))
-    return dequantise(raw, form, count, cols)
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:

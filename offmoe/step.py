@@ -1,8 +1,8 @@
 """One decoded token as a sequence of launches: what the graph captures, and what tests run through the interpreter.
 
-A layer is seven nodes: norm and qkv → attention → output → norm, router, top-k and residency → gate and up of the
-records that are there, while programs of the same launch copy those that are missing → gate and up of these → down,
-summed into x. Shared experts are two nodes more; a layer without experts has norm and these two.
+A layer is six nodes: norm and qkv → attention → output → norm, router, top-k and residency → gate and up, in which
+some programs bring what is missing and multiply it as it comes → down, summed into x. Latent attention is three nodes,
+or four. Shared experts are two nodes more; a layer without experts has norm and these two.
 Nothing here allocates, waits or reads a tensor on the host.
 """
 
@@ -20,14 +20,15 @@ from torch import Tensor
 
 from offmoe.device_table import device_table, lose, pull, push, reach
 from offmoe.gate import Gate
+from offmoe.kernels.gpu import mla
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.foretell import Past, foretell
-from offmoe.kernels.gpu.gemv import ALL, HITS, MISSES, dense, expert_down, expert_gate_up
+from offmoe.kernels.gpu.gemv import dense, expert_down, expert_gate_up
 from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.gpu.norm_rope import rms_norm
-from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
+from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, page_in, scratch_for
 from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
@@ -37,7 +38,7 @@ from offmoe.kernels.ring import ABORTED, COUNTED, DONE, Ring, row_words
 from offmoe.kvcache import KVCache
 from offmoe.memory import host_memory, register, unregister
 from offmoe.models.config import ModelConfig
-from offmoe.models.device_trunk import DeviceLayer, DeviceTrunk, normed_dense
+from offmoe.models.device_trunk import DeviceLatent, DeviceLayer, DeviceTrunk, normed_dense
 from offmoe.plan import Plan
 from offmoe.settings import Sampling
 from offmoe.streams import Lane, Mark
@@ -72,9 +73,13 @@ class StepBuffers:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self.x, self.normed, self.raw = floats(1, c.hidden), floats(1, c.hidden), floats(c.hidden)
-        self.qkv = floats(1, (c.heads + 2 * c.kv_heads) * c.head_dim)
-        self.mixed = floats(1, c.heads * c.head_dim)
-        self.partial = floats(partial_size(c.heads, c.head_dim, splits))
+        self.qkv = floats(1, c.projected)
+        self.mixed = floats(1, c.heads * c.value_dim)
+        if c.latent:
+            self.query, self.absorbed = floats(1, c.heads * c.head_dim), floats(c.heads * c.latent.kv_rank)
+            self.partial = floats(mla.partial_size(c.heads, c.latent, splits, device))
+        else:
+            self.partial = floats(partial_size(c.heads, c.head_dim, splits))
         self.router_logits, self.weights = floats(c.experts + 1), floats(c.top_k + 1)  # one more: the shared expert's
         self.inner = floats(c.top_k, c.expert_hidden)
         self.dense_inner, self.shared_inner = floats(1, c.dense_hidden), floats(1, c.shared_hidden)
@@ -105,7 +110,8 @@ class DecodeStep:
         self.device = device
         self.pdl = pdl_supported(device)
         sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        self.splits, self.split_size = pick_splits(plan.ctx, c.kv_heads, sms)
+        picked = mla.pick_splits(plan.ctx, c.heads, sms) if c.latent else pick_splits(plan.ctx, c.kv_heads, sms)
+        self.splits, self.split_size = picked
         self.buffers = StepBuffers(c, self.splits, device)
         self.gate = Gate.of(plan.prefetch).within(store.table, c.top_k)
         self.table = device_table(store.table, reach(store.table, c.top_k, self.gate.most), device)
@@ -119,7 +125,7 @@ class DecodeStep:
         self.ring = Ring(memory, c.places, c.top_k)
         self._forced: Tensor | None = None
         self._predicted: Tensor | None = None
-        self._scratch, self._ahead_scratch = scratch_for(device), scratch_for(device)
+        self._scratch, self._ahead_scratch = scratch_for(device, MOVERS * MOVER_CHUNK), scratch_for(device)
         self._units = [nbytes // 16 for nbytes in store.record_bytes]
         self._beside, self._ahead, self._fetching = (Lane(device) for _ in range(3))
         self._forked, self._listed, self._routed = (Mark(device) for _ in range(3))
@@ -162,17 +168,38 @@ class DecodeStep:
 
     def _attend(self, layer: int) -> None:
         b, c, w = self.buffers, self.config, self.trunk.layers[layer]
-        keys, values = self.kv.layer(layer)
         normed_dense(b.x, w.attn_norm_striped, w.attn_norm_bias_striped, c.stream_eps, b.normed, w.qkv, b.qkv,
                      w.qkv_bias, self.pdl and layer > 0)  # fmt: skip
+        if w.latent:
+            self._attend_latents(layer, w.latent)
+        else:
+            self._attend_heads(layer)
+        dense(b.mixed, w.o, b.x, bias=w.o_bias, residual=True, pdl=self.pdl)
+
+    def _attend_heads(self, layer: int) -> None:
+        b, c, w = self.buffers, self.config, self.trunk.layers[layer]
+        keys, values = self.kv.layer(layer)
         decode_attention(
             b.qkv[0], keys, values, b.position, self.trunk.rope, b.mixed[0], b.partial, b.attention_tickets,
             heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
             norm_full=c.qk_norm == "full", norm_after=c.qk_norm == "after", clip=c.clip_qkv, eps=c.norm_eps,
             splits=self.splits, split_size=self.split_size, scales=self.kv.scales(layer), scale=c.score_scale,
-            pdl=self.pdl,
+            window=c.window(layer), sinks=w.sinks, pdl=self.pdl,
         )  # fmt: skip
-        dense(b.mixed, w.o, b.x, residual=True, bias=w.o_bias, pdl=self.pdl)
+
+    def _attend_latents(self, layer: int, w: DeviceLatent) -> None:
+        """Three launches, four where queries have a latent of their own."""
+        b, c, z = self.buffers, self.config, self.config.latent
+        assert z is not None, "its weights are there"
+        query = b.qkv
+        if w.q_b:
+            dense(b.qkv[:, : z.q_rank], w.q_b, b.query, norm=w.q_a_norm, eps=mla.LATENT_EPS, pdl=self.pdl)
+            query = b.query
+        mla.decode_latents(
+            query[0, : c.heads * z.key], b.qkv[0, -z.width :], self.kv.latents(layer), b.position, self.trunk.rope,
+            w.kv_a_norm, w.k_b[0], w.v_b[0], b.mixed[0], b.absorbed, b.partial, heads=c.heads, latent=z,
+            scale=c.score_scale, splits=self.splits, split_size=self.split_size, pdl=self.pdl,
+        )  # fmt: skip
 
     def _dense(self, layer: int) -> None:
         """The feed-forward part of a layer without experts."""
@@ -205,9 +232,9 @@ class DecodeStep:
             joins = True
         route(
             b.x[0], w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.places,
-            rule=c.rule, bias=w.router_bias, shift=w.ffn_norm_bias_striped, logits=b.router_logits,
-            normed=b.normed[0], ticket=b.route_ticket,
-            ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
+            rule=c.rule, bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped,
+            logits=b.router_logits, normed=b.normed[0],
+            ticket=b.route_ticket, ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
             miss_records=b.miss_records, miss_slots=b.miss_slots, status=b.status, counters=b.counters, log=b.log,
             step=b.steps, units=self._units[layer], forced=self._forced if variant.forced else None,
             fetched=(b.fetch_count[layer], b.fetch_slots[layer]) if variant.prefetch else None,
@@ -249,9 +276,9 @@ class DecodeStep:
             self._routed.wait()
             predict(
                 b.raw, w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.places, rule=c.rule,
-                bias=w.router_bias, shift=w.ffn_norm_bias_striped, least=self.gate.least,
-                most=self.gate.most, logits=b.predict_logits,
-                ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
+                bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped, least=self.gate.least,
+                most=self.gate.most,
+                logits=b.predict_logits, ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
                 fetch_records=b.fetch_records[layer], fetch_slots=b.fetch_slots[layer], status=b.status,
                 counters=b.counters, step=b.steps, units=self._units[layer], emulated=self._predicted if
                 variant.emulated else None,
@@ -270,22 +297,22 @@ class DecodeStep:
             self._fetched[layer].set()
 
     def _experts(self, layer: int, variant: Variant) -> None:
-        """Multiply what is there while what is missing comes; a join is a whole edge, so no early start behind it."""
+        """Multiply what is there while what is missing comes; behind a join, a whole edge, there is no early start."""
         b, c, store, w = self.buffers, self.config, self.store, self._layer(layer)
         records, layout = store.records, store.layouts[layer]
+        gate_up_bias, down_bias = store.biases[layer] if store.biases else (None, None)
         if w.beside:
             self._beside_experts(w, b.weights[c.top_k :] if c.shared_gated else b.one, b.shared_inner)
-        products = (records, layout, b.slots, b.weights, b.normed, b.inner)
-        if self.plan.all_in_slots:
-            expert_gate_up(*products, phase=ALL, pdl=self.pdl)
-        else:
-            expert_gate_up(*products, hit=b.hit, phase=HITS, copies=self._copies(variant), pdl=self.pdl)
-            joins = self._join(layer, variant)
-            expert_gate_up(*products, hit=b.hit, phase=MISSES, pdl=self.pdl and not joins)
-        expert_down(records, layout, b.slots, b.inner, b.x, pdl=self.pdl)
+        copies = None if self.plan.all_in_slots else self._copies(variant)
+        joins = self._join(layer, variant)
+        expert_gate_up(
+            records, layout, b.slots, b.weights, b.normed, b.inner, copies=copies, glu=c.glu, ids=b.ids,
+            bias=gate_up_bias, pdl=self.pdl and not joins,
+        )  # fmt: skip
+        expert_down(records, layout, b.slots, b.inner, b.x, ids=b.ids, weights=b.weights, bias=down_bias, pdl=self.pdl)
 
     def _join(self, layer: int, variant: Variant) -> bool:
-        """Wait for lanes whose work this layer's misses, or the token's end, need; True if there was one."""
+        """Wait for lanes whose work this layer, or the token's end, needs; True if there was one."""
         late = variant.prefetch and layer >= self.gate.ahead
         if late:
             self._fetched[layer].wait()
@@ -339,6 +366,7 @@ class DecodeStep:
     def pull(self) -> int:
         """Residency back to the host, once nothing runs any more; returns the number of the last token."""
         token = pull(self.store.table, self.table) - 1
+        self.kv.wrote(int(self.buffers.position))
         if int(self.buffers.status) == ABORTED:
             lose(self.store.table, self.buffers.miss_records, self.buffers.miss_slots)
         return token

@@ -30,14 +30,16 @@ from offmoe.kernels.gpu.attention import decode_attention, partial_size
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.foretell import foretell
 from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
-from offmoe.kernels.gpu.gemv import HITS, dense, expert_down, expert_gate_up
+from offmoe.kernels.gpu.gemv import dense, expert_down, expert_gate_up
+from offmoe.kernels.gpu.mla import decode_latents
 from offmoe.kernels.gpu.norm_rope import norm_rope_write, rms_norm
-from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
+from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, page_in, scratch_for
 from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
 from offmoe.kernels.gpu.sample import Scratch, sample_step
 from offmoe.kernels.gpu.unpack import dequantise_into
+from offmoe.kernels.mla import Latent
 from offmoe.kernels.planes import matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.ring import COUNTED
@@ -124,7 +126,7 @@ def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 
 def absent() -> Copies:
-    return Copies(ints(1), ints(K), scratch_for(CPU), None, ints(K), 1 << 40, 1 << 21)
+    return Copies(ints(1), ints(K), scratch_for(CPU, MOVERS * MOVER_CHUNK), None, ints(K), 1 << 40, 1 << 21)
 
 
 def products(fmt: str, pdl: bool) -> None:
@@ -132,8 +134,7 @@ def products(fmt: str, pdl: bool) -> None:
     record = RecordLayout.of(("gate", fmt, F, H), ("up", fmt, F, H), ("down", fmt, H, F))
     layout = slot_layout(record)
     records = torch.empty((2, -(-layout.nbytes // 256) * 256), dtype=torch.uint8)
-    expert_gate_up(records, layout, ints(K), floats(K), floats(1, H), floats(K, F), hit=ints(K), phase=HITS,
-                   copies=absent(), pdl=pdl)  # fmt: skip
+    expert_gate_up(records, layout, ints(K), floats(K), floats(1, H), floats(K, F), copies=absent(), pdl=pdl)
     expert_down(records, layout, ints(K), floats(K, F), floats(1, H), pdl=pdl)
     parts = [(ints(form.nbytes, dtype=torch.uint8), form) for form in (matrix(fmt, 512, H), matrix("Q6_K", 512, H))]
     dense(floats(1, H), parts, floats(1, 1024), norm=floats(H), eps=1e-6, pdl=pdl)
@@ -201,6 +202,20 @@ def attention(pdl: bool) -> None:
     )  # fmt: skip
 
 
+def latents(pdl: bool, heads: int, z: Latent, fmt: str) -> None:
+    ctx, splits = 4096, 32
+    parts = []
+    for rows, cols in ((heads * z.kv_rank, z.plain), (heads * z.value, z.kv_rank)):
+        form = matrix(fmt, rows, cols)
+        parts.append((ints(form.nbytes, dtype=torch.uint8), form))
+    decode_latents(
+        floats(heads * z.key), floats(z.width), floats(ctx, z.width).bfloat16(), ints(1), floats(2, ctx, z.turned),
+        floats(z.kv_rank), *parts, floats(heads * z.value), floats(heads * z.kv_rank),
+        floats(heads * (splits * (z.kv_rank + 2) + 132 * z.kv_rank)), heads=heads, latent=z, scale=0.1, splits=splits,
+        pdl=pdl,
+    )  # fmt: skip
+
+
 def ends(pdl: bool) -> None:
     rms_norm(floats(1, H), floats(H), 1e-6, floats(1, H))  # of a layer without experts
     rms_norm(floats(1, H), floats(H), 1e-6, floats(1, H), floats(H))
@@ -225,6 +240,8 @@ def main(capability: int) -> None:
         residency("lfru", pdl, Rule("mixer", top_k=K, jitter=0.01))
         residency("echo", pdl)
         attention(pdl)
+        latents(pdl, 16, Latent(0, 512, 128, 64, 128), "BF16")  # DeepSeek-V2-Lite
+        latents(pdl, 20, Latent(768, 512, 192, 64, 256), "Q8_0")  # GLM-4.7-Flash
         ends(pdl)
         prompt(16)
         prompt(64)

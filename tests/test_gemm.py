@@ -29,7 +29,7 @@ def randn(*shape: int, seed: int = 1) -> Tensor:
 
 def layout_of(fmt: str, down: str, stacked: bool = False) -> tuple[SlotLayout, RecordLayout]:
     """96 and 160 weights a row, no whole number of tiles, where blocks are of 32."""
-    h, f = (256, 256) if 256 in (FORMATS[fmt].block, FORMATS[down].block) else (160, 96)
+    h, f = (256, 256) if max(FORMATS[fmt].block, FORMATS[down].block) > 32 else (160, 96)
     record = RecordLayout.of(("gate", fmt, f, h), ("up", fmt, f, h), ("down", down, h, f))
     if stacked:
         record = RecordLayout.of(("gate_up", fmt, 2 * f, h), ("down", down, h, f))
@@ -145,15 +145,16 @@ def test_combine(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["normal", *EXTREMES])
 @pytest.mark.parametrize("fmt", PLANES)
 def test_unpacked_bit_for_bit(fmt: str, kind: str) -> None:
-    """37 rows, with columns to spare between them; rows from 5 on of a larger matrix."""
-    cols = 512 if FORMATS[fmt].block == 256 else 160
-    raw = random_matrix(fmt, 42, cols, kind=kind)[0]
-    whole = matrix(fmt, 42, cols)
-    buffer, form = rearrange_matrix(raw, whole).to(DEVICE), whole.rows_from(5, 37)
+    """37 rows, with columns to spare between them; from a row on of a larger matrix."""
+    cols = 512 if FORMATS[fmt].block > 32 else 160
+    first = FORMATS[fmt].tile or 5
+    raw = random_matrix(fmt, first + 37, cols, kind=kind)[0]
+    whole = matrix(fmt, first + 37, cols)
+    buffer, form = rearrange_matrix(raw, whole).to(DEVICE), whole.rows_from(first, 37)
     for dtype in DTYPES:
         target = torch.full((37, cols + 32), torch.nan, dtype=dtype, device=DEVICE)
         dequantise_into(buffer, form, target[:, :cols])
-        want = dequantise(raw.to(DEVICE), fmt, 42, cols, torch.float32)[5:].to(dtype)
+        want = dequantise(raw.to(DEVICE), fmt, first + 37, cols, torch.float32)[first:].to(dtype)
         assert torch.equal(target[:, :cols], want), dtype
         assert target[:, cols:].isnan().all()
         naive.dequantise_into(buffer, form, target[:, :cols])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from close import assert_close
+from test_models import decoded, engine_of, older, packed
 from tiny import FAMILIES, reference, saved, tiny
 
 pytest.importorskip("triton")
@@ -81,6 +82,17 @@ def test_logits_are_those_of_transformers(family: str, scope: str, tmp_path: Pat
     want, _ = reference(family, IDS)
     with step_of(saved(family, tmp_path), vram="60%", scope=scope, policy="crf:h=16") as step:
         assert_close("logits", run(step, Variant()), want, 1e-5)
+
+
+@pytest.mark.parametrize(("fmt", "ratio"), [(None, 1e-5), ("F32", 1e-5), ("Q8_0", 2e-3)])
+def test_a_gguf_of_latent_attention_gives_the_same_logits(fmt: str | None, ratio: float, tmp_path: Path) -> None:
+    """As on the CPU, its matrices of all heads in halves; in one; in one whose keys' half is transposed in float16."""
+    path = packed(saved("deepseek_v3-groups", tmp_path), tmp_path, "f32")
+    path = older(path, tmp_path, 3, fmt) if fmt else path
+    with engine_of(path) as engine:
+        want, _ = decoded(engine, IDS, prompt=1)
+    with step_of(path, vram="60%") as step:
+        assert_close("logits", run(step, Variant()), want, ratio)
 
 
 @pytest.mark.parametrize("prefetch", ["none", "gate:d=1,p=0,n=2", "gate:d=2,p=0,n=1"])

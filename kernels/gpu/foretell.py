@@ -112,7 +112,7 @@ def _foretell(
 
 
 def foretell(past: Past, log: Tensor, status: Tensor, *, k: int, experts: int) -> None:
-    """`log` [layers · k]: the ids of the token that has just been routed, -1: none; then `foretold` is the next token's.
+    """`log` [layers · k]: the ids of the token that has just been routed, -1: none; then `foretold` is the next one's.
 
     While status [1] is not 0 there was none, and all stays as it is.
     """

@@ -55,8 +55,8 @@ class Table:
 
 @triton.jit
 def router_logits(
-    x, weight, gain, shift, logits, normed, raw, eps, rows, H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr,
-    WRITE: tl.constexpr,
+    x, weight, gain, shift, offset, logits, normed, raw, eps, rows, H: tl.constexpr, WIDE: tl.constexpr,
+    EACH: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """Of the program's rows, weight [EACH, WIDE]; the first leaves the normed x behind, and x as it was."""
     i = tl.arange(0, WIDE)
@@ -74,6 +74,8 @@ def router_logits(
         dot += tl.sum(weight.to(tl.float32) * bias[None, :], 1)
         y += bias
     row = tl.program_id(0) * EACH + tl.arange(0, EACH)
+    if offset is not None:
+        dot += tl.load(offset + row, mask=row < rows, other=0.0)
     tl.store(logits + row, dot, mask=row < rows)
     if WRITE and tl.program_id(0) == 0:
         tl.store(normed + i, y, mask=inside)
@@ -196,17 +198,26 @@ def places(ids, EP: tl.constexpr, KP: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["layer", "units"],
-    do_not_specialize_on_alignment=["candidate_row", "fetch_count", "fetch_slots", "norm", "shift", "router", "bias"],
+    do_not_specialize_on_alignment=[
+        "candidate_row",
+        "fetch_count",
+        "fetch_slots",
+        "norm",
+        "shift",
+        "router",
+        "bias",
+        "offset",
+    ],
 )
 def _route(
-    x, norm, shift, router, bias, logits, normed, raw, ticket, eps, experts, k: tl.constexpr, top_p, scale, jitter,
-    layer, layers, forced, forced_rows, step, ids, weights,
+    x, norm, shift, router, offset, bias, logits, normed, raw, ticket, eps, experts, k: tl.constexpr, top_p, scale,
+    jitter, layer, layers, forced, forced_rows, step, ids, weights,
     slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock, candidate_row,
     status, slots, hit, miss_count, miss_records, miss_slots, fetch_count, fetch_slots, counters, log, units,
     H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
     SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, GP: tl.constexpr,
-    VARIES: tl.constexpr, RENORMALISE: tl.constexpr, SHARED: tl.constexpr, FORCED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-    KIND: tl.constexpr, USE: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
+    VARIES: tl.constexpr, RENORMALISE: tl.constexpr, SHARED: tl.constexpr, FORCED: tl.constexpr, C: tl.constexpr,
+    CP: tl.constexpr, KIND: tl.constexpr, USE: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = experts + SHARED
     weight, gain = router_weights(router, norm, rows, H, WIDE, EACH)
@@ -220,7 +231,7 @@ def _route(
     if FORCED:
         row = (tl.maximum(tl.load(step) - 1, 0) % forced_rows) * layers + layer
         given = tl.load(forced + row * k + j, mask=j < k, other=-1).to(tl.int32)
-    router_logits(x, weight, gain, shift, logits, normed, raw, eps, rows, H, WIDE, EACH, True)
+    router_logits(x, weight, gain, shift, offset, logits, normed, raw, eps, rows, H, WIDE, EACH, True)
     if last_arriver(ticket):
         order, score = judged(logits, bias, experts, EP, SCORES, GROUPS, KEPT, BEST, GP)
         rank = places(given, EP, KP) if FORCED else ranked(order, experts, k, EP)
@@ -256,22 +267,25 @@ def _route(
         "shift",
         "router",
         "bias",
+        "offset",
     ],
 )
 def _predict(
-    x, norm, shift, router, bias, logits, ticket, eps, experts, k: tl.constexpr, top_p, layer, layers, least, most,
+    x, norm, shift, router, offset, bias, logits, ticket, eps, experts, k: tl.constexpr, top_p, layer, layers, least,
+    most,
     emulated, emulated_rows, step, M: tl.constexpr,
     slot_of, owner, arriving, fresh, landed, candidate_row, held, held_count, status,
     fetch_count, fetch_records, fetch_slots, counters, units,
     H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
     SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, GP: tl.constexpr,
-    VARIES: tl.constexpr, EMULATED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, HELD: tl.constexpr, PDL: tl.constexpr,
+    VARIES: tl.constexpr, EMULATED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, HELD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     weight, gain = router_weights(router, norm, experts, H, WIDE, EACH)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    router_logits(x, weight, gain, shift, logits, x, None, eps, experts, H, WIDE, EACH, False)
+    router_logits(x, weight, gain, shift, offset, logits, x, None, eps, experts, H, WIDE, EACH, False)
     if last_arriver(ticket):
         j = tl.arange(0, KP)
         if EMULATED:
@@ -301,13 +315,13 @@ def route(
     status: Tensor, counters: Tensor, log: Tensor, step: Tensor,
     units: int = 0, forced: Tensor | None = None,
     fetched: tuple[Tensor, Tensor] | None = None, raw: Tensor | None = None, bias: Tensor | None = None,
-    shift: Tensor | None = None, pdl: bool = False,
+    shift: Tensor | None = None, offset: Tensor | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
     """x [H] float32 → normed [H], ids, weights (float32), slots, hit [k], and the missing records with their slots.
 
     router [E, H] in a float type, with one row more for a gated shared expert: the sigmoid of its logit becomes
     weights [k], and `logits` is as long as the router. `bias` [E] float32: of rule.biased. `shift` [H] float32: the
-    norm is a LayerNorm with this bias. hit: 1
+    norm is a LayerNorm with this bias. `offset`, as long as the router, float32: added to the logits. hit: 1
     where the record can be read at once; those that are missing must be paged in and those that are late waited for.
     `forced` [steps, layers, k] int16: ids to take in place of the router's (of a top-p -1: none), the
     row by `step` [1], which counts from 1. `fetched`: count [1] and slots of what `predict` fetched for this layer.
@@ -318,9 +332,10 @@ def route(
     assert router.is_contiguous()
     assert x.numel() == router.shape[1]
     assert rule.biased == (bias is not None)
+    assert offset is None or len(offset) == len(router)
     _route[(triton.cdiv(len(router), each(experts)),)](
-        x, norm, shift, router, bias, logits, normed, raw, ticket, eps, experts, rule.top_k, rule.top_p, rule.scale, rule.jitter,
-        layer, layers, forced, 1 if forced is None else forced.shape[0], step, ids, weights,
+        x, norm, shift, router, offset, bias, logits, normed, raw, ticket, eps, experts, rule.top_k, rule.top_p,
+        rule.scale, rule.jitter, layer, layers, forced, 1 if forced is None else forced.shape[0], step, ids, weights,
         table.slot_of, table.owner, table.arriving, table.fresh, table.landed, table.a, table.b,
         table.decay, table.decay.numel(), table.clock, candidate_row(table, layer),
         status, slots, hit, miss_count, miss_records, miss_slots, *(fetched or (None, None)), counters, log, units,
@@ -337,7 +352,7 @@ def predict(
     layers: int, rule: Rule, least: float, most: int, logits: Tensor, ticket: Tensor, held: Tensor,
     fetch_count: Tensor, fetch_records: Tensor, fetch_slots: Tensor, status: Tensor, counters: Tensor, step: Tensor,
     units: int = 0, emulated: Tensor | None = None, bias: Tensor | None = None, shift: Tensor | None = None,
-    pdl: bool = False,
+    offset: Tensor | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
     """Gate-ahead: the norm and router of `layer` on the residual stream of an earlier one.
 
@@ -348,7 +363,8 @@ def predict(
     experts = table.slot_of.numel() // layers
     m = 1 if emulated is None else emulated.shape[2]
     _predict[(triton.cdiv(experts, each(experts)),)](
-        x, norm, shift, router, bias, logits, ticket, eps, experts, rule.top_k, rule.top_p, layer, layers, least, most,
+        x, norm, shift, router, offset, bias, logits, ticket, eps, experts, rule.top_k, rule.top_p, layer, layers,
+        least, most,
         emulated, 1 if emulated is None else emulated.shape[0], step, m,
         table.slot_of, table.owner, table.arriving, table.fresh, table.landed, candidate_row(table, layer),
         held, held.numel(), status, fetch_count, fetch_records, fetch_slots, counters, units,
@@ -364,7 +380,8 @@ def each(experts: int) -> int:
 
 
 def steps(rule: Rule) -> dict[str, int]:
-    return {"SCORES": SCORES[rule.scores], "VARIES": rule.top_p < 1, "GROUPS": rule.groups, "KEPT": rule.kept, "BEST": rule.group_best,
+    return {"SCORES": SCORES[rule.scores], "VARIES": rule.top_p < 1,
+            "GROUPS": rule.groups, "KEPT": rule.kept, "BEST": rule.group_best,
             "GP": triton.next_power_of_2(rule.groups)}  # fmt: skip
 
 

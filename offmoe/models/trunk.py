@@ -49,10 +49,12 @@ class LayerWeights:
     beside: tuple[Tensor, Tensor] | None  # gate beside up [H, 2F], down [F, H]: shared experts, or a dense layer's
     shared_router: Tensor | None  # [H, 1]
     qkv_bias: Tensor | None  # [Q + 2K]
-    o_bias: Tensor | None = None  # [H]
-    attn_norm_bias: Tensor | None = None  # [H]
-    ffn_norm_bias: Tensor | None = None  # [H]
-    latent: LatentWeights | None = None
+    attn_norm_bias: Tensor | None  # [H]
+    ffn_norm_bias: Tensor | None  # [H]
+    o_bias: Tensor | None  # [H]
+    sinks: Tensor | None  # [heads]
+    router_offset: Tensor | None  # [E]
+    latent: LatentWeights | None
 
     def tensors(self) -> list[Tensor]:
         values = [*vars(self).values(), *(self.beside or ()), *(vars(self.latent).values() if self.latent else ())]
@@ -96,12 +98,12 @@ class Trunk:
     def attend(self, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
         """Attention of the residual stream x [T, H], writing its keys and values; returns what to add to x."""
         c, w = self.config, self.layers[layer]
-        positions, bucket = self._positions[start : start + len(x)], kv.bucket(start + len(x))
+        positions = self._positions[start : start + len(x)]
         qkv = rms_norm(x, w.attn_norm, c.stream_eps, w.attn_norm_bias) @ w.qkv
         if w.qkv_bias is not None:
             qkv += w.qkv_bias
         if w.latent:
-            return self._attend_latents(layer, w.latent, qkv, kv, positions, bucket) @ w.o
+            return self._attend_latents(layer, w.latent, qkv, kv, positions, kv.bucket(start + len(x))) @ w.o
         q, k, v = qkv.split((c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim), dim=-1)
         if c.qk_norm != "after":
             q, k = self._normed(q, w.q_norm), self._normed(k, w.k_norm)
@@ -110,9 +112,14 @@ class Trunk:
         q, k = turned.split((c.heads, c.kv_heads), dim=1)
         if c.qk_norm == "after":
             q, k = (self._normed(x.flatten(1), w).view_as(x) for x, w in ((q, w.q_norm), (k, w.k_norm)))
-        keys, values = kv.write(layer, k, v.unflatten(-1, (-1, c.head_dim)), positions, bucket)
-        mixed = attention(q, keys, values, positions, c.score_scale).flatten(1) @ w.o
-        return mixed if w.o_bias is None else mixed + w.o_bias
+        chunk = kv.open(layer, start, len(x))
+        places = positions - chunk.first
+        chunk.keys.index_copy_(1, places, k.transpose(0, 1))
+        chunk.values.index_copy_(1, places, v.unflatten(-1, (-1, c.head_dim)).transpose(0, 1))
+        kv.close(layer, chunk, start, len(x))
+        keys, values = (cache[:, : kv.bucket(start + len(x) - chunk.first)] for cache in (chunk.keys, chunk.values))
+        out = attention(q, keys, values, places, c.window(layer), w.sinks, c.score_scale).flatten(1) @ w.o
+        return out if w.o_bias is None else out + w.o_bias
 
     def _attend_latents(
         self, layer: int, w: LatentWeights, qkv: Tensor, kv: KVCache, positions: Tensor, bucket: int
@@ -132,7 +139,10 @@ class Trunk:
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
         normed = rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias)
-        ids, weights = select(normed @ w.router, self.config.rule, w.router_bias)
+        logits = normed @ w.router
+        if w.router_offset is not None:
+            logits = logits + w.router_offset
+        ids, weights = select(logits, self.config.rule, w.router_bias)
         return normed, ids, weights
 
     def shared(self, layer: int, normed: Tensor) -> Tensor | None:
@@ -184,6 +194,8 @@ class Trunk:
             o_bias=self._load("o_bias", layer) if c.o_bias else None,
             attn_norm_bias=self._load("attn_norm_bias", layer) if c.norm_bias else None,
             ffn_norm_bias=self._load("ffn_norm_bias", layer) if c.norm_bias else None,
+            sinks=self._load("sinks", layer) if c.sinks else None,
+            router_offset=self._load("router_offset", layer) if routed and c.router_offset else None,
             latent=self._load_latent(layer, c.latent) if c.latent else None,
         )
 
