@@ -56,11 +56,12 @@ class PackReport:
 
 @dataclass(frozen=True)
 class Run:
-    """Rows `first` to `first + count` of a tensor in the source."""
+    """Rows `first` to `first + count` of a tensor in the source; of all of them `pick` makes the rows to write."""
 
     info: TensorInfo
     first: int
     count: int
+    pick: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,11 @@ def roles(model: Model) -> Iterator[tuple[str, int]]:
         yield from ((role, layer) for role in per_layer if layer in trunk[role])
         if layer in model.config.routed:
             yield from ((role, layer) for role in EXPERT_ROLES)
+            yield from ((f"{role}_bias", layer) for role in EXPERT_ROLES if model.config.expert_bias)
 
 
 def intended(role: str, wanted: Format) -> Format:
-    if role.endswith(("router", "norm", "bias")):
+    if role.endswith(("router", "norm", "bias", "sinks", "offset")):
         return FORMATS["F32"]
     return FORMATS["Q8_0"] if wanted.name == "MXFP4" and role not in EXPERT_ROLES else wanted
 
@@ -131,14 +133,17 @@ def output(model: Model, role: str, layer: int, wanted: Format) -> Output:
     name, c = model.family.gguf_names[role][0].format(l=layer), model.config
     if role in EXPERT_ROLES:
         runs = [expert_run(model, role, layer, expert) for expert in range(c.experts)]
-        shape: tuple[int, ...] = (c.experts, runs[0].count, runs[0].info.shape[-1])
-        return Output(name, shape, wanted, runs)
+        wide, narrow = (c.experts, c.expert_hidden, c.hidden), (c.experts, c.hidden, c.expert_hidden)
+        return Output(name, narrow if role == "down" else wide, wanted, runs)
+    if role in ("gate_bias", "up_bias") and (both := model.find("gate_up_bias", layer)):
+        run = Run(both, 0, c.experts, lambda rows: rows_of(rows.mT, role, model.layouts[0].interleaved).mT)
+        return Output(name, (c.experts, c.expert_hidden), wanted, [run])
     if c.latent and role in HALVES:
         return half(model, c.latent, role, layer, Output(name, trunk_shapes(c, split=True)[role], wanted, []))
     info = model.find(role, layer)
     assert info is not None, f"{role} was there when the model was described"
     heads = {"q": c.heads, "k": c.kv_heads}.get(role) if model.family.interleaved_gguf else None
-    shape = trunk_shapes(c)[role]
+    shape = trunk_shapes(c).get(role, info.shape)
     return Output(name, shape, wanted, [Run(info, 0, prod(shape[:-1]))], heads)
 
 
@@ -155,9 +160,24 @@ def expert_run(model: Model, role: str, layer: int, expert: int) -> Run:
     """One expert's matrix: a tensor of its own, a slice of a stack, or half a slice of gate over up."""
     info = model.find(role, layer, expert) or model.find("gate_up", layer, expert)
     assert info is not None, f"{role} of layer {layer} was there when the model was described"
+    layout = model.layouts[model.config.routed.index(layer)]
+    if layout.transposed or (layout.interleaved and role != "down"):
+        rows = info.shape[1]
+
+        def pick(matrix: Tensor) -> Tensor:
+            upright = matrix.mT if layout.transposed else matrix
+            return upright if role == "down" else rows_of(upright, role, layout.interleaved)
+
+        return Run(info, expert * rows, rows, pick)
     count = model.config.hidden if role == "down" else model.config.expert_hidden
     first = expert * info.shape[1] if len(info.shape) == 3 else 0
     return Run(info, first + (count if role == "up" and info.shape[-2] == 2 * count else 0), count)
+
+
+def rows_of(rows: Tensor, role: str, interleaved: bool) -> Tensor:
+    """Of the rows of gate and up together, those of `role`."""
+    second = role.startswith("up")
+    return rows[second::2] if interleaved else rows.chunk(2)[second]
 
 
 def check_target(out: Path, nbytes: int) -> None:
@@ -216,9 +236,10 @@ def write_header(writer: gguf.GGUFWriter, outputs: list[Output], keys: dict[str,
 def pieces(model: Model, output: Output) -> Iterator[Tensor]:
     """The weights of a tensor as float32 [rows, cols], a bounded number at a time."""
     for run in output.runs:
-        step = run.count if output.heads or output.transposed else max(1, PIECE // output.cols)
+        step = run.count if output.heads or output.transposed or run.pick else max(1, PIECE // output.cols)
         for first in range(0, run.count, step):
             rows = model.checkpoint.rows(run.info, run.first + first, min(step, run.count - first))
+            rows = run.pick(rows).contiguous() if run.pick else rows
             rows = rows.t().contiguous() if output.transposed else rows
             yield interleaved(rows, output.heads) if output.heads else rows
 

@@ -102,8 +102,8 @@ def make_plan(model: Model, settings: Settings) -> Plan:
     chunk = min(settings.chunk or (CHUNK if on_cpu else CHUNK_GPU), ctx)
     kv = kv_nbytes(model.config, ctx, dtype.itemsize, settings.kv == "int8")
     if on_cpu:
-        weights = trunk_weights(model.config) + bias_weights(model.config)
-        trunk, real, workspace = weights * dtype.itemsize, model.record_weights * dtype.itemsize, 0
+        held = trunk_weights(model.config) + bias_weights(model.config)
+        trunk, real, workspace = held * dtype.itemsize, model.record_weights * dtype.itemsize, 0
     else:
         weights = count_weights(model)
         trunk, real = weights.trunk_bytes + weights.unpacked_bytes, model.slot_bytes
@@ -156,6 +156,8 @@ def workspace_nbytes(model: Model, chunk: int, ctx: int, itemsize: int) -> int:
     c = model.config
     heads = c.projected + (2 * c.heads * c.head_dim if c.latent else 0)
     a_token = c.hidden * (12 + 4 * itemsize) + heads * 4 * itemsize + c.top_k * (c.hidden + c.expert_hidden) * itemsize
+    if any(c.windows):  # a chunk's keys and values, before they go into a ring
+        a_token += 4 * c.kv_heads * c.head_dim * itemsize
     inner = max(c.dense_hidden, c.shared_hidden)
     a_token += 4 * inner * itemsize  # gate, up, its silu and their product
     unpacked = max(heads, c.hidden, inner) * max(c.hidden, c.heads * c.head_dim) * itemsize
