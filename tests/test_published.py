@@ -118,7 +118,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True, "routed_scaling_factor": 2.5, "scoring_func": "noaux_tc", "vocab_size": 152064,
         "max_position_embeddings": 32768, "rope_theta": 10000000, "sliding_window": None, "max_window_layers": 62,
         "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False},
-    "MiniMax-M2": {  # without its quantization_config
+    "MiniMax-M2": {
+        "quantization_config": {"quant_method": "fp8", "fmt": "float8_e4m3fn", "activation_scheme": "dynamic",
+                                "weight_block_size": [128, 128]},
         "model_type": "minimax_m2", "hidden_size": 3072, "intermediate_size": 1536, "num_hidden_layers": 62,
         "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128, "num_local_experts": 256,
         "num_experts_per_tok": 8, "rotary_dim": 64, "rope_theta": 5000000, "scoring_func": "sigmoid",

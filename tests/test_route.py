@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from offmoe.experts import grouped
 from offmoe.kernels.route import Rule, select
 
 RULES = [
@@ -79,3 +81,9 @@ def test_a_softmax_keeps_its_bits() -> None:
         got = select(logits, Rule(top_k=8, renormalise=renormalise))
         assert torch.equal(got[0], ids)
         assert torch.equal(got[1], want)
+
+
+def test_empty_places_are_of_no_expert() -> None:
+    experts, uses, places = grouped(np.array([-1, 3, 1, -1, 3]))
+    assert (experts.tolist(), uses.tolist()) == ([1, 3], [1, 2])
+    assert [where.tolist() for where in places] == [[2], [1, 4]]

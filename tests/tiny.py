@@ -87,7 +87,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
                                            "alpha": 1000.0}},
     "granitemoe": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 3,
                    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.4,
-                   "logits_scaling": 0.5, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+                   "logits_scaling": 0.5, "rms_norm_eps": 0.05, "tie_word_embeddings": True},
     "phimoe": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "attention_bias": True,
                "lm_head_bias": True, "router_jitter_noise": 0.2, "rope_parameters": {
                    # Beyond `original` transformers 5.23 goes on with the short factors.

@@ -227,7 +227,7 @@ def beyond_tensors(quantisation: Any) -> Any:
     """None where the tensors say all that there is to know: float8 in tiles, activations as they are."""
     said = quantisation if isinstance(quantisation, Mapping) else {}
     if (said.get("quant_method"), said.get("weight_block_size")) == ("fp8", [128, 128]):
-        return None if said.get("fmt", "e4m3") == "e4m3" else quantisation
+        return None if said.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn") else quantisation
     return quantisation
 
 

@@ -33,7 +33,8 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
     rope = dict(rope_parameters(raw))
     if rope["rope_type"] == "dynamic" and rope.get("alpha"):
-        dim = ours["head_dim"] or count(raw, "hidden_size") // count(raw, "num_attention_heads")
+        whole = count(raw, "hidden_size") // count(raw, "num_attention_heads")
+        dim = max(count(raw, "head_dim", "attention_head_dim", default=whole), 4)  # smaller ones are refused
         base = number(rope, "rope_theta", FAMILY.rope_theta) * number(rope, "alpha", 1.0) ** (dim / (dim - 2))
         rope = {"rope_type": "default", "rope_theta": base}
     return {**raw, **{name: value for name, value in ours.items() if value}, "rope_scaling": None,
