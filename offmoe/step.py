@@ -39,7 +39,7 @@ from offmoe.kernels.ring import ABORTED, COUNTED, DONE, Ring, row_words
 from offmoe.kvcache import KVCache
 from offmoe.memory import host_memory, register, unregister
 from offmoe.models.config import ModelConfig
-from offmoe.models.device_trunk import DeviceLatent, DeviceLayer, DeviceTrunk
+from offmoe.models.device_trunk import DeviceLatent, DeviceLayer, DeviceTrunk, normed_dense
 from offmoe.plan import Plan
 from offmoe.settings import Sampling
 from offmoe.streams import Lane, Mark
@@ -116,7 +116,7 @@ class DecodeStep:
         self.buffers = StepBuffers(c, self.splits, device)
         self.gate = Gate.of(plan.prefetch).within(store.table, c.top_k)
         self.table = device_table(store.table, reach(store.table, c.top_k, self.gate.most), device)
-        self.routed = c.places * c.top_k  # records a step
+        self.routed = c.places * c.top_k  # records a step, at most
         self.sampler = Scratch.of(c.vocab, device)
         words = row_words(self.routed)
         memory = host_memory(RING_ROWS * words * 4).view(torch.int32).view(RING_ROWS, words)
@@ -139,7 +139,7 @@ class DecodeStep:
     def launch(self, variant: Variant) -> None:
         """Run the token in `buffers.token` at `buffers.position`, and choose the next one."""
         b, c = self.buffers, self.config
-        embed(b.token, self.trunk.embedding, b.x, striped=True)
+        embed(b.token, self.trunk.embedding, b.x, striped=True, scale=c.stream_scale)
         if not self.plan.all_in_slots:
             self._forked.set()
             self._list_candidates(self._forked)
@@ -151,7 +151,7 @@ class DecodeStep:
             else:
                 self._route(place, variant)
                 self._experts(place, variant)
-        dense(b.x, self.trunk.head, b.logits, norm=self.trunk.final_norm, eps=c.norm_eps, pdl=self.pdl)
+        self.trunk.logits_into(b.x, b.normed, b.logits, self.pdl)
         self.choose(variant, self.pdl)
 
     def choose(self, variant: Variant, pdl: bool = False) -> None:
@@ -169,9 +169,8 @@ class DecodeStep:
 
     def _attend(self, layer: int) -> None:
         b, c, w = self.buffers, self.config, self.trunk.layers[layer]
-        dense(
-            b.x, w.qkv, b.qkv, norm=w.attn_norm_striped, eps=c.norm_eps, bias=w.qkv_bias, pdl=self.pdl and layer > 0
-        )  # fmt: skip
+        normed_dense(b.x, w.attn_norm_striped, w.attn_norm_bias_striped, c.stream_eps, b.normed, w.qkv, b.qkv,
+                     w.qkv_bias, self.pdl and layer > 0)  # fmt: skip
         if w.latent:
             self._attend_latents(layer, w.latent)
         else:
@@ -184,9 +183,9 @@ class DecodeStep:
         decode_attention(
             b.qkv[0], keys, values, b.position, self.trunk.rope, b.mixed[0], b.partial, b.attention_tickets,
             heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
-            norm_full=c.qk_norm == "full", clip=c.clip_qkv, eps=c.norm_eps, splits=self.splits,
-            split_size=self.split_size, scales=self.kv.scales(layer), window=c.window(layer), sinks=w.sinks,
-            pdl=self.pdl,
+            norm_full=c.qk_norm == "full", norm_after=c.qk_norm == "after", clip=c.clip_qkv, eps=c.norm_eps,
+            splits=self.splits, split_size=self.split_size, scales=self.kv.scales(layer), scale=c.score_scale,
+            window=c.window(layer), sinks=w.sinks, pdl=self.pdl,
         )  # fmt: skip
 
     def _attend_latents(self, layer: int, w: DeviceLatent) -> None:
@@ -206,7 +205,7 @@ class DecodeStep:
     def _dense(self, layer: int) -> None:
         """The feed-forward part of a layer without experts."""
         b, w = self.buffers, self.trunk.layers[layer]
-        rms_norm(b.x, w.ffn_norm_striped, self.config.norm_eps, b.normed)
+        rms_norm(b.x, w.ffn_norm_striped, self.config.stream_eps, b.normed, w.ffn_norm_bias_striped)
         self._beside_experts(w, b.one, b.dense_inner)
 
     def _beside_experts(self, w: DeviceLayer, weight: Tensor, inner: Tensor) -> None:
@@ -233,8 +232,9 @@ class DecodeStep:
             self._predicted_mark.wait()
             joins = True
         route(
-            b.x[0], w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.places,
-            rule=c.rule, bias=w.router_bias, offset=w.router_offset, logits=b.router_logits, normed=b.normed[0],
+            b.x[0], w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.places,
+            rule=c.rule, bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped,
+            logits=b.router_logits, normed=b.normed[0],
             ticket=b.route_ticket, ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
             miss_records=b.miss_records, miss_slots=b.miss_slots, status=b.status, counters=b.counters, log=b.log,
             step=b.steps, units=self._units[layer], forced=self._forced if variant.forced else None,
@@ -276,8 +276,9 @@ class DecodeStep:
         with self._ahead():
             self._routed.wait()
             predict(
-                b.raw, w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.places, rule=c.rule,
-                bias=w.router_bias, offset=w.router_offset, least=self.gate.least, most=self.gate.most,
+                b.raw, w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.places, rule=c.rule,
+                bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped, least=self.gate.least,
+                most=self.gate.most,
                 logits=b.predict_logits, ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
                 fetch_records=b.fetch_records[layer], fetch_slots=b.fetch_slots[layer], status=b.status,
                 counters=b.counters, step=b.steps, units=self._units[layer], emulated=self._predicted if

@@ -75,11 +75,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"intermediate_size": 32, "num_local_experts": 6, "num_experts_per_tok": 2,
                 "rope_theta": 50_000.0},
     "olmoe": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "num_key_value_heads": 4},
+    "ernie4_5_moe": {"moe_intermediate_size": 32, "moe_num_experts": 8, "moe_k": 3, "intermediate_size": 96,
+                     "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "tie_word_embeddings": True},
+    "dots1": {"moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 96,
+              "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+              "num_key_value_heads": 4},
+    "minimax_m2": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 32,
+                   "rotary_dim": 16},
+    "hunyuan_v1_moe": {"intermediate_size": 32, "num_experts": 8, "moe_topk": [3, 3, 3], "head_dim": 32,
+                       "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0,
+                                           "alpha": 1000.0}},
+    "granitemoe": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 3,
+                   "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.4,
+                   "logits_scaling": 0.5, "rms_norm_eps": 0.05, "tie_word_embeddings": True},
+    "phimoe": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "attention_bias": True,
+               "lm_head_bias": True, "router_jitter_noise": 0.2, "rope_parameters": {
+                   # Beyond `original` transformers 5.23 goes on with the short factors.
+                   "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128,
+                   "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "short_mscale": 1.2, "long_mscale": 1.2,
+                   "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0]}},
     "olmoe-clipped": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "clip_qkv": 1.0},
 }  # fmt: skip
 
-# What llama.cpp's archs have no key for: clip_qkv, layers without experts.
-PACKABLE = [*(family for family in FAMILIES if "-" not in family), "deepseek_v3-groups"]
+# What llama.cpp's archs have no key for: clip_qkv, layers without experts, a sparse mixer.
+PACKABLE = [*(f for f in FAMILIES if "-" not in f and f != "phimoe"), "deepseek_v3-groups", "glm4_moe-groups"]
 # llama.cpp knows by its 27 layers that such a model's queries have no latent.
 PACKABLE_UNHEARD = [*PACKABLE, "deepseek_v2-lite"]
 
@@ -130,7 +149,7 @@ def reference_routing(
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, out: seen.append((out[2], out[1])))
         for module in model.modules()
-        if type(module).__name__.endswith("Router")
+        if type(module).__name__.endswith(("Router", "V1Gate"))
     ]
     try:
         logits = model(torch.tensor([ids])).logits[0]

@@ -45,7 +45,7 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     rotary: int  # values of a head that are rotated, the first
-    qk_norm: str  # none, head (over each head) or full (over all heads together)
+    qk_norm: str  # none, head (over each head), after (so, of rotated heads) or full (over all heads together)
     rule: Rule  # of the router
     clip_qkv: float | None
     tied: bool  # the output head is the embedding
@@ -55,7 +55,13 @@ class ModelConfig:
     shared_hidden: int = 0  # of all of them together
     shared_gated: bool = False  # times the sigmoid of a row of its own
     qkv_bias: bool = False
+    head_bias: bool = False
+    norm_bias: bool = False  # the norms of the residual stream are LayerNorms
     rope: Scaling = PLAIN
+    embed_scale: float = 1.0  # of what the embedding gives
+    residual_scale: float = 1.0  # of what a layer adds to the residual stream
+    attention_scale: float = 0.0  # of q · k; 0: 1 / √D
+    logit_divisor: float = 1.0
     windows: tuple[int, ...] = ()  # by layer: positions that attention sees, 0: all; nothing: all in every layer
     sinks: bool = False  # a logit a head that takes its share of attention and gives nothing
     o_bias: bool = False
@@ -84,7 +90,17 @@ class ModelConfig:
     @property
     def score_scale(self) -> float:
         """What q · k is multiplied by."""
-        return float(self.head_dim**-0.5 * self.rope.scores)
+        return float((self.attention_scale or self.head_dim**-0.5) * self.rope.scores)
+
+    @property
+    def stream_scale(self) -> float:
+        """Of the embedding in the residual stream, which is kept divided by `residual_scale`: then layers add to it
+        as they are, and its norms are the same with `stream_eps`."""
+        return self.embed_scale / self.residual_scale
+
+    @property
+    def stream_eps(self) -> float:
+        return self.norm_eps / self.residual_scale**2
 
     @property
     def places(self) -> int:
@@ -105,6 +121,7 @@ class ModelConfig:
 
 def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     """A Hugging Face `config.json`; what is not implemented is refused by field and value."""
+    raw = family.translated(raw)
     refuse_unimplemented(raw, family)
     heads, hidden, rope = count(raw, "num_attention_heads"), count(raw, "hidden_size"), rope_parameters(raw)
     head_dim = count(raw, "head_dim", default=hidden // heads)
@@ -126,7 +143,7 @@ def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
         expert_hidden=count(raw, "moe_intermediate_size", "intermediate_size"),
         ctx=positions(raw, scaling),
         norm_eps=number(raw, "rms_norm_eps", 1e-6),
-        rope_theta=number(rope, "rope_theta", 10_000.0),
+        rope_theta=number(rope, "rope_theta", family.rope_theta),
         rotary=int(head_dim * number(rope, "partial_rotary_factor", family.partial_rotary)),
         clip_qkv=number(raw, "clip_qkv", 0.0) or None,
         tied=flag(raw, "tie_word_embeddings", False),
@@ -210,7 +227,7 @@ def beyond_tensors(quantisation: Any) -> Any:
     """None where the tensors say all that there is to know: float8 in tiles, activations as they are."""
     said = quantisation if isinstance(quantisation, Mapping) else {}
     if (said.get("quant_method"), said.get("weight_block_size")) == ("fp8", [128, 128]):
-        return None if said.get("fmt", "e4m3") == "e4m3" else quantisation
+        return None if said.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn") else quantisation
     return quantisation
 
 
@@ -256,6 +273,10 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "routed_scaling_factor": key("expert_weights_scale"),
         "n_group": key("expert_group_count") or None,
         "topk_group": key("expert_group_used_count") or None,
+        "embedding_multiplier": key("embedding_scale"),
+        "residual_multiplier": key("residual_scale"),
+        "attention_multiplier": key("attention.scale"),
+        "logits_scaling": key("logit_scale"),
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
         "expert_gating_func": key("expert_gating_func"),
@@ -285,6 +306,8 @@ def checked(config: ModelConfig) -> ModelConfig:
             f"partial_rotary_factor asks for {config.rotary} of {config.head_dim} values of a head to be rotated: "
             "expected an even number above 0"
         )
+    if not min(config.embed_scale, config.residual_scale, config.logit_divisor) > 0:
+        raise OffmoeError("the config multiplies embedding, residual stream or logits by 0: expected a number above 0")
     check_groups(config.rule, config.experts)
     check_rope(config.rope, config.rotary, config.rope_theta)
     if config.experts > 65535:

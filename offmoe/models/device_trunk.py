@@ -68,6 +68,10 @@ class DeviceLayer:
     beside: Resident | None  # shared experts; where there is no router, the layer's only feed-forward part
     qkv_bias: Tensor | None  # [Q + 2K]
     o_bias: Tensor | None  # [H]
+    attn_norm_bias: Tensor | None  # [H], and striped ones
+    attn_norm_bias_striped: Tensor | None
+    ffn_norm_bias: Tensor | None
+    ffn_norm_bias_striped: Tensor | None
     sinks: Tensor | None  # [heads]
     router_offset: Tensor | None  # [E]
     latent: DeviceLatent | None
@@ -87,7 +91,13 @@ class DeviceTrunk:
         self.layers: list[DeviceLayer] = []
         self._model, self._device, self._dtype = model, device, dtype
         self.embedding = self._parts("embed")[0]  # [V, H]
-        self.final_norm = stripe(self._float("final_norm"))  # only the step and `logits` use it
+        # Only the step and `logits` use these.
+        self.final_norm = stripe(self._float("final_norm")) / self.config.logit_divisor
+        self.final_norm_bias = self.head_bias = None
+        if self.config.norm_bias:
+            self.final_norm_bias = stripe(self._float("final_norm_bias")) / self.config.logit_divisor
+        if self.config.head_bias:
+            self.head_bias = self._float("head_bias") / self.config.logit_divisor
         self.head = (self.embedding,) if self.config.tied else self._parts("head")
         self.rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device, self.config.rope)
         self._positions = torch.arange(ctx, device=device)
@@ -110,7 +120,7 @@ class DeviceTrunk:
         from offmoe.kernels.gpu.embed import embed
 
         out = torch.empty((len(tokens), self.config.hidden), device=self._device)
-        embed(tokens, self.embedding, out, striped=False)
+        embed(tokens, self.embedding, out, striped=False, scale=self.config.stream_scale)
         return out
 
     def attend(self, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
@@ -119,7 +129,7 @@ class DeviceTrunk:
         from offmoe.kernels.gpu.norm_rope import norm_rope_write
 
         c, w = self.config, self.layers[layer]
-        qkv = self._product(rms_norm(x, w.attn_norm, c.norm_eps).to(self._dtype), w.qkv)
+        qkv = self._product(rms_norm(x, w.attn_norm, c.stream_eps, w.attn_norm_bias).to(self._dtype), w.qkv)
         if w.qkv_bias is not None:
             qkv += w.qkv_bias
         positions = self._positions[start : start + len(x)]
@@ -128,10 +138,11 @@ class DeviceTrunk:
         chunk = kv.open(layer, start, len(x))
         q = norm_rope_write(qkv, chunk.keys, chunk.values, positions, self.rope, heads=c.heads, kv_heads=c.kv_heads,
                             head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
-                            eps=c.norm_eps, scales=chunk.scales, first=chunk.first)  # fmt: skip
+                            eps=c.norm_eps, scales=chunk.scales, first=chunk.first,
+                            norm_after=c.qk_norm == "after")  # fmt: skip
         kv.close(layer, chunk, start, len(x))
         mixed = prefill_attention(q, chunk.keys, chunk.values, start - chunk.first, chunk.scales,
-                                  window=c.window(layer), sinks=w.sinks)  # fmt: skip
+                                  window=c.window(layer), sinks=w.sinks, scale=c.score_scale)  # fmt: skip
         out = self._product(mixed.flatten(1), w.o)
         return out if w.o_bias is None else out + w.o_bias
 
@@ -164,7 +175,7 @@ class DeviceTrunk:
         """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
-        normed = rms_norm(x, w.ffn_norm, self.config.norm_eps)
+        normed = rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias)
         logits = stripe(normed) @ w.router[: self.config.experts].float().t()
         if w.router_offset is not None:
             logits += w.router_offset
@@ -185,15 +196,20 @@ class DeviceTrunk:
         """The whole feed-forward part of a layer without experts: what to add to x [T, H]."""
         w = self.layers[layer]
         assert w.beside is not None, f"layer {layer} has no experts"
-        return self._resident(rms_norm(x, w.ffn_norm, self.config.norm_eps).to(self._dtype), w.beside)
+        return self._resident(
+            rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias).to(self._dtype), w.beside
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, H] → [T, V] float32; T is small."""
-        from offmoe.kernels.gpu.gemv import dense
-
         out = torch.empty((len(x), self.config.vocab), device=self._device)
-        dense(stripe(x).contiguous(), self.head, out, norm=self.final_norm, eps=self.config.norm_eps)
+        self.logits_into(stripe(x).contiguous(), torch.empty_like(x), out)
         return out
+
+    def logits_into(self, x: Tensor, normed: Tensor, out: Tensor, pdl: bool = False) -> None:
+        """x [T, H] striped → out [T, V]; `normed` [T, H] is scratch."""
+        normed_dense(x, self.final_norm, self.final_norm_bias, self.config.stream_eps, normed, self.head, out,
+                     self.head_bias, pdl)  # fmt: skip
 
     def _resident(self, x: Tensor, part: Resident) -> Tensor:
         gate, up, down = ((part.records[0], form) for form in (part.layout.gate, part.layout.up, part.layout.down))
@@ -230,6 +246,10 @@ class DeviceTrunk:
             router=self._router(layer) if routed else None,
             router_bias=self._float("router_bias", layer) if routed and c.rule.biased else None,
             beside=self._feed_forward(beside, layer) if beside else None,
+            attn_norm_bias=(attn_bias := self._float("attn_norm_bias", layer) if c.norm_bias else None),
+            attn_norm_bias_striped=None if attn_bias is None else stripe(attn_bias),
+            ffn_norm_bias=(ffn_bias := self._float("ffn_norm_bias", layer) if c.norm_bias else None),
+            ffn_norm_bias_striped=None if ffn_bias is None else stripe(ffn_bias),
             qkv_bias=torch.cat([self._float(f"{role}_bias", layer) for role in "qkv"]) if c.qkv_bias else None,
             o_bias=self._float("o_bias", layer) if c.o_bias else None,
             sinks=self._float("sinks", layer) if c.sinks else None,
@@ -307,8 +327,23 @@ class DeviceTrunk:
             raw = values.view(torch.uint8).view(math.prod(info.shape[:-1]), -1)
         else:
             raw = self._model.checkpoint.read(info.name).view(math.prod(info.shape[:-1]), -1)
-        if role in ("q", "k") and self._model.checkpoint.kind == "gguf" and self._model.family.interleaved_gguf:
+        if role in ("q", "k") and self._model.interleaved:
             raw = uninterleaved(raw, self.config.heads if role == "q" else self.config.kv_heads)
         if (rows := rows_of(role, self.config, striped=True)) is not None:
             raw = raw[rows]
         return info.format, raw
+
+
+def normed_dense(
+    x: Tensor, norm: Tensor, shift: Tensor | None, eps: float, normed: Tensor, parts: Sequence[Part], out: Tensor,
+    bias: Tensor | None, pdl: bool,
+) -> None:  # fmt: skip
+    """kernels.gpu.gemv.dense of x [T, H] behind its norm, which is a launch of its own where it is a LayerNorm."""
+    from offmoe.kernels.gpu.gemv import dense
+    from offmoe.kernels.gpu.norm_rope import rms_norm as norm_into
+
+    if shift is None:
+        dense(x, parts, out, norm=norm, eps=eps, bias=bias, pdl=pdl)
+    else:
+        norm_into(x, norm, eps, normed, shift)
+        dense(normed, parts, out, bias=bias, pdl=pdl)

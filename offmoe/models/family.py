@@ -5,14 +5,20 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from offmoe.errors import OffmoeError
 from offmoe.kernels.rope import KINDS
 from offmoe.kernels.route import Rule
 
-MODULES = ("qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3", "deepseek_v2", "kimi_k2",
-           "glm4_moe_lite")  # fmt: skip
+if TYPE_CHECKING:
+    from offmoe.models.config import ModelConfig
+
+MODULES = (
+    "qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe", "gpt_oss",
+    "deepseek_v3", "deepseek_v2", "kimi_k2", "glm4_moe_lite",
+    "ernie4_5_moe", "dots1", "minimax_m2", "hunyuan_v1_moe", "granitemoe", "phimoe",
+)  # fmt: skip
 
 Names = Mapping[str, tuple[str, ...]]  # role → templates over layer {l} and expert {e}; the first that exists counts
 
@@ -46,6 +52,10 @@ HF_NAMES: Names = {
     "kv_a_norm": ("model.layers.{l}.self_attn.kv_a_layernorm.weight",),
     "kv_b": ("model.layers.{l}.self_attn.kv_b_proj.weight",),
     "o_bias": ("model.layers.{l}.self_attn.o_proj.bias",),
+    "head_bias": ("lm_head.bias",),
+    "attn_norm_bias": ("model.layers.{l}.input_layernorm.bias",),
+    "ffn_norm_bias": ("model.layers.{l}.post_attention_layernorm.bias",),
+    "final_norm_bias": ("model.norm.bias",),
     "sinks": ("model.layers.{l}.self_attn.sinks",),
     "dense_gate": ("model.layers.{l}.mlp.gate_proj.weight",),
     "dense_up": ("model.layers.{l}.mlp.up_proj.weight",),
@@ -86,6 +96,10 @@ GGUF_NAMES: Names = {
     "k_b": ("blk.{l}.attn_k_b.weight",),
     "v_b": ("blk.{l}.attn_v_b.weight",),
     "o_bias": ("blk.{l}.attn_output.bias",),
+    "head_bias": ("output.bias",),
+    "attn_norm_bias": ("blk.{l}.attn_norm.bias",),
+    "ffn_norm_bias": ("blk.{l}.ffn_norm.bias",),
+    "final_norm_bias": ("output_norm.bias",),
     "sinks": ("blk.{l}.attn_sinks.weight",),
     "router_offset": ("blk.{l}.ffn_gate_inp.bias",),
     "gate_bias": ("blk.{l}.ffn_gate_exps.bias",),
@@ -101,10 +115,18 @@ GGUF_NAMES: Names = {
 }
 
 Fields = Callable[[Mapping[str, Any], int, Rule], dict[str, Any]]
+Translated = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 def plain(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
     """Experts in every layer, none shared."""
+    return {}
+
+
+GgufKeys = Callable[["ModelConfig"], dict[str, Any]]
+
+
+def no_keys(config: ModelConfig) -> dict[str, Any]:
     return {}
 
 
@@ -119,8 +141,12 @@ class Family:
     renormalise: bool  # where the file does not say
     names: Names = field(default_factory=lambda: HF_NAMES)
     gguf_names: Names = field(default_factory=lambda: GGUF_NAMES)
+    rope_theta: float = 10_000.0  # where the file does not say
     partial_rotary: float = 1.0  # share of a head that is rotated, where the file does not say
+    interleaved: bool = False  # pairs that are rotated together lie side by side in q's and k's rows, in every file
     interleaved_gguf: bool = False  # llama.cpp permutes q and k rows of this arch
+    translated: Translated = dict  # a config of its own dialect in the field names that all share
+    gguf_keys: GgufKeys = no_keys  # that llama.cpp wants of this arch beside those of all
     interleaved_experts: bool = False  # in safetensors: stacked gate and up take turns, row by row
     transposed_experts: bool = False  # in safetensors: stacked experts of floats lie column by column
     fields: Fields = plain  # fields of ModelConfig beyond what all families share, out of a config of so many layers

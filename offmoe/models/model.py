@@ -48,6 +48,11 @@ class Model:
         return sum(layout.nbytes for layout in self.layouts) * self.config.experts
 
     @property
+    def interleaved(self) -> bool:
+        """Whether the pairs that are rotated together lie side by side in q's and k's rows."""
+        return self.family.interleaved or (self.checkpoint.kind == "gguf" and self.family.interleaved_gguf)
+
+    @property
     def record_weights(self) -> int:
         return 3 * self.config.hidden * self.config.expert_hidden
 
@@ -153,10 +158,14 @@ def trunk_shapes(config: ModelConfig, split: bool = False) -> dict[str, tuple[in
     shapes |= latent_shapes(config, config.latent, split) if config.latent else attention_shapes(config)
     if config.tied:
         del shapes["head"]
-    if config.rule.biased:
-        shapes["router_bias"] = (config.experts,)
     if config.o_bias:
         shapes["o_bias"] = (config.hidden,)
+    if config.head_bias:
+        shapes["head_bias"] = (config.vocab,)
+    if config.norm_bias:
+        shapes |= {f"{norm}_norm_bias": (config.hidden,) for norm in ("attn", "ffn", "final")}
+    if config.rule.biased:
+        shapes["router_bias"] = (config.experts,)
     if config.sinks:
         shapes["sinks"] = (config.heads,)
     if config.router_offset:
@@ -174,7 +183,7 @@ def attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"q": (q, config.hidden), "k": (kv, config.hidden), "v": (kv, config.hidden)}
     if config.qk_norm != "none":
-        norms = (config.head_dim, config.head_dim) if config.qk_norm == "head" else (q, kv)
+        norms = (config.head_dim, config.head_dim) if config.qk_norm in ("head", "after") else (q, kv)
         shapes |= {"q_norm": norms[:1], "k_norm": norms[1:]}
     if config.qkv_bias:
         shapes |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
@@ -254,7 +263,7 @@ def expect(
     if info is None:
         name = names[role][0].format(l=layer, e=expert)
         raise OffmoeError(f"{checkpoint.path} has no tensor {name}: the file is incomplete or of another model")
-    if info.shape != shape and (1, *info.shape) != shape:  # a row of its own may be written as a vector
+    if [n for n in info.shape if n > 1] != [n for n in shape if n > 1]:  # a single row may be written as a vector
         raise OffmoeError(f"tensor {info.name} has shape {list(info.shape)}: the config asks for {list(shape)}")
     return info
 
