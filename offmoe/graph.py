@@ -95,7 +95,7 @@ class Decoder:
     def run(self, tokens: int) -> Steps:
         """So many greedy steps from where the KV cache stands, whatever they say; the cache keeps none of them."""
         rows: list[Row] = []
-        with self._answering(None, [], Sampling(temperature=0.0), frozenset(), tokens + 1):
+        with self._kv.untouched(), self._answering(None, [], Sampling(temperature=0.0), frozenset(), tokens + 1):
             launched = 0
             for _ in range(tokens + 1):
                 launched = self._launch_ahead(launched, len(rows), tokens)
@@ -147,7 +147,8 @@ class Decoder:
         plain = replace(self._variant, served=self._served(), prefetch=self._variant.emulated)
         if plain not in self._graphs:
             self._capture(plain)  # now, not between two tokens
-        self.step.push(self._store.clock, len(self._kv.tokens))
+        held = len(self._kv.tokens)
+        self.step.push(self._store.clock, held)
         if logits is not None:
             self.step.buffers.logits[0].copy_(logits)
         with nullcontext() if self.plan.all_in_slots else self._store.ram.service():
@@ -159,6 +160,7 @@ class Decoder:
             finally:
                 self._stream.synchronize()
                 self._store.clock = self.step.pull()  # and forgets what an aborted step may not have filled
+                self._kv.stepped(held + self.step.run)
 
     def _launch_ahead(self, launched: int, read: int, most: int) -> int:
         """Keep AHEAD steps under way; returns how many were launched."""

@@ -15,6 +15,7 @@ from offmoe.gate import NONE, Gate
 from offmoe.kvcache import kv_nbytes
 from offmoe.models.model import Model, count_weights, trunk_weights
 from offmoe.settings import Budget, Settings, format_size
+from offmoe.states import STATES, segment_nbytes, state_nbytes
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DEFAULT_POLICY = "crf:h=16"
@@ -45,6 +46,7 @@ class Plan:
     real_slot_bytes: int  # of all slots; on the CPU device they hold unpacked records
     trunk_bytes: int
     kv_bytes: int
+    state_bytes: int  # of layers without keys: what a token reads and writes
     waste_bytes: int  # in slots that are larger than their record
     chunk: int  # tokens of a prompt that are run at once
     batch: int  # records that cross the link together while a prompt is run
@@ -98,17 +100,19 @@ def make_plan(model: Model, settings: Settings) -> Plan:
     on_cpu = device.type == "cpu"
     chunk = min(settings.chunk or (CHUNK if on_cpu else CHUNK_GPU), ctx)
     kv = kv_nbytes(model.config, ctx, dtype.itemsize, settings.kv == "int8")
+    state = state_nbytes(model.config)
+    context = kv + STATES * state
     if on_cpu:
         trunk, real, workspace = trunk_weights(model.config) * dtype.itemsize, model.record_weights * dtype.itemsize, 0
     else:
         trunk, real = count_weights(model).trunk_bytes, model.slot_bytes
         workspace = workspace_nbytes(model, chunk, dtype.itemsize)
     free = free_memory(device)
-    slots = pick_slots(model, settings.vram, default_slots(model, free, trunk + kv + workspace, real))
+    slots = pick_slots(model, settings.vram, default_slots(model, free, trunk + context + workspace, real))
     scope = settings.scope or DEFAULT_SCOPE
     if scope == "layer":
         slots -= slots % model.config.places
-    left = free.ram - (trunk + kv + slots * real if device.type == "cpu" else 0)
+    left = free.ram - (trunk + context + slots * real if device.type == "cpu" else 0)
     plan = Plan(
         device=device,
         dtype=dtype,
@@ -122,6 +126,7 @@ def make_plan(model: Model, settings: Settings) -> Plan:
         real_slot_bytes=slots * real,
         trunk_bytes=trunk,
         kv_bytes=kv,
+        state_bytes=state,
         waste_bytes=wasted(model, slots),
         chunk=chunk,
         batch=batch_records(model),
@@ -149,12 +154,16 @@ def batch_records(model: Model) -> int:
 def workspace_nbytes(model: Model, chunk: int, itemsize: int) -> int:
     """VRAM that a chunk needs beside weights, context and slots: its activations, and batches of records passing by."""
     c = model.config
-    heads = (c.heads + 2 * c.kv_heads) * c.head_dim
+    heads = (c.heads + 2 * c.kv_heads) * c.head_dim + c.gate_rows
     a_token = c.hidden * (12 + 4 * itemsize) + heads * 4 * itemsize + c.top_k * (c.hidden + c.expert_hidden) * itemsize
     inner = max(c.dense_hidden, c.shared_hidden)
     a_token += 4 * inner * itemsize  # gate, up, its silu and their product
+    if c.delta:
+        a_token += (sum(c.delta.projected) + c.delta.values) * itemsize
+        heads = max(heads, sum(c.delta.projected))
     unpacked = max(heads, c.hidden, inner) * max(c.hidden, c.heads * c.head_dim) * itemsize
-    return chunk * a_token + unpacked + BATCHES * batch_records(model) * model.slot_bytes + 16 * c.vocab
+    segment = segment_nbytes(c.delta) if c.delta else 0
+    return chunk * a_token + segment + unpacked + BATCHES * batch_records(model) * model.slot_bytes + 16 * c.vocab
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -274,12 +283,13 @@ def wasted(model: Model, slots: int) -> int:
 
 
 def check_fits(plan: Plan, free: Free) -> None:
-    resident = plan.trunk_bytes + plan.kv_bytes + plan.real_slot_bytes + plan.workspace_bytes
+    context = plan.kv_bytes + STATES * plan.state_bytes
+    resident = plan.trunk_bytes + context + plan.real_slot_bytes + plan.workspace_bytes
     if free.vram is not None and resident > free.vram:
         smallest = plan.vram_bytes - (resident - free.vram)
         raise OffmoeError(
             f"the GPU has {format_size(free.vram)} free; the model's other weights need "
-            f"{format_size(plan.trunk_bytes)}, the context {format_size(plan.kv_bytes)}, a chunk of the prompt "
+            f"{format_size(plan.trunk_bytes)}, the context {format_size(context)}, a chunk of the prompt "
             f"{format_size(plan.workspace_bytes)} and the slots {format_size(plan.real_slot_bytes)}: "
             f"give at most --vram {max(smallest, 0)}, or a smaller --ctx"
         )
@@ -308,5 +318,5 @@ def plan_numbers(plan: Plan) -> dict[str, Any]:
         "kv",
         "prefetch",
     )
-    numbers = {name: getattr(plan, name) for name in (*names, "trunk_bytes", "kv_bytes", "waste_bytes", "tiers")}
+    numbers = {name: getattr(plan, name) for name in (*names, "trunk_bytes", "kv_bytes", "state_bytes", "waste_bytes", "tiers")}
     return {**numbers, "device": str(plan.device), "dtype": str(plan.dtype).removeprefix("torch.")}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
+from offmoe.kernels.deltanet import Delta
 from offmoe.kernels.rope import PLAIN, Scaling
 from offmoe.kernels.route import Rule
 from offmoe.models.fields import count as count  # families take them from here
@@ -53,6 +54,9 @@ class ModelConfig:
     shared_hidden: int = 0  # of all of them together
     shared_gated: bool = False  # times the sigmoid of a row of its own
     qkv_bias: bool = False
+    output_gated: bool = False  # each head's output times the sigmoid of a row for each of its values
+    delta: Delta | None = None  # of the layers without keys and values
+    delta_layers: tuple[int, ...] = ()
     rope: Scaling = PLAIN
 
     @property
@@ -64,12 +68,23 @@ class ModelConfig:
         """The layers without experts."""
         return tuple(layer for layer in range(self.layers) if layer not in self.routed)
 
+    @property
+    def gate_rows(self) -> int:
+        """Of the gate of all heads, which stands before q, k and v."""
+        return self.heads * self.head_dim if self.output_gated else 0
+
+    @property
+    def attended(self) -> tuple[int, ...]:
+        """The layers with keys and values."""
+        return tuple(layer for layer in range(self.layers) if layer not in self.delta_layers)
+
     def place_of(self, layer: int) -> int | None:
         return self.routed.index(layer) if layer in self.routed else None
 
 
 def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     """A Hugging Face `config.json`; what is not implemented is refused by field and value."""
+    raw = family.translated(raw)
     refuse_unimplemented(raw, family)
     heads, hidden, rope = count(raw, "num_attention_heads"), count(raw, "hidden_size"), rope_parameters(raw)
     head_dim = count(raw, "head_dim", default=hidden // heads)
@@ -188,6 +203,12 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "n_group": key("expert_group_count") or None,
         "topk_group": key("expert_group_used_count") or None,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "linear_conv_kernel_dim": key("ssm.conv_kernel"),
+        "linear_key_head_dim": key("ssm.state_size"),
+        "linear_num_key_heads": key("ssm.group_count"),
+        "linear_num_value_heads": key("ssm.time_step_rank"),
+        "linear_value_head_dim": shared_out(key("ssm.inner_size"), key("ssm.time_step_rank")),
+        "full_attention_interval": key("full_attention_interval"),
         "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
         "expert_gating_func": key("expert_gating_func"),
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -199,6 +220,12 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
             f"rotation of {config.rotary} values of a head of {config.head_dim}: this model cannot be run yet"
         )
     return config
+
+
+def shared_out(total: Any, among: Any) -> Any:
+    """How much each has; the total where that is no whole number."""
+    whole = type(total) is type(among) is int and among > 0 and total % among == 0
+    return total // among if whole else total
 
 
 def checked(config: ModelConfig) -> ModelConfig:

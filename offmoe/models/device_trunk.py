@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from offmoe.kernels.deltanet import DeltaWeights
 from offmoe.kernels.norm_rope import rms_norm
 from offmoe.kernels.planes import Matrix, SlotLayout, matrix, rearrange, rearrange_matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
@@ -23,7 +25,7 @@ from offmoe.kernels.route import select
 from offmoe.kernels.striped import stripe
 from offmoe.kvcache import KVCache
 from offmoe.models.model import Model
-from offmoe.models.trunk import uninterleaved
+from offmoe.models.trunk import delta_weights, projections, uninterleaved
 
 Part = tuple[Tensor, Matrix]  # bytes in slot layout, and what they are
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -53,11 +55,13 @@ class DeviceLayer:
     router_bias: Tensor | None  # [E]
     beside: Resident | None  # shared experts; where there is no router, the layer's only feed-forward part
     qkv_bias: Tensor | None  # [Q + 2K]
+    delta: DeltaWeights | None  # of a layer without keys; then qkv are the rows of Delta.projected and o is [H, values]
 
     def tensors(self) -> list[Tensor]:
         values = [getattr(self, field.name) for field in fields(self)]
         parts = [part[0] for value in values if isinstance(value, tuple) for part in value]
         parts += [self.beside.records] if self.beside else []
+        parts += self.delta.tensors() if self.delta else []
         return parts + [value for value in values if isinstance(value, Tensor)]
 
 
@@ -102,15 +106,19 @@ class DeviceTrunk:
 
         c, w = self.config, self.layers[layer]
         qkv = self._product(rms_norm(x, w.attn_norm, c.norm_eps).to(self._dtype), w.qkv)
+        if w.delta:
+            states, index = kv.state_of(layer)
+            return self._product(states.mix(index, qkv, w.delta, start), w.o)
         if w.qkv_bias is not None:
             qkv += w.qkv_bias
         keys, values = kv.layer(layer)
         positions = self._positions[start : start + len(x)]
-        q = norm_rope_write(qkv, keys, values, positions, self.rope, heads=c.heads, kv_heads=c.kv_heads,
+        q = norm_rope_write(qkv[:, c.gate_rows :], keys, values, positions, self.rope, heads=c.heads, kv_heads=c.kv_heads,
                             head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
                             eps=c.norm_eps, scales=kv.scales(layer))  # fmt: skip
         mixed = prefill_attention(q, keys, values, start, scales=kv.scales(layer))
-        return self._product(mixed.flatten(1), w.o)
+        mixed = mixed.flatten(1)
+        return self._product(mixed * qkv[:, : c.gate_rows].sigmoid() if c.output_gated else mixed, w.o)
 
     def route(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
@@ -163,21 +171,23 @@ class DeviceTrunk:
 
     def _load_layer(self, layer: int) -> DeviceLayer:
         c, routed = self.config, layer in self.config.routed
-        normed = c.qk_norm != "none"
+        linear = layer in c.delta_layers
+        normed = c.qk_norm != "none" and not linear
         beside = "dense" if not routed else "shared" if c.shared else None
         return DeviceLayer(
             attn_norm=(attn_norm := self._float("attn_norm", layer)),
             attn_norm_striped=stripe(attn_norm),
-            qkv=self._parts("q", "k", "v", layer=layer),
+            qkv=self._parts(*projections(c, layer), layer=layer),
             q_norm=self._float("q_norm", layer) if normed else None,
             k_norm=self._float("k_norm", layer) if normed else None,
-            o=self._parts("o", layer=layer),
+            o=self._parts("delta_o" if linear else "o", layer=layer),
             ffn_norm=(ffn_norm := self._float("ffn_norm", layer)),
             ffn_norm_striped=stripe(ffn_norm),
             router=self._router(layer) if routed else None,
             router_bias=self._float("router_bias", layer) if routed and c.rule.biased else None,
             beside=self._feed_forward(beside, layer) if beside else None,
             qkv_bias=torch.cat([self._float(f"{role}_bias", layer) for role in "qkv"]) if c.qkv_bias else None,
+            delta=delta_weights(self._model, partial(self._float, layer=layer)) if linear else None,
         )
 
     def _router(self, layer: int) -> Tensor:
@@ -200,10 +210,10 @@ class DeviceTrunk:
 
     def _float(self, role: str, layer: int = 0, keep: bool = False) -> Tensor:
         """In float32, or (`keep`) in the float type of the file."""
-        info = self._model.find(role, layer)
-        assert info is not None, f"{role} was there when the model was opened"
+        info, meant = self._model.stored(role, layer)[0], self._model.meant(role)
         dtype = FLOATS.get(info.format, torch.float32) if keep else torch.float32
-        return self._model.checkpoint.tensor(info.name, dtype).to(self._device)
+        values = self._model.checkpoint.tensor(info.name, dtype)
+        return (meant(values) if meant else values).to(self._device)
 
     def _parts(self, *roles: str, layer: int = 0) -> tuple[Part, ...]:
         """The matrices of these roles, one over another, as they lie in the file but for their planes."""
@@ -216,13 +226,16 @@ class DeviceTrunk:
         return tuple(parts)
 
     def _cols(self, role: str) -> int:
+        if role == "delta_o":
+            assert self.config.delta
+            return self.config.delta.values
         return self.config.heads * self.config.head_dim if role == "o" else self.config.hidden
 
     def _raw(self, role: str, layer: int) -> tuple[str, Tensor]:
         """Format and bytes [rows, row bytes] of one matrix; rotated pairs put into halves."""
-        info = self._model.find(role, layer)
-        assert info is not None, f"{role} was there when the model was opened"
+        info, rows = self._model.stored(role, layer)
         raw = self._model.checkpoint.read(info.name).view(math.prod(info.shape[:-1]), -1)
+        raw = raw if rows is None else raw[rows]
         if role in ("q", "k") and self._model.checkpoint.kind == "gguf" and self._model.family.interleaved_gguf:
             raw = uninterleaved(raw, self.config.heads if role == "q" else self.config.kv_heads)
         return info.format, raw
