@@ -27,6 +27,7 @@ from offmoe.meter import Meter
 from offmoe.models.device_trunk import DeviceTrunk
 from offmoe.plan import Plan
 from offmoe.settings import Sampling
+from offmoe.states import NOWHERE
 from offmoe.step import DecodeStep, Variant
 from offmoe.vram import VramStore
 
@@ -147,8 +148,8 @@ class Decoder:
         plain = replace(self._variant, served=self._served(), prefetch=self._variant.emulated)
         if plain not in self._graphs:
             self._capture(plain)  # now, not between two tokens
-        held = len(self._kv.tokens)
-        self.step.push(self._store.clock, held)
+        self._kv.stepped(NOWHERE)  # until it is known
+        self.step.push(self._store.clock, len(self._kv.tokens))
         if logits is not None:
             self.step.buffers.logits[0].copy_(logits)
         with nullcontext() if self.plan.all_in_slots else self._store.ram.service():
@@ -160,7 +161,7 @@ class Decoder:
             finally:
                 self._stream.synchronize()
                 self._store.clock = self.step.pull()  # and forgets what an aborted step may not have filled
-                self._kv.stepped(held + self.step.run)
+                self._kv.stepped(self.step.stands)
 
     def _launch_ahead(self, launched: int, read: int, most: int) -> int:
         """Keep AHEAD steps under way; returns how many were launched."""

@@ -317,6 +317,7 @@ def plan_numbers(plan: Plan) -> dict[str, Any]:
         "chunk",
         "kv",
         "prefetch",
+        "state_bytes",
     )
-    numbers = {name: getattr(plan, name) for name in (*names, "trunk_bytes", "kv_bytes", "state_bytes", "waste_bytes", "tiers")}
+    numbers = {name: getattr(plan, name) for name in (*names, "trunk_bytes", "kv_bytes", "waste_bytes", "tiers")}
     return {**numbers, "device": str(plan.device), "dtype": str(plan.dtype).removeprefix("torch.")}

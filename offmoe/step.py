@@ -1,7 +1,8 @@
 """One decoded token as a sequence of launches: what the graph captures, and what tests run through the interpreter.
 
-A layer is eight nodes: norm and qkv → attention → output → norm, router, top-k and residency → gate and up of the
-records that are there, beside it the copies of those that are missing → gate and up of these → down, summed into x.
+A layer is eight nodes: norm and qkv → attention, or a DeltaNet's step → output → norm, router, top-k and residency →
+gate and up of the records that are there, beside it the copies of those that are missing → gate and up of these →
+down, summed into x.
 Shared experts are two nodes more, run while copies are under way; a layer without experts has norm and these two.
 Nothing here allocates, waits or reads a tensor on the host.
 """
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from offmoe.device_table import device_table, lose, pull, push, reach
 from offmoe.gate import Gate
+from offmoe.kernels.deltanet import DeltaWeights
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
+from offmoe.kernels.gpu.deltanet import delta_step
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.foretell import Past, foretell
 from offmoe.kernels.gpu.gemv import ALL, HITS, MISSES, dense, expert_down, expert_gate_up
@@ -40,6 +43,7 @@ from offmoe.models.config import ModelConfig
 from offmoe.models.device_trunk import DeviceLayer, DeviceTrunk
 from offmoe.plan import Plan
 from offmoe.settings import Sampling
+from offmoe.states import NOWHERE
 from offmoe.streams import Lane, Mark
 from offmoe.vram import VramStore
 
@@ -72,8 +76,9 @@ class StepBuffers:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self.x, self.normed, self.raw = floats(1, c.hidden), floats(1, c.hidden), floats(c.hidden)
-        self.qkv = floats(1, (c.heads + 2 * c.kv_heads) * c.head_dim)
-        self.mixed = floats(1, c.heads * c.head_dim)
+        d = c.delta
+        self.qkv = floats(1, max((c.heads + 2 * c.kv_heads) * c.head_dim + c.gate_rows, sum(d.projected) if d else 0))
+        self.mixed = floats(1, max(c.heads * c.head_dim, d.values if d else 0))
         self.partial = floats(partial_size(c.heads, c.head_dim, splits))
         self.router_logits, self.weights = floats(c.experts + 1), floats(c.top_k + 1)  # one more: the shared expert's
         self.inner = floats(c.top_k, c.expert_hidden)
@@ -162,17 +167,28 @@ class DecodeStep:
 
     def _attend(self, layer: int) -> None:
         b, c, w = self.buffers, self.config, self.trunk.layers[layer]
+        qkv = b.qkv[:, : sum(form.rows for _, form in w.qkv)]
+        dense(b.x, w.qkv, qkv, norm=w.attn_norm_striped, eps=c.norm_eps, bias=w.qkv_bias, pdl=self.pdl and layer > 0)
+        if w.delta:
+            self._delta(w, w.delta, layer, qkv[0])
+            return
         keys, values = self.kv.layer(layer)
-        dense(
-            b.x, w.qkv, b.qkv, norm=w.attn_norm_striped, eps=c.norm_eps, bias=w.qkv_bias, pdl=self.pdl and layer > 0
-        )  # fmt: skip
+        mixed = b.mixed[:, : c.heads * c.head_dim]
         decode_attention(
-            b.qkv[0], keys, values, b.position, self.trunk.rope, b.mixed[0], b.partial, b.attention_tickets,
+            qkv[0, c.gate_rows :], keys, values, b.position, self.trunk.rope, mixed[0], b.partial, b.attention_tickets,
             heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
             norm_full=c.qk_norm == "full", clip=c.clip_qkv, eps=c.norm_eps, splits=self.splits,
             split_size=self.split_size, scales=self.kv.scales(layer), pdl=self.pdl,
+            gate=qkv[0, : c.gate_rows] if c.output_gated else None,
         )  # fmt: skip
-        dense(b.mixed, w.o, b.x, residual=True, pdl=self.pdl)
+        dense(mixed, w.o, b.x, residual=True, pdl=self.pdl)
+
+    def _delta(self, w: DeviceLayer, delta: DeltaWeights, layer: int, projected: Tensor) -> None:
+        b, (states, index) = self.buffers, self.kv.state_of(layer)
+        mixed = b.mixed[:, : delta.shape.values]
+        delta_step(projected, delta, states.memory[index], states.recent[index], b.position, b.status, mixed[0],
+                   ctx=self.plan.ctx, pdl=self.pdl)  # fmt: skip
+        dense(mixed, w.o, b.x, residual=True, pdl=self.pdl)
 
     def _dense(self, layer: int) -> None:
         """The feed-forward part of a layer without experts."""
@@ -339,6 +355,11 @@ class DecodeStep:
             lose(self.store.table, self.buffers.miss_records, self.buffers.miss_slots)
         return token
 
+    @property
+    def stands(self) -> int:
+        """Behind how many tokens; NOWHERE if a step was broken off."""
+        return NOWHERE if int(self.buffers.status) == ABORTED else int(self.buffers.position)
+
     def know_rows(self) -> None:
         """Tell the device which rows of RAM have been filled since it was told last."""
         ram = self.store.ram
@@ -348,7 +369,8 @@ class DecodeStep:
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """Launches inside change nothing, as if the answer were over and the context full: no key is written."""
+        """Launches inside change nothing, as if the answer were over and the context full: no key is written, no
+        state goes on."""
         b = self.buffers
         status, position = b.status.clone(), b.position.clone()
         b.status.fill_(DONE)

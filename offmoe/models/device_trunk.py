@@ -113,9 +113,9 @@ class DeviceTrunk:
             qkv += w.qkv_bias
         keys, values = kv.layer(layer)
         positions = self._positions[start : start + len(x)]
-        q = norm_rope_write(qkv[:, c.gate_rows :], keys, values, positions, self.rope, heads=c.heads, kv_heads=c.kv_heads,
-                            head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
-                            eps=c.norm_eps, scales=kv.scales(layer))  # fmt: skip
+        q = norm_rope_write(qkv[:, c.gate_rows :], keys, values, positions, self.rope, heads=c.heads,
+                            kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
+                            clip=c.clip_qkv, eps=c.norm_eps, scales=kv.scales(layer))  # fmt: skip
         mixed = prefill_attention(q, keys, values, start, scales=kv.scales(layer))
         mixed = mixed.flatten(1)
         return self._product(mixed * qkv[:, : c.gate_rows].sigmoid() if c.output_gated else mixed, w.o)
