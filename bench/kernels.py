@@ -29,7 +29,7 @@ from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_sp
 from offmoe.kernels.gpu.foretell import foretell
 from offmoe.kernels.gpu.gemv import dense, expert_down, expert_gate_up
 from offmoe.kernels.gpu.launch import pdl_supported
-from offmoe.kernels.gpu.page_in import page_in, scratch_for
+from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import Table, route
 from offmoe.kernels.planes import PLANES, SlotLayout, matrix, slot_layout
@@ -167,7 +167,7 @@ def pages(b: Bench, pinned: Tensor, fmt: str, inner: int) -> None:
         count.fill_(n)
         draws = [(b.drawn(rows, n), b.drawn(32, n)) for _ in range(LAUNCHES)]
         b.measure("page_in", f"{what} × {n}", n * size, lambda pair: page_in(
-            None, count, pair[1], target, layout, scratch, records=pair[0], base=pinned.data_ptr(), stride=stride
+            Copies(count, pair[1], scratch, None, pair[0], pinned.data_ptr(), stride), target, layout
         ), draws, "link")  # fmt: skip
     places = [(i * 7 % rows * stride, i % 32) for i in range(LAUNCHES)]
     b.measure("copy engine", what, size, lambda pair: target[pair[1], :size].copy_(
@@ -244,7 +244,7 @@ def run(b: Bench, part: str) -> None:
 
 def sweep(b: Bench, warps: int) -> list[Row]:
     """Q4_K, one token, so many warps a multiprocessor."""
-    gemv.WARPS = gemv.WARPS_WITH_NORM = warps
+    gemv.WARPS = gemv.FEWER_WARPS = warps
     found = {f"{name} {n}": t for n in (K, 8 * K) for name, t in products(b, *experts_of(b, "Q4_K"), n).items()}
     found |= {name: dense_product(b, name) for name in DENSE}
     return [{"kernel": name, "warps": warps, "us": round(t * 1e6, 2)} for name, t in found.items()]

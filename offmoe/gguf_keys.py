@@ -23,7 +23,7 @@ UNMERGED = -1e9  # the score of a token that no merge makes
 
 def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
     """Hyper-parameters. Raises OffmoeError on what the GGUF architecture has no key for."""
-    if config.rule.renormalise != family.renormalise:
+    if config.rule.renormalise != family.renormalise and config.rule.scores != "sigmoid":
         raise OffmoeError(
             f"{family.model_type} with norm_topk_prob = {config.rule.renormalise} cannot be packed: "
             f"the GGUF architecture {family.arch} always means {family.renormalise}"
@@ -38,8 +38,11 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
             f"{family.model_type} with experts in the layers {config.routed} cannot be packed: "
             "in a GGUF only the first layers are without"
         )
-    if config.rule.groups > 1:
-        raise OffmoeError(f"{family.model_type} with n_group = {config.rule.groups} cannot be packed yet")
+    if config.rule.groups > config.rule.kept and config.rule.group_best != 2:
+        raise OffmoeError(
+            f"{family.model_type} with n_group = {config.rule.groups} cannot be packed: "
+            f"llama.cpp ranks groups by their two best experts, this model by {config.rule.group_best}"
+        )
     keys: dict[str, Any] = {
         "block_count": config.layers,
         "context_length": config.ctx,
@@ -63,10 +66,13 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
         keys["expert_shared_count"] = config.shared
     if config.dense:
         keys["leading_dense_block_count"] = len(config.dense)
+    if config.rule.groups > 1:
+        keys |= {"expert_group_count": config.rule.groups, "expert_group_used_count": config.rule.kept}
     if config.rule.scores == "sigmoid":
         keys |= {"expert_gating_func": 2, "expert_weights_norm": config.rule.renormalise}
         keys["expert_weights_scale"] = config.rule.scale
     keys |= scaling_keys(config.rope, family)
+    keys |= family.gguf_keys(config)
     return {f"{family.arch}.{key}": value for key, value in keys.items()}
 
 

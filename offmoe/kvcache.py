@@ -19,6 +19,7 @@ BUCKET = 256  # attention reads whole buckets, so that shapes change rarely and 
 class KVCache:
     """Static buffers [layers with keys, kv_heads, ctx, head_dim], and the ids that they hold; `states` of the others.
 
+    Of latent attention (kernels.mla) a row a position, [layers, 1, ctx, L + R]: the value is the front of the key.
     In int8 each head's key or value has a float32 scale a position, `scales` [layers, 2, kv_heads, ctx].
     """
 
@@ -29,8 +30,10 @@ class KVCache:
         self.tokens: list[int] = []  # whose keys and values are written
         self._at = {layer: i for kind in (config.attended, config.delta_layers) for i, layer in enumerate(kind)}
         self.states = States(config, device) if config.delta else None
-        shape = (len(config.attended), config.kv_heads, ctx, config.head_dim)
-        self._keys, self._values = (zeros(shape, device, torch.int8 if int8 else dtype) for _ in range(2))
+        z, kept = config.latent, torch.int8 if int8 else dtype
+        shape = (len(config.attended), config.kv_heads, ctx, z.width if z else config.head_dim)
+        self._keys = zeros(shape, device, kept)
+        self._values = self._keys[..., : z.kv_rank] if z else zeros(shape, device, kept)
         self._scales = zeros((shape[0], 2, *shape[1:3]), device, torch.float32) if int8 else None
 
     def state_of(self, layer: int) -> tuple[States, int]:
@@ -72,6 +75,16 @@ class KVCache:
         values.index_copy_(1, positions, v.transpose(0, 1))
         return keys[:, :bucket], values[:, :bucket]
 
+    def latents(self, layer: int) -> Tensor:
+        """Of latent attention, [ctx, L + R] of a layer."""
+        return self._keys[layer, 0]
+
+    def write_latents(self, layer: int, rows: Tensor, positions: Tensor, bucket: int) -> Tensor:
+        """Store rows [T, L + R] at positions [T]; returns the first `bucket` positions of the layer."""
+        cache = self._keys[layer, 0]
+        cache.index_copy_(0, positions, rows.to(cache.dtype))
+        return cache[:bucket]
+
     def bucket(self, length: int) -> int:
         """Positions to read for a context of `length`: a multiple of BUCKET, at most all."""
         return min(self.ctx, -(-length // BUCKET) * BUCKET)
@@ -105,5 +118,7 @@ def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> T
 
 def kv_nbytes(config: ModelConfig, ctx: int, itemsize: int, int8: bool = False) -> int:
     """Of keys and values of `ctx` positions."""
+    if config.latent:
+        return config.layers * ctx * config.latent.width * itemsize
     a_head = config.head_dim + 4 if int8 else config.head_dim * itemsize
     return 2 * len(config.attended) * config.kv_heads * ctx * a_head

@@ -132,7 +132,8 @@ def output(model: Model, role: str, layer: int, wanted: Format) -> Output:
     info = model.find(role, layer)
     assert info is not None, f"{role} was there when the model was described"
     heads = {"q": c.heads, "k": c.kv_heads}.get(role) if model.family.interleaved_gguf else None
-    return Output(name, info.shape, wanted, [Run(info, 0, prod(info.shape[:-1]))], heads)
+    shape = trunk_shapes(c)[role]
+    return Output(name, shape, wanted, [Run(info, 0, prod(shape[:-1]))], heads)
 
 
 def expert_run(model: Model, role: str, layer: int, expert: int) -> Run:

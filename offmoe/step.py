@@ -1,9 +1,8 @@
 """One decoded token as a sequence of launches: what the graph captures, and what tests run through the interpreter.
 
-A layer is eight nodes: norm and qkv → attention, or a DeltaNet's step → output → norm, router, top-k and residency →
-gate and up of the records that are there, beside it the copies of those that are missing → gate and up of these →
-down, summed into x.
-Shared experts are two nodes more, run while copies are under way; a layer without experts has norm and these two.
+A layer is seven nodes: norm and qkv → attention, or a DeltaNet's step → output → norm, router, top-k and residency →
+gate and up of the records that are there, while programs of the same launch copy those that are missing → gate and up
+of these → down, summed into x. Shared experts are two nodes more; a layer without experts has norm and these two.
 Nothing here allocates, waits or reads a tensor on the host.
 """
 
@@ -30,7 +29,7 @@ from offmoe.kernels.gpu.foretell import Past, foretell
 from offmoe.kernels.gpu.gemv import ALL, HITS, MISSES, dense, expert_down, expert_gate_up
 from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.gpu.norm_rope import rms_norm
-from offmoe.kernels.gpu.page_in import page_in, scratch_for
+from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
@@ -126,8 +125,8 @@ class DecodeStep:
         self._predicted: Tensor | None = None
         self._scratch, self._ahead_scratch = scratch_for(device), scratch_for(device)
         self._units = [nbytes // 16 for nbytes in store.record_bytes]
-        self._paging, self._beside, self._ahead, self._fetching = (Lane(device) for _ in range(4))
-        self._forked, self._arrived, self._listed, self._routed = (Mark(device) for _ in range(4))
+        self._beside, self._ahead, self._fetching = (Lane(device) for _ in range(3))
+        self._forked, self._listed, self._routed = (Mark(device) for _ in range(3))
         self._predicted_mark, self._foretold = Mark(device), Mark(device)
         self._fetched = [Mark(device) for _ in range(c.places)]
         self._rows = torch.full((store.table.layers * c.experts,), -1, dtype=torch.int32, device=device)
@@ -137,7 +136,7 @@ class DecodeStep:
     def launch(self, variant: Variant) -> None:
         """Run the token in `buffers.token` at `buffers.position`, and choose the next one."""
         b, c = self.buffers, self.config
-        embed(b.token, self.trunk.embedding, b.x, striped=True)
+        embed(b.token, self.trunk.embedding, b.x, striped=True, scale=c.stream_scale)
         if not self.plan.all_in_slots:
             self._forked.set()
             self._list_candidates(self._forked)
@@ -149,7 +148,7 @@ class DecodeStep:
             else:
                 self._route(place, variant)
                 self._experts(place, variant)
-        dense(b.x, self.trunk.head, b.logits, norm=self.trunk.final_norm, eps=c.norm_eps, pdl=self.pdl)
+        dense(b.x, self.trunk.head, b.logits, norm=self.trunk.final_norm, eps=c.stream_eps, pdl=self.pdl)
         self.choose(variant, self.pdl)
 
     def choose(self, variant: Variant, pdl: bool = False) -> None:
@@ -168,7 +167,9 @@ class DecodeStep:
     def _attend(self, layer: int) -> None:
         b, c, w = self.buffers, self.config, self.trunk.layers[layer]
         qkv = b.qkv[:, : sum(form.rows for _, form in w.qkv)]
-        dense(b.x, w.qkv, qkv, norm=w.attn_norm_striped, eps=c.norm_eps, bias=w.qkv_bias, pdl=self.pdl and layer > 0)
+        dense(
+            b.x, w.qkv, qkv, norm=w.attn_norm_striped, eps=c.stream_eps, bias=w.qkv_bias, pdl=self.pdl and layer > 0
+        )  # fmt: skip
         if w.delta:
             self._delta(w, w.delta, layer, qkv[0])
             return
@@ -177,8 +178,9 @@ class DecodeStep:
         decode_attention(
             qkv[0, c.gate_rows :], keys, values, b.position, self.trunk.rope, mixed[0], b.partial, b.attention_tickets,
             heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
-            norm_full=c.qk_norm == "full", clip=c.clip_qkv, eps=c.norm_eps, splits=self.splits,
-            split_size=self.split_size, scales=self.kv.scales(layer), pdl=self.pdl,
+            norm_full=c.qk_norm == "full", norm_after=c.qk_norm == "after", clip=c.clip_qkv, eps=c.norm_eps,
+            splits=self.splits, split_size=self.split_size, scales=self.kv.scales(layer), scale=c.score_scale,
+            pdl=self.pdl,
             gate=qkv[0, : c.gate_rows] if c.output_gated else None,
         )  # fmt: skip
         dense(mixed, w.o, b.x, residual=True, pdl=self.pdl)
@@ -193,7 +195,7 @@ class DecodeStep:
     def _dense(self, layer: int) -> None:
         """The feed-forward part of a layer without experts."""
         b, w = self.buffers, self.trunk.layers[layer]
-        rms_norm(b.x, w.ffn_norm_striped, self.config.norm_eps, b.normed)
+        rms_norm(b.x, w.ffn_norm_striped, self.config.stream_eps, b.normed)
         self._beside_experts(w, b.one, b.dense_inner)
 
     def _beside_experts(self, w: DeviceLayer, weight: Tensor, inner: Tensor) -> None:
@@ -220,7 +222,7 @@ class DecodeStep:
             self._predicted_mark.wait()
             joins = True
         route(
-            b.x[0], w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.places,
+            b.x[0], w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.places,
             rule=c.rule, bias=w.router_bias, logits=b.router_logits, normed=b.normed[0], ticket=b.route_ticket,
             ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
             miss_records=b.miss_records, miss_slots=b.miss_slots, status=b.status, counters=b.counters, log=b.log,
@@ -263,7 +265,7 @@ class DecodeStep:
         with self._ahead():
             self._routed.wait()
             predict(
-                b.raw, w.ffn_norm_striped, c.norm_eps, w.router, self.table, layer, layers=c.places, rule=c.rule,
+                b.raw, w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.places, rule=c.rule,
                 bias=w.router_bias, least=self.gate.least, most=self.gate.most, logits=b.predict_logits,
                 ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
                 fetch_records=b.fetch_records[layer], fetch_slots=b.fetch_slots[layer], status=b.status,
@@ -273,10 +275,13 @@ class DecodeStep:
             self._predicted_mark.set()
         with self._fetching():  # a lane of its own: the next prediction does not wait for copies
             self._predicted_mark.wait()
+            copies = Copies(
+                b.fetch_count[layer], b.fetch_slots[layer], self._ahead_scratch, None, b.fetch_records[layer],
+                self.store.ram.base, self.plan.stride,
+            )  # fmt: skip
             page_in(
-                None, b.fetch_count[layer], b.fetch_slots[layer], self.store.records, self.store.layouts[layer],
-                self._ahead_scratch, records=b.fetch_records[layer], base=self.store.ram.base,
-                stride=self.plan.stride, landed=self.table.landed, progress=self.table.progress,
+                copies, self.store.records, self.store.layouts[layer], landed=self.table.landed,
+                progress=self.table.progress,
             )  # fmt: skip
             self._fetched[layer].set()
 
@@ -284,38 +289,37 @@ class DecodeStep:
         """Multiply what is there while what is missing comes; a join is a whole edge, so no early start behind it."""
         b, c, store, w = self.buffers, self.config, self.store, self._layer(layer)
         records, layout = store.records, store.layouts[layer]
-        shared = b.weights[c.top_k :] if c.shared_gated else b.one
+        if w.beside:
+            self._beside_experts(w, b.weights[c.top_k :] if c.shared_gated else b.one, b.shared_inner)
+        products = (records, layout, b.slots, b.weights, b.normed, b.inner)
         if self.plan.all_in_slots:
-            if w.beside:
-                self._beside_experts(w, shared, b.shared_inner)
-            expert_gate_up(records, layout, b.slots, b.weights, b.normed, b.inner, phase=ALL, pdl=self.pdl)
+            expert_gate_up(*products, phase=ALL, pdl=self.pdl)
         else:
-            with self._paging():
-                self._routed.wait()
-                self._page_in(layer, variant)
-                self._arrived.set()
-            expert_gate_up(records, layout, b.slots, b.weights, b.normed, b.inner, hit=b.hit, phase=HITS, pdl=self.pdl)
-            if w.beside:
-                self._beside_experts(w, shared, b.shared_inner)
-            self._arrived.wait()
-            if self._listener(layer):
-                self._foretold.wait()
-            if variant.prefetch and layer >= self.gate.ahead:
-                self._fetched[layer].wait()
-            expert_gate_up(records, layout, b.slots, b.weights, b.normed, b.inner, hit=b.hit, phase=MISSES)
+            expert_gate_up(*products, hit=b.hit, phase=HITS, copies=self._copies(variant), pdl=self.pdl)
+            joins = self._join(layer, variant)
+            expert_gate_up(*products, hit=b.hit, phase=MISSES, pdl=self.pdl and not joins)
         expert_down(records, layout, b.slots, b.inner, b.x, pdl=self.pdl)
 
-    def _page_in(self, layer: int, variant: Variant) -> None:
+    def _join(self, layer: int, variant: Variant) -> bool:
+        """Wait for lanes whose work this layer's misses, or the token's end, need; True if there was one."""
+        late = variant.prefetch and layer >= self.gate.ahead
+        if late:
+            self._fetched[layer].wait()
+        foretold = self._listener(layer) is not None
+        if foretold:
+            self._foretold.wait()
+        return late or foretold
+
+    def _copies(self, variant: Variant) -> Copies:
+        """Of this layer's misses; the host is asked first where one of them may lie in no known row."""
         b, ram = self.buffers, self.store.ram
-        if variant.served:
-            request(
-                ram.mailbox, b.miss_count, b.miss_records, b.sources, self._rows, ram.base, self.plan.stride,
-                b.status, self._request_seq,
-            )  # fmt: skip
-        page_in(
-            b.sources if variant.served else None, b.miss_count, b.miss_slots, self.store.records,
-            self.store.layouts[layer], self._scratch, records=b.miss_records, base=ram.base, stride=self.plan.stride,
+        if not variant.served:
+            return Copies(b.miss_count, b.miss_slots, self._scratch, None, b.miss_records, ram.base, self.plan.stride)
+        request(
+            ram.mailbox, b.miss_count, b.miss_records, b.sources, self._rows, ram.base, self.plan.stride, b.status,
+            self._request_seq,
         )  # fmt: skip
+        return Copies(b.miss_count, b.miss_slots, self._scratch, b.sources)
 
     def set_sampling(self, sampling: Sampling, ids: list[int], eos: frozenset[int], most: int) -> str:
         """Parameters of an answer of at most `most` tokens to the prompt `ids`; returns the variant that they need."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offmoe.experts import Counters, ExpertStore, Ints
 from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
-from offmoe.kernels.gpu.page_in import page_in, scratch_for
+from offmoe.kernels.gpu.page_in import CHUNK, WARPS, Copies, page_in, scratch_for
 from offmoe.kernels.planes import slot_layout
 from offmoe.models.model import Model
 from offmoe.plan import Plan
@@ -38,7 +38,7 @@ class VramStore(ExpertStore):
         self.records = torch.empty(
             (self.table.slots + self.uploads.batch, plan.stride), dtype=torch.uint8, device=plan.device
         )
-        self._scratch = scratch_for(plan.device, PROGRAMS)
+        self._scratch = scratch_for(plan.device, PROGRAMS * WARPS * CHUNK)
         self._k = config.top_k
         self._streaming = False
 
@@ -113,10 +113,8 @@ class VramStore(ExpertStore):
         slots[slots < 0] = self.table.slots + np.arange(np.count_nonzero(slots < 0))
         if n:
             packed = torch.from_numpy(np.concatenate([sources, slots, [n]])).to(self.device)
-            page_in(
-                packed[:n], packed[2 * n :], packed[n : 2 * n], self.records, self.layouts[landing.layer],
-                self._scratch, programs=PROGRAMS,
-            )  # fmt: skip
+            copies = Copies(packed[2 * n :], packed[n : 2 * n], self._scratch, packed[:n])
+            page_in(copies, self.records, self.layouts[landing.layer], programs=PROGRAMS)
         self.uploads.release(landing)
         self.counts.pcie_bytes += self.record_bytes[landing.layer] * len(landing.experts)
         if n:

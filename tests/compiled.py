@@ -32,7 +32,7 @@ from offmoe.kernels.gpu.foretell import foretell
 from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
 from offmoe.kernels.gpu.gemv import HITS, dense, expert_down, expert_gate_up
 from offmoe.kernels.gpu.norm_rope import norm_rope_write, rms_norm
-from offmoe.kernels.gpu.page_in import page_in, scratch_for
+from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
@@ -98,6 +98,7 @@ def compiled(launch: Launch, capability: int) -> dict[str, Any]:
     ptx = made.asm["ptx"]
     return {
         "kernel": name_of(launch),
+        "format": launch[2].get("FG", launch[2].get("FORMAT")),
         "flushing_fma": re.findall(r"fma[.\w]*ftz", ptx),
         "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v4", ptx)),
         **resources(made.asm["cubin"]),
@@ -122,12 +123,17 @@ def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
+def absent() -> Copies:
+    return Copies(ints(1), ints(K), scratch_for(CPU), None, ints(K), 1 << 40, 1 << 21)
+
+
 def products(fmt: str, pdl: bool) -> None:
     """The experts' two, and a dense one with a norm and a second part."""
     record = RecordLayout.of(("gate", fmt, F, H), ("up", fmt, F, H), ("down", fmt, H, F))
     layout = slot_layout(record)
     records = torch.empty((2, -(-layout.nbytes // 256) * 256), dtype=torch.uint8)
-    expert_gate_up(records, layout, ints(K), floats(K), floats(1, H), floats(K, F), hit=ints(K), phase=HITS, pdl=pdl)
+    expert_gate_up(records, layout, ints(K), floats(K), floats(1, H), floats(K, F), hit=ints(K), phase=HITS,
+                   copies=absent(), pdl=pdl)  # fmt: skip
     expert_down(records, layout, ints(K), floats(K, F), floats(1, H), pdl=pdl)
     parts = [(ints(form.nbytes, dtype=torch.uint8), form) for form in (matrix(fmt, 512, H), matrix("Q6_K", 512, H))]
     dense(floats(1, H), parts, floats(1, 1024), norm=floats(H), eps=1e-6, pdl=pdl)
@@ -154,8 +160,7 @@ def prompt(block: int) -> None:
 def copies(fmt: str, pdl: bool) -> None:
     layout = slot_layout(RecordLayout.of(("gate_up", fmt, 2 * F, H), ("down", "Q4_K", H, F)))
     records = torch.empty((2, -(-layout.nbytes // 256) * 256), dtype=torch.uint8)
-    page_in(None, ints(1), ints(K), records, layout, scratch_for(CPU), records=ints(K), base=1 << 40, stride=1 << 21,
-            landed=ints(2), progress=ints(2), pdl=pdl)  # fmt: skip
+    page_in(absent(), records, layout, landed=ints(2), progress=ints(2), pdl=pdl)
     sources, rows = ints(K, dtype=torch.int64), ints(LAYERS * EXPERTS)
     request(1 << 40, ints(1), ints(K), sources, rows, 1 << 40, 1 << 21, ints(1), ints(1))
 
@@ -210,6 +215,7 @@ def main(capability: int) -> None:
     with caught() as launches:
         products("Q4_K", pdl)
         products("MXFP4", pdl)
+        products("Q6_K", pdl)
         copies("Q6_K", pdl)
         residency("lru", pdl)
         residency("crf", pdl, GROUPED)

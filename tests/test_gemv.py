@@ -10,11 +10,13 @@ from torch import Tensor
 
 from offmoe.kernels import gemv as naive
 from offmoe.kernels.formats import FORMATS
-from offmoe.kernels.planes import PLANES, SlotLayout, matrix, rearrange_matrix, slot_layout
+from offmoe.kernels.page_in import page_in as naive_page_in
+from offmoe.kernels.planes import PLANES, SlotLayout, matrix, rearrange_matrix, slot_layout, unplane
 from offmoe.kernels.record import RecordLayout
 
 pytest.importorskip("triton")
 from offmoe.kernels.gpu import gemv as fast
+from offmoe.kernels.gpu.page_in import Copies, scratch_for
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RATIO = 2e-6
@@ -111,6 +113,27 @@ def test_each_phase_leaves_the_others_alone(fmt: str) -> None:
     whole = nan(*out.shape)
     fast.expert_gate_up(records, layout, slots, weights, x, whole)
     assert torch.equal(whole, out)  # bit for bit: what is resident does not change a token
+
+
+@pytest.mark.parametrize("fmt", ["Q4_K", "Q6_K", "MXFP4", "BF16"])
+def test_hits_are_multiplied_while_misses_are_copied(fmt: str) -> None:
+    """Two records into slots that no hit is in; one that is not on the list stays out."""
+    records, layout = slots_of(fmt, fmt)
+    rows = torch.randint(0, 256, (5, records.shape[1]), dtype=torch.uint8)
+    rows = rows.pin_memory() if DEVICE.type == "cuda" else rows
+    want = records.clone()
+    listed, to, count = ints(4, 2, 1), ints(1, 0, 3), ints(2)
+    slots, hit, weights = ints(2, 1, 0), ints(1, 0, 0), randn(3, seed=3).abs()
+    x, out = 0.05 * randn(1, layout.hidden), nan(3, layout.expert_hidden)
+    whole = nan(*out.shape)
+    fast.expert_gate_up(want, layout, slots, weights, x, whole, hit=hit, phase=HITS)
+    copies = Copies(count, to, scratch_for(DEVICE), None, listed, rows.data_ptr(), rows.stride(0))
+    fast.expert_gate_up(records, layout, slots, weights, x, out, hit=hit, phase=HITS, copies=copies)
+    naive_page_in(rows.to(DEVICE), listed, count, to, want, layout)
+    assert torch.equal(out[0], whole[0])
+    assert out[1:].isnan().all()
+    for form in (layout.gate, layout.up, layout.down):
+        assert torch.equal(unplane(records, form), unplane(want, form)), form
 
 
 def parts_of(cols: int, *formats: str) -> list[tuple[Tensor, fast.Matrix]]:

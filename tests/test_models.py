@@ -119,7 +119,6 @@ def oracle(path: Path) -> Any:
     ("olmoe-clipped", r"clip_qkv = 1.0 cannot be packed: llama.cpp ignores it"),
     ("qwen3_moe-sparse", r"experts in the layers \(1, 5\) cannot be packed"),
     ("qwen2_moe-sparse", r"norm_topk_prob = True cannot be packed"),
-    ("glm4_moe-groups", r"n_group = 4 cannot be packed"),
 ])  # fmt: skip
 def test_what_llama_cpp_would_get_wrong_is_not_packed(family: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(OffmoeError, match=message):

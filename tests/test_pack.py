@@ -48,11 +48,11 @@ def expected(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """What the GGUF should hold, by GGUF names, in float32."""
     model = described(checkpoint)
     tensors: dict[str, torch.Tensor] = {}
-    for role in trunk_shapes(model.config):
+    for role, shape in trunk_shapes(model.config).items():
         for layer in layers_of(role, model.config):
             info = model.find(role, layer)
             assert info is not None
-            value = checkpoint.tensor(info.name)
+            value = checkpoint.tensor(info.name).view(shape)
             if role in ("q", "k") and model.family.interleaved_gguf:
                 value = interleaved(value, model.config.heads if role == "q" else model.config.kv_heads)
             tensors[model.family.gguf_names[role][0].format(l=layer)] = value

@@ -12,7 +12,7 @@ from offmoe.kernels.planes import PLANES, SlotLayout, slot_layout, unplane
 from offmoe.kernels.record import RecordLayout
 
 pytest.importorskip("triton")
-from offmoe.kernels.gpu.page_in import CHUNK, page_in, scratch_for
+from offmoe.kernels.gpu.page_in import CHUNK, WARPS, Copies, page_in, scratch_for
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROGRAMS = 2
@@ -35,14 +35,13 @@ class Memory:
         self.landed, self.progress = (torch.zeros(4, dtype=torch.int32, device=DEVICE) for _ in "ab")
 
     def check(self, records: Tensor, count: int, slots: Tensor, addressed: bool) -> None:
+        to = ints(count), slots, scratch_for(DEVICE, PROGRAMS * WARPS * CHUNK)
         if addressed:
-            where = {"sources": self.rows.data_ptr() + records.long() * self.stride}
+            copies = Copies(*to, self.rows.data_ptr() + records.long() * self.stride)
         else:
-            where = {"sources": None, "records": records, "base": self.rows.data_ptr(), "stride": self.stride}
+            copies = Copies(*to, records=records, base=self.rows.data_ptr(), stride=self.stride)
         page_in(
-            count=ints(count), slots=slots, target=self.target, layout=self.layout,
-            scratch=scratch_for(DEVICE, PROGRAMS), programs=PROGRAMS,
-            landed=self.landed, progress=self.progress, **where,
+            copies, self.target, self.layout, programs=PROGRAMS, landed=self.landed, progress=self.progress
         )  # fmt: skip
         naive.page_in(self.rows.to(DEVICE), records, ints(count), slots, self.want, self.layout)
         filled = slots[:count].tolist()
@@ -71,7 +70,7 @@ def test_first_of_a_list(fmt: str, stacked: bool) -> None:
 
 def test_several_chunks_a_run() -> None:
     record = RecordLayout.of(("gate", "MXFP4", 128, 512), ("up", "Q4_K", 128, 512), ("down", "F16", 512, 128))
-    assert all(part.nbytes > 2 * CHUNK for part in record.parts)
+    assert all(part.nbytes > 2 * CHUNK * WARPS for part in record.parts)
     Memory(record).check(ints(0, 3), 2, ints(2, 0), addressed=False)
 
 

@@ -29,6 +29,12 @@ LINEAR: dict[str, Any] = {
     "initializer_range": 0.12,  # with 0.2 transformers itself is 1.4e-4 off its own float64
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
 }  # fmt: skip
+LATENT: dict[str, Any] = {"moe_intermediate_size": 32, "n_routed_experts": 8, "n_shared_experts": 2,
+                          "num_key_value_heads": 4,
+                          "intermediate_size": 96, "first_k_dense_replace": 1, "kv_lora_rank": 32,
+                          "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+        "beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 32,
                   "norm_topk_prob": True, "intermediate_size": 64},
@@ -47,6 +53,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
                         "intermediate_size": 64, "n_shared_experts": 2, "first_k_dense_replace": 2, "n_group": 4,
                         "topk_group": 2, "num_hidden_layers": 5, "partial_rotary_factor": 0.25, "head_dim": 32,
                         "num_nextn_predict_layers": 0},
+    "deepseek_v2": {**LATENT, "num_experts_per_tok": 2, "q_lora_rank": None, "topk_method": "greedy",
+                    "routed_scaling_factor": 1.5},
+    "deepseek_v2-groups": {**LATENT, "num_experts_per_tok": 3, "q_lora_rank": 32, "topk_method": "group_limited_greedy",
+                           "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0, "rope_parameters": YARN},
+    "deepseek_v3": {**LATENT, "num_experts_per_tok": 3, "q_lora_rank": 64, "n_group": 1, "topk_group": 1,
+                    "n_shared_experts": 1, "rope_parameters": YARN},
+    "deepseek_v3-groups": {**LATENT, "num_experts_per_tok": 4, "q_lora_rank": 64, "n_group": 4, "topk_group": 2,
+                           "num_hidden_layers": 5, "first_k_dense_replace": 2, "kv_lora_rank": 64,
+                           "qk_nope_head_dim": 64, "num_attention_heads": 3, "num_key_value_heads": 3,
+                           "hidden_size": 96},
+    "glm4_moe_lite": {**LATENT, "num_experts_per_tok": 2, "q_lora_rank": 32, "n_shared_experts": 1, "v_head_dim": 64,
+                      "num_attention_heads": 5, "num_key_value_heads": 5, "hidden_size": 80, "routed_scaling_factor": 1.8, "rms_norm_eps": 1e-5},
     "mixtral": {"intermediate_size": 32, "num_local_experts": 6, "num_experts_per_tok": 2,
                 "rope_theta": 50_000.0},
     "olmoe": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "num_key_value_heads": 4},
@@ -58,11 +76,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
                           "layer_types": ["full_attention", "linear_attention", "linear_attention"],
                           "partial_rotary_factor": 0.5},
     "qwen3_5_moe_text": {**LINEAR, "num_experts": 8, "num_experts_per_tok": 3, "linear_num_value_heads": 6},
+    "ernie4_5_moe": {"moe_intermediate_size": 32, "moe_num_experts": 8, "moe_k": 3, "intermediate_size": 96,
+                     "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "tie_word_embeddings": True},
+    "dots1": {"moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 96,
+              "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+              "num_key_value_heads": 4},
+    "minimax_m2": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 32,
+                   "rotary_dim": 16},
+    "hunyuan_v1_moe": {"intermediate_size": 32, "num_experts": 8, "moe_topk": [3, 3, 3], "head_dim": 32,
+                       "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0,
+                                           "alpha": 1000.0}},
+    "granitemoe": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 3,
+                   "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.4,
+                   "logits_scaling": 0.5, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
     "olmoe-clipped": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "clip_qkv": 1.0},
 }  # fmt: skip
 
 # What llama.cpp's archs have no key for: clip_qkv, layers without experts.
-PACKABLE = [family for family in FAMILIES if "-" not in family]
+PACKABLE = [family for family in FAMILIES if "-" not in family] + ["glm4_moe-groups"]
 
 
 @cache
@@ -107,7 +138,7 @@ def reference_routing(
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, out: seen.append((out[2], out[1])))
         for module in model.modules()
-        if type(module).__name__.endswith("Router")
+        if type(module).__name__.endswith(("Router", "V1Gate"))
     ]
     try:
         logits = model(torch.tensor([ids])).logits[0]

@@ -151,8 +151,9 @@ def _decode(
         k_row = (head + r * 0 if NORM == 2 else r * 0) * D
         weight = tl.load(q_norm + q_row + d, mask=is_q & (d < D), other=0.0)
         weight += tl.load(k_norm + k_row + d, mask=is_k & (d < D), other=0.0)
-        weight_other = tl.load(q_norm + q_row + other, mask=is_q & (d < D), other=0.0)
-        weight_other += tl.load(k_norm + k_row + other, mask=is_k & (d < D), other=0.0)
+        if NORM != 3:
+            weight_other = tl.load(q_norm + q_row + other, mask=is_q & (d < D), other=0.0)
+            weight_other += tl.load(k_norm + k_row + other, mask=is_k & (d < D), other=0.0)
     k, k_scale = load_block(k_base, k_scales, start, end, D, WIDE, BLOCK, INT8)
     v, v_scale = load_block(v_base, v_scales, start, end, D, WIDE, BLOCK, INT8)
     if PDL:
@@ -164,7 +165,7 @@ def _decode(
     inside = (r <= GROUP + 1) & (d < D)
     x = tl.load(qkv + source + d, mask=inside, other=0.0)
     y = tl.load(qkv + source + other, mask=inside & (r <= GROUP), other=0.0)
-    if NORM != 0:
+    if NORM == 1 or NORM == 2:
         if NORM == 1:
             factor = norm_factor(x, D, eps)[:, None]
         else:
@@ -174,6 +175,8 @@ def _decode(
     if CLIP:
         x, y = clipped(x, clip), clipped(y, clip)
     x = x * cos + tl.where(d < R // 2, -1.0, 1.0) * y * sin
+    if NORM == 3:
+        x = tl.where(is_v, x, x * norm_factor(x, D, eps)[:, None] * weight)
     q = x.to(DOT)
     k_new = tl.sum(tl.where(is_k, x, 0.0), 0)[None, :]
     v_new = tl.sum(tl.where(is_v, x, 0.0), 0)[None, :]
@@ -241,7 +244,8 @@ def decode_attention(
     partial: Tensor, tickets: Tensor, *,
     heads: int, kv_heads: int, head_dim: int, q_norm: Tensor | None, k_norm: Tensor | None, norm_full: bool,
     clip: float | None, eps: float, splits: int, split_size: int = LEAST, scales: Tensor | None = None,
-    gate: Tensor | None = None, pdl: bool = False, block: int | None = None, warps: int = 4, stages: int = 3,
+    scale: float | None = None, norm_after: bool = False, gate: Tensor | None = None,
+    pdl: bool = False, block: int | None = None, warps: int = 4, stages: int = 3,
 ) -> None:  # fmt: skip
     """One token at `position` [1]: q, k, v [(heads + 2 kv_heads) · D] float32 → mixed [heads · D] float32, striped.
 
@@ -249,6 +253,7 @@ def decode_attention(
     `position` (int8: with scales [2, kv_heads, ctx]), unless it is ctx, where nothing fits any more.
     `gate` [heads · D]: its sigmoid is multiplied with mixed.
     `partial` [partial_size(…)] float32 is scratch; `tickets` [kv_heads] int32 are 0 before and after.
+    Scores are multiplied by `scale`, D ** -0.5 where it is None.
     The result depends on splits · split_size, not on the order in which programs run.
     """
     ctx, wide, group = keys.shape[1], triton.next_power_of_2(head_dim), heads // kv_heads
@@ -269,10 +274,11 @@ def decode_attention(
     rows = max(16, triton.next_power_of_2(group + 2))
     _decode[(kv_heads, splits)](
         qkv, gate, keys, values, keys if scales is None else scales, position, rope_table, q_norm, k_norm,
-        mixed, partial, tickets, ctx, splits, split_size, clip or 0.0, eps, head_dim**-0.5 * LOG2E,
+        mixed, partial, tickets, ctx, splits, split_size, clip or 0.0, eps,
+        (head_dim**-0.5 if scale is None else scale) * LOG2E,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, R=rope_table.shape[2], WIDE=wide, ROWS=rows, BLOCK=block,
         MANY=max(1, min(triton.next_power_of_2(splits), COMBINE // wide)), STAGES=stages,
-        NORM=norm_kind(q_norm, norm_full), CLIP=bool(clip), INT8=scales is not None, DOT=dot_type(keys),
+        NORM=norm_kind(q_norm, norm_full, norm_after), CLIP=bool(clip), INT8=scales is not None, DOT=dot_type(keys),
         num_warps=warps, **dependent(pdl),
     )  # fmt: skip
 
@@ -283,7 +289,9 @@ def dot_type(keys: Tensor) -> tl.dtype:
     return names.get(keys.dtype, tl.bfloat16 if keys.is_cuda else tl.float32)
 
 
-def prefill_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, scales: Tensor | None = None) -> Tensor:
+def prefill_attention(
+    q: Tensor, keys: Tensor, values: Tensor, start: int, scales: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """q [T, heads, D] at positions start … over keys, values [kv_heads, ctx, D] up to their own: [T, heads, D].
 
     No [T, start + T] mask is made on a GPU. int8 keys and values are unpacked first, in q's type.
@@ -295,6 +303,6 @@ def prefill_attention(q: Tensor, keys: Tensor, values: Tensor, start: int, scale
     bias = causal_lower_right(len(q), end) if start else None
     mixed = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0),
-        attn_mask=bias, is_causal=bias is None, enable_gqa=q.shape[1] != len(keys),
+        attn_mask=bias, is_causal=bias is None, enable_gqa=q.shape[1] != len(keys), scale=scale,
     )  # fmt: skip
     return mixed.squeeze(0).transpose(0, 1)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from offmoe.kernels.gpu.dot import UNIT, fold, words_of, x_of
 from offmoe.kernels.gpu.launch import dependent
+from offmoe.kernels.gpu.page_in import CHUNK, UNDER_WAY, Copies, bring, checked
 from offmoe.kernels.gpu.striped import place
 from offmoe.kernels.planes import Matrix, SlotLayout
 
@@ -25,7 +26,8 @@ ALL, HITS, MISSES = 0, 1, 2  # which pairs: by the phase of a layer
 LANE, LANE_OF_FLOATS = 64, 32  # values of x that a lane holds; as many weights of a row, and twice as many rows
 # Warps a multiprocessor. 16 need at most 128 registers a lane, which the norm's weights exceed: the head takes 108 µs
 # with 12 and 136 with 16, gate and up of 8 experts 9.6 and 8.2.
-WARPS, WARPS_WITH_NORM = 16, 12
+WARPS, FEWER_WARPS = 16, 12
+HEAVY = {"Q5_K", "Q6_K", "Q8_0"}  # gate and up take 158 to 168 registers
 
 Part = tuple[Tensor, Matrix]
 
@@ -39,9 +41,9 @@ def interpreted() -> bool:
     return not isinstance(_dense, triton.JITFunction)
 
 
-def programs(device: torch.device, warps: int, norm: bool = False) -> int:
+def programs(device: torch.device, warps: int, heavy: bool = False) -> int:
     """That run at once; the interpreter pays by the program, whatever it does."""
-    most = WARPS_WITH_NORM if norm else WARPS
+    most = FEWER_WARPS if heavy else WARPS
     return 2 if interpreted() else multiprocessors(device) * max(1, most // warps)
 
 
@@ -177,39 +179,29 @@ def dense(
 
 
 @triton.jit
-def pair_of(hit, pairs, PHASE: tl.constexpr, PP: tl.constexpr):
+def pair_of(pid, programs, hit, pairs, PHASE: tl.constexpr, PP: tl.constexpr):
     """The pair of this program (-1: there is none for it), how many programs share it, and which of them it is."""
-    pid, all_programs = tl.program_id(0), tl.num_programs(0)
     if PHASE == 0:
-        each = all_programs // pairs
+        each = programs // pairs
         pair = pid // each
         return tl.where(pair < pairs, pair, -1), each, pid % each
     else:
         j = tl.arange(0, PP)
         chosen = ((j < pairs) & ((tl.load(hit + j, mask=j < pairs, other=0) != 0) == (PHASE == 1))).to(tl.int32)
-        each = all_programs // tl.maximum(tl.sum(chosen, 0), 1)
+        each = programs // tl.maximum(tl.sum(chosen, 0), 1)
         mine = (chosen != 0) & (tl.cumsum(chosen, 0) - 1 == pid // each)
         return tl.sum(tl.where(mine, j + 1, 0), 0) - 1, each, pid % each
 
 
 @triton.jit
-def _gate_up(
-    records, stride, slots, hit, weights, x, out, k, pairs,
-    H: tl.constexpr, INNER: tl.constexpr, PHASE: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,
+def gate_up_rows(
+    record, weight, x, out, first, end, H: tl.constexpr, INNER: tl.constexpr, R: tl.constexpr,
     FG: tl.constexpr, UG: tl.constexpr, WG: tl.constexpr,
     G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
     FU: tl.constexpr, UU: tl.constexpr, WU: tl.constexpr,
-    U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, U3: tl.constexpr, PDL: tl.constexpr,
+    U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, U3: tl.constexpr,
 ):  # fmt: skip
-    """The programs are divided among the pairs of the phase."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()  # only now: _down reads the slots before it waits
-    pair, sharing, which = pair_of(hit, pairs, PHASE, PP)
-    if pair < 0:
-        return
-    record, weight = records + tl.load(slots + pair).to(tl.int64) * stride, tl.load(weights + pair)
-    x, out = x + (pair // k) * H, out + pair * INNER
+    """Rows first … end of one pair."""
     r, g, u = tl.arange(0, R), tl.arange(0, UG), tl.arange(0, UU)
     there_g, there_u = g < H // WG, u < H // WU
     none_g, none_u = tl.zeros((UG,), tl.int32), tl.zeros((UU,), tl.int32)
@@ -217,9 +209,6 @@ def _gate_up(
     xu = xg
     if FU != FG:
         xu = x_of(x, x, none_u, u * WU, there_u, FU, H, False)
-    each = tl.cdiv(tl.cdiv(INNER, R), sharing) * R
-    first = which * each
-    end = tl.minimum(first + each, INNER)
     row = first + r
     gates = rows_of(record, none_g, g, there_g, row, end, H // WG, FG, G0, G1, G2, G3)
     ups = rows_of(record, none_u, u, there_u, row, end, H // WU, FU, U0, U1, U2, U3)
@@ -232,25 +221,65 @@ def _gate_up(
         gates, ups = next_gates, next_ups
 
 
+@triton.jit
+def _gate_up(
+    records, stride, slots, hit, weights, x, out, k, pairs,
+    sources, numbers, base, row_stride, count, targets, scratch,
+    MOVERS: tl.constexpr, RUNS: tl.constexpr, CHUNK: tl.constexpr,
+    H: tl.constexpr, INNER: tl.constexpr, PHASE: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,
+    FG: tl.constexpr, UG: tl.constexpr, WG: tl.constexpr,
+    G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
+    FU: tl.constexpr, UU: tl.constexpr, WU: tl.constexpr,
+    U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, U3: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Where anything is to be copied, the first MOVERS programs do that: they start first. The others are divided
+    among the pairs of the phase."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # only now: _down reads the slots before it waits
+    pid, movers = tl.program_id(0), 0
+    if MOVERS > 0:
+        movers = tl.where(tl.load(count) > 0, MOVERS, 0)
+        if pid < movers:
+            bring(pid, MOVERS, sources, numbers, base, row_stride, count, targets, scratch, records, stride, None, None,
+                  RUNS, CHUNK, False)  # fmt: skip
+    pair, sharing, which = pair_of(pid - movers, tl.num_programs(0) - movers, hit, pairs, PHASE, PP)
+    if (pid >= movers) & (pair >= 0):
+        record, weight = records + tl.load(slots + pair).to(tl.int64) * stride, tl.load(weights + pair)
+        each = tl.cdiv(tl.cdiv(INNER, R), sharing) * R
+        first = which * each
+        gate_up_rows(record, weight, x + (pair // k) * H, out + pair * INNER, first, tl.minimum(first + each, INNER),
+                     H, INNER, R, FG, UG, WG, G0, G1, G2, G3, FU, UU, WU, U0, U1, U2, U3)  # fmt: skip
+
+
 def expert_gate_up(
     records: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, x: Tensor, out: Tensor, *,
-    hit: Tensor | None = None, phase: int = ALL, pdl: bool = False,
+    hit: Tensor | None = None, phase: int = ALL, copies: Copies | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
     """weight · silu(gate x) · (up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P] float32,
     x [T, H] striped → out [P, F] striped.
 
     Pair p is of token p // (P / T). hit [P] int32: phase HITS takes pairs where it is not 0, MISSES the others.
+    Meanwhile `copies` go into slots that no pair of the phase is in.
     """
     assert x.is_contiguous() and out.is_contiguous() and records.stride(1) == 1
     gate, up, h, pairs = layout.gate, layout.up, x.shape[1], len(slots)
     (ug, warps), (uu, warps_up) = across(gate.format, h), across(up.format, h)
     warps = max(warps, warps_up)
-    _gate_up[(max(programs(x.device, warps), pairs),)](
+    movers, chunk = (movers_of(warps) if copies else 0), CHUNK * warps
+    most = programs(x.device, warps, heavy=not HEAVY.isdisjoint((gate.format, up.format)))
+    _gate_up[(max(most, pairs + movers),)](
         records, records.stride(0), slots, hit, weights, x, out, pairs // len(x), pairs,
+        *(copies.arguments if copies else [None] * 7), MOVERS=movers,
+        RUNS=checked(copies, records, layout, movers, chunk) if copies else None, CHUNK=chunk,
         H=h, INNER=gate.rows, PHASE=phase, PP=triton.next_power_of_2(pairs), R=tile(),
         FG=gate.format, UG=ug, WG=UNIT[gate.format], **planes("G", gate),
         FU=up.format, UU=uu, WU=UNIT[up.format], **planes("U", up), num_warps=warps, **dependent(pdl),
     )  # fmt: skip
+
+
+def movers_of(warps: int) -> int:
+    return 1 if interpreted() else UNDER_WAY // (CHUNK * warps)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
 from offmoe.kernels.deltanet import Delta
+from offmoe.kernels.mla import Latent
 from offmoe.kernels.rope import PLAIN, Scaling
 from offmoe.kernels.route import Rule
 from offmoe.models.fields import count as count  # families take them from here
@@ -44,7 +45,7 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     rotary: int  # values of a head that are rotated, the first
-    qk_norm: str  # none, head (over each head) or full (over all heads together)
+    qk_norm: str  # none, head (over each head), after (so, of rotated heads) or full (over all heads together)
     rule: Rule  # of the router
     clip_qkv: float | None
     tied: bool  # the output head is the embedding
@@ -58,6 +59,38 @@ class ModelConfig:
     delta: Delta | None = None  # of the layers without keys and values
     delta_layers: tuple[int, ...] = ()
     rope: Scaling = PLAIN
+    embed_scale: float = 1.0  # of what the embedding gives
+    residual_scale: float = 1.0  # of what a layer adds to the residual stream
+    attention_scale: float = 0.0  # of q · k; 0: 1 / √D
+    logit_divisor: float = 1.0
+    latent: Latent | None = None  # of multi-head latent attention; then head_dim is a key's, and kv_heads is 1
+
+    @property
+    def value_dim(self) -> int:
+        """Of what a head's attention gives."""
+        return self.latent.value if self.latent else self.head_dim
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The roles whose matrices are multiplied with the input of a layer with keys, together."""
+        if self.latent:
+            return ("q_a" if self.latent.q_rank else "q", "kv_a")
+        return ("q_gate", "q", "k", "v") if self.output_gated else ("q", "k", "v")
+
+    @property
+    def score_scale(self) -> float:
+        """What q · k is multiplied by."""
+        return float((self.attention_scale or self.head_dim**-0.5) * self.rope.scores)
+
+    @property
+    def stream_scale(self) -> float:
+        """Of the embedding in the residual stream, which is kept divided by `residual_scale`: then layers add to it
+        as they are, and its norms are the same with `stream_eps`."""
+        return self.embed_scale / self.residual_scale
+
+    @property
+    def stream_eps(self) -> float:
+        return self.norm_eps / self.residual_scale**2
 
     @property
     def places(self) -> int:
@@ -93,33 +126,29 @@ def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
         raise OffmoeError(f"the config has {layers} layers: no published model has so many")
     rule = Rule(top_k=top_k, renormalise=flag(raw, "norm_topk_prob", family.renormalise))
     scaling = scaling_of(raw)
-    return checked(
-        ModelConfig(
-            model_type=family.model_type,
-            layers=layers,
-            hidden=hidden,
-            heads=heads,
-            kv_heads=count(raw, "num_key_value_heads", default=heads),
-            head_dim=head_dim,
-            vocab=count(raw, "vocab_size"),
-            experts=count(raw, "num_experts", "num_local_experts", "n_routed_experts"),
-            top_k=top_k,
-            expert_hidden=count(raw, "moe_intermediate_size", "intermediate_size"),
-            ctx=positions(raw, scaling),
-            norm_eps=number(raw, "rms_norm_eps", 1e-6),
-            rope_theta=number(rope, "rope_theta", 10_000.0),
-            rotary=int(head_dim * number(rope, "partial_rotary_factor", family.partial_rotary)),
-            clip_qkv=number(raw, "clip_qkv", 0.0) or None,
-            tied=flag(raw, "tie_word_embeddings", False),
-            rope=scaling,
-            **{
-                "rule": rule,
-                "routed": tuple(range(layers)),
-                "qk_norm": family.qk_norm,
-                **family.fields(raw, layers, rule),
-            },
-        )
+    config = ModelConfig(
+        model_type=family.model_type,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=count(raw, "num_key_value_heads", default=heads),
+        head_dim=head_dim,
+        vocab=count(raw, "vocab_size"),
+        experts=count(raw, "num_experts", "num_local_experts", "n_routed_experts"),
+        top_k=top_k,
+        expert_hidden=count(raw, "moe_intermediate_size", "intermediate_size"),
+        ctx=positions(raw, scaling),
+        norm_eps=number(raw, "rms_norm_eps", 1e-6),
+        rope_theta=number(rope, "rope_theta", family.rope_theta),
+        rotary=int(head_dim * number(rope, "partial_rotary_factor", family.partial_rotary)),
+        clip_qkv=number(raw, "clip_qkv", 0.0) or None,
+        tied=flag(raw, "tie_word_embeddings", False),
+        rule=rule,
+        routed=tuple(range(layers)),
+        qk_norm=family.qk_norm,
+        rope=scaling,
     )
+    return checked(replace(config, **family.fields(raw, layers, rule)))
 
 
 def sparse_layers(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -145,6 +174,18 @@ def balanced_by_bias(raw: Mapping[str, Any], rule: Rule) -> Rule:
         rule, scores="sigmoid", biased=True, group_best=2, groups=count(raw, "n_group", default=1),
         kept=count(raw, "topk_group", default=1), scale=number(raw, "routed_scaling_factor", 1.0),
     )  # fmt: skip
+
+
+def latent_attention(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Multi-head latent attention, as DeepSeek-V2 has it and others took it over."""
+    latent = Latent(
+        q_rank=count(raw, "q_lora_rank", default=0),
+        kv_rank=count(raw, "kv_lora_rank"),
+        plain=count(raw, "qk_nope_head_dim"),
+        turned=count(raw, "qk_rope_head_dim"),
+        value=count(raw, "v_head_dim"),
+    )
+    return {"latent": latent, "kv_heads": 1, "head_dim": latent.key, "rotary": latent.turned}
 
 
 def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
@@ -173,6 +214,7 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         return metadata.get(f"{family.arch}.{name}")
 
     vocab, head_dim, rotated = metadata.get("tokenizer.ggml.tokens"), key("attention.key_length"), None
+    a_key = key("attention.key_length_mla") or head_dim  # where the cache holds latents, key_length is a latent's
     if type(head_dim) is type(turned := key("rope.dimension_count")) is int and head_dim:
         rotated = turned / head_dim if not family.implemented["partial_rotary_factor"] else None
     layers, extra = key("block_count"), key("nextn_predict_layers")  # the last ones predict further tokens
@@ -185,6 +227,11 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "num_key_value_heads": key("attention.head_count_kv"),
         "head_dim": head_dim,
         "partial_rotary_factor": rotated,
+        "q_lora_rank": key("attention.q_lora_rank"),
+        "kv_lora_rank": key("attention.kv_lora_rank"),
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": a_key - turned if isinstance(a_key, int) and isinstance(turned, int) else None,
+        "v_head_dim": key("attention.value_length_mla") or key("attention.value_length"),
         "vocab_size": len(vocab) if isinstance(vocab, list) else key("vocab_size"),
         "num_experts": key("expert_count"),
         "num_experts_per_tok": key("expert_used_count"),
@@ -202,6 +249,10 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "routed_scaling_factor": key("expert_weights_scale"),
         "n_group": key("expert_group_count") or None,
         "topk_group": key("expert_group_used_count") or None,
+        "embedding_multiplier": key("embedding_scale"),
+        "residual_multiplier": key("residual_scale"),
+        "attention_multiplier": key("attention.scale"),
+        "logits_scaling": key("logit_scale"),
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "linear_conv_kernel_dim": key("ssm.conv_kernel"),
         "linear_key_head_dim": key("ssm.state_size"),
@@ -243,6 +294,8 @@ def checked(config: ModelConfig) -> ModelConfig:
             f"partial_rotary_factor asks for {config.rotary} of {config.head_dim} values of a head to be rotated: "
             "expected an even number above 0"
         )
+    if not min(config.embed_scale, config.residual_scale, config.logit_divisor) > 0:
+        raise OffmoeError("the config multiplies embedding, residual stream or logits by 0: expected a number above 0")
     check_groups(config.rule, config.experts)
     check_rope(config.rope, config.rotary, config.rope_theta)
     if config.experts > 65535:

@@ -73,7 +73,9 @@ class DeviceTrunk:
         self.layers: list[DeviceLayer] = []
         self._model, self._device, self._dtype = model, device, dtype
         self.embedding = self._parts("embed")[0]  # [V, H]
-        self.final_norm = stripe(self._float("final_norm"))  # only the step and `logits` use it
+        self.final_norm = (
+            stripe(self._float("final_norm")) / self.config.logit_divisor
+        )  # only the step and `logits` use it
         self.head = (self.embedding,) if self.config.tied else self._parts("head")
         self.rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device, self.config.rope)
         self._positions = torch.arange(ctx, device=device)
@@ -96,7 +98,7 @@ class DeviceTrunk:
         from offmoe.kernels.gpu.embed import embed
 
         out = torch.empty((len(tokens), self.config.hidden), device=self._device)
-        embed(tokens, self.embedding, out, striped=False)
+        embed(tokens, self.embedding, out, striped=False, scale=self.config.stream_scale)
         return out
 
     def attend(self, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
@@ -105,7 +107,7 @@ class DeviceTrunk:
         from offmoe.kernels.gpu.norm_rope import norm_rope_write
 
         c, w = self.config, self.layers[layer]
-        qkv = self._product(rms_norm(x, w.attn_norm, c.norm_eps).to(self._dtype), w.qkv)
+        qkv = self._product(rms_norm(x, w.attn_norm, c.stream_eps).to(self._dtype), w.qkv)
         if w.delta:
             states, index = kv.state_of(layer)
             return self._product(states.mix(index, qkv, w.delta, start), w.o)
@@ -115,16 +117,16 @@ class DeviceTrunk:
         positions = self._positions[start : start + len(x)]
         q = norm_rope_write(qkv[:, c.gate_rows :], keys, values, positions, self.rope, heads=c.heads,
                             kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
-                            clip=c.clip_qkv, eps=c.norm_eps, scales=kv.scales(layer))  # fmt: skip
-        mixed = prefill_attention(q, keys, values, start, scales=kv.scales(layer))
-        mixed = mixed.flatten(1)
+                            clip=c.clip_qkv, eps=c.norm_eps, scales=kv.scales(layer),
+                            norm_after=c.qk_norm == "after")  # fmt: skip
+        mixed = prefill_attention(q, keys, values, start, scales=kv.scales(layer), scale=c.score_scale).flatten(1)
         return self._product(mixed * qkv[:, : c.gate_rows].sigmoid() if c.output_gated else mixed, w.o)
 
     def route(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
-        normed = rms_norm(x, w.ffn_norm, self.config.norm_eps)
+        normed = rms_norm(x, w.ffn_norm, self.config.stream_eps)
         logits = stripe(normed) @ w.router[: self.config.experts].float().t()
         ids, weights = select(logits, self.config.rule, w.router_bias)
         return normed.to(self._dtype), ids, weights
@@ -143,14 +145,14 @@ class DeviceTrunk:
         """The whole feed-forward part of a layer without experts: what to add to x [T, H]."""
         w = self.layers[layer]
         assert w.beside is not None, f"layer {layer} has no experts"
-        return self._resident(rms_norm(x, w.ffn_norm, self.config.norm_eps).to(self._dtype), w.beside)
+        return self._resident(rms_norm(x, w.ffn_norm, self.config.stream_eps).to(self._dtype), w.beside)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, H] → [T, V] float32; T is small."""
         from offmoe.kernels.gpu.gemv import dense
 
         out = torch.empty((len(x), self.config.vocab), device=self._device)
-        dense(stripe(x).contiguous(), self.head, out, norm=self.final_norm, eps=self.config.norm_eps)
+        dense(stripe(x).contiguous(), self.head, out, norm=self.final_norm, eps=self.config.stream_eps)
         return out
 
     def _resident(self, x: Tensor, part: Resident) -> Tensor:
@@ -236,6 +238,6 @@ class DeviceTrunk:
         info, rows = self._model.stored(role, layer)
         raw = self._model.checkpoint.read(info.name).view(math.prod(info.shape[:-1]), -1)
         raw = raw if rows is None else raw[rows]
-        if role in ("q", "k") and self._model.checkpoint.kind == "gguf" and self._model.family.interleaved_gguf:
+        if role in ("q", "k") and self._model.interleaved:
             raw = uninterleaved(raw, self.config.heads if role == "q" else self.config.kv_heads)
         return info.format, raw

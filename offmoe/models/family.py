@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,7 +13,15 @@ from offmoe.errors import OffmoeError
 from offmoe.kernels.rope import KINDS
 from offmoe.kernels.route import Rule
 
-MODULES = ("qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe", "qwen3_next", "qwen3_5_moe")
+if TYPE_CHECKING:
+    from offmoe.models.config import ModelConfig
+
+MODULES = (
+    "qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe",
+    "deepseek_v3", "deepseek_v2", "kimi_k2", "glm4_moe_lite",
+    "ernie4_5_moe", "dots1", "minimax_m2", "hunyuan_v1_moe", "granitemoe",
+    "qwen3_next", "qwen3_5_moe",
+)  # fmt: skip
 
 Names = Mapping[str, tuple[str, ...]]  # role → templates over layer {l} and expert {e}; the first that exists counts
 
@@ -41,6 +49,12 @@ HF_NAMES: Names = {
     "q_bias": ("model.layers.{l}.self_attn.q_proj.bias",),
     "k_bias": ("model.layers.{l}.self_attn.k_proj.bias",),
     "v_bias": ("model.layers.{l}.self_attn.v_proj.bias",),
+    "q_a": ("model.layers.{l}.self_attn.q_a_proj.weight",),
+    "q_a_norm": ("model.layers.{l}.self_attn.q_a_layernorm.weight",),
+    "q_b": ("model.layers.{l}.self_attn.q_b_proj.weight",),
+    "kv_a": ("model.layers.{l}.self_attn.kv_a_proj_with_mqa.weight",),
+    "kv_a_norm": ("model.layers.{l}.self_attn.kv_a_layernorm.weight",),
+    "kv_b": ("model.layers.{l}.self_attn.kv_b_proj.weight",),
     "dense_gate": ("model.layers.{l}.mlp.gate_proj.weight",),
     "dense_up": ("model.layers.{l}.mlp.up_proj.weight",),
     "dense_down": ("model.layers.{l}.mlp.down_proj.weight",),
@@ -82,6 +96,14 @@ GGUF_NAMES: Names = {
     "q_bias": ("blk.{l}.attn_q.bias",),
     "k_bias": ("blk.{l}.attn_k.bias",),
     "v_bias": ("blk.{l}.attn_v.bias",),
+    "q_a": ("blk.{l}.attn_q_a.weight",),
+    "q_a_norm": ("blk.{l}.attn_q_a_norm.weight",),
+    "q_b": ("blk.{l}.attn_q_b.weight",),
+    "kv_a": ("blk.{l}.attn_kv_a_mqa.weight",),
+    "kv_a_norm": ("blk.{l}.attn_kv_a_norm.weight",),
+    "kv_b": ("blk.{l}.attn_kv_b.weight",),  # of older files; later ones have its two halves, the keys' transposed
+    "k_b": ("blk.{l}.attn_k_b.weight",),
+    "v_b": ("blk.{l}.attn_v_b.weight",),
     "dense_gate": ("blk.{l}.ffn_gate.weight",),
     "dense_up": ("blk.{l}.ffn_up.weight",),
     "dense_down": ("blk.{l}.ffn_down.weight",),
@@ -112,6 +134,10 @@ def plain(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
     return {}
 
 
+def no_keys(config: ModelConfig) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture: its names on disk, its rules, and the config values that are implemented."""
@@ -123,11 +149,16 @@ class Family:
     renormalise: bool  # where the file does not say
     names: Names = field(default_factory=lambda: HF_NAMES)
     gguf_names: Names = field(default_factory=lambda: GGUF_NAMES)
+    rope_theta: float = 10_000.0  # where the file does not say
     partial_rotary: float = 1.0  # share of a head that is rotated, where the file does not say
+    interleaved: bool = False  # pairs that are rotated together lie side by side in q's and k's rows, in every file
     interleaved_gguf: bool = False  # llama.cpp permutes q and k rows of this arch
     values: Mapping[str, Values] = field(default_factory=dict)  # role → what its numbers in safetensors stand for
     tiled_gguf: bool = False  # llama.cpp orders the value heads of this arch so, see kernels.deltanet
     translated: Translated = dict  # a config of its own dialect in the field names that all share
+    gguf_keys: Callable[[ModelConfig], dict[str, Any]] = (
+        no_keys  # that llama.cpp wants of this arch beside those of all
+    )
     fields: Fields = plain  # fields of ModelConfig beyond what all families share, out of a config of so many layers
     implemented: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # the first value is the default; (): any
 
@@ -146,6 +177,7 @@ class Family:
             "routed_scaling_factor": (1.0, 0.0, None),
             "partial_rotary_factor": (1.0, None),
             "n_group": (1, 0, None),
+            "kv_lora_rank": (None,),
             "expert_gating_func": (1, 0),
             "quantization_config": (None,),
         }
@@ -156,11 +188,14 @@ def families() -> list[Family]:
     return [importlib.import_module(f"offmoe.models.{name}").FAMILY for name in MODULES]
 
 
-def family_of(key: str, value: object) -> Family:
-    """The family whose `key` (model_type or arch) is `value`."""
+def family_of(key: str, value: object, gate: object = None) -> Family:
+    """The family whose `key` (model_type or arch) is `value`.
+
+    Where several share an arch, the first that implements `gate`, the file's expert_gating_func.
+    """
     names = (value, str(value).removesuffix("_text"))  # a model that also sees, and its language model alone
-    for family in families():
-        if getattr(family, key) in names:
-            return family
-    known = ", ".join(str(getattr(family, key)) for family in families())
-    raise OffmoeError(f"architecture {str(value)[:60]!r} is not supported; supported are {known}")
+    found = [family for family in families() if getattr(family, key) in names]
+    if not found:
+        known = ", ".join(dict.fromkeys(str(getattr(family, key)) for family in families()))
+        raise OffmoeError(f"architecture {str(value)[:60]!r} is not supported; supported are {known}")
+    return next((family for family in found if gate in family.implemented["expert_gating_func"]), found[0])

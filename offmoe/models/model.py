@@ -12,6 +12,7 @@ from torch import Tensor
 from offmoe.checkpoint import ByteRange, Checkpoint, TensorInfo, open_checkpoint
 from offmoe.errors import OffmoeError
 from offmoe.kernels.deltanet import Delta
+from offmoe.kernels.mla import Latent
 from offmoe.kernels.planes import slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.models.config import ModelConfig, from_gguf, from_hf
@@ -47,8 +48,18 @@ class Model:
         return sum(layout.nbytes for layout in self.layouts) * self.config.experts
 
     @property
+    def interleaved(self) -> bool:
+        """Whether the pairs that are rotated together lie side by side in q's and k's rows."""
+        return self.family.interleaved or (self.checkpoint.kind == "gguf" and self.family.interleaved_gguf)
+
+    @property
     def record_weights(self) -> int:
         return 3 * self.config.hidden * self.config.expert_hidden
+
+    @property
+    def split(self) -> bool:
+        """Whether kv_b lies in two halves, see `latent_shapes`."""
+        return is_split(self.checkpoint, self.names)
 
     def find(self, role: str, layer: int = 0, expert: int = 0) -> TensorInfo | None:
         """The tensor that plays `role`, or None."""
@@ -99,7 +110,7 @@ def described(checkpoint: Checkpoint) -> Model:
 def read_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
     if checkpoint.kind == "gguf":
         arch = checkpoint.metadata.get("general.architecture")
-        family = family_of("arch", arch)
+        family = family_of("arch", arch, gating(checkpoint, arch))
         if not checkpoint.metadata.get(f"{arch}.expert_count"):
             raise OffmoeError(f"{checkpoint.path} is a dense {arch} model: offmoe runs mixture-of-experts models")
         return family, from_gguf(checkpoint.metadata, family, checkpoint.tensors)
@@ -110,36 +121,37 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
     return family, from_hf(raw, family)
 
 
+def gating(checkpoint: Checkpoint, arch: object) -> object:
+    """expert_gating_func, which old files leave out: there it is a sigmoid (2) where a bias corrects the scores."""
+    biased = any(name.endswith("exp_probs_b.bias") for name in checkpoint.tensors)
+    return checkpoint.metadata.get(f"{arch}.expert_gating_func") or (2 if biased else 1)
+
+
+def is_split(checkpoint: Checkpoint, names: Names) -> bool:
+    return find(checkpoint, names, "k_b", 0, 0) is not None
+
+
 def find(checkpoint: Checkpoint, names: Names, role: str, layer: int, expert: int) -> TensorInfo | None:
     candidates = (template.format(l=layer, e=expert) for template in names.get(role, ()))
     return next((checkpoint.tensors[name] for name in candidates if name in checkpoint.tensors), None)
 
 
-def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Role → shape of everything that is no routed expert; `layers_of` says in which layers."""
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    gated = 2 if config.output_gated else 1
-    normed = {"none": None, "head": (config.head_dim, config.head_dim), "full": (q, kv)}[config.qk_norm]
+def trunk_shapes(config: ModelConfig, split: bool = False) -> dict[str, tuple[int, ...]]:
+    """Role → shape of everything that is no routed expert; `layers_of` says in which layers. split: kv_b is."""
     shapes: dict[str, tuple[int, ...]] = {
         "embed": (config.vocab, config.hidden),
         "final_norm": (config.hidden,),
         "head": (config.vocab, config.hidden),
         "attn_norm": (config.hidden,),
-        "q": (gated * q, config.hidden),
-        "k": (kv, config.hidden),
-        "v": (kv, config.hidden),
-        "o": (config.hidden, q),
+        "o": (config.hidden, config.heads * config.value_dim),
         "ffn_norm": (config.hidden,),
         "router": (config.experts, config.hidden),
     }
+    shapes |= latent_shapes(config, config.latent, split) if config.latent else attention_shapes(config)
     if config.tied:
         del shapes["head"]
-    if normed:
-        shapes |= {"q_norm": (normed[0],), "k_norm": (normed[1],)}
     if config.rule.biased:
         shapes["router_bias"] = (config.experts,)
-    if config.qkv_bias:
-        shapes |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
     if config.dense:
         shapes |= feed_forward_shapes("dense", config.hidden, config.dense_hidden)
     if config.shared:
@@ -149,6 +161,31 @@ def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.delta:
         shapes |= delta_shapes(config.delta, config.hidden)
     return shapes
+
+
+def attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    rows = {"q": q + config.gate_rows, "k": kv, "v": kv}  # a head's query, then its gate
+    shapes: dict[str, tuple[int, ...]] = {role: (count, config.hidden) for role, count in rows.items()}
+    if config.qk_norm != "none":
+        norms = (config.head_dim, config.head_dim) if config.qk_norm in ("head", "after") else (q, kv)
+        shapes |= {"q_norm": norms[:1], "k_norm": norms[1:]}
+    if config.qkv_bias:
+        shapes |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
+    return shapes
+
+
+def latent_shapes(config: ModelConfig, z: Latent, split: bool) -> dict[str, tuple[int, ...]]:
+    """Of kernels.mla. kv_b has a head's key and value rows together; split, those of its key are transposed."""
+    heads, hidden = config.heads, config.hidden
+    shapes: dict[str, tuple[int, ...]] = {"kv_a": (z.width, hidden), "kv_a_norm": (z.kv_rank,)}
+    if z.q_rank:
+        shapes |= {"q_a": (z.q_rank, hidden), "q_a_norm": (z.q_rank,), "q_b": (heads * z.key, z.q_rank)}
+    else:
+        shapes["q"] = (heads * z.key, hidden)
+    if split:
+        return shapes | {"k_b": (heads, z.kv_rank, z.plain), "v_b": (heads, z.value, z.kv_rank)}
+    return shapes | {"kv_b": (heads * (z.plain + z.value), z.kv_rank)}
 
 
 def feed_forward_shapes(kind: str, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
@@ -188,13 +225,13 @@ def trunk_weights(config: ModelConfig) -> int:
 
 def trunk_tensors(model: Model) -> Iterator[TensorInfo]:
     """Everything that is used and no routed expert; files may hold more (layers that predict several tokens)."""
-    roles = ((role, layer) for role in trunk_shapes(model.config) for layer in layers_of(role, model.config))
+    roles = ((r, layer) for r in trunk_shapes(model.config, model.split) for layer in layers_of(r, model.config))
     found = (model.stored(role, layer)[0] for role, layer in roles)
     yield from {info.name: info for info in found}.values()
 
 
 def check_trunk(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
-    for role, shape in trunk_shapes(config).items():
+    for role, shape in trunk_shapes(config, is_split(checkpoint, names)).items():
         for layer in layers_of(role, config):
             there = holder(checkpoint, names, role, layer)
             expect(checkpoint, names, there, layer, 0, shape if there == role else held_shape(there, config))

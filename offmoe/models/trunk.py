@@ -16,12 +16,25 @@ from torch import Tensor
 from offmoe.kernels.attention import attention
 from offmoe.kernels.deltanet import DeltaWeights
 from offmoe.kernels.feed_forward import swiglu_experts
+from offmoe.kernels.mla import LATENT_EPS, Latent, latent_attention
 from offmoe.kernels.norm_rope import rms_norm, rope
 from offmoe.kernels.rope import rope_table
 from offmoe.kernels.route import select
 from offmoe.kvcache import KVCache
 from offmoe.models.config import ModelConfig
+from offmoe.models.latent import head_rows, positioned, rows_of
 from offmoe.models.model import Model
+
+
+@dataclass(frozen=True)
+class LatentWeights:
+    """What latent attention has beside; then `qkv` has no keys and values, but latents: see kernels.mla."""
+
+    q_a_norm: Tensor | None  # [q_rank], where queries have a latent; then qkv makes that
+    q_b: Tensor | None  # [q_rank, Q]
+    kv_a_norm: Tensor  # [L]
+    k_b: Tensor  # [heads, L, N]
+    v_b: Tensor  # [heads, V, L]
 
 
 @dataclass(frozen=True)
@@ -40,9 +53,11 @@ class LayerWeights:
     shared_router: Tensor | None  # [H, 1]
     qkv_bias: Tensor | None  # [Q + 2K]
     delta: DeltaWeights | None  # of a layer without keys; then qkv is [H, sum of Delta.projected] and o [values, H]
+    latent: LatentWeights | None = None
 
     def tensors(self) -> list[Tensor]:
-        values = [*vars(self).values(), *(self.beside or ()), *(self.delta.tensors() if self.delta else ())]
+        values = [*vars(self).values(), *(self.beside or ()), *(vars(self.latent).values() if self.latent else ())]
+        values += self.delta.tensors() if self.delta else []
         return [value for value in values if isinstance(value, Tensor)]
 
 
@@ -76,7 +91,7 @@ class Trunk:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Ids [T] → [T, H]."""
-        return F.embedding(tokens, self._embed)
+        return F.embedding(tokens, self._embed) * self.config.stream_scale
 
     def attend(self, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
         """Attention of the residual stream x [T, H], writing its keys and values; returns what to add to x."""
@@ -84,28 +99,47 @@ class Trunk:
         if w.delta:
             return self._delta(w, w.delta, layer, x, kv, start)
         positions, bucket = self._positions[start : start + len(x)], kv.bucket(start + len(x))
-        qkv = rms_norm(x, w.attn_norm, c.norm_eps) @ w.qkv
+        qkv = rms_norm(x, w.attn_norm, c.stream_eps) @ w.qkv
         if w.qkv_bias is not None:
             qkv += w.qkv_bias
+        if w.latent:
+            return self._attend_latents(layer, w.latent, qkv, kv, positions, bucket) @ w.o
         gate, qkv = qkv.split((c.gate_rows, qkv.shape[1] - c.gate_rows), dim=-1)
         q, k, v = qkv.split((c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim), dim=-1)
-        q, k, v = self._clipped(self._normed(q, w.q_norm), self._normed(k, w.k_norm), v)
+        if c.qk_norm != "after":
+            q, k = self._normed(q, w.q_norm), self._normed(k, w.k_norm)
+        q, k, v = self._clipped(q, k, v)
         turned = rope(torch.cat((q, k), dim=-1).unflatten(-1, (-1, c.head_dim)), self._rope, positions)
         q, k = turned.split((c.heads, c.kv_heads), dim=1)
+        if c.qk_norm == "after":
+            q, k = (self._normed(x.flatten(1), w).view_as(x) for x, w in ((q, w.q_norm), (k, w.k_norm)))
         keys, values = kv.write(layer, k, v.unflatten(-1, (-1, c.head_dim)), positions, bucket)
-        mixed = attention(q, keys, values, positions).flatten(1)
+        mixed = attention(q, keys, values, positions, c.score_scale).flatten(1)
         return (mixed * gate.sigmoid() if c.output_gated else mixed) @ w.o
 
     def _delta(self, w: LayerWeights, d: DeltaWeights, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
         """The same of a layer without keys: its state goes on."""
         states, index = kv.state_of(layer)
-        return states.mix(index, rms_norm(x, w.attn_norm, self.config.norm_eps) @ w.qkv, d, start) @ w.o
+        return states.mix(index, rms_norm(x, w.attn_norm, self.config.stream_eps) @ w.qkv, d, start) @ w.o
+
+    def _attend_latents(
+        self, layer: int, w: LatentWeights, qkv: Tensor, kv: KVCache, positions: Tensor, bucket: int
+    ) -> Tensor:
+        """qkv [T, q_rank or Q, and L + R] → [T, heads · V]."""
+        c, z = self.config, self.config.latent
+        assert z is not None, "its weights are there"
+        query, fresh = qkv.split((qkv.shape[1] - z.width, z.width), dim=1)
+        if w.q_b is not None and w.q_a_norm is not None:
+            query = rms_norm(query, w.q_a_norm, LATENT_EPS) @ w.q_b
+        plain, turned, rows = positioned(query, fresh, w.kv_a_norm, self._rope, positions, c.heads, z)
+        cache = kv.write_latents(layer, rows, positions, bucket)
+        return latent_attention(plain, turned, cache, w.k_b, w.v_b, positions, c.score_scale).flatten(1)
 
     def route(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
-        normed = rms_norm(x, w.ffn_norm, self.config.norm_eps)
+        normed = rms_norm(x, w.ffn_norm, self.config.stream_eps)
         ids, weights = select(normed @ w.router, self.config.rule, w.router_bias)
         return normed, ids, weights
 
@@ -121,11 +155,12 @@ class Trunk:
         """The whole feed-forward part of a layer without experts: what to add to x [T, H]."""
         w = self.layers[layer]
         assert w.beside is not None, f"layer {layer} has no experts"
-        return swiglu_experts([rms_norm(x, w.ffn_norm, self.config.norm_eps)], [w.beside])[0]
+        return swiglu_experts([rms_norm(x, w.ffn_norm, self.config.stream_eps)], [w.beside])[0]
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, H] → [T, V] float32."""
-        return (rms_norm(x, self._final_norm, self.config.norm_eps) @ self._head).float()
+        c = self.config
+        return (rms_norm(x, self._final_norm, c.stream_eps) @ self._head).float() / c.logit_divisor
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """q or k [T, heads · D]: over each head or over all together, as wide as the weight is."""
@@ -155,6 +190,21 @@ class Trunk:
             shared_router=self._load("shared_router", layer).view(-1, 1) if routed and c.shared_gated else None,
             qkv_bias=torch.cat([self._load(f"{r}_bias", layer) for r in "qkv"]) if c.qkv_bias else None,
             delta=delta_weights(self._model, partial(self._load, layer=layer, dtype=torch.float32)) if linear else None,
+            latent=self._load_latent(layer, c.latent) if c.latent else None,
+        )
+
+    def _load_latent(self, layer: int, z: Latent) -> LatentWeights:
+        if self._model.split:
+            k_b, v_b = self._load("k_b", layer), self._load("v_b", layer)
+        else:
+            keys, v_b = head_rows(self._load("kv_b", layer), self.config.heads, z)
+            k_b = keys.transpose(1, 2)
+        return LatentWeights(
+            q_a_norm=self._load("q_a_norm", layer) if z.q_rank else None,
+            q_b=factor(self._load("q_b", layer)) if z.q_rank else None,
+            kv_a_norm=self._load("kv_a_norm", layer),
+            k_b=k_b.contiguous(),
+            v_b=v_b.contiguous(),
         )
 
     def _load_feed_forward(self, kind: str, layer: int) -> tuple[Tensor, Tensor]:
@@ -168,8 +218,10 @@ class Trunk:
         weight = self._model.checkpoint.tensor(info.name, torch.float32 if meant else dtype)
         weight = weight if rows is None else weight[rows]
         weight = meant(weight).to(dtype) if meant else weight
-        if role in ("q", "k") and self._model.checkpoint.kind == "gguf" and self._model.family.interleaved_gguf:
+        if role in ("q", "k") and self._model.interleaved:
             weight = uninterleaved(weight, self.config.heads if role == "q" else self.config.kv_heads)
+        if (rows := rows_of(role, self.config)) is not None:
+            weight = weight[rows]
         return weight.to(self._device)
 
 
@@ -177,7 +229,7 @@ def projections(config: ModelConfig, layer: int) -> tuple[str, ...]:
     """The roles whose rows, one under another, take a layer's input in."""
     if layer in config.delta_layers:
         return ("delta_qkv", "delta_z", "delta_b", "delta_a")
-    return ("q_gate", "q", "k", "v") if config.output_gated else ("q", "k", "v")
+    return config.projections
 
 
 def delta_weights(model: Model, load: Callable[[str], Tensor]) -> DeltaWeights:

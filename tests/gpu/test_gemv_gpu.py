@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 if torch.cuda.is_available():
     from offmoe.kernels.gpu import gemv as fast
     from offmoe.kernels.gpu.launch import pdl_supported
-    from offmoe.kernels.gpu.page_in import page_in, scratch_for
+    from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 
 DEVICE = torch.device("cuda")
 RATIO = 3e-6  # interpreted, rows of 2,048 and 14,336 weights are within 8e-7 in every format
@@ -202,8 +202,8 @@ def test_records_arrive_whole(fmt: str, down: str, addressed: bool) -> None:
     sources = torch.zeros(3, dtype=torch.int64, device=DEVICE) if addressed else None
 
     def launch() -> None:
-        page_in(sources, count, slots, target, layout, scratch, records=records, base=rows.data_ptr(), stride=stride,
-                landed=landed, progress=progress)  # fmt: skip
+        copies = Copies(count, slots, scratch, sources, records, rows.data_ptr(), stride)
+        page_in(copies, target, layout, landed=landed, progress=progress)
 
     replay = captured(launch)
     for step, n in enumerate((3, 1, 0, 2, 3)):

@@ -1,0 +1,68 @@
+"""Multi-head latent attention (arXiv 2405.04434): every head's keys and values are made of one latent a position.
+
+The cache holds the normed latent and one rotated key, of all heads. Decoding never expands it: a head's query is
+multiplied into the latent's space (`absorb`), and what it gathers there back out of it (`values_of`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offmoe.kernels.attention import attention
+
+LATENT_EPS = 1e-6  # of the norms of latents, whatever the model's other norms take
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Widths: of the latents of queries (0: queries have none) and of keys and values; of a head's key without and
+    with position; of a head's value."""
+
+    q_rank: int
+    kv_rank: int
+    plain: int
+    turned: int
+    value: int
+
+    @property
+    def width(self) -> int:
+        """Of a position in the cache."""
+        return self.kv_rank + self.turned
+
+    @property
+    def key(self) -> int:
+        """Of a head's key or query."""
+        return self.plain + self.turned
+
+
+def absorb(plain: Tensor, k_b: Tensor) -> Tensor:
+    """Queries [T, heads, N] in the latent's space [T, heads, L]; k_b [heads, L, N]."""
+    return torch.einsum("thn,hln->thl", plain, k_b)
+
+
+def values_of(mixed: Tensor, v_b: Tensor) -> Tensor:
+    """Mixed latents [T, heads, L] → values [T, heads, V]; v_b [heads, V, L]."""
+    return torch.einsum("thl,hvl->thv", mixed, v_b)
+
+
+def latent_attention(
+    plain: Tensor, turned: Tensor, cache: Tensor, k_b: Tensor, v_b: Tensor, positions: Tensor, scale: float
+) -> Tensor:
+    """Causal; queries [T, heads, N] and, rotated, [T, heads, R]; cache [S, L + R] → [T, heads, V].
+
+    As attention over one key-value head, whose value is the front of its key. See `attention` for S and positions.
+    """
+    query = torch.cat((absorb(plain, k_b), turned), dim=-1)
+    mixed = attention(query, cache[None], cache[None, :, : k_b.shape[1]], positions, scale)
+    return values_of(mixed, v_b)
+
+
+def expand(cache: Tensor, k_b: Tensor, v_b: Tensor) -> tuple[Tensor, Tensor]:
+    """What the latents [S, L + R] stand for: keys [heads, S, N + R] and values [heads, S, V] of the heads in k_b
+    [heads, L, N] and v_b [heads, V, L]."""
+    latent, turned = cache.split((k_b.shape[1], cache.shape[1] - k_b.shape[1]), dim=1)
+    keys = torch.cat((latent @ k_b, turned.expand(len(k_b), -1, -1)), dim=2)
+    return keys, latent @ v_b.transpose(1, 2)

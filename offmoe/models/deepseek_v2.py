@@ -1,0 +1,45 @@
+"""DeepSeek V2, V2.5, V2-Lite and Coder-V2: latent attention, softmax router, in the large ones with expert groups,
+shared experts, first layers dense (arXiv 2405.04434)."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from offmoe.kernels.route import Rule
+from offmoe.models.config import count, first_dense, latent_attention, number
+from offmoe.models.family import Family
+
+
+def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
+    """A group is as good as its best expert. A GGUF has no topk_method: there groups say that they count."""
+    shared = count(raw, "n_shared_experts", default=2)
+    rule = replace(rule, scale=number(raw, "routed_scaling_factor", 1.0))
+    if raw.get("topk_method", "group_limited_greedy") == "group_limited_greedy":
+        rule = replace(rule, groups=count(raw, "n_group", default=1), kept=count(raw, "topk_group", default=1))
+    return {
+        **latent_attention(raw),
+        **first_dense(raw, layers),
+        "rule": rule,
+        "shared": shared,
+        "shared_hidden": shared * count(raw, "moe_intermediate_size"),
+    }
+
+
+FAMILY = Family(
+    model_type="deepseek_v2",
+    arch="deepseek2",
+    published="DeepSeek-V2-Lite-Chat",
+    qk_norm="none",
+    renormalise=False,
+    fields=fields,
+    implemented={
+        "kv_lora_rank": (),
+        "n_shared_experts": (),
+        "first_k_dense_replace": (),
+        "routed_scaling_factor": (),
+        "n_group": (),
+        "moe_layer_freq": (1, None),
+        "norm_topk_prob": (False, None),
+        "topk_method": ("greedy", "group_limited_greedy", None),
+    },
+)

@@ -1,0 +1,42 @@
+"""DeepSeek V3, R1 and V3.1: latent attention, sigmoid router with a correction bias and expert groups, a shared expert,
+first layers dense (arXiv 2412.19437). Layers behind the last, which predict further tokens, are left alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from offmoe.kernels.route import Rule
+from offmoe.models.config import balanced_by_bias, count, first_dense, latent_attention
+from offmoe.models.family import Family
+
+
+def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
+    shared = count(raw, "n_shared_experts", default=1)
+    return {
+        **latent_attention(raw),
+        **first_dense(raw, layers),
+        "rule": balanced_by_bias(raw, rule),
+        "shared": shared,
+        "shared_hidden": shared * count(raw, "moe_intermediate_size"),
+    }
+
+
+FAMILY = Family(
+    model_type="deepseek_v3",
+    arch="deepseek2",
+    published="DeepSeek-V3",
+    qk_norm="none",
+    renormalise=True,
+    fields=fields,
+    implemented={
+        "kv_lora_rank": (),
+        "n_shared_experts": (),
+        "first_k_dense_replace": (),
+        "routed_scaling_factor": (),
+        "n_group": (),
+        "moe_layer_freq": (1, None),
+        "rope_interleave": (True, None),
+        "expert_gating_func": (2,),
+        "scoring_func": ("sigmoid", None),
+        "topk_method": ("noaux_tc", None),
+    },
+)
