@@ -21,12 +21,14 @@ from offmoe.checkpoint.quantise import packable, quantise
 from offmoe.errors import OffmoeError
 from offmoe.gguf_keys import model_keys, tokenizer_keys
 from offmoe.kernels.formats import FORMATS, Format, dequantise
-from offmoe.models.family import GGUF_NAMES
+from offmoe.models.family import Values
+from offmoe.models.held import HELD, held_shape, tiled
 from offmoe.models.model import Model, described, layers_of, trunk_shapes
 from offmoe.settings import format_size
 
 PIECE = 1 << 22  # weights read, quantised and written together: 16 MiB in float32
 EXPERT_ROLES = ("gate", "up", "down")
+SMALL = ("delta_b", "delta_a", "delta_ba", "delta_conv", "delta_dt", "delta_decay")  # and sensitive
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q5_K": 16,
               "Q6_K": 18, "BF16": 32, "MXFP4": 38}  # fmt: skip  # general.file_type
 
@@ -63,13 +65,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor of the GGUF, made of runs of rows; `heads`: its rows are permuted for interleaved rope."""
+    """A tensor of the GGUF, made of runs of rows; `turn` makes of a whole run [rows, cols] what the file is to hold."""
 
     name: str
     shape: tuple[int, ...]
     wanted: Format
     runs: list[Run]
-    heads: int | None
+    turn: Values | None
 
     @property
     def cols(self) -> int:
@@ -109,7 +111,9 @@ def pack(checkpoint: Checkpoint, out: Path, fmt: str, progress: Callable[[int, i
 def roles(model: Model) -> Iterator[tuple[str, int]]:
     """Every tensor of the GGUF as (role, layer), in the order of the file."""
     trunk = {role: layers_of(role, model.config) for role in trunk_shapes(model.config)}
-    per_layer = [role for role in trunk if "{l}" in GGUF_NAMES[role][0]]
+    names = model.family.gguf_names
+    trunk = {role if role in names else HELD[role]: layers for role, layers in trunk.items()}
+    per_layer = [role for role in trunk if "{l}" in names[role][0]]
     yield from ((role, 0) for role in trunk if role not in per_layer)
     for layer in range(model.config.layers):
         yield from ((role, layer) for role in per_layer if layer in trunk[role])
@@ -118,7 +122,7 @@ def roles(model: Model) -> Iterator[tuple[str, int]]:
 
 
 def intended(role: str, wanted: Format) -> Format:
-    if role.endswith(("router", "norm", "bias")):
+    if role.endswith(("router", "norm", "bias")) or role in SMALL:
         return FORMATS["F32"]
     return FORMATS["Q8_0"] if wanted.name == "MXFP4" and role not in EXPERT_ROLES else wanted
 
@@ -129,11 +133,27 @@ def output(model: Model, role: str, layer: int, wanted: Format) -> Output:
         runs = [expert_run(model, role, layer, expert) for expert in range(c.experts)]
         shape: tuple[int, ...] = (c.experts, runs[0].count, runs[0].info.shape[-1])
         return Output(name, shape, wanted, runs, None)
-    info = model.find(role, layer)
-    assert info is not None, f"{role} was there when the model was described"
+    whole = model.find(role, layer)
+    info, rows = (whole, None) if whole else model.stored(role, layer)
+    shape = trunk_shapes(c).get(role) or held_shape(role, c)
+    return Output(name, shape, wanted, [Run(info, 0, prod(info.shape[:-1]))], turned(model, role, rows))
+
+
+def turned(model: Model, role: str, rows: Tensor | None) -> Values | None:
+    """All that differs between a role's tensor here and in a GGUF, `rows` of it being meant."""
+    c, meant = model.config, model.meant(role)
     heads = {"q": c.heads, "k": c.kv_heads}.get(role) if model.family.interleaved_gguf else None
-    shape = trunk_shapes(c)[role]
-    return Output(name, shape, wanted, [Run(info, 0, prod(shape[:-1]))], heads)
+    tiles = model.family.tiled_gguf and role.startswith("delta")
+    if rows is None and not (meant or heads or tiles):
+        return None
+
+    def turn(weight: Tensor) -> Tensor:
+        weight = weight if rows is None else weight[rows]
+        weight = meant(weight) if meant else weight
+        weight = interleaved(weight, heads) if heads else weight
+        return tiled(weight, role, c) if tiles else weight
+
+    return turn
 
 
 def expert_run(model: Model, role: str, layer: int, expert: int) -> Run:
@@ -201,10 +221,10 @@ def write_header(writer: gguf.GGUFWriter, outputs: list[Output], keys: dict[str,
 def pieces(model: Model, output: Output) -> Iterator[Tensor]:
     """The weights of a tensor as float32 [rows, cols], a bounded number at a time."""
     for run in output.runs:
-        step = run.count if output.heads else max(1, PIECE // output.cols)
+        step = run.count if output.turn else max(1, PIECE // output.cols)
         for first in range(0, run.count, step):
             rows = read_rows(model.checkpoint, run.info, run.first + first, min(step, run.count - first))
-            yield interleaved(rows, output.heads) if output.heads else rows
+            yield output.turn(rows) if output.turn else rows
 
 
 def read_rows(checkpoint: Checkpoint, info: TensorInfo, first: int, count: int) -> Tensor:

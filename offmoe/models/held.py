@@ -1,4 +1,4 @@
-"""Roles that a file keeps in a tensor together with others, and which of its rows are theirs."""
+"""Roles that a file keeps in a tensor together with others, or in another order."""
 
 from __future__ import annotations
 
@@ -38,3 +38,21 @@ def held_rows(role: str, config: ModelConfig) -> Tensor:
     if role == "delta_qkv":
         return torch.cat([part.flatten() for part in parts[:3]])
     return parts[{"delta_z": 3, "delta_b": 0, "delta_a": 1}[role]].flatten()
+
+
+def tiled(weight: Tensor, role: str, config: ModelConfig) -> Tensor:
+    """[rows, cols] of a DeltaNet's role with the value heads of one key head together → in llama.cpp's order: first the
+    first of every key head, then the second …"""
+    d = config.delta
+    assert d
+    order = torch.arange(d.value_heads).view(d.key_heads, -1).t().flatten()
+    cells = (order[:, None] * d.value_dim + torch.arange(d.value_dim)).flatten()
+    if role in ("delta_qkv", "delta_conv"):
+        return weight[torch.cat((torch.arange(2 * d.keys), 2 * d.keys + cells))]
+    if role in ("delta_b", "delta_a"):
+        return weight[order]
+    if role in ("delta_dt", "delta_decay"):
+        return weight[:, order]
+    if role == "delta_o":
+        return weight[:, cells]
+    return weight[cells] if role == "delta_z" else weight

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from offmoe.errors import OffmoeError
+from offmoe.models import qwen3_next
+from offmoe.models.config import ModelConfig
 from offmoe.models.family import HF_NAMES
-from offmoe.models.qwen3_next import sibling
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -17,7 +18,13 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {**raw, **text}
 
 
-FAMILY = sibling(
+def gguf_keys(config: ModelConfig) -> dict[str, Any]:
+    """The axes share the rotated pairs as they do in the published models; for text it makes no difference."""
+    pairs = config.rotary // 2
+    return {**qwen3_next.gguf_keys(config), "rope.dimension_sections": [*((pairs + 2 - i) // 3 for i in range(3)), 0]}
+
+
+FAMILY = qwen3_next.sibling(
     model_type="qwen3_5_moe",
     arch="qwen35moe",
     published="Qwen3.6-35B-A3B",
@@ -25,6 +32,8 @@ FAMILY = sibling(
         role: tuple(form for name in names for form in (name, name.replace("model.", "model.language_model.", 1)))
         for role, names in HF_NAMES.items()
     },
+    gguf_names=qwen3_next.GGUF,
+    gguf_keys=gguf_keys,
     tiled_gguf=True,
     translated=translated,
 )

@@ -13,10 +13,11 @@ from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
 from offmoe.kernels.deltanet import Delta
 from offmoe.kernels.route import Rule
-from offmoe.models.config import FULL, count, sparse_layers
+from offmoe.models.config import FULL, ModelConfig, count, sparse_layers
 from offmoe.models.family import GGUF_NAMES, Family
 
 LINEAR = "linear_attention"  # a kind of layer
+GGUF = {**GGUF_NAMES, "ffn_norm": ("blk.{l}.post_attention_norm.weight",)}
 
 
 def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
@@ -65,13 +66,40 @@ def below_zero(logarithm: Tensor) -> Tensor:
     return -logarithm.exp()
 
 
+def gguf_keys(config: ModelConfig) -> dict[str, Any]:
+    """Raises OffmoeError where the layers with keys are not every so many."""
+    d, linear = config.delta, config.delta_layers
+    assert d
+    every = linear_every(config)
+    if every is None:
+        raise OffmoeError(
+            f"{config.model_type} with DeltaNet in the layers {linear} cannot be packed: "
+            "in a GGUF all are but every so many"
+        )
+    return {
+        "ssm.conv_kernel": d.taps,
+        "ssm.state_size": d.key_dim,
+        "ssm.group_count": d.key_heads,
+        "ssm.time_step_rank": d.value_heads,
+        "ssm.inner_size": d.values,
+        "full_attention_interval": every,
+    }
+
+
+def linear_every(config: ModelConfig) -> int | None:
+    """Every which layer has keys, if it is so."""
+    every = range(1, config.layers + 1)
+    return next((n for n in every if config.attended == tuple(range(n - 1, config.layers, n))), None)
+
+
 FAMILY = Family(
     model_type="qwen3_next",
     arch="qwen3next",
     published="Qwen3-Next-80B-A3B-Instruct",
     qk_norm="head",
     renormalise=True,
-    gguf_names={**GGUF_NAMES, "ffn_norm": ("blk.{l}.post_attention_norm.weight",)},
+    gguf_names={role: names for role, names in GGUF.items() if role not in ("delta_b", "delta_a")},
+    gguf_keys=gguf_keys,
     partial_rotary=0.25,
     values={
         **dict.fromkeys(("attn_norm", "ffn_norm", "final_norm", "q_norm", "k_norm"), from_one),
