@@ -24,7 +24,7 @@ SEGMENT = 512  # tokens that are mixed at once: what they need for it is float32
 NOWHERE = -1
 
 
-@dataclass
+@dataclass(eq=False)
 class Copy:
     """Of all layers' state behind so many tokens."""
 
