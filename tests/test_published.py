@@ -203,6 +203,7 @@ def test_a_gguf_says_what_the_config_says(name: str) -> None:
     ({"layer_types": "linear_attention"}, "layer_types = 'linear_attention': expected a list"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and offmoe implements 'silu'"),
     ({"attention_bias": True}, "attention_bias is True, and offmoe implements False"),
+    ({"attn_output_gate": False}, "attn_output_gate is False, and offmoe implements True"),
     ({"use_sliding_window": True}, "use_sliding_window is True, and offmoe implements False"),
 ])  # fmt: skip
 def test_a_deltanet_that_is_not_implemented_is_refused(change: dict[str, Any], message: str) -> None:

@@ -111,6 +111,7 @@ FAMILY = Family(
         "partial_rotary_factor": (),
         "shared_expert_intermediate_size": (),
         "use_sliding_window": (False, None),
+        "attn_output_gate": (True, None),
     },
 )
 
