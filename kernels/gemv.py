@@ -16,8 +16,6 @@ from offmoe.kernels.formats import dequantise
 from offmoe.kernels.planes import Matrix, SlotLayout, unplane
 from offmoe.kernels.striped import stripe, unstripe
 
-ALL, HITS, MISSES = 0, 1, 2  # which pairs: by the phase of a layer
-
 Part = tuple[Tensor, Matrix]
 
 
@@ -44,21 +42,17 @@ def dense(
     out.copy_(out + stripe(result) if residual else result)
 
 
-def expert_gate_up(
-    records: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, x: Tensor, out: Tensor, *,
-    hit: Tensor | None = None, phase: int = ALL,
-) -> None:  # fmt: skip
+def expert_gate_up(records: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, x: Tensor, out: Tensor) -> None:
     """weight · silu(gate x) · (up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P],
     x [T, H] striped → out [P, F] striped.
 
-    Pair p is of token p // (P / T). hit [P] int32: phase HITS takes pairs where it is not 0, MISSES the others.
+    Pair p is of token p // (P / T).
     """
     of_token = unstripe(x).to(out.dtype).repeat_interleave(len(slots) // len(x), dim=0)
     for pair, slot in enumerate(slots.tolist()):
-        if phase == ALL or (hit is not None and bool(hit[pair]) == (phase == HITS)):
-            gate, up = (weights_of(records[slot][None], form, out.dtype)[0] for form in (layout.gate, layout.up))
-            inner = F.silu(gate @ of_token[pair]) * (up @ of_token[pair])
-            out[pair] = stripe(inner * weights[pair].to(out.dtype))
+        gate, up = (weights_of(records[slot][None], form, out.dtype)[0] for form in (layout.gate, layout.up))
+        inner = F.silu(gate @ of_token[pair]) * (up @ of_token[pair])
+        out[pair] = stripe(inner * weights[pair].to(out.dtype))
 
 
 def expert_down(records: Tensor, layout: SlotLayout, slots: Tensor, inner: Tensor, x: Tensor) -> None:

@@ -106,19 +106,14 @@ class RamTier:
             self._count([read for _, read in reads])
         return torch.from_numpy(rows.astype(np.int64))
 
-    def addresses(self, records: Ints, end: float) -> Ints:
+    def addresses(self, records: Ints, end: float = math.inf, now: int = 0) -> Ints:
         """Of rows [n] (int64) that hold these records of one layer, for the GPU to read: waits for pinning too."""
         layer, experts = int(records[0]) // self.table.experts, records % self.table.experts
         assert (records // self.table.experts == layer).all(), f"records {records} are not all of layer {layer}"
-        rows: Ints = self.fetch(layer, experts, self.table.now, end).numpy()
+        rows: Ints = self.fetch(layer, experts, now, end).numpy()
         if self._pinning:
             self._pinning.wait(rows, end)
         return self.base + rows * self.rows.stride(0)
-
-    @property
-    def piece_rows(self) -> int:
-        """A copy to the GPU must not span a multiple of so many rows: see Pinning."""
-        return self._pinning.piece_rows if self._pinning else len(self.rows)
 
     @property
     def version(self) -> int:

@@ -1,8 +1,8 @@
 """One decoded token as a sequence of launches: what the graph captures, and what tests run through the interpreter.
 
-A layer is seven nodes: norm and qkv → attention, or a DeltaNet's step → output → norm, router, top-k and residency →
-gate and up of the records that are there, while programs of the same launch copy those that are missing → gate and up
-of these → down, summed into x. Shared experts are two nodes more; a layer without experts has norm and these two.
+A layer is six nodes: norm and qkv → attention, or a DeltaNet's step → output → norm, router, top-k and residency →
+gate and up, in which some programs bring what is missing and multiply it as it comes → down, summed into x. Shared
+experts are two nodes more; a layer without experts has norm and these two.
 Nothing here allocates, waits or reads a tensor on the host.
 """
 
@@ -26,10 +26,10 @@ from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_sp
 from offmoe.kernels.gpu.deltanet import delta_step
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.foretell import Past, foretell
-from offmoe.kernels.gpu.gemv import ALL, HITS, MISSES, dense, expert_down, expert_gate_up
+from offmoe.kernels.gpu.gemv import dense, expert_down, expert_gate_up
 from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.gpu.norm_rope import rms_norm
-from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
+from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, page_in, scratch_for
 from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
@@ -123,7 +123,7 @@ class DecodeStep:
         self.ring = Ring(memory, c.places, c.top_k)
         self._forced: Tensor | None = None
         self._predicted: Tensor | None = None
-        self._scratch, self._ahead_scratch = scratch_for(device), scratch_for(device)
+        self._scratch, self._ahead_scratch = scratch_for(device, MOVERS * MOVER_CHUNK), scratch_for(device)
         self._units = [nbytes // 16 for nbytes in store.record_bytes]
         self._beside, self._ahead, self._fetching = (Lane(device) for _ in range(3))
         self._forked, self._listed, self._routed = (Mark(device) for _ in range(3))
@@ -286,22 +286,20 @@ class DecodeStep:
             self._fetched[layer].set()
 
     def _experts(self, layer: int, variant: Variant) -> None:
-        """Multiply what is there while what is missing comes; a join is a whole edge, so no early start behind it."""
+        """Multiply what is there while what is missing comes; behind a join, a whole edge, there is no early start."""
         b, c, store, w = self.buffers, self.config, self.store, self._layer(layer)
         records, layout = store.records, store.layouts[layer]
         if w.beside:
             self._beside_experts(w, b.weights[c.top_k :] if c.shared_gated else b.one, b.shared_inner)
-        products = (records, layout, b.slots, b.weights, b.normed, b.inner)
-        if self.plan.all_in_slots:
-            expert_gate_up(*products, phase=ALL, pdl=self.pdl)
-        else:
-            expert_gate_up(*products, hit=b.hit, phase=HITS, copies=self._copies(variant), pdl=self.pdl)
-            joins = self._join(layer, variant)
-            expert_gate_up(*products, hit=b.hit, phase=MISSES, pdl=self.pdl and not joins)
+        copies = None if self.plan.all_in_slots else self._copies(variant)
+        joins = self._join(layer, variant)
+        expert_gate_up(
+            records, layout, b.slots, b.weights, b.normed, b.inner, copies=copies, pdl=self.pdl and not joins
+        )  # fmt: skip
         expert_down(records, layout, b.slots, b.inner, b.x, pdl=self.pdl)
 
     def _join(self, layer: int, variant: Variant) -> bool:
-        """Wait for lanes whose work this layer's misses, or the token's end, need; True if there was one."""
+        """Wait for lanes whose work this layer, or the token's end, needs; True if there was one."""
         late = variant.prefetch and layer >= self.gate.ahead
         if late:
             self._fetched[layer].wait()

@@ -1,5 +1,7 @@
-"""Records on their way to the GPU by its copy engine: a few landing zones, filled while others are used.
+"""Records on their way to the GPU: a few landing zones, filled while others are used.
 
+A batch is one launch that reads pinned memory. The copy engine is 5 % faster, but wants a call for every run of
+neighbouring rows: 1,500 in a prompt of 512 tokens, 31 µs each, and it was the host that was waited for.
 Raw bytes land here; the consumer puts them where they belong, rearranged. Who waits on whom: a zone is filled again
 only after its consumer is done (`release`), in the order in which batches were sent.
 """
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from offmoe.experts import Ints
+from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 from offmoe.ram import RamTier
 from offmoe.streams import Lane, Mark
 
@@ -39,7 +42,7 @@ class Uploads:
         self.stride = stride
         self.zones = torch.empty((ZONES, self.batch, stride), dtype=torch.uint8, device=device)
         self.waiting: deque[Landing] = deque()
-        self._ram, self._sent = ram, 0
+        self._ram, self._sent, self._scratch = ram, 0, scratch_for(device)
         self._lane = Lane(device)
         self._ready = [Mark(device) for _ in range(ZONES)]
         self._free = [Mark(device) for _ in range(ZONES)]
@@ -56,11 +59,11 @@ class Uploads:
         """Start to bring at most `batch` experts; returns once the copies are queued (and the disk has answered)."""
         assert self.room, f"batches under way {len(self.waiting)} < {ZONES}"
         landing = Landing(layer, experts, self._sent % ZONES)
-        rows = self._fetch(layer, experts, now)
+        n, sources = len(experts), self._fetch(layer, experts, now)
         with self._lane():
+            packed = on_gpu(np.concatenate([sources, np.arange(n), [n]]), self.zones.device)
             self._free[landing.zone].wait()
-            for at, row, count in runs(rows, self._ram.piece_rows):
-                self.zones[landing.zone, at : at + count].copy_(self._ram.rows[row : row + count], non_blocking=True)
+            page_in(Copies(packed[2 * n :], packed[n : 2 * n], self._scratch, packed[:n]), self.zones[landing.zone])
             self._ready[landing.zone].set()
         self.waiting.append(landing)
         self._sent += 1
@@ -86,18 +89,12 @@ class Uploads:
             self.release(self.receive())
 
     def _fetch(self, layer: int, experts: Ints, now: int) -> Ints:
-        """RAM rows [n]; where rows are scarce, only once the copies that read them before are done."""
+        """Addresses [n]; where rows are scarce, only once the copies that read them before are done."""
         if not self._ram.whole:
             self._ready[(self._sent - 1) % ZONES].synchronise()
-        rows: Tensor = self._ram.fetch(layer, experts, now)
-        return rows.numpy()
+        return self._ram.addresses(layer * self._ram.table.experts + experts, now=now)
 
 
-def runs(rows: Ints, piece: int) -> list[tuple[int, int, int]]:
-    """Neighbouring rows as (index of the first, its row, count): one copy each, which the link likes better.
-
-    None crosses a multiple of `piece` rows: those are pinned apart, and CUDA refuses a copy out of two.
-    """
-    starts = np.flatnonzero((np.diff(rows, prepend=rows[:1] - 2) != 1) | (rows % piece == 0))
-    ends = np.append(starts[1:], len(rows))
-    return [(int(at), int(rows[at]), int(end - at)) for at, end in zip(starts, ends, strict=True)]
+def on_gpu(numbers: Ints, device: torch.device) -> Tensor:
+    """Without waiting: torch would synchronise the stream, CUDA has copied pageable memory once it returns."""
+    return torch.from_numpy(numbers).to(device, non_blocking=True)

@@ -19,7 +19,7 @@ from offmoe.kernels.gpu.page_in import CHUNK, WARPS, Copies, page_in, scratch_fo
 from offmoe.kernels.planes import slot_layout
 from offmoe.models.model import Model
 from offmoe.plan import Plan
-from offmoe.uploads import Landing, Uploads
+from offmoe.uploads import Landing, Uploads, on_gpu
 
 Multiply = Callable[[Ints, Ints], None]  # experts, and the addresses of their records
 PROGRAMS = 128  # within VRAM it is many that saturate, not few
@@ -70,8 +70,7 @@ class VramStore(ExpertStore):
         def multiply(some: Ints, places: Ints) -> None:
             addresses = np.zeros(self.table.experts, np.int64)
             addresses[some] = places
-            on_device = torch.from_numpy(addresses).to(self.device)
-            expert_mlp(x, ids, tiles, on_device, self.layouts[layer], out)
+            expert_mlp(x, ids, tiles, on_gpu(addresses, self.device), self.layouts[layer], out)
 
         there = resident >= 0
         if there.any():
@@ -112,7 +111,7 @@ class VramStore(ExpertStore):
         slots = self.table.slot_of[landing.layer * self.table.experts + experts].astype(np.int64)
         slots[slots < 0] = self.table.slots + np.arange(np.count_nonzero(slots < 0))
         if n:
-            packed = torch.from_numpy(np.concatenate([sources, slots, [n]])).to(self.device)
+            packed = on_gpu(np.concatenate([sources, slots, [n]]), self.device)
             copies = Copies(packed[2 * n :], packed[n : 2 * n], self._scratch, packed[:n])
             page_in(copies, self.records, self.layouts[landing.layer], programs=PROGRAMS)
         self.uploads.release(landing)

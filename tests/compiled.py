@@ -32,9 +32,9 @@ from offmoe.kernels.gpu.deltanet import delta_step
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.foretell import foretell
 from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
-from offmoe.kernels.gpu.gemv import HITS, dense, expert_down, expert_gate_up
+from offmoe.kernels.gpu.gemv import dense, expert_down, expert_gate_up
 from offmoe.kernels.gpu.norm_rope import norm_rope_write, rms_norm
-from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
+from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, page_in, scratch_for
 from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
@@ -126,7 +126,7 @@ def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 
 def absent() -> Copies:
-    return Copies(ints(1), ints(K), scratch_for(CPU), None, ints(K), 1 << 40, 1 << 21)
+    return Copies(ints(1), ints(K), scratch_for(CPU, MOVERS * MOVER_CHUNK), None, ints(K), 1 << 40, 1 << 21)
 
 
 def products(fmt: str, pdl: bool) -> None:
@@ -134,8 +134,7 @@ def products(fmt: str, pdl: bool) -> None:
     record = RecordLayout.of(("gate", fmt, F, H), ("up", fmt, F, H), ("down", fmt, H, F))
     layout = slot_layout(record)
     records = torch.empty((2, -(-layout.nbytes // 256) * 256), dtype=torch.uint8)
-    expert_gate_up(records, layout, ints(K), floats(K), floats(1, H), floats(K, F), hit=ints(K), phase=HITS,
-                   copies=absent(), pdl=pdl)  # fmt: skip
+    expert_gate_up(records, layout, ints(K), floats(K), floats(1, H), floats(K, F), copies=absent(), pdl=pdl)
     expert_down(records, layout, ints(K), floats(K, F), floats(1, H), pdl=pdl)
     parts = [(ints(form.nbytes, dtype=torch.uint8), form) for form in (matrix(fmt, 512, H), matrix("Q6_K", 512, H))]
     dense(floats(1, H), parts, floats(1, 1024), norm=floats(H), eps=1e-6, pdl=pdl)

@@ -16,11 +16,10 @@ from offmoe.kernels.record import RecordLayout
 
 pytest.importorskip("triton")
 from offmoe.kernels.gpu import gemv as fast
-from offmoe.kernels.gpu.page_in import Copies, scratch_for
+from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, scratch_for
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RATIO = 2e-6
-HITS, MISSES = fast.HITS, fast.MISSES
 
 
 def randn(*shape: int, seed: int = 1) -> Tensor:
@@ -35,13 +34,18 @@ def ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def slots_of(fmt: str, down: str, kind: str = "normal", stacked: bool = False) -> tuple[Tensor, SlotLayout]:
-    """Four slots, of which 1 holds NaN; 96 and 160 weights a row where blocks are of 32."""
+def record_of(fmt: str, down: str, stacked: bool) -> RecordLayout:
+    """96 and 160 weights a row where blocks are of 32."""
     large = 256 in (FORMATS[fmt].block, FORMATS[down].block)
     h, f = (256, 256) if large else (160, 96)
-    record = RecordLayout.of(("gate", fmt, f, h), ("up", fmt, f, h), ("down", down, h, f))
     if stacked:
-        record = RecordLayout.of(("gate_up", fmt, 2 * f, h), ("down", down, h, f))
+        return RecordLayout.of(("gate_up", fmt, 2 * f, h), ("down", down, h, f))
+    return RecordLayout.of(("gate", fmt, f, h), ("up", fmt, f, h), ("down", down, h, f))
+
+
+def slots_of(fmt: str, down: str, kind: str = "normal", stacked: bool = False) -> tuple[Tensor, SlotLayout]:
+    """Four slots, of which 1 holds NaN."""
+    record = record_of(fmt, down, stacked)
     layout = slot_layout(record)
     return filled_slots(random_records(record, 3, kind), layout, [0, 2, 3], 4).to(DEVICE), layout
 
@@ -92,48 +96,43 @@ def test_extreme_blocks(fmt: str, kind: str) -> None:
         assert_close(f"{fmt} {kind}", out, want, 2e-5 if (fmt, kind) == ("Q8_0", "ones") else RATIO)
 
 
-@pytest.mark.parametrize("fmt", ["Q4_K", "MXFP4"])
-def test_each_phase_leaves_the_others_alone(fmt: str) -> None:
-    """The slot of a miss holds NaN while the hits are multiplied."""
-    records, layout = slots_of(fmt, fmt)
-    slots, hit, weights = ints(2, 1, 0), ints(1, 0, 1), randn(3, seed=3).abs()
-    x, out = 0.05 * randn(1, layout.hidden), nan(3, layout.expert_hidden)
-    want = out.double()
-    fast.expert_gate_up(records, layout, slots, weights, x, out, hit=hit, phase=HITS)
-    naive.expert_gate_up(records, layout, slots, weights, x, want, hit=hit, phase=HITS)
-    assert out[1].isnan().all()
-    assert want[1].isnan().all()
-    assert_close("hits", out[::2], want[::2], RATIO)
-    records[1] = records[3]  # arrived
-    before = out[::2].clone()
-    fast.expert_gate_up(records, layout, slots, weights, x, out, hit=hit, phase=MISSES)
-    naive.expert_gate_up(records, layout, slots, weights, x, want, hit=hit, phase=MISSES)
-    assert torch.equal(out[::2], before)
-    assert_close("misses", out, want, RATIO)
-    whole = nan(*out.shape)
-    fast.expert_gate_up(records, layout, slots, weights, x, whole)
-    assert torch.equal(whole, out)  # bit for bit: what is resident does not change a token
-
-
-@pytest.mark.parametrize("fmt", ["Q4_K", "Q6_K", "MXFP4", "BF16"])
-def test_hits_are_multiplied_while_misses_are_copied(fmt: str) -> None:
-    """Two records into slots that no hit is in; one that is not on the list stays out."""
-    records, layout = slots_of(fmt, fmt)
-    rows = torch.randint(0, 256, (5, records.shape[1]), dtype=torch.uint8)
-    rows = rows.pin_memory() if DEVICE.type == "cuda" else rows
-    want = records.clone()
-    listed, to, count = ints(4, 2, 1), ints(1, 0, 3), ints(2)
-    slots, hit, weights = ints(2, 1, 0), ints(1, 0, 0), randn(3, seed=3).abs()
-    x, out = 0.05 * randn(1, layout.hidden), nan(3, layout.expert_hidden)
-    whole = nan(*out.shape)
-    fast.expert_gate_up(want, layout, slots, weights, x, whole, hit=hit, phase=HITS)
-    copies = Copies(count, to, scratch_for(DEVICE), None, listed, rows.data_ptr(), rows.stride(0))
-    fast.expert_gate_up(records, layout, slots, weights, x, out, hit=hit, phase=HITS, copies=copies)
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("fmt", PLANES)
+def test_what_is_missing_is_brought_and_multiplied(fmt: str, stacked: bool) -> None:
+    """Two experts of three, into slots that hold NaN; one that is not on the list any more stays out."""
+    records, layout = slots_of(fmt, fmt, stacked=stacked)
+    rows, want = rows_of_three(fmt, stacked), records.clone()
+    listed, to, count = ints(4, 0, 1), ints(1, 0, 3), ints(2)
+    slots, weights, x = ints(0, 2, 1), randn(3, seed=3).abs(), 0.05 * randn(1, layout.hidden)
     naive_page_in(rows.to(DEVICE), listed, count, to, want, layout)
-    assert torch.equal(out[0], whole[0])
-    assert out[1:].isnan().all()
+    whole, out = nan(3, layout.expert_hidden), nan(3, layout.expert_hidden)
+    fast.expert_gate_up(want, layout, slots, weights, x, whole)
+    copies = Copies(count, to, scratch_for(DEVICE, MOVERS * MOVER_CHUNK), None, listed, rows.data_ptr(), rows.stride(0))
+    fast.expert_gate_up(records, layout, slots, weights, x, out, copies=copies)
+    assert not whole.isnan().any()
+    assert torch.equal(out, whole)  # bit for bit: what is resident does not change a token
     for form in (layout.gate, layout.up, layout.down):
         assert torch.equal(unplane(records, form), unplane(want, form)), form
+
+
+def test_nothing_is_missing() -> None:
+    """What a count of 0 leaves behind in the list is not read."""
+    records, layout = slots_of("Q4_K", "Q6_K")
+    slots, weights, x = ints(2, 3, 0), randn(3, seed=3).abs(), 0.05 * randn(1, layout.hidden)
+    whole, out, before = nan(3, layout.expert_hidden), nan(3, layout.expert_hidden), records.clone()
+    fast.expert_gate_up(records, layout, slots, weights, x, whole)
+    copies = Copies(ints(0), ints(2, 3, 9), scratch_for(DEVICE, MOVERS * MOVER_CHUNK), None, ints(2**30, -5, 7), 0, 256)
+    fast.expert_gate_up(records, layout, slots, weights, x, out, copies=copies)
+    assert torch.equal(out, whole)
+    assert torch.equal(records, before)
+
+
+def rows_of_three(fmt: str, stacked: bool) -> Tensor:
+    """Five rows of RAM, of which 4, 0 and 1 hold records."""
+    layout = record_of(fmt, fmt, stacked)
+    rows = torch.full((5, -(-layout.nbytes // 256) * 256), 0xFF, dtype=torch.uint8)
+    rows[[4, 0, 1], : layout.nbytes] = random_records(layout, 3, "normal")
+    return rows.pin_memory() if DEVICE.type == "cuda" else rows
 
 
 def parts_of(cols: int, *formats: str) -> list[tuple[Tensor, fast.Matrix]]:

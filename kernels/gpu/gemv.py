@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -18,16 +19,26 @@ from torch import Tensor
 
 from offmoe.kernels.gpu.dot import UNIT, fold, words_of, x_of
 from offmoe.kernels.gpu.launch import dependent
-from offmoe.kernels.gpu.page_in import CHUNK, UNDER_WAY, Copies, bring, checked
+from offmoe.kernels.gpu.page_in import (
+    FIELDS,
+    MOVER_CHUNK,
+    MOVERS,
+    Copies,
+    Strips,
+    bring,
+    check,
+    copy_part,
+    described,
+    source_of,
+)
 from offmoe.kernels.gpu.striped import place
 from offmoe.kernels.planes import Matrix, SlotLayout
 
-ALL, HITS, MISSES = 0, 1, 2  # which pairs: by the phase of a layer
 LANE, LANE_OF_FLOATS = 64, 32  # values of x that a lane holds; as many weights of a row, and twice as many rows
 # Warps a multiprocessor. 16 need at most 128 registers a lane, which the norm's weights exceed: the head takes 108 µs
 # with 12 and 136 with 16, gate and up of 8 experts 9.6 and 8.2.
 WARPS, FEWER_WARPS = 16, 12
-HEAVY = {"Q5_K", "Q6_K", "Q8_0"}  # gate and up take 158 to 168 registers
+HEAVY = {"Q5_0", "Q5_K", "Q6_K", "Q8_0"}  # gate and up take 158 to 168 registers
 
 Part = tuple[Tensor, Matrix]
 
@@ -179,18 +190,43 @@ def dense(
 
 
 @triton.jit
-def pair_of(pid, programs, hit, pairs, PHASE: tl.constexpr, PP: tl.constexpr):
-    """The pair of this program (-1: there is none for it), how many programs share it, and which of them it is."""
-    if PHASE == 0:
+def pair_of(pid, programs, slots, weights, targets, missing, pairs, PP: tl.constexpr,
+            LISTED: tl.constexpr, KP: tl.constexpr):  # fmt: skip
+    """The pair of this program (-1: there is none for it), its slot and weight, how many programs share it, and which
+    of them it is. Pairs in slots that the first `missing` targets fill are left to the movers. All that may be needed
+    is read at once: reading one after another costs 1 µs each."""
+    if targets is None:
         each = programs // pairs
-        pair = pid // each
-        return tl.where(pair < pairs, pair, -1), each, pid % each
+        pair = tl.where(pid // each < pairs, pid // each, -1)
+        at = tl.maximum(pair, 0)
+        return pair, tl.load(slots + at), tl.load(weights + at), each, pid % each
     else:
-        j = tl.arange(0, PP)
-        chosen = ((j < pairs) & ((tl.load(hit + j, mask=j < pairs, other=0) != 0) == (PHASE == 1))).to(tl.int32)
+        j, c = tl.arange(0, PP), tl.arange(0, KP)
+        there = j < pairs
+        slot, weight = tl.load(slots + j, mask=there, other=0), tl.load(weights + j, mask=there, other=0.0)
+        target = tl.load(targets + c, mask=c < LISTED, other=-1)
+        absent = (target[None, :] == slot[:, None]) & (c < missing)[None, :]
+        chosen = (there & (tl.sum(absent.to(tl.int32), 1) == 0)).to(tl.int32)
         each = programs // tl.maximum(tl.sum(chosen, 0), 1)
         mine = (chosen != 0) & (tl.cumsum(chosen, 0) - 1 == pid // each)
-        return tl.sum(tl.where(mine, j + 1, 0), 0) - 1, each, pid % each
+        pair = tl.sum(tl.where(mine, j + 1, 0), 0) - 1
+        return pair, tl.sum(tl.where(mine, slot, 0), 0), tl.sum(tl.where(mine, weight, 0.0), 0), each, pid % each
+
+
+@triton.jit
+def bring_rows(source, record, stage, first, end, INNER: tl.constexpr, STRIPS: tl.constexpr, CHUNK: tl.constexpr):
+    """Rows first … end of gate and up, from address `source` into the slot at `record`."""
+    for strip in tl.static_range(len(STRIPS) // FIELDS):
+        bring_strip(source, record, stage, first, end, INNER, STRIPS, 1 + strip * FIELDS, CHUNK)
+    tl.debug_barrier()  # other threads read them
+
+
+@triton.jit
+def bring_strip(source, record, stage, first, end, INNER: tl.constexpr, RUNS: tl.constexpr, AT: tl.constexpr,
+                CHUNK: tl.constexpr):  # fmt: skip
+    ROW: tl.constexpr = RUNS[AT + 3] // INNER
+    for block in range(first * ROW, end * ROW, RUNS[AT + 5]):
+        copy_part(source, record, stage, block, tl.minimum(RUNS[AT + 5], end * ROW - block), RUNS, AT, CHUNK)
 
 
 @triton.jit
@@ -223,63 +259,97 @@ def gate_up_rows(
 
 @triton.jit
 def _gate_up(
-    records, stride, slots, hit, weights, x, out, k, pairs,
-    sources, numbers, base, row_stride, count, targets, scratch,
-    MOVERS: tl.constexpr, RUNS: tl.constexpr, CHUNK: tl.constexpr,
-    H: tl.constexpr, INNER: tl.constexpr, PHASE: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,
+    records, stride, slots, weights, x, out, k, pairs, sources, numbers, base, row_stride, count, targets, scratch,
+    MOVERS: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, DOWN: tl.constexpr, CHUNK: tl.constexpr,
+    LISTED: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,
     FG: tl.constexpr, UG: tl.constexpr, WG: tl.constexpr,
     G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
     FU: tl.constexpr, UU: tl.constexpr, WU: tl.constexpr,
     U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, U3: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Where anything is to be copied, the first MOVERS programs do that: they start first. The others are divided
-    among the pairs of the phase."""
+    """Where anything is missing, the first MOVERS programs, which start first, bring it and multiply ROWS rows at a
+    time; the others are divided among the pairs that are there."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # only now: _down reads the slots before it waits
-    pid, movers = tl.program_id(0), 0
+    pid, movers, missing = tl.program_id(0), 0, 0
     if MOVERS > 0:
-        movers = tl.where(tl.load(count) > 0, MOVERS, 0)
-        if pid < movers:
+        missing = tl.load(count)
+        movers = tl.where(missing > 0, MOVERS, 0)
+    moves = pid < movers
+    pair, slot, weight, sharing, which = pair_of(
+        pid - movers, tl.num_programs(0) - movers, slots, weights, targets, missing, pairs, PP, LISTED, KP
+    )
+    each = tl.cdiv(tl.cdiv(INNER, R), sharing) * R
+    first, end = which * each, tl.minimum(which * each + each, INNER)
+    TURNS: tl.constexpr = tl.cdiv(INNER, ROWS)  # of a record
+    turns = tl.where(moves, missing * TURNS, (pair >= 0).to(tl.int32))
+    for now in range(tl.where(moves, pid, 0), turns, tl.where(moves, MOVERS, 1)):
+        if MOVERS > 0:
+            if moves:
+                i, j = now // TURNS, tl.arange(0, PP)
+                slot = tl.load(targets + i)
+                mine = (j < pairs) & (tl.load(slots + j, mask=j < pairs, other=-1) == slot)
+                pair = tl.sum(tl.where(mine, j, 0), 0)
+                weight = tl.load(weights + pair)
+                first = now % TURNS * ROWS
+                end = tl.minimum(first + ROWS, INNER)
+                source = source_of(sources, numbers, base, row_stride, i)
+                bring_rows(source, records + slot.to(tl.int64) * stride, scratch + pid * CHUNK, first, end, INNER,
+                           STRIPS, CHUNK)  # fmt: skip
+        record = records + slot.to(tl.int64) * stride
+        gate_up_rows(record, weight, x + (pair // k) * H, out + pair * INNER, first, end, H, INNER, R,
+                     FG, UG, WG, G0, G1, G2, G3, FU, UU, WU, U0, U1, U2, U3)  # fmt: skip
+    if MOVERS > 0:
+        if moves:
             bring(pid, MOVERS, sources, numbers, base, row_stride, count, targets, scratch, records, stride, None, None,
-                  RUNS, CHUNK, False)  # fmt: skip
-    pair, sharing, which = pair_of(pid - movers, tl.num_programs(0) - movers, hit, pairs, PHASE, PP)
-    if (pid >= movers) & (pair >= 0):
-        record, weight = records + tl.load(slots + pair).to(tl.int64) * stride, tl.load(weights + pair)
-        each = tl.cdiv(tl.cdiv(INNER, R), sharing) * R
-        first = which * each
-        gate_up_rows(record, weight, x + (pair // k) * H, out + pair * INNER, first, tl.minimum(first + each, INNER),
-                     H, INNER, R, FG, UG, WG, G0, G1, G2, G3, FU, UU, WU, U0, U1, U2, U3)  # fmt: skip
+                  DOWN, CHUNK, False)  # fmt: skip
 
 
 def expert_gate_up(
     records: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, x: Tensor, out: Tensor, *,
-    hit: Tensor | None = None, phase: int = ALL, copies: Copies | None = None, pdl: bool = False,
+    copies: Copies | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
     """weight · silu(gate x) · (up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P] float32,
     x [T, H] striped → out [P, F] striped.
 
-    Pair p is of token p // (P / T). hit [P] int32: phase HITS takes pairs where it is not 0, MISSES the others.
-    Meanwhile `copies` go into slots that no pair of the phase is in.
+    Pair p is of token p // (P / T). With `copies`, for one token: its missing experts are brought into their slots
+    first, whole records, and multiplied as they come.
     """
     assert x.is_contiguous() and out.is_contiguous() and records.stride(1) == 1
+    assert copies is None or len(x) == 1
     gate, up, h, pairs = layout.gate, layout.up, x.shape[1], len(slots)
     (ug, warps), (uu, warps_up) = across(gate.format, h), across(up.format, h)
     warps = max(warps, warps_up)
-    movers, chunk = (movers_of(warps) if copies else 0), CHUNK * warps
-    most = programs(x.device, warps, heavy=not HEAVY.isdisjoint((gate.format, up.format)))
-    _gate_up[(max(most, pairs + movers),)](
-        records, records.stride(0), slots, hit, weights, x, out, pairs // len(x), pairs,
-        *(copies.arguments if copies else [None] * 7), MOVERS=movers,
-        RUNS=checked(copies, records, layout, movers, chunk) if copies else None, CHUNK=chunk,
-        H=h, INNER=gate.rows, PHASE=phase, PP=triton.next_power_of_2(pairs), R=tile(),
+    heavy = not HEAVY.isdisjoint((gate.format, up.format))
+    most = programs(x.device, warps, heavy)
+    moving = moving_of(copies, records, layout, warps)
+    _gate_up[(max(most, pairs + moving["MOVERS"]),)](
+        records, records.stride(0), slots, weights, x, out, pairs // len(x), pairs,
+        *(copies.arguments if copies else [None] * 7), **moving,
+        H=h, INNER=gate.rows, PP=triton.next_power_of_2(pairs), R=tile(),
         FG=gate.format, UG=ug, WG=UNIT[gate.format], **planes("G", gate),
-        FU=up.format, UU=uu, WU=UNIT[up.format], **planes("U", up), num_warps=warps, **dependent(pdl),
+        FU=up.format, UU=uu, WU=UNIT[up.format], **planes("U", up), num_warps=warps,
+        maxnreg=registers(FEWER_WARPS if heavy else WARPS), **dependent(pdl),
     )  # fmt: skip
 
 
-def movers_of(warps: int) -> int:
-    return 1 if interpreted() else UNDER_WAY // (CHUNK * warps)
+def registers(warps: int) -> int:
+    """A lane's, so that so many warps run at once. Movers would like 30 more: what they hold beside the rows they
+    multiply lies on the stack, and is read once for every few rows."""
+    return 65536 // (32 * warps) // 8 * 8
+
+
+def moving_of(copies: Copies | None, records: Tensor, layout: SlotLayout, warps: int) -> dict[str, Any]:
+    """How many programs move, and what."""
+    if copies is None:
+        return {"MOVERS": 0, "STRIPS": None, "ROWS": 1, "DOWN": None, "CHUNK": 0, "LISTED": 0, "KP": 1}
+    movers, chunk = 1 if interpreted() else MOVERS // warps, MOVER_CHUNK * warps
+    check(copies, records, movers, chunk)
+    strips, listed = Strips.of(layout, chunk), len(copies.slots)
+    return {"MOVERS": movers, "STRIPS": described(strips.runs, chunk), "ROWS": strips.rows,
+            "DOWN": described(strips.down, chunk), "CHUNK": chunk, "LISTED": listed,
+            "KP": triton.next_power_of_2(listed)}  # fmt: skip
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 A few programs saturate the link: what counts is bytes under way, not threads. Formats whose blocks are aligned are
 copied in 16-byte words; of the others a program stages its chunk in VRAM, then gathers the planes from there (L1 and
 L2), so that the link sees whole lines only. In the decode graph the first programs of `expert_gate_up` are the movers,
-so that hits are multiplied meanwhile; `page_in` is a launch of its own.
+who multiply what they bring, a few rows at a time; `page_in` is a launch of its own.
 
 Triton reads 16 bytes at once where it can prove two things: that the pointer is a multiple of 16, which a cast forgets
 and has to be said of what comes out of it, and that a mask holds for four words at once, so that masks compare words
@@ -28,7 +28,9 @@ from offmoe.kernels.planes import PLANES, Run, SlotLayout
 CHUNK = 2048  # bytes that a warp has under way: 64 a lane
 PROGRAMS, WARPS = 16, 8  # of a launch of its own
 UNDER_WAY = PROGRAMS * WARPS * CHUNK  # bytes: 256 KiB keep a PCIe 5 link full
-FIELDS = tl.constexpr(15)
+MOVER_CHUNK = 4096  # bytes that a warp brings before it multiplies them
+MOVERS = 256  # warps of movers: each spends half of its time with what it has brought
+FIELDS = tl.constexpr(14)
 
 
 @dataclass(frozen=True)
@@ -65,22 +67,22 @@ def whole(nbytes):
 
 
 @triton.jit
-def copy_words(source, target, chunk, nbytes, CHUNK: tl.constexpr):
-    """One chunk of an aligned run; addresses are those of the run."""
-    word = chunk * (CHUNK // 4) + tl.arange(0, CHUNK // 4)
-    inside = word < whole(nbytes)
-    tl.store(words_at(target) + word, tl.load(words_at(source) + word, mask=inside, other=0), mask=inside)
+def copy_words(source, target, start, nbytes, CHUNK: tl.constexpr):
+    """Bytes `start` … start + nbytes of an aligned run; addresses are those of the run."""
+    word = tl.arange(0, CHUNK // 4)
+    at, inside = start // 4 + word, word < whole(nbytes)
+    tl.store(words_at(target) + at, tl.load(words_at(source) + at, mask=inside, other=0), mask=inside)
 
 
 @triton.jit
 def gather_plane(stage, skip, target, first, count, RUNS: tl.constexpr, AT: tl.constexpr, PLANE: tl.constexpr,
                  STEP: tl.constexpr):  # fmt: skip
     """A plane's bytes of `count` staged blocks, of which the run's `first` is the first, into the slot at `target`."""
-    BYTES: tl.constexpr = RUNS[AT + 5]
-    SIZE: tl.constexpr = RUNS[AT + 7 + PLANE * 2]
-    FIRST: tl.constexpr = (PLANE > 0) * RUNS[AT + 7] + (PLANE > 1) * RUNS[AT + 9] + (PLANE > 2) * RUNS[AT + 11]
-    WORDS: tl.constexpr = RUNS[AT + 6] * SIZE // 4
-    place = target + first.to(tl.int64) * SIZE + RUNS[AT + 8 + PLANE * 2]
+    BYTES: tl.constexpr = RUNS[AT + 4]
+    SIZE: tl.constexpr = RUNS[AT + 6 + PLANE * 2]
+    FIRST: tl.constexpr = (PLANE > 0) * RUNS[AT + 6] + (PLANE > 1) * RUNS[AT + 8] + (PLANE > 2) * RUNS[AT + 10]
+    WORDS: tl.constexpr = RUNS[AT + 5] * SIZE // 4
+    place = target + first * SIZE + RUNS[AT + 7 + PLANE * 2]
     for start in tl.static_range(0, WORDS, STEP):
         word = start + tl.arange(0, STEP)
         inside = word < tl.minimum(whole(count * SIZE), WORDS)
@@ -100,13 +102,10 @@ def gather_plane(stage, skip, target, first, count, RUNS: tl.constexpr, AT: tl.c
 
 
 @triton.jit
-def copy_blocks(source, target, stage, chunk, RUNS: tl.constexpr, AT: tl.constexpr, CHUNK: tl.constexpr):
-    """One chunk of a run that is taken apart; `target` is the slot's address."""
-    BYTES: tl.constexpr = RUNS[AT + 5]
-    BLOCKS: tl.constexpr = RUNS[AT + 6]
-    first = chunk * BLOCKS
-    count = tl.minimum(BLOCKS, RUNS[AT + 4] - first)
-    address = source + first.to(tl.int64) * BYTES
+def copy_blocks(source, target, stage, first, count, RUNS: tl.constexpr, AT: tl.constexpr, CHUNK: tl.constexpr):
+    """`count` blocks of a run that is taken apart, from `first` on; `target` is the slot's address."""
+    BYTES: tl.constexpr = RUNS[AT + 4]
+    address = source + first * BYTES
     skip = (address % 16).to(tl.int32)
     word = tl.arange(0, CHUNK // 4)
     words = tl.load(words_at(address - skip) + word, mask=word < whole(skip + count * BYTES), other=0)
@@ -114,20 +113,35 @@ def copy_blocks(source, target, stage, chunk, RUNS: tl.constexpr, AT: tl.constex
     tl.store(words_at(stage) + word, words)
     tl.debug_barrier()
     for plane in tl.static_range(4):
-        if RUNS[AT + 7 + plane * 2] > 0:
+        if RUNS[AT + 6 + plane * 2] > 0:
             gather_plane(stage, skip, target, first, count, RUNS, AT, plane, CHUNK // 16)
 
 
 @triton.jit
+def copy_part(source, target, stage, first, count, RUNS: tl.constexpr, AT: tl.constexpr, CHUNK: tl.constexpr):
+    """`count` blocks, a chunk's at most, from `first` on of the run whose numbers begin at AT: out of the record at
+    address `source` into the slot at `target`."""
+    if RUNS[AT + 8] > 0:
+        copy_blocks(source + RUNS[AT + 2], target, stage, first, count, RUNS, AT, CHUNK)
+    else:
+        at = source.to(tl.pointer_type(tl.uint8)) + RUNS[AT + 2]
+        copy_words(at, target + RUNS[AT + 7], first * RUNS[AT + 4], count * RUNS[AT + 4], CHUNK)
+
+
+@triton.jit
 def copy_chunk(source, target, stage, chunk, RUNS: tl.constexpr, AT: tl.constexpr, CHUNK: tl.constexpr):
-    """One chunk, if it is of the run whose numbers begin at AT: a record's at `source`, into the slot at `target`."""
+    """One chunk, if it is of the run whose numbers begin at AT."""
     mine = chunk - RUNS[AT]
     if (mine >= 0) & (mine < RUNS[AT + 1]):
-        if RUNS[AT + 9] > 0:
-            copy_blocks(source + RUNS[AT + 2], target, stage, mine, RUNS, AT, CHUNK)
-        else:
-            at = source.to(tl.pointer_type(tl.uint8)) + RUNS[AT + 2]
-            copy_words(at, target + RUNS[AT + 8], mine, RUNS[AT + 3], CHUNK)
+        first = mine * RUNS[AT + 5]
+        copy_part(source, target, stage, first, tl.minimum(RUNS[AT + 5], RUNS[AT + 3] - first), RUNS, AT, CHUNK)
+
+
+@triton.jit
+def source_of(sources, records, base, stride, i):
+    """Address of the i-th record on the list."""
+    source = base + tl.load(records + i).to(tl.int64) * stride if sources is None else tl.load(sources + i)
+    return tl.multiple_of(source, 16)
 
 
 @triton.jit
@@ -140,9 +154,7 @@ def bring(
     stage = scratch + mover * CHUNK
     for work in range(mover, tl.load(count).to(tl.int32) * chunks, movers):
         i, chunk = work // chunks, work % chunks
-        slot = tl.load(slots + i).to(tl.int64)
-        source = base + tl.load(records + i).to(tl.int64) * stride if sources is None else tl.load(sources + i)
-        source = tl.multiple_of(source, 16)
+        slot, source = tl.load(slots + i).to(tl.int64), source_of(sources, records, base, stride, i)
         to = target + slot * target_stride
         for run in tl.static_range(len(RUNS) // FIELDS):
             copy_chunk(source, to, stage, chunk, RUNS, 1 + run * FIELDS, CHUNK)
@@ -166,26 +178,27 @@ def _page_in(
 
 
 def page_in(
-    copies: Copies, target: Tensor, layout: SlotLayout, *, landed: Tensor | None = None,
+    copies: Copies, target: Tensor, layout: SlotLayout | None = None, *, landed: Tensor | None = None,
     progress: Tensor | None = None, programs: int = PROGRAMS, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """Make `copies` into slots of target [S, stride] uint8.
+    """Make `copies` into slots of target [S, stride] uint8; without a layout, as they are, the whole stride.
 
     `landed` [S] int32: set to 1 once a slot is whole; `progress` [S] int32 is 0 before and after.
     """
     chunk = CHUNK * WARPS
+    check(copies, target, programs, chunk)
+    runs = layout.runs if layout else (Run("F32", 0, target.stride(0) // 4, (0,)),)
     _page_in[(programs,)](
-        *copies.arguments, target, target.stride(0), landed, progress, RUNS=checked(copies, target, layout, programs,
-        chunk), CHUNK=chunk, LANDED=landed is not None, num_warps=WARPS, **dependent(pdl),
+        *copies.arguments, target, target.stride(0), landed, progress, RUNS=described(merged(runs), chunk),
+        CHUNK=chunk, LANDED=landed is not None, num_warps=WARPS, **dependent(pdl),
     )  # fmt: skip
 
 
-def checked(copies: Copies, target: Tensor, layout: SlotLayout, programs: int, chunk: int) -> tuple[int, ...]:
-    """What `bring` is told of the layout, once it is known that there is room and that all is aligned."""
+def check(copies: Copies, target: Tensor, programs: int, chunk: int) -> None:
+    """There is room, and all is aligned."""
     assert copies.scratch.numel() >= programs * chunk, f"{programs} programs stage {programs * chunk} bytes"
     assert target.stride(1) == 1
     assert target.stride(0) % 16 == 0, f"slots of {target.stride(0)} bytes are no whole number of 16"
-    return described(merged(layout.runs), chunk)
 
 
 @cache
@@ -205,24 +218,57 @@ def merged(runs: tuple[Run, ...]) -> tuple[Run, ...]:
 @cache
 def described(runs: tuple[Run, ...], chunk: int) -> tuple[int, ...]:
     """Chunks in all, then FIELDS numbers a run: its first chunk, its chunks, the byte of a record where it begins, its
-    bytes and blocks, a block's bytes, blocks a chunk, and size in a block and place in a slot of each of four planes.
+    blocks, a block's bytes, blocks a chunk, and size in a block and place in a slot of each of four planes.
 
     One flat tuple, since Triton takes an element out of a constant, but not an element's element.
     """
     numbers, first = [], 0
     for run in runs:
         size, sizes = FORMATS[run.format].bytes, PLANES[run.format]
-        if len(sizes) == 1:
-            assert run.source % 16 == 0, f"{run.format} at byte {run.source} of a record is not aligned"
-            blocks, chunks = 0, -(-run.nbytes // chunk)
-        else:
-            step = 16 // math.gcd(16, *sizes)  # of blocks, so that every chunk's part of a plane is aligned
-            blocks = (chunk - 16) // size // step * step
-            chunks = -(-run.blocks // blocks)
+        assert len(sizes) > 1 or run.source % 16 == 0, f"{run.format} at byte {run.source} of a record is not aligned"
+        blocks = (chunk - (16 if len(sizes) > 1 else 0)) // size // step_of(run) * step_of(run)
+        chunks = -(-run.blocks // blocks)
         planes = [n for i in range(4) for n in ((sizes[i], run.planes[i]) if i < len(sizes) else (0, 0))]
-        numbers += [first, chunks, run.source, run.nbytes, run.blocks, size, blocks, *planes]
+        numbers += [first, chunks, run.source, run.blocks, size, blocks, *planes]
         first += chunks
     return (first, *numbers)
+
+
+def step_of(run: Run) -> int:
+    """Of so many blocks every part of a plane is aligned."""
+    return 16 // math.gcd(16, *PLANES[run.format])
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Gate and up of a layout as runs of their own, and of how many rows both are brought together."""
+
+    runs: tuple[Run, ...]
+    down: tuple[Run, ...]
+    rows: int
+
+    @classmethod
+    @cache
+    def of(cls, layout: SlotLayout, chunk: int) -> Strips:
+        strips, down, inner = [], [], layout.gate.rows
+        for run in layout.runs:
+            end = run.planes[0] + run.blocks * PLANES[run.format][0]
+            of_gate, of_up = (any(run.planes[0] <= at < end for at in form.planes) for form in (layout.gate, layout.up))
+            parts = 2 if of_gate and of_up else 1
+            blocks = run.blocks // parts
+            for part in range(parts if of_gate or of_up else 0):
+                planes = tuple(
+                    at + part * blocks * size for at, size in zip(run.planes, PLANES[run.format], strict=True)
+                )
+                strips.append(Run(run.format, run.source + part * run.nbytes // parts, blocks, planes))
+            if not of_gate and not of_up:
+                down.append(run)
+        rows = 1
+        while any(run.blocks // inner * rows % step_of(run) for run in strips):
+            rows *= 2
+        while rows < inner and all(run.nbytes // inner * rows * 2 <= chunk - 16 for run in strips):
+            rows *= 2
+        return cls(tuple(strips), merged(tuple(down)), rows)
 
 
 def scratch_for(device: torch.device, nbytes: int = UNDER_WAY) -> Tensor:

@@ -22,6 +22,7 @@ from offmoe.transfer import Reader
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 if torch.cuda.is_available():
     from offmoe.kernels.gpu.request import request
+    from offmoe.uploads import Uploads
 
 CUDA = torch.device("cuda")
 STRIDE, EXPERTS, K, ROUNDS = 31232, 32, 10, 200
@@ -182,14 +183,16 @@ def test_a_complete_tier_answers_from_the_table(ram: RamTier) -> None:
     assert int(asker.seq) == 0
 
 
-def test_copies_within_a_piece_while_others_are_pinned(model: Model, ram: RamTier) -> None:
-    """Prefill does so: rows in a piece that is pinned, or not yet, but never in two."""
+def test_the_gpu_reads_while_other_pieces_are_being_pinned(model: Model, ram: RamTier) -> None:
+    """Prefill does so: `addresses` waits for the pieces that are asked for, and for no others."""
     if not ram.whole:
         return
     ram.fill()
+    uploads = Uploads(ram, EXPERTS, STRIDE, CUDA)
     for layer in range(30):
-        rows = ram.fetch(layer, np.arange(EXPERTS), 1).numpy()
-        for part in np.split(rows, np.flatnonzero(np.diff(rows // ram.piece_rows)) + 1):
-            landed = ram.rows[part[0] : part[-1] + 1].to(CUDA, non_blocking=True)
-            assert torch.equal(landed.cpu(), ram.rows[part[0] : part[-1] + 1])
+        uploads.send(layer, np.arange(EXPERTS), 1)
+        landing = uploads.receive()
+        rows = ram.rows[layer * EXPERTS : (layer + 1) * EXPERTS]
+        assert torch.equal(uploads.zones[landing.zone, :, : rows.shape[1]].cpu(), rows)
+        uploads.release(landing)
     ram.wait_complete()
