@@ -86,9 +86,15 @@ def short_convolution(x: Tensor, weight: Tensor, recent: Tensor, start: int) -> 
     taps, count = len(weight), len(x)
     rows = torch.arange(start + 1, start + taps, device=x.device) % taps
     padded = torch.cat((recent[rows], x))
-    newest = padded[-taps:]
-    recent[torch.arange(start + count - len(newest), start + count, device=x.device) % taps] = newest
+    newest(x, recent, start)
     return F.silu(sum((padded[i : i + count] * weight[i] for i in range(taps)), start=torch.zeros_like(x)))
+
+
+def newest(x: Tensor, recent: Tensor, start: int) -> None:
+    """Of the inputs x [T, C] from position `start` on, keep the last in `recent` [taps, C]."""
+    end, taps = start + len(x), len(recent)
+    last = x[-taps:]
+    recent[torch.arange(end - len(last), end, device=x.device) % taps] = last.to(recent.dtype)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ turns off, a little before the end of a prompt (a template leaves a past answer'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -14,13 +14,15 @@ from math import prod
 import torch
 from torch import Tensor
 
-from offmoe.kernels.deltanet import BLOCK, Delta, DeltaWeights, delta_mix
+from offmoe.kernels.deltanet import Delta, DeltaWeights, delta_mix
 from offmoe.models.config import ModelConfig
+
+Rule = Callable[[Tensor, DeltaWeights, Tensor, Tensor, int], Tensor]
 
 COPIES = 2
 STATES = 1 + COPIES
 BEFORE_END = 32  # tokens of a prompt behind its copy
-SEGMENT = 512  # tokens that are mixed at once: what they need for it is float32, a hundred times what they are
+SEGMENT = 512  # tokens that are mixed at once, in float32
 NOWHERE = -1
 
 
@@ -63,8 +65,8 @@ class States:
         if self._mark != NOWHERE:
             self._copies[-1].at, self._mark = self._mark, NOWHERE
 
-    def mix(self, index: int, projected: Tensor, weights: DeltaWeights, start: int) -> Tensor:
-        """kernels.deltanet.delta_mix of a chunk in layer `index`, a segment at a time: [T, values] in its type."""
+    def mix(self, index: int, projected: Tensor, weights: DeltaWeights, start: int, rule: Rule = delta_mix) -> Tensor:
+        """`rule`, delta_mix or its twin, of a chunk in layer `index`, a segment at a time: [T, values] in its type."""
         out = projected.new_empty((len(projected), weights.shape.values))
         end = start + len(projected)
         stops = {*range(start, end, self._segment), end} | ({self._mark} if start <= self._mark < end else set())
@@ -72,7 +74,7 @@ class States:
         for stop in sorted(stops):
             if stop > at:
                 part = slice(at - start, stop - start)
-                out[part] = delta_mix(projected[part], weights, self.memory[index], self.recent[index], at)
+                out[part] = rule(projected[part], weights, self.memory[index], self.recent[index], at)
             at = stop
             if at == self._mark:
                 self._copies[-1].memory[index].copy_(self.memory[index])
@@ -125,6 +127,5 @@ def state_nbytes(config: ModelConfig) -> int:
 
 
 def segment_nbytes(delta: Delta) -> int:
-    """That mixing a segment takes for a while, about: the convolution's, each head's vectors, and the systems."""
-    a_head = 6 * delta.key_dim + 8 * delta.value_dim + 5 * BLOCK
-    return SEGMENT * 4 * (5 * delta.channels + delta.value_heads * a_head)
+    """That mixing a segment takes for a while on a GPU: its convolved inputs, and what the heads say, in float32."""
+    return SEGMENT * 4 * (delta.channels + delta.values)

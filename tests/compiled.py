@@ -28,7 +28,7 @@ from offmoe.device_table import device_table
 from offmoe.kernels.deltanet import Delta, DeltaWeights
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size
-from offmoe.kernels.gpu.deltanet import delta_step
+from offmoe.kernels.gpu.deltanet import delta_chunk, delta_step
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.foretell import foretell
 from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
@@ -208,6 +208,8 @@ def delta(pdl: bool) -> None:
         floats(sum(shape.projected)), weights, floats(32, 128, 128), floats(4, shape.channels), ints(1), ints(1),
         floats(shape.values), ctx=4096, pdl=pdl,
     )  # fmt: skip
+    rows = floats(100, sum(shape.projected)).bfloat16()
+    delta_chunk(rows, weights, floats(32, 128, 128), floats(4, shape.channels), 7)
     heads, kv_heads, dim, ctx, splits = 16, 2, 256, 4096, 66
     keys = torch.zeros((kv_heads, ctx, dim), dtype=torch.bfloat16)
     decode_attention(

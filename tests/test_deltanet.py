@@ -127,6 +127,21 @@ def test_a_step_is_one_token_of_a_chunk(name: str) -> None:
         assert torch.equal(ours[1], recent)
 
 
+@pytest.mark.parametrize("count", [1, 3, BLOCK, BLOCK + 21])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_prompt_on_the_device_is_the_naive_one(name: str, count: int) -> None:
+    pytest.importorskip("triton")
+    from offmoe.kernels.gpu.deltanet import delta_chunk
+
+    w = weights_of(name)
+    x, (memory, recent) = projected(w.shape, count), states_of(w.shape)
+    ours = memory.clone(), recent.clone()
+    want = delta_mix(x, w, memory, recent, 9)
+    assert_close("out", delta_chunk(x, w, *ours, 9), want, 1e-5)
+    assert_close("memory", ours[0], memory, 1e-5)
+    assert torch.equal(ours[1], recent)
+
+
 @pytest.mark.parametrize(("position", "status"), [(5, 1), (5, 2), (64, 0), (64, 1)])
 def test_a_step_behind_the_end_changes_nothing(position: int, status: int) -> None:
     pytest.importorskip("triton")

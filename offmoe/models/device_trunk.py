@@ -104,13 +104,14 @@ class DeviceTrunk:
     def attend(self, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
         """Attention of the residual stream x [T, H], writing its keys and values; returns what to add to x."""
         from offmoe.kernels.gpu.attention import prefill_attention
+        from offmoe.kernels.gpu.deltanet import delta_chunk
         from offmoe.kernels.gpu.norm_rope import norm_rope_write
 
         c, w = self.config, self.layers[layer]
         qkv = self._product(rms_norm(x, w.attn_norm, c.stream_eps).to(self._dtype), w.qkv)
         if w.delta:
             states, index = kv.state_of(layer)
-            return self._product(states.mix(index, qkv, w.delta, start), w.o)
+            return self._product(states.mix(index, qkv, w.delta, start, delta_chunk), w.o)
         if w.qkv_bias is not None:
             qkv += w.qkv_bias
         keys, values = kv.layer(layer)

@@ -12,7 +12,7 @@ import torch
 from close import assert_close
 
 from offmoe.engine import Engine
-from offmoe.kernels.deltanet import Delta, DeltaWeights, chunked, delta_mix, recurrent
+from offmoe.kernels.deltanet import Delta, DeltaWeights, delta_mix
 from offmoe.kernels.planes import matrix, rearrange_matrix
 from offmoe.kernels.striped import stripe, unstripe
 from offmoe.models.model import open_model
@@ -20,7 +20,7 @@ from offmoe.settings import Sampling, Settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 if torch.cuda.is_available():
-    from offmoe.kernels.gpu.deltanet import delta_step
+    from offmoe.kernels.gpu.deltanet import delta_chunk, delta_step
     from offmoe.kernels.gpu.gemv import dense
     from offmoe.kernels.gpu.launch import pdl_supported
 
@@ -74,13 +74,19 @@ def test_a_step_in_a_graph_is_the_naive_one(tiled: bool, pdl: bool) -> None:
         assert_close("recent", ours[1], recent, 1e-5)
 
 
-def test_blocks_give_what_token_by_token_gives() -> None:
-    q, k, v = (randn(300, 32, 128, seed=i) / 11 for i in range(3))
-    g, beta, memory = -randn(300, 32, seed=5).abs(), randn(300, 32, seed=6).sigmoid(), randn(32, 128, 128, seed=7)
-    other = memory.clone()
-    want = recurrent(q, k, v, g, beta, memory)
-    assert_close("out", chunked(q, k, v, g, beta, other), want, 1e-4)
-    assert_close("memory", other, memory, 1e-4)
+@pytest.mark.parametrize(("dtype", "ratio"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_a_prompt_is_the_naive_one(tiled: bool, dtype: torch.dtype, ratio: float) -> None:
+    """The twin computes it in blocks."""
+    d = SHAPE
+    w = DeltaWeights(d, randn(4, d.channels) / 2, -randn(32).exp(), randn(32), 1 + randn(128) / 5, 1e-6, tiled)
+    memory, recent = randn(32, 128, 128, seed=3), randn(4, d.channels, seed=4)
+    ours = memory.clone(), recent.clone()
+    x = randn(300, sum(d.projected), seed=5).to(dtype)
+    want = delta_mix(x, w, memory, recent, 9)
+    assert_close("out", delta_chunk(x, w, *ours, 9).float(), want, ratio)
+    assert_close("memory", ours[0], memory, 1e-4)
+    assert torch.equal(ours[1], recent)
 
 
 @pytest.fixture(scope="module")
