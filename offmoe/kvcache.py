@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offmoe.memory import host_memory
 from offmoe.models.config import ModelConfig
-from offmoe.states import NOWHERE, States
+from offmoe.states import States
 
 BUCKET = 256  # attention reads whole buckets, so that shapes change rarely and never with a host's decision
 
@@ -52,9 +52,9 @@ class KVCache:
             self.states.end(len(self.tokens))
 
     def stepped(self, tokens: int) -> None:
-        """The device alone ran steps, up to so many tokens: others than are held, where not all were read."""
+        """The device alone ran steps, up to so many tokens: more than are held, where not all were read."""
         if self.states:
-            self.states.at = tokens if tokens == len(self.tokens) else NOWHERE
+            self.states.at = tokens
 
     def untouched(self) -> AbstractContextManager[None]:
         """Steps inside leave everything behind the tokens held as it is."""
