@@ -7,19 +7,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, window: int = 0, sinks: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """Causal grouped-query attention.
 
     q [T, heads, D] at positions [T] (int64, on the device); keys [kv_heads, S, D] and values [kv_heads, S, V], where S
     is a bucket of context: what lies behind a query's position is masked, so no length is read by the host.
-    Scores are multiplied by `scale`, D ** -0.5 where it is None. Returns [T, heads, V].
+    window: a query sees its own position and window - 1 before it; 0: all. sinks [heads]: a logit more in every
+    softmax, whose value is 0 (arXiv 2309.17453, learned). Scores are multiplied by `scale`, D ** -0.5 where it is
+    None. Returns [T, heads, V].
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    visible = torch.arange(keys.shape[1], device=q.device) <= positions.unsqueeze(1)  # [T, S]
-    if len(q) == 1:  # two products: a third of the time that one query takes below
-        grouped = q.view(len(keys), -1, q.shape[-1])  # [kv_heads, heads a group, D]
-        scores = (grouped @ keys.transpose(1, 2) * scale).masked_fill(~visible, -torch.inf)
-        return (scores.float().softmax(-1).to(values.dtype) @ values).view(1, q.shape[1], -1)
+    places = torch.arange(keys.shape[1], device=q.device)
+    visible = places <= positions.unsqueeze(1)  # [T, S]
+    if window:
+        visible &= places > positions.unsqueeze(1) - window
+    if len(q) == 1 or sinks is not None:  # of one query two products take a third of the time that F's take below
+        grouped = q.unflatten(1, (len(keys), -1)).permute(1, 2, 0, 3)  # [kv_heads, heads a group, T, D]
+        scores = (grouped.flatten(1, 2) @ keys.mT * scale).view(*grouped.shape[:3], -1)
+        scores = scores.masked_fill(~visible, -torch.inf).float()
+        if sinks is not None:
+            extra = sinks.float().view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat((scores, extra), dim=-1)
+        shares = scores.softmax(-1)[..., : keys.shape[1]].to(values.dtype)
+        return (shares.flatten(1, 2) @ values).view(*grouped.shape[:3], -1).permute(2, 0, 1, 3).flatten(1, 2)
     mixed = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0),
         keys.unsqueeze(0),

@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def swiglu_experts(inputs: Sequence[Tensor], weights: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
-    """(silu(x gate) · x up) down of every expert: inputs [n, H], gate beside up [H, 2F], down [F, H] → [n, H].
+@dataclass(frozen=True)
+class Glu:
+    """gate · sigmoid(alpha · gate) · (up + plus), gate at most `limit` and up within ± limit before; 0: no limit."""
+
+    alpha: float = 1.0
+    limit: float = 0.0
+    plus: float = 0.0
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self == SILU:
+            return F.silu(gate) * up
+        if self.limit:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate * torch.sigmoid(self.alpha * gate) * (up + self.plus)
+
+
+SILU = Glu()
+
+Biases = Sequence[tuple[Tensor, Tensor]]  # of every expert: of gate beside up [2F], of down [H]
+
+
+def swiglu_experts(
+    inputs: Sequence[Tensor], weights: Sequence[tuple[Tensor, Tensor]], glu: Glu = SILU, biases: Biases | None = None
+) -> Sequence[Tensor]:
+    """down glu(x gate, x up) of every expert: inputs [n, H], gate beside up [H, 2F], down [F, H] → [n, H].
 
     Each expert is multiplied alone, so that its result does not depend on its neighbours; only the elementwise
     part is done for all at once, which saves a third of a decoded token's calls.
     """
-    gate, up = torch.cat([torch.mm(x, w) for x, (w, _) in zip(inputs, weights, strict=True)]).chunk(2, dim=-1)
-    inner = (F.silu(gate) * up).split([len(x) for x in inputs])
-    return [torch.mm(x, w) for x, (_, w) in zip(inner, weights, strict=True)]
+    products = [torch.mm(x, w) for x, (w, _) in zip(inputs, weights, strict=True)]
+    if biases:
+        products = [product + bias for product, (bias, _) in zip(products, biases, strict=True)]
+    gate, up = torch.cat(products).chunk(2, dim=-1)
+    inner = glu(gate, up).split([len(x) for x in inputs])
+    out = [torch.mm(x, w) for x, (_, w) in zip(inner, weights, strict=True)]
+    return [product + bias for product, (_, bias) in zip(out, biases, strict=True)] if biases else out

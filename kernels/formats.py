@@ -18,14 +18,20 @@ class Format:
     name: str
     block: int
     bytes: int
-    gguf_type: int  # ggml_type in a GGUF's tensor table
+    gguf_type: int | None  # ggml_type in a GGUF's tensor table
     unpack: Callable[[Tensor], Tensor] = field(repr=False, compare=False)  # uint8 [..., n, bytes] → [..., n, block]
+    apart: bool = False  # in a file all first bytes of a matrix's blocks come first, then the rest of each
+    tile: int = 0  # before all blocks: float32 scales, row by row, each of so many rows and columns of weights
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes of a [rows, cols] matrix. Raises ValueError where cols is no multiple of `block`."""
         if cols % self.block:
             raise ValueError(f"a row of {cols} weights is no whole number of {self.name} blocks of {self.block}")
-        return rows * (cols // self.block) * self.bytes
+        return rows * (cols // self.block) * self.bytes + self.scales_nbytes(rows, cols)
+
+    def scales_nbytes(self, rows: int, cols: int) -> int:
+        """Of the tiles' scales."""
+        return 4 * -(-rows // self.tile) * -(-cols // self.tile) if self.tile else 0
 
 
 def dequantise(raw: Tensor, fmt: str | Format, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,8 +43,25 @@ def dequantise(raw: Tensor, fmt: str | Format, rows: int, cols: int, dtype: torc
     form = FORMATS[fmt] if isinstance(fmt, str) else fmt
     if raw.shape[-1] != form.nbytes(rows, cols):
         raise ValueError(f"{form.name} [{rows}, {cols}] is {form.nbytes(rows, cols)} bytes, got {raw.shape[-1]}")
-    blocks = split(raw, rows * cols // form.block, form.bytes)
+    if form.tile:
+        return in_tiles(raw, form, rows, cols).to(dtype)
+    blocks = together(raw, form) if form.apart else split(raw, rows * cols // form.block, form.bytes)
     return form.unpack(blocks).to(dtype).reshape(*raw.shape[:-1], rows, cols)
+
+
+def in_tiles(raw: Tensor, form: Format, rows: int, cols: int) -> Tensor:
+    """Scales and blocks [..., bytes] → float32 [..., rows, cols]."""
+    start = form.scales_nbytes(rows, cols)
+    scales = reinterpret(raw[..., :start], torch.float32).unflatten(-1, (-1, -(-cols // form.tile)))
+    weights = form.unpack(raw[..., start:].unflatten(-1, (-1, form.bytes))).view(*raw.shape[:-1], rows, cols)
+    spread = scales.repeat_interleave(form.tile, -1)[..., :cols]
+    return weights * spread.repeat_interleave(form.tile, -2)[..., :rows, :]
+
+
+def together(raw: Tensor, form: Format) -> Tensor:
+    """Bytes [..., n * form.bytes] of a format that lies apart → blocks [..., n, form.bytes]."""
+    n = raw.shape[-1] // form.bytes
+    return torch.cat((raw[..., :n, None], raw[..., n:].unflatten(-1, (n, -1))), -1)
 
 
 def reinterpret(raw: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,14 +166,26 @@ def q6_k(blocks: Tensor) -> Tensor:
 
 
 def mxfp4(blocks: Tensor) -> Tensor:
+    return fp4(blocks[..., :1].int(), nibbles(blocks[..., 1:]))
+
+
+def mxfp4_pairs(blocks: Tensor) -> Tensor:
+    """The same, as gpt-oss's safetensors have it: a byte holds two neighbours."""
+    code = nibbles(blocks[..., 1:]).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    return fp4(blocks[..., :1].int(), code)
+
+
+def fp4(exponent: Tensor, code: Tensor) -> Tensor:
     """FP4 (e2m1) times 2 ** (exponent - 127), held as twice e2m1's values, all whole, and half the scale."""
-    exponent = blocks[..., :1].int()
     scale = torch.where(exponent < 2, 0x00200000 << exponent.clamp(max=1), exponent - 1 << 23)
-    code = nibbles(blocks[..., 1:])
     ramp = code & 7  # 0 1 2 3 4 5 6 7 → 0 1 2 3 4 6 8 12
     magnitude = ramp.add((ramp - 4).clamp_(min=0)).add_((ramp - 6).clamp_(min=0), alpha=2)
     sign = 1 - (code >> 2 & 2)
     return magnitude.mul_(sign).float().mul_(scale.view(torch.float32))
+
+
+def f8_e4m3(blocks: Tensor) -> Tensor:
+    return blocks.contiguous().view(torch.float8_e4m3fn).float()
 
 
 FORMATS = {
@@ -167,5 +202,8 @@ FORMATS = {
         Format("Q5_K", 256, 176, 13, q5_k),
         Format("Q6_K", 256, 210, 14, q6_k),
         Format("MXFP4", 32, 17, 39, mxfp4),
+        Format("MXFP4_PAIRS", 32, 17, None, mxfp4_pairs, apart=True),
+        Format("F8_E4M3", 128, 128, None, f8_e4m3, tile=128),  # quant_method fp8 of safetensors, weight_scale_inv
     )
 }
+GGML = {name: form for name, form in FORMATS.items() if form.gguf_type is not None}  # what a GGUF may hold

@@ -14,6 +14,7 @@ from torch import Tensor
 from offmoe.kernels.attention import attention
 
 LATENT_EPS = 1e-6  # of the norms of latents, whatever the model's other norms take
+HEADS_AT_ONCE = 16  # whose keys and values a prompt's chunk expands together on a GPU
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def latent_attention(
     As attention over one key-value head, whose value is the front of its key. See `attention` for S and positions.
     """
     query = torch.cat((absorb(plain, k_b), turned), dim=-1)
-    mixed = attention(query, cache[None], cache[None, :, : k_b.shape[1]], positions, scale)
+    mixed = attention(query, cache[None], cache[None, :, : k_b.shape[1]], positions, scale=scale)
     return values_of(mixed, v_b)
 
 

@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from offmoe.kernels.formats import FORMATS
+from offmoe.kernels.formats import FORMATS, together
 from offmoe.kernels.record import RecordLayout
 
 ALIGN = 16
@@ -29,6 +29,8 @@ PLANES: dict[str, tuple[int, ...]] = {
     "Q5_K": (176,),
     "Q6_K": (128, 64, 16, 2),
     "MXFP4": (1, 16),
+    "MXFP4_PAIRS": (1, 16),  # apart in the file already
+    "F8_E4M3": (128,),  # behind the plane of the tiles' scales
 }
 
 
@@ -40,6 +42,7 @@ class Matrix:
     rows: int
     cols: int
     planes: tuple[int, ...]
+    pitch: int = 1  # its rows are every so many-th
 
     @property
     def row_blocks(self) -> int:
@@ -50,15 +53,25 @@ class Matrix:
         return self.rows * self.row_blocks
 
     @property
+    def constants(self) -> tuple[int, ...]:
+        """What kernels take as P0 … P3: the planes; where scales are of tiles, the units of 32 weights a row too."""
+        known = (*self.planes, self.cols // 32) if FORMATS[self.format].tile else self.planes
+        return (*known, 0, 0, 0)[:4]
+
+    @property
     def nbytes(self) -> int:
         """Up to the end of the last plane, from the start of the first; alone in a buffer, the buffer's size."""
         return self.planes[-1] - self.planes[0] + aligned(self.blocks * PLANES[self.format][-1])
 
-    def rows_from(self, start: int, rows: int) -> Matrix:
-        """A run of its rows, in the same planes."""
-        skip = start * self.row_blocks
+    def rows_from(self, start: int, rows: int, pitch: int = 1) -> Matrix:
+        """Some of its rows, every `pitch`-th, in the same planes."""
+        form, skip = FORMATS[self.format], start * self.row_blocks
+        if form.tile:
+            assert (start % form.tile, pitch) == (0, 1), f"row {start} lies within a tile of {self.format}"
+            scales = form.scales_nbytes(start, self.cols)
+            return replace(self, rows=rows, planes=(self.planes[0] + scales, self.planes[1] + skip * form.bytes))
         planes = tuple(at + skip * size for at, size in zip(self.planes, PLANES[self.format], strict=True))
-        return replace(self, rows=rows, planes=planes)
+        return replace(self, rows=rows, planes=planes, pitch=pitch)
 
 
 @dataclass(frozen=True)
@@ -99,16 +112,23 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN) * ALIGN
 
 
-def planes_from(fmt: str, blocks: int, start: int) -> tuple[tuple[int, ...], int]:
-    """Where the planes of `blocks` blocks begin when the first does at `start`, and where the last ends."""
-    ends = list(accumulate((aligned(blocks * size) for size in PLANES[fmt]), initial=start))
+def plane_sizes(fmt: str, rows: int, cols: int) -> tuple[int, ...]:
+    """Bytes of the planes of a matrix; scales of tiles come first."""
+    form, blocks = FORMATS[fmt], rows * cols // FORMATS[fmt].block
+    scales = (form.scales_nbytes(rows, cols),) if form.tile else ()
+    return (*scales, *(blocks * size for size in PLANES[fmt]))
+
+
+def planes_from(fmt: str, rows: int, cols: int, start: int) -> tuple[tuple[int, ...], int]:
+    """Where the planes of a matrix begin when the first does at `start`, and where the last ends."""
+    ends = list(accumulate((aligned(size) for size in plane_sizes(fmt, rows, cols)), initial=start))
     return tuple(ends[:-1]), ends[-1]
 
 
 def matrix(fmt: str, rows: int, cols: int, start: int = 0) -> Matrix:
     """Alone in a buffer, or from byte `start` of one."""
-    blocks = FORMATS[fmt].nbytes(rows, cols) // FORMATS[fmt].bytes
-    return Matrix(fmt, rows, cols, planes_from(fmt, blocks, start)[0])
+    FORMATS[fmt].nbytes(rows, cols)  # raises where rows are no whole blocks
+    return Matrix(fmt, rows, cols, planes_from(fmt, rows, cols, start)[0])
 
 
 def slot_layout(layout: RecordLayout) -> SlotLayout:
@@ -116,14 +136,27 @@ def slot_layout(layout: RecordLayout) -> SlotLayout:
     matrices, runs, at = {}, [], 0
     for part in layout.parts:
         form = matrix(part.format, part.rows, part.cols, at)
-        at = planes_from(part.format, form.blocks, at)[1]
-        runs.append(Run(part.format, part.offset, form.blocks, form.planes))
+        at = planes_from(part.format, part.rows, part.cols, at)[1]
+        runs += runs_of(part.format, part.offset, form)
         matrices[part.name] = form
     if "gate_up" in matrices:
         both = matrices["gate_up"]
         inner = both.rows // 2
-        matrices["gate"], matrices["up"] = both.rows_from(0, inner), both.rows_from(inner, inner)
+        second, pitch = (1, 2) if layout.interleaved else (inner, 1)
+        matrices["gate"], matrices["up"] = both.rows_from(0, inner, pitch), both.rows_from(second, inner, pitch)
     return SlotLayout(matrices["gate"], matrices["up"], matrices["down"], at, tuple(runs))
+
+
+def runs_of(fmt: str, source: int, form: Matrix) -> list[Run]:
+    """What a matrix is moved in; planes that are apart in the file already, word by word."""
+    if not FORMATS[fmt].apart and not FORMATS[fmt].tile:
+        return [Run(fmt, source, form.blocks, form.planes)]
+    runs = []
+    for size, place in zip(plane_sizes(fmt, form.rows, form.cols), form.planes, strict=True):
+        assert size % ALIGN == 0, f"a plane of {size} bytes of {fmt} is no whole number of {ALIGN}"
+        runs.append(Run("F32", source, size // 4, (place,)))
+        source += size
+    return runs
 
 
 def rearrange(raw: Tensor, layout: SlotLayout) -> Tensor:
@@ -137,21 +170,32 @@ def rearrange(raw: Tensor, layout: SlotLayout) -> Tensor:
 def rearrange_matrix(raw: Tensor, form: Matrix) -> Tensor:
     """One matrix as it lies in the file, uint8 [bytes] → a buffer of its own [form.nbytes]."""
     buffer = torch.zeros((1, form.nbytes), dtype=torch.uint8, device=raw.device)
-    into_planes(raw.view(1, -1), form.format, form.planes, buffer)
+    runs = (
+        runs_of(form.format, 0, form) if FORMATS[form.format].tile else [Run(form.format, 0, form.blocks, form.planes)]
+    )
+    for run in runs:
+        into_planes(raw.view(1, -1)[:, run.source : run.source + run.nbytes], run.format, run.planes, buffer)
     return buffer[0]
 
 
 def into_planes(raw: Tensor, fmt: str, planes: tuple[int, ...], target: Tensor) -> None:
     """Blocks uint8 [n, blocks · bytes] → their planes in `target` [n, …]."""
-    blocks = raw.unflatten(1, (-1, FORMATS[fmt].bytes))
+    form = FORMATS[fmt]
+    blocks = together(raw, form) if form.apart else raw.unflatten(1, (-1, form.bytes))
     for at, part in zip(planes, blocks.split(PLANES[fmt], dim=2), strict=True):
         target[:, at : at + part.shape[1] * part.shape[2]] = part.flatten(1)
 
 
 def unplane(slots: Tensor, form: Matrix) -> Tensor:
     """A matrix out of slots uint8 [n, …], back in the file's order: uint8 [n, rows · row bytes]."""
-    parts = [
-        slots[:, at : at + form.blocks * size].unflatten(1, (form.blocks, size))
-        for at, size in zip(form.planes, PLANES[form.format], strict=True)
-    ]
+    if FORMATS[form.format].tile:
+        sizes = plane_sizes(form.format, form.rows, form.cols)
+        return torch.cat([slots[:, at : at + size] for at, size in zip(form.planes, sizes, strict=True)], dim=1)
+    parts, lines = [], (form.rows - 1) * form.pitch + 1
+    for at, size in zip(form.planes, PLANES[form.format], strict=True):
+        row = form.row_blocks * size
+        rows = slots[:, at : at + lines * row].unflatten(1, (lines, row))[:, :: form.pitch]
+        parts.append(rows.reshape(len(slots), form.blocks, size))
+    if FORMATS[form.format].apart:
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
     return torch.cat(parts, dim=2).flatten(1)

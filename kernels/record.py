@@ -31,15 +31,17 @@ class RecordLayout:
     """The parts of a record: gate and up [F, H] (or gate_up [2F, H]), then down [H, F]."""
 
     parts: tuple[Part, ...]
+    interleaved: bool = False  # of gate_up: the rows of gate and up take turns
+    transposed: bool = False  # every matrix lies column by column: [H, 2F] and [F, H]
 
     @classmethod
-    def of(cls, *parts: tuple[str, str, int, int]) -> RecordLayout:
+    def of(cls, *parts: tuple[str, str, int, int], interleaved: bool = False, transposed: bool = False) -> RecordLayout:
         """From (name, format, rows, cols) in the order of the file."""
         laid, offset = [], 0
         for name, fmt, rows, cols in parts:
             laid.append(Part(name, fmt, rows, cols, offset))
             offset += laid[-1].nbytes
-        return cls(tuple(laid))
+        return cls(tuple(laid), interleaved, transposed)
 
     @property
     def nbytes(self) -> int:
@@ -47,22 +49,36 @@ class RecordLayout:
 
     @property
     def hidden(self) -> int:
-        return self.parts[-1].rows
+        return self.parts[-1].cols if self.transposed else self.parts[-1].rows
 
     @property
     def expert_hidden(self) -> int:
-        return self.parts[-1].cols
+        return self.parts[-1].rows if self.transposed else self.parts[-1].cols
 
 
 def unpack(raw: Tensor, layout: RecordLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Records [n, ≥ nbytes] uint8 → gate over up [n, 2F, H] and down [n, H, F] in `dtype`, as views of one tensor."""
     runs = []
-    for fmt, parts in groupby(layout.parts, key=lambda part: part.format):  # neighbours of one format in one call
+    for (fmt, _), parts in groupby(layout.parts, key=together):
         run = list(parts)
         end = run[-1].offset + run[-1].nbytes
-        weights = sum(part.rows * part.cols for part in run)
-        runs.append(dequantise(raw[:, run[0].offset : end], fmt, 1, weights, dtype).squeeze(1))
+        rows, cols = 1, sum(part.rows * part.cols for part in run)
+        if FORMATS[fmt].tile:
+            rows, cols = run[0].rows, run[0].cols
+        runs.append(dequantise(raw[:, run[0].offset : end], fmt, rows, cols, dtype).flatten(1))
     flat = runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
     hidden, inner = layout.hidden, layout.expert_hidden
     gate_up, down = flat.split((2 * inner * hidden, hidden * inner), dim=1)
-    return gate_up.unflatten(1, (2 * inner, hidden)), down.unflatten(1, (hidden, inner))
+    if layout.transposed:
+        gate_up, down = gate_up.unflatten(1, (hidden, -1)).mT, down.unflatten(1, (inner, hidden)).mT
+    else:
+        gate_up, down = gate_up.unflatten(1, (-1, hidden)), down.unflatten(1, (hidden, inner))
+    if layout.interleaved:
+        gate_up = torch.cat((gate_up[:, ::2], gate_up[:, 1::2]), dim=1)
+    return gate_up, down
+
+
+def together(part: Part) -> tuple[str, int]:
+    """What parts have in common that are unpacked in one call: neighbours of one format, whose blocks follow."""
+    form = FORMATS[part.format]
+    return part.format, part.offset if form.apart or form.tile else 0

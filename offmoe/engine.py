@@ -200,6 +200,7 @@ class Engine:
     def _forward(self, ids: list[int]) -> Tensor:
         """Run `ids` behind the tokens in the KV cache; logits [V] after the last of them."""
         start = len(self.kv.tokens)
+        self.kv.wrote(start + len(ids))
         self.store.begin(len(ids))
         with threads_for(len(ids) * self.config.hidden**2), self.kv.extending(ids):
             x = self.trunk.embed(torch.tensor(ids, device=self.plan.device))

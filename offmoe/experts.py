@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -51,12 +52,20 @@ class ExpertStore(ABC):
         self.table = Residency(
             config.places, config.experts, plan.slots, make_policy(plan.policy, model.records), plan.scope
         )
+        self.biases = [  # by place, where there are: of all experts gate beside up [E, 2F], down [E, H]
+            tuple(bias.to(plan.device, self.bias_dtype(plan)) for bias in model.expert_biases(place))
+            for place in range(config.places * config.expert_bias)
+        ]
         self.reader = Reader(model.checkpoint.files)
         self.ram = RamTier(model, plan.ram_rows, plan.stride, plan.policy, plan.device.type == "cuda", self.reader)
         self.routed: Routed | None = None  # told every layer's ids [T, k] and weights, to record a trace
         self.prompt: list[int] = []  # the tokens of a prompt while it is run, empty while decoding
         self.clock = 0  # tokens so far
         self.counts = Counters()
+
+    def bias_dtype(self, plan: Plan) -> torch.dtype:
+        """Kernels add in float32; the naive twins in the type that they compute in."""
+        return plan.dtype if plan.device.type == "cpu" else torch.float32
 
     @property
     def counters(self) -> Counters:
@@ -69,7 +78,7 @@ class ExpertStore(ABC):
 
     @abstractmethod
     def apply(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """x [T, H], ids [T, k], weights [T, k] float32 → Σ_k weight · expert(x) [T, H].
+        """x [T, H], ids [T, k] (-1: none), weights [T, k] float32 → Σ_k weight · expert(x) [T, H].
 
         The k products of a token are summed in float32 in the router's order, and what an expert makes of a token
         does not depend on where the expert lay: so the sum is the same to the bit whatever was resident.
@@ -98,7 +107,8 @@ class ExpertStore(ABC):
 
 
 def grouped(ids: Ints) -> tuple[Ints, Ints, list[Ints]]:
-    """Routed ids, flat → the distinct experts, how often each stands there, and where."""
+    """Routed ids, flat, -1 where there is none → the distinct experts, how often each stands there, and where."""
     order = np.argsort(ids, kind="stable")
+    order = order[np.count_nonzero(ids < 0) :]
     starts = np.flatnonzero(np.diff(ids[order], prepend=-1))
-    return ids[order[starts]], np.diff(starts, append=len(ids)), np.split(order, starts[1:])
+    return ids[order[starts]], np.diff(starts, append=len(order)), np.split(order, starts[1:])

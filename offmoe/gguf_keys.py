@@ -13,6 +13,7 @@ from offmoe.vocab import BYTE, CONTROL, NAMES, UNKNOWN, USER_DEFINED, Vocab, rea
 
 if TYPE_CHECKING:
     from offmoe.checkpoint import Checkpoint
+    from offmoe.kernels.mla import Latent
     from offmoe.models.config import ModelConfig
     from offmoe.models.family import Family
 
@@ -32,6 +33,11 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
         raise OffmoeError(
             f"{family.model_type} with clip_qkv = {config.clip_qkv} cannot be packed: "
             f"llama.cpp ignores it for the architecture {family.arch}, and would answer differently"
+        )
+    if config.rule.scores == "mixer":
+        raise OffmoeError(
+            f"{family.model_type} cannot be packed: llama.cpp routes the architecture {family.arch} by another rule, "
+            "and would answer differently"
         )
     if config.dense and config.dense != tuple(range(len(config.dense))):
         raise OffmoeError(
@@ -66,14 +72,28 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
         keys["expert_shared_count"] = config.shared
     if config.dense:
         keys["leading_dense_block_count"] = len(config.dense)
+    if config.rule.scores == "sigmoid" or config.latent:
+        keys["expert_gating_func"] = 2 if config.rule.scores == "sigmoid" else 1
+        keys |= {"expert_weights_norm": config.rule.renormalise, "expert_weights_scale": config.rule.scale}
     if config.rule.groups > 1:
         keys |= {"expert_group_count": config.rule.groups, "expert_group_used_count": config.rule.kept}
-    if config.rule.scores == "sigmoid":
-        keys |= {"expert_gating_func": 2, "expert_weights_norm": config.rule.renormalise}
-        keys["expert_weights_scale"] = config.rule.scale
+    if config.latent:
+        keys |= latent_keys(config.latent)
     keys |= scaling_keys(config.rope, family)
     keys |= family.gguf_keys(config)
     return {f"{family.arch}.{key}": value for key, value in keys.items()}
+
+
+def latent_keys(z: Latent) -> dict[str, int]:
+    """The plain key and value lengths are those of the cache: one key-value head, whose value is its key's front."""
+    return {
+        "attention.key_length": z.width,
+        "attention.value_length": z.kv_rank,
+        "attention.key_length_mla": z.key,
+        "attention.value_length_mla": z.value,
+        "attention.kv_lora_rank": z.kv_rank,
+        **({"attention.q_lora_rank": z.q_rank} if z.q_rank else {}),
+    }
 
 
 def scaling_keys(rope: Scaling, family: Family) -> dict[str, Any]:

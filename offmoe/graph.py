@@ -27,7 +27,6 @@ from offmoe.meter import Meter
 from offmoe.models.device_trunk import DeviceTrunk
 from offmoe.plan import Plan
 from offmoe.settings import Sampling
-from offmoe.states import NOWHERE
 from offmoe.step import DecodeStep, Variant
 from offmoe.vram import VramStore
 
@@ -42,7 +41,7 @@ class Steps:
 
     seconds: NDArray[np.float64]  # on the GPU's clock, from one token's end to the next one's
     tokens: NDArray[np.int64]
-    routed: int  # records a step
+    routed: int  # records a step, at most
     hits: NDArray[np.int64]  # covered ones included
     covered: NDArray[np.int64]
     late: NDArray[np.int64]
@@ -148,7 +147,6 @@ class Decoder:
         plain = replace(self._variant, served=self._served(), prefetch=self._variant.emulated)
         if plain not in self._graphs:
             self._capture(plain)  # now, not between two tokens
-        self._kv.stepped(NOWHERE)  # until it is known
         self.step.push(self._store.clock, len(self._kv.tokens))
         if logits is not None:
             self.step.buffers.logits[0].copy_(logits)
@@ -161,7 +159,6 @@ class Decoder:
             finally:
                 self._stream.synchronize()
                 self._store.clock = self.step.pull()  # and forgets what an aborted step may not have filled
-                self._kv.stepped(self.step.stands)
 
     def _launch_ahead(self, launched: int, read: int, most: int) -> int:
         """Keep AHEAD steps under way; returns how many were launched."""
@@ -225,7 +222,7 @@ class Decoder:
     def _count(self, row: Row, seconds: float) -> None:
         """Put a step's counters into the store's."""
         counts = self._store.counts
-        counts.routed += self.step.routed
+        counts.routed += row.routed
         counts.hits += row.hits
         counts.covered += row.covered
         counts.late += row.late

@@ -25,6 +25,7 @@ class HostStore(ExpertStore):
         super().__init__(model, plan)
         self.layouts = model.layouts
         self.slots = UnpackedSlots(plan.slots, model.layouts[0], plan.dtype)
+        self._glu = model.config.glu
 
     def preload(self, progress: Callable[[int, int], None]) -> None:
         experts = np.arange(self.table.experts)
@@ -45,12 +46,17 @@ class HostStore(ExpertStore):
             slots = self._ensure(layer, experts[order], uses[order])
             flat = [torch.from_numpy(pairs[i]) for i in order]
             inputs = x.index_select(0, torch.cat(flat) // k).split([len(part) for part in flat])
-            products += swiglu_experts(inputs, self.slots.weights(slots))
+            biases = self._biases_of(layer, experts[order]) if self.biases else None
+            products += swiglu_experts(inputs, self.slots.weights(slots), self._glu, biases)
             used += [pairs[i] for i in order]
         outputs = torch.cat(products).float()
         place = torch.from_numpy(np.concatenate(used))
-        ranked = torch.empty_like(outputs).index_copy_(0, place, outputs).unflatten(0, (-1, k))
-        return (ranked * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        ranked = outputs.new_zeros((host_ids.size, outputs.shape[1])).index_copy_(0, place, outputs)
+        return (ranked.unflatten(0, (-1, k)) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+    def _biases_of(self, layer: int, experts: Ints) -> list[tuple[Tensor, Tensor]]:
+        gate_up, down = self.biases[layer]
+        return [(gate_up[expert], down[expert]) for expert in experts.tolist()]
 
     def _ensure(self, layer: int, experts: Ints, uses: Ints) -> list[int]:
         """Slots that hold these experts, paged in where they were not."""

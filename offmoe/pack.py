@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ import gguf
 import torch
 from torch import Tensor
 
-from offmoe.checkpoint import ByteRange, Checkpoint, TensorInfo
+from offmoe.checkpoint import Checkpoint, TensorInfo
 from offmoe.checkpoint.quantise import packable, quantise
 from offmoe.errors import OffmoeError
 from offmoe.gguf_keys import model_keys, tokenizer_keys
-from offmoe.kernels.formats import FORMATS, Format, dequantise
+from offmoe.kernels.formats import FORMATS, Format
+from offmoe.kernels.mla import Latent
 from offmoe.models.family import Values
 from offmoe.models.held import HELD, held_shape, tiled
 from offmoe.models.model import Model, described, layers_of, trunk_shapes
@@ -29,6 +30,7 @@ from offmoe.settings import format_size
 PIECE = 1 << 22  # weights read, quantised and written together: 16 MiB in float32
 EXPERT_ROLES = ("gate", "up", "down")
 SMALL = ("delta_b", "delta_a", "delta_ba", "delta_conv", "delta_dt", "delta_decay")  # and sensitive
+HALVES = ("k_b", "v_b")  # of kv_b
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q5_K": 16,
               "Q6_K": 18, "BF16": 32, "MXFP4": 38}  # fmt: skip  # general.file_type
 
@@ -71,7 +73,7 @@ class Output:
     shape: tuple[int, ...]
     wanted: Format
     runs: list[Run]
-    turn: Values | None
+    turn: Values | None = None
 
     @property
     def cols(self) -> int:
@@ -110,7 +112,7 @@ def pack(checkpoint: Checkpoint, out: Path, fmt: str, progress: Callable[[int, i
 
 def roles(model: Model) -> Iterator[tuple[str, int]]:
     """Every tensor of the GGUF as (role, layer), in the order of the file."""
-    trunk = {role: layers_of(role, model.config) for role in trunk_shapes(model.config)}
+    trunk = {role: layers_of(role, model.config) for role in trunk_shapes(model.config, split=True)}
     names = model.family.gguf_names
     trunk = {role if role in names else HELD[role]: layers for role, layers in trunk.items()}
     per_layer = [role for role in trunk if "{l}" in names[role][0]]
@@ -132,7 +134,9 @@ def output(model: Model, role: str, layer: int, wanted: Format) -> Output:
     if role in EXPERT_ROLES:
         runs = [expert_run(model, role, layer, expert) for expert in range(c.experts)]
         shape: tuple[int, ...] = (c.experts, runs[0].count, runs[0].info.shape[-1])
-        return Output(name, shape, wanted, runs, None)
+        return Output(name, shape, wanted, runs)
+    if c.latent and role in HALVES:
+        return half(model, c.latent, role, layer, Output(name, trunk_shapes(c, split=True)[role], wanted, []))
     whole = model.find(role, layer)
     info, rows = (whole, None) if whole else model.stored(role, layer)
     shape = trunk_shapes(c).get(role) or held_shape(role, c)
@@ -154,6 +158,15 @@ def turned(model: Model, role: str, rows: Tensor | None) -> Values | None:
         return tiled(weight, role, c) if tiles else weight
 
     return turn
+
+
+def half(model: Model, z: Latent, role: str, layer: int, empty: Output) -> Output:
+    """The keys' or the values' rows of kv_b, head by head."""
+    info = model.find("kv_b", layer)
+    assert info is not None, f"kv_b of layer {layer} was there when the model was described"
+    first, count = (0, z.plain) if role == "k_b" else (z.plain, z.value)
+    runs = [Run(info, head * (z.plain + z.value) + first, count) for head in range(model.config.heads)]
+    return replace(empty, runs=runs, turn=(lambda rows: rows.t().contiguous()) if role == "k_b" else None)
 
 
 def expert_run(model: Model, role: str, layer: int, expert: int) -> Run:
@@ -223,15 +236,8 @@ def pieces(model: Model, output: Output) -> Iterator[Tensor]:
     for run in output.runs:
         step = run.count if output.turn else max(1, PIECE // output.cols)
         for first in range(0, run.count, step):
-            rows = read_rows(model.checkpoint, run.info, run.first + first, min(step, run.count - first))
+            rows = model.checkpoint.rows(run.info, run.first + first, min(step, run.count - first))
             yield output.turn(rows) if output.turn else rows
-
-
-def read_rows(checkpoint: Checkpoint, info: TensorInfo, first: int, count: int) -> Tensor:
-    form, cols = FORMATS[info.format], info.shape[-1]
-    start = info.range.offset + form.nbytes(first, cols)
-    raw = checkpoint.read_range(ByteRange(info.range.file, start, form.nbytes(count, cols)))
-    return dequantise(raw, form, count, cols)
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:

@@ -12,8 +12,9 @@ from offmoe.cache.policies import POLICIES
 from offmoe.cache.policy import make_policy
 from offmoe.errors import OffmoeError, users_mistakes
 from offmoe.gate import NONE, Gate
+from offmoe.kernels.mla import HEADS_AT_ONCE
 from offmoe.kvcache import kv_nbytes
-from offmoe.models.model import Model, count_weights, trunk_weights
+from offmoe.models.model import Model, bias_weights, count_weights, trunk_weights
 from offmoe.settings import Budget, Settings, format_size
 from offmoe.states import STATES, segment_nbytes, state_nbytes
 
@@ -94,6 +95,8 @@ class Free:
 
 def make_plan(model: Model, settings: Settings) -> Plan:
     """Place `model`. Raises OffmoeError with the smallest budget that works where one is too small."""
+    if settings.kv == "int8" and model.config.latent:
+        raise OffmoeError("--kv int8 does not go with latent attention, whose cache is small already: leave it out")
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     ctx = pick_ctx(settings.ctx, model.config.ctx)
@@ -103,10 +106,12 @@ def make_plan(model: Model, settings: Settings) -> Plan:
     state = state_nbytes(model.config)
     context = kv + STATES * state
     if on_cpu:
-        trunk, real, workspace = trunk_weights(model.config) * dtype.itemsize, model.record_weights * dtype.itemsize, 0
+        weights = trunk_weights(model.config) + bias_weights(model.config)
+        trunk, real, workspace = weights * dtype.itemsize, model.record_weights * dtype.itemsize, 0
     else:
-        trunk, real = count_weights(model).trunk_bytes, model.slot_bytes
-        workspace = workspace_nbytes(model, chunk, dtype.itemsize)
+        weights = count_weights(model)
+        trunk, real = weights.trunk_bytes + weights.unpacked_bytes, model.slot_bytes
+        workspace = workspace_nbytes(model, chunk, ctx, dtype.itemsize)
     free = free_memory(device)
     slots = pick_slots(model, settings.vram, default_slots(model, free, trunk + context + workspace, real))
     scope = settings.scope or DEFAULT_SCOPE
@@ -151,10 +156,10 @@ def batch_records(model: Model) -> int:
     return max(1, min(BATCH_BYTES // model.slot_bytes, model.config.experts))
 
 
-def workspace_nbytes(model: Model, chunk: int, itemsize: int) -> int:
+def workspace_nbytes(model: Model, chunk: int, ctx: int, itemsize: int) -> int:
     """VRAM that a chunk needs beside weights, context and slots: its activations, and batches of records passing by."""
     c = model.config
-    heads = (c.heads + 2 * c.kv_heads) * c.head_dim + c.gate_rows
+    heads = c.projected + (2 * c.heads * c.head_dim if c.latent else 0)
     a_token = c.hidden * (12 + 4 * itemsize) + heads * 4 * itemsize + c.top_k * (c.hidden + c.expert_hidden) * itemsize
     inner = max(c.dense_hidden, c.shared_hidden)
     a_token += 4 * inner * itemsize  # gate, up, its silu and their product
@@ -162,6 +167,9 @@ def workspace_nbytes(model: Model, chunk: int, itemsize: int) -> int:
         a_token += (sum(c.delta.projected) + c.delta.values) * itemsize
         heads = max(heads, sum(c.delta.projected))
     unpacked = max(heads, c.hidden, inner) * max(c.hidden, c.heads * c.head_dim) * itemsize
+    if c.latent:  # keys and values of some heads, expanded and padded
+        wide, some = max(c.latent.key, c.latent.value), min(c.heads, HEADS_AT_ONCE)
+        unpacked += some * ctx * 4 * wide * itemsize
     segment = segment_nbytes(c.delta) if c.delta else 0
     return chunk * a_token + segment + unpacked + BATCHES * batch_records(model) * model.slot_bytes + 16 * c.vocab
 

@@ -57,7 +57,7 @@ class RamTier:
         self._reader = reader
         self._reads: dict[int, Read] = {}  # by row, until landed
         self._finished: deque[tuple[int, Read]] = deque()  # of these, as the readers say
-        self._failed = False  # the background could not read something
+        self._failed = self._complete = False  # the background could not read something; all is there
         self._landed = 0  # reads that succeeded: where all fit, the rows that are there
         self._fetching, self._lock = threading.Lock(), threading.Lock()  # a whole fetch; the table and _reads
         self._ranges = [
@@ -108,6 +108,8 @@ class RamTier:
 
     def addresses(self, records: Ints, end: float = math.inf, now: int = 0) -> Ints:
         """Of rows [n] (int64) that hold these records of one layer, for the GPU to read: waits for pinning too."""
+        if self.complete:
+            return self.base + records.astype(np.int64) * self.rows.stride(0)
         layer, experts = int(records[0]) // self.table.experts, records % self.table.experts
         assert (records // self.table.experts == layer).all(), f"records {records} are not all of layer {layer}"
         rows: Ints = self.fetch(layer, experts, now, end).numpy()
@@ -134,10 +136,10 @@ class RamTier:
     @property
     def complete(self) -> bool:
         """Every record is there to stay."""
-        if not self.whole:
-            return False
-        self._land_finished()
-        return self._landed == self.records and (not self._pinning or bool(self._pinning.rows.all()))
+        if self.whole and not self._complete:
+            self._land_finished()
+            self._complete = self._landed == self.records and (not self._pinning or bool(self._pinning.rows.all()))
+        return self._complete
 
     def wait_complete(self) -> None:
         """What failed before is tried again."""

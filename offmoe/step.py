@@ -1,8 +1,8 @@
 """One decoded token as a sequence of launches: what the graph captures, and what tests run through the interpreter.
 
 A layer is six nodes: norm and qkv → attention, or a DeltaNet's step → output → norm, router, top-k and residency →
-gate and up, in which some programs bring what is missing and multiply it as it comes → down, summed into x. Shared
-experts are two nodes more; a layer without experts has norm and these two.
+gate and up, in which some programs bring what is missing and multiply it as it comes → down, summed into x. Latent
+attention is three nodes, or four. Shared experts are two nodes more; a layer without experts has norm and these two.
 Nothing here allocates, waits or reads a tensor on the host.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from offmoe.device_table import device_table, lose, pull, push, reach
 from offmoe.gate import Gate
-from offmoe.kernels.deltanet import DeltaWeights
+from offmoe.kernels.gpu import mla
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
 from offmoe.kernels.gpu.deltanet import delta_step
@@ -39,7 +39,7 @@ from offmoe.kernels.ring import ABORTED, COUNTED, DONE, Ring, row_words
 from offmoe.kvcache import KVCache
 from offmoe.memory import host_memory, register, unregister
 from offmoe.models.config import ModelConfig
-from offmoe.models.device_trunk import DeviceLayer, DeviceTrunk
+from offmoe.models.device_trunk import DeviceLatent, DeviceLayer, DeviceTrunk, normed_dense
 from offmoe.plan import Plan
 from offmoe.settings import Sampling
 from offmoe.states import NOWHERE
@@ -76,9 +76,13 @@ class StepBuffers:
 
         self.x, self.normed, self.raw = floats(1, c.hidden), floats(1, c.hidden), floats(c.hidden)
         d = c.delta
-        self.qkv = floats(1, max((c.heads + 2 * c.kv_heads) * c.head_dim + c.gate_rows, sum(d.projected) if d else 0))
-        self.mixed = floats(1, max(c.heads * c.head_dim, d.values if d else 0))
-        self.partial = floats(partial_size(c.heads, c.head_dim, splits))
+        self.qkv = floats(1, max(c.projected, sum(d.projected) if d else 0))
+        self.mixed = floats(1, max(c.heads * c.value_dim, d.values if d else 0))
+        if c.latent:
+            self.query, self.absorbed = floats(1, c.heads * c.head_dim), floats(c.heads * c.latent.kv_rank)
+            self.partial = floats(mla.partial_size(c.heads, c.latent, splits, device))
+        else:
+            self.partial = floats(partial_size(c.heads, c.head_dim, splits))
         self.router_logits, self.weights = floats(c.experts + 1), floats(c.top_k + 1)  # one more: the shared expert's
         self.inner = floats(c.top_k, c.expert_hidden)
         self.dense_inner, self.shared_inner = floats(1, c.dense_hidden), floats(1, c.shared_hidden)
@@ -109,11 +113,12 @@ class DecodeStep:
         self.device = device
         self.pdl = pdl_supported(device)
         sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        self.splits, self.split_size = pick_splits(plan.ctx, c.kv_heads, sms)
+        picked = mla.pick_splits(plan.ctx, c.heads, sms) if c.latent else pick_splits(plan.ctx, c.kv_heads, sms)
+        self.splits, self.split_size = picked
         self.buffers = StepBuffers(c, self.splits, device)
         self.gate = Gate.of(plan.prefetch).within(store.table, c.top_k)
         self.table = device_table(store.table, reach(store.table, c.top_k, self.gate.most), device)
-        self.routed = c.places * c.top_k  # records a step
+        self.routed = c.places * c.top_k  # records a step, at most
         self.sampler = Scratch.of(c.vocab, device)
         words = row_words(self.routed)
         memory = host_memory(RING_ROWS * words * 4).view(torch.int32).view(RING_ROWS, words)
@@ -148,7 +153,7 @@ class DecodeStep:
             else:
                 self._route(place, variant)
                 self._experts(place, variant)
-        dense(b.x, self.trunk.head, b.logits, norm=self.trunk.final_norm, eps=c.stream_eps, pdl=self.pdl)
+        self.trunk.logits_into(b.x, b.normed, b.logits, self.pdl)
         self.choose(variant, self.pdl)
 
     def choose(self, variant: Variant, pdl: bool = False) -> None:
@@ -166,36 +171,54 @@ class DecodeStep:
 
     def _attend(self, layer: int) -> None:
         b, c, w = self.buffers, self.config, self.trunk.layers[layer]
-        qkv = b.qkv[:, : sum(form.rows for _, form in w.qkv)]
-        dense(
-            b.x, w.qkv, qkv, norm=w.attn_norm_striped, eps=c.stream_eps, bias=w.qkv_bias, pdl=self.pdl and layer > 0
-        )  # fmt: skip
+        qkv, mixed = self._mixed(w)
+        normed_dense(b.x, w.attn_norm_striped, w.attn_norm_bias_striped, c.stream_eps, b.normed, w.qkv, qkv,
+                     w.qkv_bias, self.pdl and layer > 0)  # fmt: skip
         if w.delta:
-            self._delta(w, w.delta, layer, qkv[0])
-            return
+            states, index = self.kv.state_of(layer)
+            delta_step(qkv[0], w.delta, states.memory[index], states.recent[index], b.position, b.status, mixed[0],
+                       ctx=self.plan.ctx, pdl=self.pdl)  # fmt: skip
+        elif w.latent:
+            self._attend_latents(layer, w.latent)
+        else:
+            self._attend_heads(layer)
+        dense(mixed, w.o, b.x, bias=w.o_bias, residual=True, pdl=self.pdl)
+
+    def _mixed(self, w: DeviceLayer) -> tuple[Tensor, Tensor]:
+        """As much of the buffers as the layer's two products have rows and columns."""
+        rows, cols = sum(form.rows for _, form in w.qkv), w.o[0][1].cols
+        return self.buffers.qkv[:, :rows], self.buffers.mixed[:, :cols]
+
+    def _attend_heads(self, layer: int) -> None:
+        b, c, w = self.buffers, self.config, self.trunk.layers[layer]
+        qkv, mixed = self._mixed(w)
         keys, values = self.kv.layer(layer)
-        mixed = b.mixed[:, : c.heads * c.head_dim]
         decode_attention(
             qkv[0, c.gate_rows :], keys, values, b.position, self.trunk.rope, mixed[0], b.partial, b.attention_tickets,
             heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
             norm_full=c.qk_norm == "full", norm_after=c.qk_norm == "after", clip=c.clip_qkv, eps=c.norm_eps,
             splits=self.splits, split_size=self.split_size, scales=self.kv.scales(layer), scale=c.score_scale,
-            pdl=self.pdl,
-            gate=qkv[0, : c.gate_rows] if c.output_gated else None,
+            window=c.window(layer), sinks=w.sinks, gate=qkv[0, : c.gate_rows] if c.output_gated else None, pdl=self.pdl,
         )  # fmt: skip
-        dense(mixed, w.o, b.x, residual=True, pdl=self.pdl)
 
-    def _delta(self, w: DeviceLayer, delta: DeltaWeights, layer: int, projected: Tensor) -> None:
-        b, (states, index) = self.buffers, self.kv.state_of(layer)
-        mixed = b.mixed[:, : delta.shape.values]
-        delta_step(projected, delta, states.memory[index], states.recent[index], b.position, b.status, mixed[0],
-                   ctx=self.plan.ctx, pdl=self.pdl)  # fmt: skip
-        dense(mixed, w.o, b.x, residual=True, pdl=self.pdl)
+    def _attend_latents(self, layer: int, w: DeviceLatent) -> None:
+        """Three launches, four where queries have a latent of their own."""
+        b, c, z = self.buffers, self.config, self.config.latent
+        assert z is not None, "its weights are there"
+        query = b.qkv
+        if w.q_b:
+            dense(b.qkv[:, : z.q_rank], w.q_b, b.query, norm=w.q_a_norm, eps=mla.LATENT_EPS, pdl=self.pdl)
+            query = b.query
+        mla.decode_latents(
+            query[0, : c.heads * z.key], b.qkv[0, -z.width :], self.kv.latents(layer), b.position, self.trunk.rope,
+            w.kv_a_norm, w.k_b[0], w.v_b[0], b.mixed[0], b.absorbed, b.partial, heads=c.heads, latent=z,
+            scale=c.score_scale, splits=self.splits, split_size=self.split_size, pdl=self.pdl,
+        )  # fmt: skip
 
     def _dense(self, layer: int) -> None:
         """The feed-forward part of a layer without experts."""
         b, w = self.buffers, self.trunk.layers[layer]
-        rms_norm(b.x, w.ffn_norm_striped, self.config.stream_eps, b.normed)
+        rms_norm(b.x, w.ffn_norm_striped, self.config.stream_eps, b.normed, w.ffn_norm_bias_striped)
         self._beside_experts(w, b.one, b.dense_inner)
 
     def _beside_experts(self, w: DeviceLayer, weight: Tensor, inner: Tensor) -> None:
@@ -223,8 +246,9 @@ class DecodeStep:
             joins = True
         route(
             b.x[0], w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.places,
-            rule=c.rule, bias=w.router_bias, logits=b.router_logits, normed=b.normed[0], ticket=b.route_ticket,
-            ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
+            rule=c.rule, bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped,
+            logits=b.router_logits, normed=b.normed[0],
+            ticket=b.route_ticket, ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
             miss_records=b.miss_records, miss_slots=b.miss_slots, status=b.status, counters=b.counters, log=b.log,
             step=b.steps, units=self._units[layer], forced=self._forced if variant.forced else None,
             fetched=(b.fetch_count[layer], b.fetch_slots[layer]) if variant.prefetch else None,
@@ -266,8 +290,9 @@ class DecodeStep:
             self._routed.wait()
             predict(
                 b.raw, w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.places, rule=c.rule,
-                bias=w.router_bias, least=self.gate.least, most=self.gate.most, logits=b.predict_logits,
-                ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
+                bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped, least=self.gate.least,
+                most=self.gate.most,
+                logits=b.predict_logits, ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
                 fetch_records=b.fetch_records[layer], fetch_slots=b.fetch_slots[layer], status=b.status,
                 counters=b.counters, step=b.steps, units=self._units[layer], emulated=self._predicted if
                 variant.emulated else None,
@@ -289,14 +314,16 @@ class DecodeStep:
         """Multiply what is there while what is missing comes; behind a join, a whole edge, there is no early start."""
         b, c, store, w = self.buffers, self.config, self.store, self._layer(layer)
         records, layout = store.records, store.layouts[layer]
+        gate_up_bias, down_bias = store.biases[layer] if store.biases else (None, None)
         if w.beside:
             self._beside_experts(w, b.weights[c.top_k :] if c.shared_gated else b.one, b.shared_inner)
         copies = None if self.plan.all_in_slots else self._copies(variant)
         joins = self._join(layer, variant)
         expert_gate_up(
-            records, layout, b.slots, b.weights, b.normed, b.inner, copies=copies, pdl=self.pdl and not joins
+            records, layout, b.slots, b.weights, b.normed, b.inner, copies=copies, glu=c.glu, ids=b.ids,
+            bias=gate_up_bias, pdl=self.pdl and not joins,
         )  # fmt: skip
-        expert_down(records, layout, b.slots, b.inner, b.x, pdl=self.pdl)
+        expert_down(records, layout, b.slots, b.inner, b.x, ids=b.ids, weights=b.weights, bias=down_bias, pdl=self.pdl)
 
     def _join(self, layer: int, variant: Variant) -> bool:
         """Wait for lanes whose work this layer, or the token's end, needs; True if there was one."""
@@ -342,6 +369,7 @@ class DecodeStep:
         The first `choose` advances token number and position without a step before it.
         """
         push(self.store.table, self.table, clock)
+        self.kv.stepped(NOWHERE)  # until `pull`
         b = self.buffers
         b.position.fill_(position - 1)
         b.status.zero_()
@@ -353,14 +381,12 @@ class DecodeStep:
     def pull(self) -> int:
         """Residency back to the host, once nothing runs any more; returns the number of the last token."""
         token = pull(self.store.table, self.table) - 1
-        if int(self.buffers.status) == ABORTED:
+        position, aborted = int(self.buffers.position), int(self.buffers.status) == ABORTED
+        self.kv.wrote(position)
+        self.kv.stepped(NOWHERE if aborted else position)
+        if aborted:
             lose(self.store.table, self.buffers.miss_records, self.buffers.miss_slots)
         return token
-
-    @property
-    def stands(self) -> int:
-        """Behind how many tokens; NOWHERE if a step was broken off."""
-        return NOWHERE if int(self.buffers.status) == ABORTED else int(self.buffers.position)
 
     def know_rows(self) -> None:
         """Tell the device which rows of RAM have been filled since it was told last."""

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offmoe.errors import OffmoeError
 from offmoe.experts import Counters, ExpertStore, Ints
 from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
 from offmoe.kernels.gpu.page_in import CHUNK, WARPS, Copies, page_in, scratch_for
@@ -29,6 +30,11 @@ class VramStore(ExpertStore):
     """`records` [slots + batch, stride] uint8: the slots, and behind them a stage for what passes without staying."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
+        if any(layout.transposed for layout in model.layouts):
+            raise OffmoeError(
+                f"{model.checkpoint.path} keeps its experts column by column, which kernels on a GPU do not read: "
+                "`offmoe pack` writes them as a GGUF, row by row"
+            )
         super().__init__(model, plan)
         config = model.config
         self.device = plan.device
@@ -39,7 +45,7 @@ class VramStore(ExpertStore):
             (self.table.slots + self.uploads.batch, plan.stride), dtype=torch.uint8, device=plan.device
         )
         self._scratch = scratch_for(plan.device, PROGRAMS * WARPS * CHUNK)
-        self._k = config.top_k
+        self._k, self._glu = config.top_k, config.glu
         self._streaming = False
 
     def preload(self, progress: Callable[[int, int], None]) -> None:
@@ -60,17 +66,19 @@ class VramStore(ExpertStore):
         host_ids = ids.cpu().numpy()  # waits for the router: about 0.1 ms a layer
         if self.routed:
             self.routed(layer, host_ids, weights)
-        counts = np.bincount(host_ids.ravel(), minlength=self.table.experts)
+        counts = np.bincount(host_ids[host_ids >= 0], minlength=self.table.experts)
         experts = np.flatnonzero(counts)
         resident = self.table.slot_of[layer * self.table.experts + experts]  # before any is evicted
         self._admit(layer, experts, counts[experts])
         tiles = plan_tiles(ids, self.table.experts, x.dtype)
         out = x.new_empty((ids.numel(), x.shape[1]))
+        biases = self.biases[layer] if self.biases else None
 
         def multiply(some: Ints, places: Ints) -> None:
             addresses = np.zeros(self.table.experts, np.int64)
             addresses[some] = places
-            expert_mlp(x, ids, tiles, on_gpu(addresses, self.device), self.layouts[layer], out)
+            expert_mlp(x, ids, tiles, on_gpu(addresses, self.device), self.layouts[layer], out, glu=self._glu,
+                       biases=biases)  # fmt: skip
 
         there = resident >= 0
         if there.any():

@@ -28,9 +28,11 @@ def random_matrix(fmt: str, rows: int, cols: int, n: int = 1, kind: str = "norma
         sizes = {"normal": 1.0, "zero": 0.0, "subnormal": 1e-6, "ones": 1e4}
         values = torch.randn((n, rows * cols), generator=g) * sizes[kind]
         return values.to(FLOATS[fmt]).view(torch.uint8)
+    if FORMATS[fmt].tile:
+        return in_tiles(raw, fmt, rows, cols, kind, g)
     blocks = raw.view(n, -1, FORMATS[fmt].bytes)
     many = blocks.shape[1]
-    if fmt == "MXFP4":
+    if fmt.startswith("MXFP4"):
         low, high = {"normal": (118, 128), "zero": (0, 1), "subnormal": (0, 3), "ones": (200, 210)}[kind]
         blocks[..., 0] = torch.randint(low, high, (n, many), dtype=torch.uint8, generator=g)
         if kind == "zero":  # a scale is never 0, a code may be
@@ -39,7 +41,19 @@ def random_matrix(fmt: str, rows: int, cols: int, n: int = 1, kind: str = "norma
         scale = torch.rand((n, many, 1), generator=g) * 0.1 + 0.01
         scale *= {"normal": 1.0, "zero": 0.0, "subnormal": 5e-4, "ones": 1.0}[kind]
         blocks[..., at : at + 2] = scale.half().view(torch.uint8)
-    return raw
+    return torch.cat((blocks[..., 0], blocks[..., 1:].flatten(1)), 1) if FORMATS[fmt].apart else raw
+
+
+def in_tiles(raw: Tensor, fmt: str, rows: int, cols: int, kind: str, g: torch.Generator) -> Tensor:
+    """float8: no code is NaN; "subnormal": the codes are, and scales of float32 nearly."""
+    start = FORMATS[fmt].scales_nbytes(rows, cols)
+    codes = raw[:, start:]
+    if kind == "subnormal":
+        codes = codes & 0x87
+    codes[(codes & 0x7F) == 0x7F] = 0x7E
+    values = torch.rand((len(raw), start // 4), generator=g) * 0.02 + 0.002
+    values *= {"normal": 1.0, "zero": 0.0, "subnormal": 1e-30, "ones": 1.0}[kind]
+    return torch.cat((values.view(torch.uint8), codes), 1)
 
 
 def random_records(layout: RecordLayout, n: int, kind: str = "normal", seed: int = 0) -> Tensor:

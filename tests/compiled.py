@@ -33,6 +33,7 @@ from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.foretell import foretell
 from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
 from offmoe.kernels.gpu.gemv import dense, expert_down, expert_gate_up
+from offmoe.kernels.gpu.mla import decode_latents
 from offmoe.kernels.gpu.norm_rope import norm_rope_write, rms_norm
 from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, page_in, scratch_for
 from offmoe.kernels.gpu.request import request
@@ -40,6 +41,7 @@ from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
 from offmoe.kernels.gpu.sample import Scratch, sample_step
 from offmoe.kernels.gpu.unpack import dequantise_into
+from offmoe.kernels.mla import Latent
 from offmoe.kernels.planes import matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.ring import COUNTED
@@ -48,7 +50,7 @@ from offmoe.kernels.route import Rule
 CPU = torch.device("cpu")
 H, F, LAYERS, EXPERTS, K = 2048, 768, 2, 128, 8
 RULE = Rule(top_k=K, renormalise=True)
-GROUPED = Rule("sigmoid", biased=True, groups=8, kept=4, group_best=2, top_k=K, renormalise=True, scale=2.5)
+GROUPED = Rule("sigmoid", biased=True, groups=8, kept=4, group_best=2, top_k=K, top_p=0.9, renormalise=True, scale=2.5)
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int16: "*i16",
          torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
 
@@ -139,6 +141,7 @@ def products(fmt: str, pdl: bool) -> None:
     parts = [(ints(form.nbytes, dtype=torch.uint8), form) for form in (matrix(fmt, 512, H), matrix("Q6_K", 512, H))]
     dense(floats(1, H), parts, floats(1, 1024), norm=floats(H), eps=1e-6, pdl=pdl)
     dense(floats(1, H), parts, floats(1, 1024), norm=floats(H), eps=1e-6, bias=floats(1024), pdl=pdl)
+    dense(floats(1, H), parts, floats(1, 1024), bias=floats(1024), residual=True, pdl=pdl)
 
 
 def prompt(block: int) -> None:
@@ -170,6 +173,7 @@ def residency(policy: str, pdl: bool, rule: Rule = RULE) -> None:
     table = device_table(Residency(LAYERS, EXPERTS, 128, make_policy(policy, LAYERS * EXPERTS), "layer"), 10, CPU)
     t, ids = table, ints(1, LAYERS, K, dtype=torch.int16)
     bias = floats(EXPERTS) if rule.biased else None
+    shift = floats(H) if rule.scores == "mixer" else None  # a LayerNorm
     rows = EXPERTS + rule.biased  # with a gated shared expert too
     candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, foretold=t.foretold,
                worth=t.worth)  # fmt: skip
@@ -177,14 +181,14 @@ def residency(policy: str, pdl: bool, rule: Rule = RULE) -> None:
         foretell(t.past, ints(LAYERS * K), ints(1), k=K, experts=EXPERTS)
     route(
         floats(H), floats(H), 1e-6, floats(rows, H).bfloat16(), table, 1, layers=LAYERS, rule=rule, bias=bias,
-        logits=floats(rows), normed=floats(H), ticket=ints(1), ids=ints(K), weights=floats(K + 1), slots=ints(K),
-        hit=ints(K), miss_count=ints(1), miss_records=ints(K), miss_slots=ints(K), status=ints(1),
+        shift=shift, logits=floats(rows), normed=floats(H), ticket=ints(1), ids=ints(K), weights=floats(K + 1),
+        slots=ints(K), hit=ints(K), miss_count=ints(1), miss_records=ints(K), miss_slots=ints(K), status=ints(1),
         counters=ints(COUNTED), log=ints(LAYERS * K), step=ints(1), units=1 << 17, raw=floats(H), pdl=pdl,
         fetched=(ints(1), ints(K)), forced=ids if policy == "lru" else None,
     )  # fmt: skip
     predict(
         floats(H), floats(H), 1e-6, floats(rows, H).bfloat16(), table, 1, layers=LAYERS, rule=rule, least=0.05,
-        most=2, bias=bias, logits=floats(EXPERTS), ticket=ints(1), held=ints(K), fetch_count=ints(1),
+        most=2, bias=bias, shift=shift, logits=floats(EXPERTS), ticket=ints(1), held=ints(K), fetch_count=ints(1),
         fetch_records=ints(K), fetch_slots=ints(K), status=ints(1), counters=ints(COUNTED), step=ints(1), units=1 << 17,
         pdl=pdl, emulated=ids if policy == "lru" else None,
     )  # fmt: skip
@@ -220,8 +224,23 @@ def delta(pdl: bool) -> None:
     )  # fmt: skip
 
 
+def latents(pdl: bool, heads: int, z: Latent, fmt: str) -> None:
+    ctx, splits = 4096, 32
+    parts = []
+    for rows, cols in ((heads * z.kv_rank, z.plain), (heads * z.value, z.kv_rank)):
+        form = matrix(fmt, rows, cols)
+        parts.append((ints(form.nbytes, dtype=torch.uint8), form))
+    decode_latents(
+        floats(heads * z.key), floats(z.width), floats(ctx, z.width).bfloat16(), ints(1), floats(2, ctx, z.turned),
+        floats(z.kv_rank), *parts, floats(heads * z.value), floats(heads * z.kv_rank),
+        floats(heads * (splits * (z.kv_rank + 2) + 132 * z.kv_rank)), heads=heads, latent=z, scale=0.1, splits=splits,
+        pdl=pdl,
+    )  # fmt: skip
+
+
 def ends(pdl: bool) -> None:
     rms_norm(floats(1, H), floats(H), 1e-6, floats(1, H))  # of a layer without experts
+    rms_norm(floats(1, H), floats(H), 1e-6, floats(1, H), floats(H))
     form = matrix("Q4_K", 1024, H)
     embed(ints(1), (ints(form.nbytes, dtype=torch.uint8), form), floats(1, H), striped=True, pdl=pdl)
     sample_step(floats(151936), floats(5), ints(1, dtype=torch.int64), ints(1), ints(151936, dtype=torch.uint8),
@@ -240,10 +259,12 @@ def main(capability: int) -> None:
         copies("Q6_K", pdl)
         residency("lru", pdl)
         residency("crf", pdl, GROUPED)
-        residency("lfru", pdl)
+        residency("lfru", pdl, Rule("mixer", top_k=K, jitter=0.01))
         residency("echo", pdl)
         attention(pdl)
         delta(pdl)
+        latents(pdl, 16, Latent(0, 512, 128, 64, 128), "BF16")  # DeepSeek-V2-Lite
+        latents(pdl, 20, Latent(768, 512, 192, 64, 256), "Q8_0")  # GLM-4.7-Flash
         ends(pdl)
         prompt(16)
         prompt(64)

@@ -8,9 +8,9 @@ from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offmoe.kernels.formats import FORMATS, Format, dequantise
+from offmoe.kernels.formats import FORMATS, GGML, Format, dequantise
 
-every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+every_format = pytest.mark.parametrize("fmt", GGML.values(), ids=GGML)
 
 
 def oracle(raw: torch.Tensor, fmt: Format, rows: int, cols: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def random_bytes(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_the_table_is_ggmls() -> None:
-    for name, fmt in FORMATS.items():
+    for name, fmt in GGML.items():
         quant = gguf.GGMLQuantizationType[name]
         assert (fmt.name, fmt.gguf_type) == (name, quant)
         assert (fmt.block, fmt.bytes) == gguf.GGML_QUANT_SIZES[quant]
@@ -87,6 +87,17 @@ def test_q8_0_is_close_to_what_was_quantised() -> None:
     want = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     raw = torch.from_numpy(gguf.quants.quantize(want.numpy(), gguf.GGMLQuantizationType.Q8_0))
     assert_close("q8_0", dequantise(raw.flatten(), "Q8_0", 8, 64), want, 0.01)
+
+
+def test_pairs_are_mxfp4_with_neighbours_in_a_byte() -> None:
+    """As transformers unpacks gpt-oss's blocks and scales, and not as ggml has them."""
+    pytest.importorskip("transformers")
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks, scales = random_bytes(2, 6, 3, 16), random_bytes(2, 6, 3, seed=1) // 2 + 64
+    raw = torch.cat((scales.flatten(1), blocks.flatten(1)), dim=1)
+    want = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).mT  # theirs are transposed
+    assert torch.equal(dequantise(raw, "MXFP4_PAIRS", 6, 96), want)  # their -0 is our 0
 
 
 def test_wrong_sizes_are_refused() -> None:

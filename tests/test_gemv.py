@@ -16,7 +16,7 @@ from offmoe.kernels.record import RecordLayout
 
 pytest.importorskip("triton")
 from offmoe.kernels.gpu import gemv as fast
-from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, scratch_for
+from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, Strips, scratch_for
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RATIO = 2e-6
@@ -36,7 +36,7 @@ def ints(*values: int) -> Tensor:
 
 def record_of(fmt: str, down: str, stacked: bool) -> RecordLayout:
     """96 and 160 weights a row where blocks are of 32."""
-    large = 256 in (FORMATS[fmt].block, FORMATS[down].block)
+    large = max(FORMATS[fmt].block, FORMATS[down].block) > 32
     h, f = (256, 256) if large else (160, 96)
     if stacked:
         return RecordLayout.of(("gate_up", fmt, 2 * f, h), ("down", down, h, f))
@@ -80,7 +80,7 @@ def test_experts_of_two_formats(fmt: str, down: str) -> None:
 @pytest.mark.parametrize("fmt", PLANES)
 def test_extreme_blocks(fmt: str, kind: str) -> None:
     """Sums in float64 of codes that are all alike, of scales that are subnormal, or 0."""
-    cols = 512 if FORMATS[fmt].block == 256 else 160
+    cols = 512 if FORMATS[fmt].block > 32 else 160
     form = matrix(fmt, 5, cols)
     buffer = rearrange_matrix(random_matrix(fmt, 5, cols, kind=kind)[0], form).to(DEVICE)
     x, out = 1 + 0.1 * randn(1, cols), nan(1, 5)
@@ -94,6 +94,14 @@ def test_extreme_blocks(fmt: str, kind: str) -> None:
         assert want.abs().min() > 0
         # Q8_0's -1 is 127 - 128 there: what is left of two large sums
         assert_close(f"{fmt} {kind}", out, want, 2e-5 if (fmt, kind) == ("Q8_0", "ones") else RATIO)
+
+
+def test_rows_come_with_their_scales() -> None:
+    """16 tiles a row: 32 rows would be a whole number of 16 bytes of scales, but of a quarter of a tile."""
+    layout = slot_layout(
+        RecordLayout.of(("gate", "F8_E4M3", 256, 2048), ("up", "F8_E4M3", 256, 2048), ("down", "Q4_0", 2048, 256))
+    )
+    assert Strips.of(layout, MOVER_CHUNK).rows == 128
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -164,9 +172,9 @@ def test_residual(fmt: str) -> None:
     parts = parts_of(cols, fmt)
     x, out = randn(2, cols), randn(2, 37, seed=6)
     want = out.double()
-    for _ in range(2):
-        fast.dense(x, parts, out, residual=True)
-        naive.dense(x, parts, want, residual=True)
+    for bias in (None, randn(37, seed=7)):
+        fast.dense(x, parts, out, residual=True, bias=bias)
+        naive.dense(x, parts, want, residual=True, bias=bias)
     assert_close("out", out, want, RATIO)
 
 

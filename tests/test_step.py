@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 from close import assert_close
-from tiny import FAMILIES, reference, saved
+from test_models import decoded, engine_of, older, packed
+from tiny import FAMILIES, reference, saved, tiny
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("tests/gpu runs the graph itself", allow_module_level=True)
 
 from offmoe.cache.policies.echo import Echo
+from offmoe.engine import Engine
 from offmoe.kernels.ring import ABORTED, DONE
 from offmoe.kvcache import KVCache
 from offmoe.models.device_trunk import DeviceTrunk
@@ -35,7 +37,8 @@ IDS = [5, 17, 3, 60, 9, 33]
 @contextmanager
 def step_of(path: Path, **settings: Any) -> Iterator[DecodeStep]:
     model = open_model(path)
-    prefetch = settings.pop("prefetch", "none")
+    config = replace(model.config, rule=settings.pop("rule", model.config.rule))
+    model, prefetch = replace(model, config=config), settings.pop("prefetch", "none")
     plan = make_plan(model, Settings.of(**{"device": "cpu", "ctx": 32, "ram": "64MiB", **settings}))
     plan = replace(plan, prefetch=prefetch)
     store = VramStore(model, plan)
@@ -52,14 +55,14 @@ def step_of(path: Path, **settings: Any) -> Iterator[DecodeStep]:
     model.checkpoint.close()
 
 
-def run(step: DecodeStep, variant: Variant) -> torch.Tensor:
-    """Logits [T, V] after each of IDS, teacher-forced."""
+def run(step: DecodeStep, variant: Variant, routed: int | None = None) -> torch.Tensor:
+    """Logits [T, V] after each of IDS, teacher-forced; `routed`: to so many records, where not to k in every layer."""
     b = step.buffers
     step.set_sampling(Sampling(temperature=0.0), [], frozenset(), 100)
     step.push(0, 0)
     step.table.clock[0] += 1
     b.position += 1  # as the first `choose` would
-    rows = []
+    rows, seen = [], 0
     for id in IDS:
         b.token[0] = id
         step.launch(variant)
@@ -67,7 +70,9 @@ def run(step: DecodeStep, variant: Variant) -> torch.Tensor:
         row = step.ring.poll(len(rows) - 1)
         assert row is not None
         assert row.token == int(rows[-1].argmax())
-        assert row.hits + row.misses + row.late == step.routed
+        seen += row.routed
+        assert (row.ids >= 0).sum() == row.routed <= step.routed
+    assert seen == (len(IDS) * step.routed if routed is None else routed)
     step.pull()
     step.store.check()
     return torch.stack(rows)
@@ -79,6 +84,17 @@ def test_logits_are_those_of_transformers(family: str, scope: str, tmp_path: Pat
     want, _ = reference(family, IDS)
     with step_of(saved(family, tmp_path), vram="60%", scope=scope, policy="crf:h=16") as step:
         assert_close("logits", run(step, Variant()), want, 1e-5)
+
+
+@pytest.mark.parametrize(("fmt", "ratio"), [(None, 1e-5), ("F32", 1e-5), ("Q8_0", 2e-3)])
+def test_a_gguf_of_latent_attention_gives_the_same_logits(fmt: str | None, ratio: float, tmp_path: Path) -> None:
+    """As on the CPU, its matrices of all heads in halves; in one; in one whose keys' half is transposed in float16."""
+    path = packed(saved("deepseek_v3-groups", tmp_path), tmp_path, "f32")
+    path = older(path, tmp_path, 3, fmt) if fmt else path
+    with engine_of(path) as engine:
+        want, _ = decoded(engine, IDS, prompt=1)
+    with step_of(path, vram="60%") as step:
+        assert_close("logits", run(step, Variant()), want, ratio)
 
 
 @pytest.mark.parametrize("prefetch", ["none", "gate:d=1,p=0,n=2", "gate:d=2,p=0,n=1"])
@@ -138,11 +154,43 @@ def test_steps_behind_the_end_leave_the_state(tmp_path: Path) -> None:
         states, b = step.kv.states, step.buffers
         assert states is not None
         before = states.memory.clone(), states.recent.clone()
-        assert step.stands == len(IDS)
+        assert states.at == len(IDS)
         b.status.fill_(DONE)
         step.launch(Variant())
         assert torch.equal(states.memory, before[0])
         assert torch.equal(states.recent, before[1])
-        assert step.stands == len(IDS)
+        step.pull()
+        assert states.at == len(IDS)
         b.status.fill_(ABORTED)
-        assert step.stands == NOWHERE
+        step.pull()
+        assert states.at == NOWHERE
+
+
+def test_a_token_may_take_fewer_experts_than_the_cap(tmp_path: Path) -> None:
+    """A top-p, over transformers whose router is made to do the same; what it leaves out is neither hit nor miss."""
+    model, p = tiny("qwen3_moe"), 0.6
+
+    def cut(_module: Any, _inputs: Any, out: Any) -> Any:
+        logits, weights, ids = out
+        share = logits.float().softmax(-1).gather(-1, ids)
+        kept = (share.cumsum(-1) - share < p) * weights
+        used.append(int((kept > 0).sum()))
+        return logits, kept / kept.sum(-1, keepdim=True), ids
+
+    used: list[int] = []
+    hooks = [m.register_forward_hook(cut) for m in model.modules() if type(m).__name__.endswith("Router")]
+    want, _ = reference("qwen3_moe", IDS)
+    for hook in hooks:
+        hook.remove()
+    assert len(IDS) < used[0] < 3 * len(IDS)
+    opened = open_model(saved("qwen3_moe", tmp_path))
+    rule = replace(opened.config.rule, top_p=p)
+    opened = replace(opened, config=replace(opened.config, rule=rule))
+    with Engine(opened, Settings.of(device="cpu", ctx=32, vram="60%", chunk=2)) as engine:
+        rows = [engine.prefill(IDS[:3])] + [engine.step(token) for token in IDS[3:]]
+        assert_close("on the CPU", torch.stack(rows), want[2:], 1e-5)
+        assert engine.store.counters.routed <= sum(used)
+        engine.store.check()
+    for settings in ({"vram": "60%"}, {"vram": "100%"}, {"vram": "60%", "policy": "echo:h=3,w=16"}):
+        with step_of(saved("qwen3_moe", tmp_path), rule=rule, **settings) as step:
+            assert_close(f"{settings}", run(step, Variant(), sum(used)), want, 1e-5)

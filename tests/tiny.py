@@ -9,6 +9,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import mxfp4
 import pytest
 import torch
 
@@ -53,8 +54,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
                         "intermediate_size": 64, "n_shared_experts": 2, "first_k_dense_replace": 2, "n_group": 4,
                         "topk_group": 2, "num_hidden_layers": 5, "partial_rotary_factor": 0.25, "head_dim": 32,
                         "num_nextn_predict_layers": 0},
-    "deepseek_v2": {**LATENT, "num_experts_per_tok": 2, "q_lora_rank": None, "topk_method": "greedy",
+    "deepseek_v2": {**LATENT, "num_experts_per_tok": 2, "q_lora_rank": 32, "topk_method": "greedy",
                     "routed_scaling_factor": 1.5},
+    "deepseek_v2-lite": {**LATENT, "num_experts_per_tok": 2, "q_lora_rank": None, "topk_method": "greedy",
+                         "rope_parameters": YARN},
     "deepseek_v2-groups": {**LATENT, "num_experts_per_tok": 3, "q_lora_rank": 32, "topk_method": "group_limited_greedy",
                            "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0, "rope_parameters": YARN},
     "deepseek_v3": {**LATENT, "num_experts_per_tok": 3, "q_lora_rank": 64, "n_group": 1, "topk_group": 1,
@@ -64,7 +67,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
                            "qk_nope_head_dim": 64, "num_attention_heads": 3, "num_key_value_heads": 3,
                            "hidden_size": 96},
     "glm4_moe_lite": {**LATENT, "num_experts_per_tok": 2, "q_lora_rank": 32, "n_shared_experts": 1, "v_head_dim": 64,
-                      "num_attention_heads": 5, "num_key_value_heads": 5, "hidden_size": 80, "routed_scaling_factor": 1.8, "rms_norm_eps": 1e-5},
+                      "num_attention_heads": 5, "num_key_value_heads": 5, "routed_scaling_factor": 1.75,
+                      "rms_norm_eps": 1e-5},
+    "gpt_oss": {"intermediate_size": 32, "num_local_experts": 6, "num_experts_per_tok": 3, "num_hidden_layers": 4,
+                "head_dim": 32, "sliding_window": 4, "swiglu_limit": 2.0, "max_position_embeddings": 2048,
+                "rope_parameters": {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                                    "rope_theta": 150_000.0, "truncate": False,
+                                    "original_max_position_embeddings": 64}},
     "mixtral": {"intermediate_size": 32, "num_local_experts": 6, "num_experts_per_tok": 2,
                 "rope_theta": 50_000.0},
     "olmoe": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "num_key_value_heads": 4},
@@ -89,11 +98,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoe": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 3,
                    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.4,
                    "logits_scaling": 0.5, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+    "phimoe": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "attention_bias": True,
+               "lm_head_bias": True, "router_jitter_noise": 0.2, "rope_parameters": {
+                   # Beyond `original` transformers 5.23 goes on with the short factors.
+                   "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128,
+                   "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "short_mscale": 1.2, "long_mscale": 1.2,
+                   "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0]}},
     "olmoe-clipped": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "clip_qkv": 1.0},
 }  # fmt: skip
 
-# What llama.cpp's archs have no key for: clip_qkv, layers without experts.
-PACKABLE = [family for family in FAMILIES if "-" not in family] + ["glm4_moe-groups"]
+# What llama.cpp's archs have no key for: clip_qkv, layers without experts, a sparse mixer.
+PACKABLE = [*(f for f in FAMILIES if "-" not in f and f != "phimoe"), "deepseek_v3-groups", "glm4_moe-groups"]
+# llama.cpp knows by its 27 layers that such a model's queries have no latent.
+PACKABLE_UNHEARD = [*PACKABLE, "deepseek_v2-lite"]
 
 
 @cache
@@ -106,11 +123,13 @@ def tiny(family: str) -> Any:
     for name, parameter in model.named_parameters():
         if "norm" in name:  # ones hide a norm that is left out
             torch.nn.init.normal_(parameter, float(parameter.data.mean()), 0.2)  # some count from 1
-        if "bias" in name:  # as do zeros a bias
+        if "bias" in name or "sinks" in name:  # as do zeros a bias
             torch.nn.init.normal_(parameter, 0.0, 0.5)
     for name, buffer in model.named_buffers():
         if "correction_bias" in name:
             torch.nn.init.normal_(buffer, 0.0, 0.2)
+    if family.startswith("gpt_oss"):
+        mxfp4.round_experts(model)
     return model
 
 
@@ -118,6 +137,8 @@ def saved(family: str, folder: Path, fused: bool = False, **save: Any) -> Path:
     """Written as a Hugging Face directory: names per expert, or the fused ones."""
     path = folder / f"{family}-{'fused' if fused else 'split'}"
     tiny(family).save_pretrained(path, save_original_format=not fused, **save)
+    if family.startswith("gpt_oss") and not fused:
+        mxfp4.quantise_experts(path)
     return path
 
 

@@ -22,14 +22,28 @@ from offmoe.kernels.kv import dequantise
 LEAST = 256  # positions that are not worth dividing: joining partial results costs 2 µs
 COMBINE = 8192  # values that the last program reads at once, splits times a head's width
 LOG2E = 1.4426950408889634
+LOG_2_E = tl.constexpr(LOG2E)
 
 
 @triton.jit
-def load_block(base, scales, start, end, D: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, INT8: tl.constexpr):
+def around(start, room, COUNT: tl.constexpr, RING: tl.constexpr):
+    """Where positions start … start + COUNT lie; in a ring of at least COUNT they go on at its beginning."""
+    if RING:
+        n = start % room + tl.arange(0, COUNT)
+        n = tl.where(n >= room, n - room, n)
+    else:
+        n = start + tl.arange(0, COUNT)
+    return n
+
+
+@triton.jit
+def load_block(base, scales, start, end, room, D: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+               INT8: tl.constexpr, RING: tl.constexpr):  # fmt: skip
     """Positions start … of one head [BLOCK, WIDE], 0 from `end` on, and their scales [BLOCK]."""
-    n, d = start + tl.arange(0, BLOCK), tl.arange(0, WIDE)
-    block = tl.load(base + n[:, None] * D + d[None, :], mask=(n < end)[:, None] & (d < D)[None, :], other=0)
-    scale = tl.load(scales + n, mask=n < end, other=0.0).to(tl.float32) if INT8 else tl.full((BLOCK,), 1.0, tl.float32)
+    n, d = around(start, room, BLOCK, RING), tl.arange(0, WIDE)
+    there = start + tl.arange(0, BLOCK) < end
+    block = tl.load(base + n[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
+    scale = tl.load(scales + n, mask=there, other=0.0).to(tl.float32) if INT8 else tl.full((BLOCK,), 1.0, tl.float32)
     return block, scale
 
 
@@ -100,10 +114,12 @@ def combine(
 
 
 @triton.jit
-def to_l2(base, start, last, ROW: tl.constexpr, COUNT: tl.constexpr):
+def to_l2(base, start, last, room, ROW: tl.constexpr, COUNT: tl.constexpr, RING: tl.constexpr):
     """Ask for COUNT rows of ROW bytes at `base` from `start` on, none behind `last`, and do not wait."""
     LINES: tl.constexpr = triton.next_power_of_2((ROW + 127) // 128)
     n, line = tl.minimum(start + tl.arange(0, COUNT), last), tl.minimum(tl.arange(0, LINES) * 128, ROW - 1)
+    if RING:
+        n = n % room
     at = base.to(tl.int64) + n.to(tl.int64)[:, None] * ROW + line[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
@@ -112,14 +128,15 @@ def to_l2(base, start, last, ROW: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def _decode(
-    qkv, gate, keys, values, scales, position, table, q_norm, k_norm, mixed_out, partial, tickets,
-    ctx, splits, least, clip, eps, to_log2,
+    qkv, gate, keys, values, scales, position, table, q_norm, k_norm, sinks, mixed_out, partial, tickets,
+    ctx, room, splits, least, clip, eps, to_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, STAGES: tl.constexpr,
+    WINDOW: tl.constexpr, RING: tl.constexpr,
     NORM: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (KV_HEADS, splits). The first R values of a head are rotated. A tile's rows: the group's query heads, their
-    key, their value, padding.
+    key, their value, padding. Position p lies at p % room.
 
     Loads stand before what waits for one of them, all of a tile in one layout: each wait in turn costs 0.6 µs.
     """
@@ -128,17 +145,18 @@ def _decode(
     GROUP: tl.constexpr = HEADS // KV_HEADS
     head, split = tl.program_id(0), tl.program_id(1)
     here = tl.load(position).to(tl.int32)
-    size = tl.maximum(least, tl.cdiv(tl.cdiv(here + 1, splits), BLOCK) * BLOCK)
-    active = tl.minimum(here // size + 1, splits)
-    start = split * size
+    oldest = tl.maximum(here - (WINDOW - 1), 0) if WINDOW > 0 else 0
+    size = tl.maximum(least, tl.cdiv(tl.cdiv(here - oldest + 1, splits), BLOCK) * BLOCK)
+    active = tl.minimum((here - oldest) // size + 1, splits)
+    start = oldest + split * size
     end = tl.minimum(start + size, tl.minimum(here, ctx))
-    line = head.to(tl.int64) * ctx
+    line = head.to(tl.int64) * room
     k_base, v_base = keys + line * D, values + line * D
-    k_scales, v_scales = scales + line, scales + KV_HEADS * ctx.to(tl.int64) + line
+    k_scales, v_scales = scales + line, scales + KV_HEADS * room.to(tl.int64) + line
     if PDL:
         BYTES: tl.constexpr = D * keys.dtype.element_ty.primitive_bitwidth // 8
-        to_l2(k_base, start, tl.minimum(here, ctx - 1), BYTES, 4 * BLOCK)
-        to_l2(v_base, start, tl.minimum(here, ctx - 1), BYTES, 4 * BLOCK)
+        to_l2(k_base, start, tl.minimum(here, ctx - 1), room, BYTES, 4 * BLOCK, RING)
+        to_l2(v_base, start, tl.minimum(here, ctx - 1), room, BYTES, 4 * BLOCK, RING)
 
     r, d = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDE)[None, :]
     other = tl.where(d < R // 2, d + R // 2, d - R // 2)  # whom d is rotated with
@@ -154,8 +172,11 @@ def _decode(
         if NORM != 3:
             weight_other = tl.load(q_norm + q_row + other, mask=is_q & (d < D), other=0.0)
             weight_other += tl.load(k_norm + k_row + other, mask=is_k & (d < D), other=0.0)
-    k, k_scale = load_block(k_base, k_scales, start, end, D, WIDE, BLOCK, INT8)
-    v, v_scale = load_block(v_base, v_scales, start, end, D, WIDE, BLOCK, INT8)
+    g = tl.arange(0, ROWS)
+    if sinks is not None:
+        sink = tl.load(sinks + head * GROUP + g, mask=g < GROUP, other=-float("inf")) * LOG_2_E
+    k, k_scale = load_block(k_base, k_scales, start, end, room, D, WIDE, BLOCK, INT8, RING)
+    v, v_scale = load_block(v_base, v_scales, start, end, room, D, WIDE, BLOCK, INT8, RING)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if split >= active:
@@ -183,27 +204,36 @@ def _decode(
 
     owner = split == active - 1  # of `here`
     writes = owner & (here < ctx)
+    spot = here % room if RING else here
     if INT8:
         k_new, k_one = in_int8(k_new)
         v_new, v_one = in_int8(v_new)
         one = tl.arange(0, 1)
-        tl.store(k_scales + here + one, k_one.to(scales.dtype.element_ty), mask=writes & (one == 0))
-        tl.store(v_scales + here + one, v_one.to(scales.dtype.element_ty), mask=writes & (one == 0))
+        tl.store(k_scales + spot + one, k_one.to(scales.dtype.element_ty), mask=writes & (one == 0))
+        tl.store(v_scales + spot + one, v_one.to(scales.dtype.element_ty), mask=writes & (one == 0))
     k_kept, v_kept = k_new.to(keys.dtype.element_ty), v_new.to(values.dtype.element_ty)
-    tl.store(k_base + here * D + d, k_kept, mask=writes & (d < D))
-    tl.store(v_base + here * D + d, v_kept, mask=writes & (d < D))
+    tl.store(k_base + spot * D + d, k_kept, mask=writes & (d < D))
+    tl.store(v_base + spot * D + d, v_kept, mask=writes & (d < D))
     k_new, v_new = k_kept.to(tl.float32), v_kept.to(tl.float32)
     if INT8:
         k_new, v_new = k_new * k_one[:, None], v_new * v_one[:, None]
 
-    top = tl.where(owner, tl.sum(q.to(tl.float32) * k_new, 1) * to_log2, -float("inf"))
-    total = tl.where(owner, 1.0, 0.0) + tl.zeros((ROWS,), tl.float32)
-    mixed = tl.where(owner, v_new, 0.0) + tl.zeros((ROWS, WIDE), tl.float32)
+    score = tl.sum(q.to(tl.float32) * k_new, 1) * to_log2
+    if sinks is not None:
+        highest = tl.maximum(score, sink)
+        fresh = tl.exp2(score - highest)
+        top = tl.where(owner, highest, -float("inf"))
+        total = tl.where(owner, fresh + tl.exp2(sink - highest), 0.0)
+        mixed = tl.where(owner, v_new, 0.0) * fresh[:, None]
+    else:
+        top = tl.where(owner, score, -float("inf"))
+        total = tl.where(owner, 1.0, 0.0) + tl.zeros((ROWS,), tl.float32)
+        mixed = tl.where(owner, v_new, 0.0) + tl.zeros((ROWS, WIDE), tl.float32)
     visible = start + tl.arange(0, BLOCK) < end
     top, total, mixed = fold(q, k, v, k_scale, v_scale, visible, top, total, mixed, to_log2, INT8, DOT)
     for n in tl.range(start + BLOCK, end, BLOCK, num_stages=STAGES):
-        k_n, k_scale_n = load_block(k_base, k_scales, n, end, D, WIDE, BLOCK, INT8)
-        v_n, v_scale_n = load_block(v_base, v_scales, n, end, D, WIDE, BLOCK, INT8)
+        k_n, k_scale_n = load_block(k_base, k_scales, n, end, room, D, WIDE, BLOCK, INT8, RING)
+        v_n, v_scale_n = load_block(v_base, v_scales, n, end, room, D, WIDE, BLOCK, INT8, RING)
         seen = n + tl.arange(0, BLOCK) < end
         top, total, mixed = fold(q, k_n, v_n, k_scale_n, v_scale_n, seen, top, total, mixed, to_log2, INT8, DOT)
 
@@ -214,7 +244,7 @@ def _decode(
             mixed = mixed * tl.sigmoid(tl.load(gate + at, mask=is_q & (d < D), other=0.0))
         tl.store(mixed_out + place(at, HEADS * D), mixed, mask=is_q & (d < D))
         return
-    part, g = head * splits + split, tl.arange(0, ROWS)
+    part = head * splits + split
     tl.store(partial + (part * GROUP + r) * D + d, mixed, mask=is_q & (d < D))
     stats = partial + KV_HEADS * splits * GROUP * D + (part * GROUP + g) * 2
     tl.store(stats, top, mask=g < GROUP)
@@ -244,26 +274,27 @@ def decode_attention(
     partial: Tensor, tickets: Tensor, *,
     heads: int, kv_heads: int, head_dim: int, q_norm: Tensor | None, k_norm: Tensor | None, norm_full: bool,
     clip: float | None, eps: float, splits: int, split_size: int = LEAST, scales: Tensor | None = None,
-    scale: float | None = None, norm_after: bool = False, gate: Tensor | None = None,
+    scale: float | None = None, norm_after: bool = False, window: int = 0, sinks: Tensor | None = None,
+    gate: Tensor | None = None,
     pdl: bool = False, block: int | None = None, warps: int = 4, stages: int = 3,
 ) -> None:  # fmt: skip
     """One token at `position` [1]: q, k, v [(heads + 2 kv_heads) · D] float32 → mixed [heads · D] float32, striped.
 
-    Norm, clip, rotation as in kernels.norm_rope; k and v are written into keys, values [kv_heads, ctx, D] at
-    `position` (int8: with scales [2, kv_heads, ctx]), unless it is ctx, where nothing fits any more.
-    `gate` [heads · D]: its sigmoid is multiplied with mixed.
+    Norm, clip, rotation as in kernels.norm_rope; k and v are written into keys, values [kv_heads, room, D] at
+    `position` % room (int8: with scales [2, kv_heads, room]), unless it is ctx, where nothing fits any more; room is
+    ctx or, with a `window`, at least that. `sinks` [heads] float32 and `window` as in kernels.attention. `gate`
+    [heads · D]: its sigmoid is multiplied with mixed.
     `partial` [partial_size(…)] float32 is scratch; `tickets` [kv_heads] int32 are 0 before and after.
     Scores are multiplied by `scale`, D ** -0.5 where it is None.
     The result depends on splits · split_size, not on the order in which programs run.
     """
-    ctx, wide, group = keys.shape[1], triton.next_power_of_2(head_dim), heads // kv_heads
+    ctx, room, wide, group = rope_table.shape[1], keys.shape[1], triton.next_power_of_2(head_dim), heads // kv_heads
     assert qkv.numel() == (heads + 2 * kv_heads) * head_dim
     assert mixed.numel() == heads * head_dim
     assert gate is None or gate.numel() == heads * head_dim
     assert keys.is_contiguous()
     assert values.is_contiguous()
     assert (keys.dtype == torch.int8) == (scales is not None)
-    assert rope_table.shape[1] == ctx
     assert rope_table.shape[2] <= head_dim
     assert rope_table.is_contiguous()
     assert rope_table.shape[2] % 2 == 0
@@ -271,13 +302,15 @@ def decode_attention(
     assert tickets.numel() >= kv_heads
     block = block or max(16, min(64, 16384 // (wide * keys.element_size())))
     assert split_size % block == 0, f"split_size {split_size} is no multiple of {block}"
+    assert room == ctx or max(window, 4 * block) <= room, f"a ring of {room} holds {window} and {4 * block} positions"
     rows = max(16, triton.next_power_of_2(group + 2))
     _decode[(kv_heads, splits)](
-        qkv, gate, keys, values, keys if scales is None else scales, position, rope_table, q_norm, k_norm,
-        mixed, partial, tickets, ctx, splits, split_size, clip or 0.0, eps,
+        qkv, gate, keys, values, keys if scales is None else scales, position, rope_table, q_norm, k_norm, sinks,
+        mixed, partial, tickets, ctx, room, splits, split_size, clip or 0.0, eps,
         (head_dim**-0.5 if scale is None else scale) * LOG2E,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, R=rope_table.shape[2], WIDE=wide, ROWS=rows, BLOCK=block,
-        MANY=max(1, min(triton.next_power_of_2(splits), COMBINE // wide)), STAGES=stages,
+        MANY=max(1, min(triton.next_power_of_2(splits), COMBINE // wide)), STAGES=stages, WINDOW=window,
+        RING=room < ctx,
         NORM=norm_kind(q_norm, norm_full, norm_after), CLIP=bool(clip), INT8=scales is not None, DOT=dot_type(keys),
         num_warps=warps, **dependent(pdl),
     )  # fmt: skip
@@ -289,20 +322,80 @@ def dot_type(keys: Tensor) -> tl.dtype:
     return names.get(keys.dtype, tl.bfloat16 if keys.is_cuda else tl.float32)
 
 
-def prefill_attention(
-    q: Tensor, keys: Tensor, values: Tensor, start: int, scales: Tensor | None = None, scale: float | None = None
-) -> Tensor:
-    """q [T, heads, D] at positions start … over keys, values [kv_heads, ctx, D] up to their own: [T, heads, D].
+@triton.jit
+def _prefill(
+    q, keys, values, sinks, out, tokens, past, head_stride, to_log2,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, WINDOW: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Grid (tokens / M, HEADS): what torch's kernels know nothing of, windows and sinks."""
+    head, d = tl.program_id(1), tl.arange(0, WIDE)
+    t = tl.program_id(0) * M + tl.arange(0, M)
+    here = past + t
+    at = (t.to(tl.int64) * HEADS + head)[:, None] * D + d[None, :]
+    inside = (t < tokens)[:, None] & (d < D)[None, :]
+    query = tl.load(q + at, mask=inside, other=0.0).to(DOT)
+    line = (head // GROUP).to(tl.int64) * head_stride
+    if sinks is not None:
+        top = tl.load(sinks + head) * LOG_2_E + tl.zeros((M,), tl.float32)
+        total = tl.full((M,), 1.0, tl.float32)
+    else:
+        top = tl.full((M,), -1e30, tl.float32)  # finite: a row may see nothing of a block
+        total = tl.zeros((M,), tl.float32)
+    mixed = tl.zeros((M, WIDE), tl.float32)
+    first = tl.program_id(0) * M + past
+    end = tl.minimum(first + M, past + tokens)
+    begin = tl.maximum(first - (WINDOW - 1), 0) // N * N if WINDOW > 0 else 0
+    for start in range(begin, end, N):
+        n = start + tl.arange(0, N)
+        source = line + n.to(tl.int64)[:, None] * D + d[None, :]
+        there = (n < end)[:, None] & (d < D)[None, :]
+        scores = tl.dot(query, tl.trans(tl.load(keys + source, mask=there, other=0.0)), input_precision="ieee")
+        seen = n[None, :] <= here[:, None]
+        if WINDOW > 0:
+            seen = seen & (n[None, :] > here[:, None] - WINDOW)
+        scores = tl.where(seen, scores * to_log2, -float("inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        old, p = tl.exp2(top - higher), tl.exp2(scores - higher[:, None])
+        total = total * old + tl.sum(p, 1)
+        value = tl.load(values + source, mask=there, other=0.0)
+        mixed = tl.dot(p.to(DOT), value, mixed * old[:, None], input_precision="ieee")
+        top = higher
+    tl.store(out + at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
-    No [T, start + T] mask is made on a GPU. int8 keys and values are unpacked first, in q's type.
+
+def prefill_attention(
+    q: Tensor, keys: Tensor, values: Tensor, start: int, scales: Tensor | None = None, *,
+    window: int = 0, sinks: Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """q [T, heads, D] at places start … over keys, values [kv_heads, room, D] up to their own: [T, heads, D].
+
+    No [T, start + T] mask is made on a GPU. int8 keys and values are unpacked first, in q's type. `window` and
+    `sinks` [heads] float32 as in kernels.attention; beside them no `scale` (there) but D ** -0.5.
     """
     end = start + len(q)
     k, v = keys[:, :end], values[:, :end]
     if scales is not None:
         k, v = (dequantise(x, scale[:, :end], q.dtype) for x, scale in zip((k, v), scales, strict=True))
+    if window or sinks is not None:
+        return seen_through_windows(q, k, v, start, window, sinks)
     bias = causal_lower_right(len(q), end) if start else None
     mixed = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0),
         attn_mask=bias, is_causal=bias is None, enable_gqa=q.shape[1] != len(keys), scale=scale,
     )  # fmt: skip
     return mixed.squeeze(0).transpose(0, 1)
+
+
+def seen_through_windows(q: Tensor, k: Tensor, v: Tensor, start: int, window: int, sinks: Tensor | None) -> Tensor:
+    """The part of `prefill_attention` that is ours."""
+    (tokens, heads, d), out = q.shape, torch.empty_like(q)
+    assert q.is_contiguous()
+    assert k.stride() == v.stride()
+    assert k.stride()[1:] == (d, 1)
+    m, n = (16, 32) if q.dtype == torch.float32 else (128, 64)
+    _prefill[(triton.cdiv(tokens, m), heads)](
+        q, k, v, sinks, out, tokens, start, k.stride(0), d**-0.5 * LOG2E, HEADS=heads, GROUP=heads // len(k), D=d,
+        WIDE=triton.next_power_of_2(d), WINDOW=window, M=m, N=n, DOT=dot_type(k), num_warps=4 if d <= 64 else 8,
+    )  # fmt: skip
+    return out

@@ -17,12 +17,22 @@ import triton
 import triton.language as tl
 
 from offmoe.kernels.formats import FORMATS
-from offmoe.kernels.gpu.dot_32 import fold_q8_0, fold_small, words_q8_0, words_small, x_32
+from offmoe.kernels.gpu.dot_32 import (
+    fold_f8,
+    fold_pairs,
+    fold_q8_0,
+    fold_small,
+    words_f8,
+    words_pairs,
+    words_q8_0,
+    words_small,
+    x_32,
+)
 from offmoe.kernels.gpu.dot_256 import fold_k, fold_q6_k, words_k, words_q6_k, x_k, x_q6_k
 from offmoe.kernels.gpu.striped import load_x, place
 
 # Weights a unit: a block of 256, or one of 32; 32 of a float format.
-UNIT = {name: max(32, form.block) for name, form in FORMATS.items()}
+UNIT = {name: 32 if form.tile else max(32, form.block) for name, form in FORMATS.items()}
 
 
 @triton.jit
@@ -78,6 +88,10 @@ def words_of(buffer, origin, at, mask, FORMAT: tl.constexpr,
         return words_q6_k(buffer, origin, at, mask, P0, P1, P2, P3)
     elif FORMAT == "Q8_0":
         return words_q8_0(buffer, origin, at, mask, P0, P1)
+    elif FORMAT == "F8_E4M3":
+        return words_f8(buffer, origin, at, mask, P0, P1, P2)
+    elif FORMAT == "MXFP4_PAIRS":
+        return words_pairs(buffer, origin, at, mask, P0, P1)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         return words_float(buffer, origin, at, mask, FORMAT, P0)
     else:
@@ -93,6 +107,10 @@ def fold(words, xs, FORMAT: tl.constexpr):
         return tl.sum(tl.sum(fold_q6_k(words, xs), 2), 1)
     elif FORMAT == "Q8_0":
         return tl.sum(fold_q8_0(words, xs), 1)
+    elif FORMAT == "F8_E4M3":
+        return tl.sum(fold_f8(words, xs), 1)
+    elif FORMAT == "MXFP4_PAIRS":
+        return tl.sum(fold_pairs(words, xs), 1)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         return tl.sum(fold_float(words, xs, FORMAT), 1)
     else:

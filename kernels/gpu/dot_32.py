@@ -1,4 +1,4 @@
-"""Blocks of 32: Q4_0, Q4_1, Q5_0, MXFP4 and Q8_0."""
+"""Blocks of 32: Q4_0, Q4_1, Q5_0, MXFP4 in both orders and Q8_0; as many weights of F8_E4M3."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ def fp4(word, SIGN: tl.constexpr, MAGNITUDE: tl.constexpr):
 
 
 @triton.jit
+def power_of_two(exponent):
+    """2 ** (exponent - 127)."""
+    exponent = exponent.to(tl.uint32)
+    return tl.where(exponent == 0, 0x00400000, exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def words_small(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
                 P2: tl.constexpr):  # fmt: skip
     """Blocks of 32 in nibbles [R, U, 4]; their scale [R, U]; minimum or fifth bits [R, U], where there are."""
@@ -67,9 +74,7 @@ def fold_small(words, xs, FORMAT: tl.constexpr):
                  + fp4(quants, 24, 18) * (h[0] * 2.0**63)[None] + fp4(quants, 16, 10) * (h[1] * 2.0**63)[None]
                  + fp4(quants, 8, 2) * (h[2] * 2.0**63)[None] + fp4(quants, 0, -6) * (h[3] * 2.0**63)[None])
         # fmt: on
-        exponent = words[1].to(tl.uint32)
-        scale = tl.where(exponent == 0, 0x00400000, exponent << 23).to(tl.float32, bitcast=True)
-        return tl.sum(total, 2) * 2.0**63 * scale
+        return tl.sum(total, 2) * 2.0**63 * power_of_two(words[1])
     elif FORMAT == "Q5_0":
         bits = words[2][:, :, None] >> (4 * tl.arange(0, 4))[None, None, :]
         total = dot_bytes(zero, quants & 0x0F0F0F0F | fifth_bits(bits), a[0], a[1], a[2], a[3])
@@ -82,6 +87,34 @@ def fold_small(words, xs, FORMAT: tl.constexpr):
             return words[1].to(tl.float32) * (total - 8 * x_sum)
         else:
             return words[1].to(tl.float32) * total + words[2].to(tl.float32) * x_sum
+
+
+@triton.jit
+def words_pairs(buffer, origin, at, mask, P0: tl.constexpr, P1: tl.constexpr):
+    """MXFP4_PAIRS: nibbles in the order of the weights, four in each of twice four halfwords [R, U, 4]; scale [R, U].
+
+    Halfword v of the first four holds weights 4v … 4v + 3: what `load_4` has of x side by side.
+    """
+    halfwords = buffer.to(tl.pointer_type(tl.uint16))
+    spot = (origin[None, :] * 2 + P1 // 2 + at * 8)[:, :, None] + tl.arange(0, 4)[None, None, :]
+    m = mask[:, :, None]
+    return (tl.load(halfwords + spot, mask=m, other=0), tl.load(halfwords + spot + 4, mask=m, other=0),
+            tl.load(buffer + origin[None, :] * 4 + P0 + at, mask=mask, other=0))  # fmt: skip
+
+
+@triton.jit
+def four_fp4(halfword, x):
+    """The four codes of each halfword times four of x, over 2^-63."""
+    word = halfword.to(tl.uint32)
+    return (fp4(word, 28, 22) * (x[0] * 2.0**63)[None] + fp4(word, 24, 18) * (x[1] * 2.0**63)[None]
+            + fp4(word, 20, 14) * (x[2] * 2.0**63)[None] + fp4(word, 16, 10) * (x[3] * 2.0**63)[None])  # fmt: skip
+
+
+@triton.jit
+def fold_pairs(words, xs):
+    """[R, U]."""
+    total = four_fp4(words[0], xs[0]) + four_fp4(words[1], xs[1])
+    return tl.sum(total, 2) * 2.0**63 * power_of_two(words[2])
 
 
 @triton.jit
@@ -102,3 +135,37 @@ def fold_q8_0(words, xs):
     total = dot_bytes(tl.zeros(words[0].shape, tl.float32), words[0] ^ 0x80808080, a[0], a[1], a[2], a[3])
     total = dot_bytes(total, words[1] ^ 0x80808080, h[0], h[1], h[2], h[3])
     return words[2].to(tl.float32) * (tl.sum(total, 2) * BACK - (128 * xs[2])[None])
+
+
+@triton.jit
+def words_f8(buffer, origin, at, mask, P0: tl.constexpr, P1: tl.constexpr, UNITS: tl.constexpr):
+    """Twice four words of codes [R, U, 4], and the scale of their tile [R, U]; UNITS units a row."""
+    words = buffer.to(tl.pointer_type(tl.uint32))
+    spot = (origin[None, :] + P1 // 4 + at * 8)[:, :, None] + tl.arange(0, 4)[None, None, :]
+    m, tile = mask[:, :, None], at // UNITS // 128 * ((UNITS + 3) // 4) + at % UNITS // 4
+    scales = buffer.to(tl.pointer_type(tl.float32)) + origin[None, :] + P0 // 4 + tile
+    return (tl.load(words + spot, mask=m, other=0), tl.load(words + spot + 4, mask=m, other=0),
+            tl.load(scales, mask=mask, other=0.0))  # fmt: skip
+
+
+@triton.jit
+def fp8(word, SIGN: tl.constexpr, MAGNITUDE: tl.constexpr):
+    """An e4m3 code as the float32 of 2^-120 times its value; its NaN as 480."""
+    if MAGNITUDE >= 0:
+        magnitude = word << MAGNITUDE
+    else:
+        magnitude = word >> -MAGNITUDE
+    return (word << SIGN & 0x80000000 | magnitude & 0x07F00000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def four_f8(word, x):
+    """The four codes of each word times four of x, over 2^-60."""
+    return (fp8(word, 24, 20) * (x[0] * 2.0**60)[None] + fp8(word, 16, 12) * (x[1] * 2.0**60)[None]
+            + fp8(word, 8, 4) * (x[2] * 2.0**60)[None] + fp8(word, 0, -4) * (x[3] * 2.0**60)[None])  # fmt: skip
+
+
+@triton.jit
+def fold_f8(words, xs):
+    """[R, U]."""
+    return tl.sum(four_f8(words[0], xs[0]) + four_f8(words[1], xs[1]), 2) * 2.0**60 * words[2]

@@ -60,8 +60,11 @@ def small(buffer, p0, p1, p2, b, i, mask, FORMAT: tl.constexpr):
         code = byte(buffer, p2 + b * 16 + i % 16, mask) >> (i // 16 * 4) & 15
         high = byte(buffer, p1 + b * 4 + i // 8, mask) >> (i % 8) & 1
         x = (code + high * 16 - 16).to(tl.float32) * half(buffer, p0 + b * 2, mask)
-    else:  # MXFP4
-        code = byte(buffer, p1 + b * 16 + i % 16, mask) >> (i // 16 * 4) & 15
+    else:
+        if FORMAT == "MXFP4":
+            code = byte(buffer, p1 + b * 16 + i % 16, mask) >> (i // 16 * 4) & 15
+        else:  # MXFP4_PAIRS
+            code = byte(buffer, p1 + b * 16 + i // 2, mask) >> (i % 2 * 4) & 15
         ramp = code & 7
         size = ramp + tl.maximum(ramp - 4, 0) + 2 * tl.maximum(ramp - 6, 0)
         exponent = byte(buffer, p0 + b, mask)

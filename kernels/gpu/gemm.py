@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offmoe.kernels.gpu.gemv import planes
+from offmoe.kernels.feed_forward import SILU, Glu
+from offmoe.kernels.gpu.gemv import glu, planes
 from offmoe.kernels.gpu.unpack import tile
 from offmoe.kernels.planes import SlotLayout
 
@@ -56,7 +57,8 @@ def _plan_tiles(
     counts = tl.zeros((EP,), tl.int32)
     for start in range(0, pairs, B):
         at = start + tl.arange(0, B)
-        counts += tl.histogram(tl.load(ids + at, mask=at < pairs, other=0).to(tl.int32), EP, mask=at < pairs)
+        expert = tl.load(ids + at, mask=at < pairs, other=-1).to(tl.int32)
+        counts += tl.histogram(tl.maximum(expert, 0), EP, mask=expert >= 0)
     mine, first = tl.sum(tl.where(index == e, counts, 0), 0), tl.sum(tl.where(index < e, counts, 0), 0)
     blocks = (counts + M - 1) // M
     tile = tl.sum(tl.where(index < e, blocks, 0), 0)
@@ -77,7 +79,7 @@ def _plan_tiles(
 
 
 def plan_tiles(ids: Tensor, experts: int, dtype: torch.dtype, block: int | None = None) -> Tiles:
-    """ids int64 [T, k] → tiles, as many as there can be at most. Nothing is read on the host."""
+    """ids int64 [T, k], -1: none → tiles, as many as there can be at most. Nothing is read on the host."""
     pairs = ids.numel()
     block = block or block_of(pairs, experts, dtype)
     tiles = min(-(-pairs // block) + experts, pairs)
@@ -111,6 +113,13 @@ def product(a, w, total, SWAP: tl.constexpr):
 
 
 @triton.jit
+def biased(total, bias, row, there, SWAP: tl.constexpr):
+    """total [M, N] (if SWAP [N, M]) and the bias of its rows [N]."""
+    value = tl.load(bias + row, mask=there, other=0.0)
+    return total + (value[:, None] if SWAP else value[None, :])
+
+
+@triton.jit
 def pairs_of(order, starts, ends, t, M: tl.constexpr):
     """The pairs [M] of tile t, int64, and which of them are there."""
     at = tl.load(starts + t) + tl.arange(0, M)
@@ -125,8 +134,9 @@ def record_at(address):
 
 @triton.jit
 def _gate_up(
-    x, order, experts, starts, ends, addresses, inner, k,
+    x, order, experts, starts, ends, addresses, bias, inner, k,
     H: tl.constexpr, INNER: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SWAP: tl.constexpr,
+    PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr,
     FG: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
     FU: tl.constexpr, U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, U3: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +149,7 @@ def _gate_up(
     record = record_at(address)
     pair, held = pairs_of(order, starts, ends, t, M)
     row = tl.program_id(0) * N + tl.arange(0, N)
-    there, long = row < INNER, row.to(tl.int64)
+    there, long = row < INNER, row.to(tl.int64) * PITCH
     tokens = x + (pair // k) * H
     gate = tl.zeros((N, M) if SWAP else (M, N), tl.float32)
     up = tl.zeros((N, M) if SWAP else (M, N), tl.float32)
@@ -148,7 +158,10 @@ def _gate_up(
         a = tl.load(tokens[:, None] + column[None], mask=held[:, None] & (column < H)[None], other=0.0)
         gate = product(a, tile(record, long, there, step, FG, H, G0, G1, G2, G3), gate, SWAP)
         up = product(a, tile(record, long, there, step, FU, H, U0, U1, U2, U3), up, SWAP)
-    value = (gate * tl.sigmoid(gate) * up).to(inner.dtype.element_ty)
+    if bias is not None:
+        gate = biased(gate, bias + expert * (2 * INNER), row, there, SWAP)
+        up = biased(up, bias + expert * (2 * INNER) + INNER, row, there, SWAP)
+    value = glu(gate, up, ALPHA, LIMIT, PLUS).to(inner.dtype.element_ty)
     if SWAP:
         value = tl.trans(value)
     tl.store(inner + pair[:, None] * INNER + row[None], value, mask=held[:, None] & there[None])
@@ -156,7 +169,7 @@ def _gate_up(
 
 @triton.jit
 def _down(
-    inner, order, experts, starts, ends, addresses, out,
+    inner, order, experts, starts, ends, addresses, bias, out,
     H: tl.constexpr, INNER: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SWAP: tl.constexpr,
     FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
 ):  # fmt: skip
@@ -176,6 +189,8 @@ def _down(
         column = step * 64 + tl.arange(0, 64)
         a = tl.load(tokens[:, None] + column[None], mask=held[:, None] & (column < INNER)[None], other=0.0)
         total = product(a, tile(record, long, there, step, FORMAT, INNER, P0, P1, P2, P3), total, SWAP)
+    if bias is not None:
+        total = biased(total, bias + expert * H, row, there, SWAP)
     value = total.to(out.dtype.element_ty)
     if SWAP:
         value = tl.trans(value)
@@ -184,12 +199,13 @@ def _down(
 
 def expert_mlp(
     x: Tensor, ids: Tensor, tiles: Tiles, addresses: Tensor, layout: SlotLayout, out: Tensor, *,
+    glu: Glu = SILU, biases: tuple[Tensor, Tensor] | None = None,
     first: Tuning | None = None, second: Tuning | None = None,
 ) -> None:  # fmt: skip
-    """down (silu(gate x) · up x) of every pair, unweighted: x [T, H], ids [T, k] → out [T · k, H] in x's type.
+    """down glu(gate x, up x) of every pair, unweighted: x [T, H], ids [T, k] → out [T · k, H] in x's type.
 
     addresses int64 [E], on the device: where an expert's record lies in `layout`, a multiple of 16; 0: it is not in
-    this set, and what `out` holds for its pairs stays.
+    this set, and what `out` holds for its pairs stays. biases float32: of gate beside up [E, 2F], of down [E, H].
     """
     h, f, k = layout.hidden, layout.expert_hidden, ids.shape[1]
     assert x.is_contiguous()
@@ -202,14 +218,15 @@ def expert_mlp(
     first = first or tuning_of(tiles.block, x.dtype, layout.gate.format, layout.up.format)
     second = second or tuning_of(tiles.block, x.dtype, layout.down.format)
     listed = (tiles.order, tiles.experts, tiles.starts, tiles.ends, addresses)
-    n = len(tiles.experts)
+    n, (wide, narrow) = len(tiles.experts), biases or (None, None)
     _gate_up[(triton.cdiv(f, first.rows), n)](
-        x, *listed, inner, k, H=h, INNER=f, M=tiles.block, N=first.rows, SWAP=first.swap,
+        x, *listed, wide, inner, k, H=h, INNER=f, M=tiles.block, N=first.rows, SWAP=first.swap,
+        PITCH=layout.gate.pitch, ALPHA=glu.alpha, LIMIT=glu.limit, PLUS=glu.plus,
         FG=layout.gate.format, **planes("G", layout.gate), FU=layout.up.format, **planes("U", layout.up),
         num_warps=first.warps, num_stages=first.stages,
     )  # fmt: skip
     _down[(triton.cdiv(h, second.rows), n)](
-        inner, *listed, out, H=h, INNER=f, M=tiles.block, N=second.rows, SWAP=second.swap,
+        inner, *listed, narrow, out, H=h, INNER=f, M=tiles.block, N=second.rows, SWAP=second.swap,
         FORMAT=layout.down.format, **planes("P", layout.down), num_warps=second.warps, num_stages=second.stages,
     )  # fmt: skip
 
@@ -222,13 +239,17 @@ def _combine(out, weights, total, H: tl.constexpr, K: tl.constexpr, B: tl.conste
     mask = column < H
     value = tl.zeros((B,), tl.float32)
     for j in tl.static_range(K):
+        weight = tl.load(weights + t * K + j)
         row = tl.load(out + (t * K + j) * H + column, mask=mask, other=0.0)
-        value += tl.load(weights + t * K + j) * row.to(tl.float32)
+        value += tl.where(weight != 0, weight * row.to(tl.float32), 0.0)  # NaN may stand where there is no pair
     tl.store(total + t * H + column, value, mask=mask)
 
 
 def combine(out: Tensor, weights: Tensor) -> Tensor:
-    """Σ_j weights[t, j] · out[t · k + j], in float32 and in the order of j: out [T · k, H], weights [T, k] → [T, H]."""
+    """Σ_j weights[t, j] · out[t · k + j], in float32 and in the order of j: out [T · k, H], weights [T, k] → [T, H].
+
+    What stands at a weight of 0 may be anything.
+    """
     tokens, k = weights.shape
     h = out.shape[1]
     assert out.is_contiguous()

@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.gpu.dot import UNIT, fold, words_of, x_of
 from offmoe.kernels.gpu.launch import dependent
+from offmoe.kernels.gpu.norm_rope import clipped
 from offmoe.kernels.gpu.page_in import (
     FIELDS,
     MOVER_CHUNK,
@@ -80,29 +82,45 @@ def rows_of(buffer, origin, unit, there, rows, end, UNITS: tl.constexpr, FORMAT:
 
 
 @triton.jit
-def stream(buffer, origin, unit, there, words, xs, first, end, out, bias, shift, scale,
+def constant_of(bias, ids, shares, at, inside, N: tl.constexpr):
+    """What is added to rows `at` [R]: bias [N], or Σ_j shares[j] · bias [E, N] of expert ids[j]; 0 where `bias` is
+    None. ids and shares [KP], 0 padded."""
+    if bias is None:
+        value = tl.zeros(at.shape, tl.float32)
+    elif ids is None:
+        value = tl.load(bias + at, mask=inside, other=0.0)
+    else:
+        each = tl.load(bias + ids[:, None] * N + at[None, :], mask=inside[None, :], other=0.0)
+        value = tl.sum(each * shares[:, None], 0)
+    return value
+
+
+@triton.jit
+def stream(buffer, origin, unit, there, words, xs, first, end, out, bias, ids, shares, shift, scale,
            UNITS: tl.constexpr, R: tl.constexpr, N: tl.constexpr, RESIDUAL: tl.constexpr, FORMAT: tl.constexpr,
            P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
     """Rows first … end, of which the first R are in `words`, times x and `scale`, into `out` from row `shift` on.
 
-    With `bias`, where there is one.
-    The residual stream is striped, anything else is not.
+    With what `constant_of` says of bias, ids and shares. The residual stream is striped, anything else is not.
     """
     r = tl.arange(0, R)
+    constant = constant_of(bias, ids, shares, shift + first + r, first + r < end, N)
     for row in range(first, end, R):
         rows, ahead = row + r, row + R + r
         following = rows_of(buffer, origin, unit, there, ahead, end, UNITS, FORMAT, P0, P1, P2, P3)
+        next_constant = constant_of(bias, ids, shares, shift + ahead, ahead < end, N)
         at, inside = shift + rows, rows < end
         if RESIDUAL:
             at = place(at, N)
             before = tl.load(out + at, mask=inside, other=0.0)
+            if bias is not None:
+                before += constant
             tl.store(out + at, fold(words, xs, FORMAT) * scale + before, mask=inside)
         elif bias is not None:
-            constant = tl.load(bias + at, mask=inside, other=0.0)
             tl.store(out + at, fold(words, xs, FORMAT) * scale + constant, mask=inside)
         else:
             tl.store(out + at, fold(words, xs, FORMAT) * scale, mask=inside)
-        words = following
+        words, constant = following, next_constant
 
 
 @triton.jit
@@ -124,8 +142,8 @@ def part(buffer, pid, x, norm, out, bias, shift, eps, each,
         i = tl.arange(0, WIDE)
         v = tl.load(x + i, mask=i < K, other=0.0)
         inverse = tl.rsqrt(tl.sum(v * v, 0) / K + eps)
-    stream(buffer, origin, u, there, words, xs, first, end, out, bias, shift, inverse, UNITS, R, N, RESIDUAL, FORMAT,
-           P0, P1, P2, P3)  # fmt: skip
+    stream(buffer, origin, u, there, words, xs, first, end, out, bias, None, None, shift, inverse, UNITS, R, N,
+           RESIDUAL, FORMAT, P0, P1, P2, P3)  # fmt: skip
 
 
 @triton.jit
@@ -167,9 +185,8 @@ def dense(
     """x [T, K] float32, striped, times the transpose of up to three matrices, rows one after another: out [T, N].
 
     norm [K], striped: x is RMS-normed with it first. residual: `out` is the residual stream, striped, and is added
-    to; else it is in natural order, and `bias` [N] float32 is added.
+    to; else it is in natural order. `bias` [N] float32, in natural order, is added.
     """
-    assert bias is None or not residual
     assert 1 <= len(parts) <= 3 and out.is_contiguous() and x.is_contiguous()
     k, n, rows = x.shape[1], sum(form.rows for _, form in parts), tile()
     assert out.shape == (len(x), n) and all(form.cols == k for _, form in parts)
@@ -182,7 +199,7 @@ def dense(
     for i, (_, form) in enumerate(parts):
         settings |= {f"F{i}": form.format, f"ROWS{i}": form.rows, f"WIDTH{i}": UNIT[form.format],
                      f"U{i}": across(form.format, k)[0]}  # fmt: skip
-        settings |= {f"{'ABC'[i]}{j}": at for j, at in enumerate((*form.planes, 0, 0, 0)[:4])}
+        settings |= {f"{'ABC'[i]}{j}": at for j, at in enumerate(form.constants)}
     _dense[(count, len(x))](
         x, norm, out, bias, *(buffer for buffer, _ in parts), eps, each, K=k, WIDE=triton.next_power_of_2(k), N=n,
         R=rows, NORM=norm is not None, RESIDUAL=residual, **settings, num_warps=warps, **dependent(pdl),
@@ -190,54 +207,71 @@ def dense(
 
 
 @triton.jit
-def pair_of(pid, programs, slots, weights, targets, missing, pairs, PP: tl.constexpr,
+def pair_of(pid, programs, slots, weights, ids, targets, missing, pairs, PP: tl.constexpr,
             LISTED: tl.constexpr, KP: tl.constexpr):  # fmt: skip
-    """The pair of this program (-1: there is none for it), its slot and weight, how many programs share it, and which
-    of them it is. Pairs in slots that the first `missing` targets fill are left to the movers. All that may be needed
-    is read at once: reading one after another costs 1 µs each."""
+    """The pair of this program (-1: there is none for it), its slot, weight and expert (0 where nobody asks for it),
+    how many programs share it, and which of them it is. Pairs in slots that the first `missing` targets fill are left
+    to the movers. All that may be needed is read at once: reading one after another costs 1 µs each."""
     if targets is None:
         each = programs // pairs
         pair = tl.where(pid // each < pairs, pid // each, -1)
         at = tl.maximum(pair, 0)
-        return pair, tl.load(slots + at), tl.load(weights + at), each, pid % each
+        expert, slot = 0 if ids is None else tl.load(ids + at), tl.load(slots + at)
+        return tl.where(slot >= 0, pair, -1), slot, tl.load(weights + at), expert, each, pid % each
     else:
         j, c = tl.arange(0, PP), tl.arange(0, KP)
         there = j < pairs
-        slot, weight = tl.load(slots + j, mask=there, other=0), tl.load(weights + j, mask=there, other=0.0)
+        slot, weight = tl.load(slots + j, mask=there, other=-1), tl.load(weights + j, mask=there, other=0.0)
+        expert = tl.zeros((PP,), tl.int32) if ids is None else tl.load(ids + j, mask=there, other=0)
         target = tl.load(targets + c, mask=c < LISTED, other=-1)
         absent = (target[None, :] == slot[:, None]) & (c < missing)[None, :]
-        chosen = (there & (tl.sum(absent.to(tl.int32), 1) == 0)).to(tl.int32)
+        chosen = ((slot >= 0) & (tl.sum(absent.to(tl.int32), 1) == 0)).to(tl.int32)
         each = programs // tl.maximum(tl.sum(chosen, 0), 1)
         mine = (chosen != 0) & (tl.cumsum(chosen, 0) - 1 == pid // each)
         pair = tl.sum(tl.where(mine, j + 1, 0), 0) - 1
-        return pair, tl.sum(tl.where(mine, slot, 0), 0), tl.sum(tl.where(mine, weight, 0.0), 0), each, pid % each
+        slot, weight = tl.sum(tl.where(mine, slot, 0), 0), tl.sum(tl.where(mine, weight, 0.0), 0)
+        return pair, slot, weight, tl.sum(tl.where(mine, expert, 0), 0), each, pid % each
 
 
 @triton.jit
-def bring_rows(source, record, stage, first, end, INNER: tl.constexpr, STRIPS: tl.constexpr, CHUNK: tl.constexpr):
-    """Rows first … end of gate and up, from address `source` into the slot at `record`."""
+def glu(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr):
+    """kernels.feed_forward.Glu; NaN stays NaN."""
+    if LIMIT > 0:
+        gate, up = tl.where(gate > LIMIT, LIMIT, gate), clipped(up, LIMIT)
+    slope = gate if ALPHA == 1 else gate * ALPHA
+    return gate * tl.sigmoid(slope) * (up if PLUS == 0 else up + PLUS)
+
+
+@triton.jit
+def bring_rows(source, record, stage, turn, ROWS: tl.constexpr, INNER: tl.constexpr, STRIPS: tl.constexpr,
+               CHUNK: tl.constexpr):  # fmt: skip
+    """The turn-th ROWS rows of gate and up, from address `source` into the slot at `record`."""
     for strip in tl.static_range(len(STRIPS) // FIELDS):
-        bring_strip(source, record, stage, first, end, INNER, STRIPS, 1 + strip * FIELDS, CHUNK)
+        bring_strip(source, record, stage, turn, ROWS, INNER, STRIPS, 1 + strip * FIELDS, CHUNK)
     tl.debug_barrier()  # other threads read them
 
 
 @triton.jit
-def bring_strip(source, record, stage, first, end, INNER: tl.constexpr, RUNS: tl.constexpr, AT: tl.constexpr,
-                CHUNK: tl.constexpr):  # fmt: skip
-    ROW: tl.constexpr = RUNS[AT + 3] // INNER
-    for block in range(first * ROW, end * ROW, RUNS[AT + 5]):
-        copy_part(source, record, stage, block, tl.minimum(RUNS[AT + 5], end * ROW - block), RUNS, AT, CHUNK)
+def bring_strip(source, record, stage, turn, ROWS: tl.constexpr, INNER: tl.constexpr, RUNS: tl.constexpr,
+                AT: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    EACH: tl.constexpr = RUNS[AT + 3] * ROWS // INNER  # blocks
+    last = tl.minimum(turn * EACH + EACH, RUNS[AT + 3])
+    for block in range(turn * EACH, last, RUNS[AT + 5]):
+        copy_part(source, record, stage, block, tl.minimum(RUNS[AT + 5], last - block), RUNS, AT, CHUNK)
 
 
 @triton.jit
 def gate_up_rows(
-    record, weight, x, out, first, end, H: tl.constexpr, INNER: tl.constexpr, R: tl.constexpr,
+    record, weight, bias, x, out, first, end, H: tl.constexpr, INNER: tl.constexpr, R: tl.constexpr,
+    PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr,
     FG: tl.constexpr, UG: tl.constexpr, WG: tl.constexpr,
     G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
     FU: tl.constexpr, UU: tl.constexpr, WU: tl.constexpr,
     U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, U3: tl.constexpr,
 ):  # fmt: skip
-    """Rows first … end of one pair."""
+    """Rows first … end of one pair, each PITCH rows behind the one before; bias [2, INNER] or None."""
+    ROW_G: tl.constexpr = H // WG * PITCH
+    ROW_U: tl.constexpr = H // WU * PITCH
     r, g, u = tl.arange(0, R), tl.arange(0, UG), tl.arange(0, UU)
     there_g, there_u = g < H // WG, u < H // WU
     none_g, none_u = tl.zeros((UG,), tl.int32), tl.zeros((UU,), tl.int32)
@@ -246,22 +280,27 @@ def gate_up_rows(
     if FU != FG:
         xu = x_of(x, x, none_u, u * WU, there_u, FU, H, False)
     row = first + r
-    gates = rows_of(record, none_g, g, there_g, row, end, H // WG, FG, G0, G1, G2, G3)
-    ups = rows_of(record, none_u, u, there_u, row, end, H // WU, FU, U0, U1, U2, U3)
+    gates = rows_of(record, none_g, g, there_g, row, end, ROW_G, FG, G0, G1, G2, G3)
+    ups = rows_of(record, none_u, u, there_u, row, end, ROW_U, FU, U0, U1, U2, U3)
     for start in range(first, end, R):
         row, ahead = start + r, start + R + r
-        next_gates = rows_of(record, none_g, g, there_g, ahead, end, H // WG, FG, G0, G1, G2, G3)
-        next_ups = rows_of(record, none_u, u, there_u, ahead, end, H // WU, FU, U0, U1, U2, U3)
+        next_gates = rows_of(record, none_g, g, there_g, ahead, end, ROW_G, FG, G0, G1, G2, G3)
+        next_ups = rows_of(record, none_u, u, there_u, ahead, end, ROW_U, FU, U0, U1, U2, U3)
         gate, up = fold(gates, xg, FG), fold(ups, xu, FU)
-        tl.store(out + place(row, INNER), gate * tl.sigmoid(gate) * up * weight, mask=row < end)
+        if bias is not None:
+            gate += tl.load(bias + row, mask=row < end, other=0.0)
+            up += tl.load(bias + INNER + row, mask=row < end, other=0.0)
+        tl.store(out + place(row, INNER), glu(gate, up, ALPHA, LIMIT, PLUS) * weight, mask=row < end)
         gates, ups = next_gates, next_ups
 
 
 @triton.jit
 def _gate_up(
-    records, stride, slots, weights, x, out, k, pairs, sources, numbers, base, row_stride, count, targets, scratch,
+    records, stride, slots, weights, ids, bias, x, out, k, pairs,
+    sources, numbers, base, row_stride, count, targets, scratch,
     MOVERS: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, DOWN: tl.constexpr, CHUNK: tl.constexpr,
     LISTED: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,
+    PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr,
     FG: tl.constexpr, UG: tl.constexpr, WG: tl.constexpr,
     G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
     FU: tl.constexpr, UU: tl.constexpr, WU: tl.constexpr,
@@ -277,8 +316,8 @@ def _gate_up(
         missing = tl.load(count)
         movers = tl.where(missing > 0, MOVERS, 0)
     moves = pid < movers
-    pair, slot, weight, sharing, which = pair_of(
-        pid - movers, tl.num_programs(0) - movers, slots, weights, targets, missing, pairs, PP, LISTED, KP
+    pair, slot, weight, expert, sharing, which = pair_of(
+        pid - movers, tl.num_programs(0) - movers, slots, weights, ids, targets, missing, pairs, PP, LISTED, KP
     )
     each = tl.cdiv(tl.cdiv(INNER, R), sharing) * R
     first, end = which * each, tl.minimum(which * each + each, INNER)
@@ -292,13 +331,16 @@ def _gate_up(
                 mine = (j < pairs) & (tl.load(slots + j, mask=j < pairs, other=-1) == slot)
                 pair = tl.sum(tl.where(mine, j, 0), 0)
                 weight = tl.load(weights + pair)
+                if ids is not None:
+                    expert = tl.load(ids + pair)
                 first = now % TURNS * ROWS
                 end = tl.minimum(first + ROWS, INNER)
                 source = source_of(sources, numbers, base, row_stride, i)
-                bring_rows(source, records + slot.to(tl.int64) * stride, scratch + pid * CHUNK, first, end, INNER,
-                           STRIPS, CHUNK)  # fmt: skip
+                bring_rows(source, records + slot.to(tl.int64) * stride, scratch + pid * CHUNK, now % TURNS, ROWS,
+                           INNER, STRIPS, CHUNK)  # fmt: skip
         record = records + slot.to(tl.int64) * stride
-        gate_up_rows(record, weight, x + (pair // k) * H, out + pair * INNER, first, end, H, INNER, R,
+        gate_up_rows(record, weight, None if bias is None else bias + expert * (2 * INNER), x + (pair // k) * H,
+                     out + pair * INNER, first, end, H, INNER, R, PITCH, ALPHA, LIMIT, PLUS,
                      FG, UG, WG, G0, G1, G2, G3, FU, UU, WU, U0, U1, U2, U3)  # fmt: skip
     if MOVERS > 0:
         if moves:
@@ -308,13 +350,14 @@ def _gate_up(
 
 def expert_gate_up(
     records: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, x: Tensor, out: Tensor, *,
-    copies: Copies | None = None, pdl: bool = False,
+    copies: Copies | None = None, glu: Glu = SILU, ids: Tensor | None = None, bias: Tensor | None = None,
+    pdl: bool = False,
 ) -> None:  # fmt: skip
-    """weight · silu(gate x) · (up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P] float32,
-    x [T, H] striped → out [P, F] striped.
+    """weight · glu(gate x, up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P] float32,
+    x [T, H] striped → out [P, F] striped. `bias` [E, 2F] float32, of gate beside up, of experts `ids` [P] int32.
 
-    Pair p is of token p // (P / T). With `copies`, for one token: its missing experts are brought into their slots
-    first, whole records, and multiplied as they come.
+    Pair p is of token p // (P / T); of one in slot -1 nothing is made, here or by expert_down. With `copies`,
+    for one token: its missing experts are brought into their slots first, whole records, and multiplied as they come.
     """
     assert x.is_contiguous() and out.is_contiguous() and records.stride(1) == 1
     assert copies is None or len(x) == 1
@@ -325,9 +368,10 @@ def expert_gate_up(
     most = programs(x.device, warps, heavy)
     moving = moving_of(copies, records, layout, warps)
     _gate_up[(max(most, pairs + moving["MOVERS"]),)](
-        records, records.stride(0), slots, weights, x, out, pairs // len(x), pairs,
+        records, records.stride(0), slots, weights, ids, bias, x, out, pairs // len(x), pairs,
         *(copies.arguments if copies else [None] * 7), **moving,
-        H=h, INNER=gate.rows, PP=triton.next_power_of_2(pairs), R=tile(),
+        H=h, INNER=gate.rows, PP=triton.next_power_of_2(pairs), R=tile(), PITCH=gate.pitch,
+        ALPHA=glu.alpha, LIMIT=glu.limit, PLUS=glu.plus,
         FG=gate.format, UG=ug, WG=UNIT[gate.format], **planes("G", gate),
         FU=up.format, UU=uu, WU=UNIT[up.format], **planes("U", up), num_warps=warps,
         maxnreg=registers(FEWER_WARPS if heavy else WARPS), **dependent(pdl),
@@ -354,10 +398,10 @@ def moving_of(copies: Copies | None, records: Tensor, layout: SlotLayout, warps:
 
 @triton.jit
 def _down(
-    records, stride, slots, inner, x, each,
+    records, stride, slots, ids, weights, bias, inner, x, each,
     K: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, R: tl.constexpr, U: tl.constexpr,
     FORMAT: tl.constexpr, WIDTH: tl.constexpr,
-    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, PDL: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, KP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs, tokens): the K experts of a token as one long row. Slots and records are older than the launch
     before this one, or were there when it began: the first rows come while it runs."""
@@ -366,35 +410,41 @@ def _down(
     UNITS: tl.constexpr = INNER // WIDTH
     t, u = tl.program_id(1), tl.arange(0, U)
     pair, unit, there = t * K + u // UNITS, u % UNITS, u < K * UNITS
-    origin = tl.load(slots + pair, mask=there, other=0).to(tl.int64) * (stride // 4)
+    slot = tl.load(slots + pair, mask=there, other=-1).to(tl.int64)
+    origin, there = tl.maximum(slot, 0) * (stride // 4), slot >= 0
     first = tl.program_id(0) * each
     end = tl.minimum(first + each, H)
     rows = first + tl.arange(0, R)
     words = rows_of(records, origin, unit, there, rows, end, UNITS, FORMAT, P0, P1, P2, P3)
+    j = tl.arange(0, KP)
+    chosen = None if bias is None else tl.maximum(tl.load(ids + t * K + j, mask=j < K, other=0), 0)
+    shares = None if bias is None else tl.load(weights + t * K + j, mask=j < K, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
     xs = x_of(inner, inner, pair * INNER, unit * WIDTH, there, FORMAT, INNER, False)
-    stream(records, origin, unit, there, words, xs, first, end, x + t * H, None, 0, 1.0, UNITS, R, H, True, FORMAT,
-           P0, P1, P2, P3)  # fmt: skip
+    stream(records, origin, unit, there, words, xs, first, end, x + t * H, bias, chosen, shares, 0, 1.0, UNITS, R, H,
+           True, FORMAT, P0, P1, P2, P3)  # fmt: skip
 
 
 def expert_down(
     records: Tensor, layout: SlotLayout, slots: Tensor, inner: Tensor, x: Tensor, *,
-    pdl: bool = False,
+    ids: Tensor | None = None, weights: Tensor | None = None, bias: Tensor | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
     """x [T, H] += Σ_j down_j inner[t, j], summed in float32 in one fixed order; `inner` is weighted already.
 
-    records [S, stride] uint8, slots [T · k] int32, inner [T · k, F] and x float32, striped.
+    records [S, stride] uint8, slots [T · k] int32, inner [T · k, F] and x float32, striped. `bias` [E, H] float32 of
+    experts `ids` [T · k] int32 is added, times `weights` [T · k] float32.
     """
     assert x.is_contiguous() and inner.is_contiguous() and records.stride(1) == 1
     down, k, rows = layout.down, len(slots) // len(x), tile()
     units, warps = across(down.format, k * down.cols)
     each = rows * triton.cdiv(down.rows, rows * programs(x.device, warps))
     _down[(triton.cdiv(down.rows, each), len(x))](
-        records, records.stride(0), slots, inner, x, each, K=k, H=down.rows, INNER=down.cols, R=rows, U=units,
-        FORMAT=down.format, WIDTH=UNIT[down.format], **planes("P", down), num_warps=warps, **dependent(pdl),
+        records, records.stride(0), slots, ids, weights, bias, inner, x, each, K=k, H=down.rows, INNER=down.cols,
+        R=rows, U=units, FORMAT=down.format, WIDTH=UNIT[down.format], **planes("P", down),
+        KP=triton.next_power_of_2(k), num_warps=warps, **dependent(pdl),
     )  # fmt: skip
 
 
 def planes(name: str, form: Matrix) -> dict[str, int]:
-    return {f"{name}{i}": at for i, at in enumerate((*form.planes, 0, 0, 0)[:4])}
+    return {f"{name}{i}": at for i, at in enumerate(form.constants)}

@@ -75,7 +75,7 @@ def in_int8(x):
 
 @triton.jit
 def _norm_rope_write(
-    qkv, q_out, keys, values, scales, positions, table, q_norm, k_norm, ctx, stride, clip, eps,
+    qkv, q_out, keys, values, scales, positions, table, q_norm, k_norm, ctx, room, first_kept, stride, clip, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def _norm_rope_write(
         k = normed_turned(
             base + HEADS * D, k_norm, cos, sin, first, KV_HEADS, clip, eps, D, R, WIDE, ROWS, KV_HEADS, NORM, CLIP
         )  # fmt: skip
-        write_rows(k, keys, scales, first, position, ctx, KV_HEADS, D, WIDE, ROWS, INT8)
+        write_rows(k, keys, scales, first, position - first_kept, room, KV_HEADS, D, WIDE, ROWS, INT8)
     else:
         first = (block - Q_BLOCKS - K_BLOCKS) * ROWS
         row = first + tl.arange(0, ROWS)
@@ -108,41 +108,46 @@ def _norm_rope_write(
         v = tl.load(base + (HEADS + KV_HEADS + row[:, None]) * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
         if CLIP:
             v = clipped(v, clip)
-        write_rows(v, values, scales + KV_HEADS * ctx, first, position, ctx, KV_HEADS, D, WIDE, ROWS, INT8)
+        write_rows(v, values, scales + KV_HEADS * room, first, position - first_kept, room, KV_HEADS, D, WIDE, ROWS,
+                   INT8)  # fmt: skip
 
 
 @triton.jit
 def write_rows(
-    x, cache, scales, first, position, ctx,
+    x, cache, scales, first, place, room,
     KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
-    """x [ROWS, WIDE], of heads first …, → cache [KV_HEADS, ctx, D] at `position`, scales [KV_HEADS, ctx]."""
+    """x [ROWS, WIDE], of heads first …, → cache [KV_HEADS, room, D] at `place`, scales [KV_HEADS, room]."""
     row, d = first + tl.arange(0, ROWS), tl.arange(0, WIDE)
-    fits = (row < KV_HEADS) & (position < ctx)
+    fits = (row < KV_HEADS) & (place < room)
     if INT8:
         x, scale = in_int8(x)
-        tl.store(scales + row.to(tl.int64) * ctx + position, scale.to(scales.dtype.element_ty), mask=fits)
-    at = (row.to(tl.int64) * ctx + position)[:, None] * D + d[None, :]
+        tl.store(scales + row.to(tl.int64) * room + place, scale.to(scales.dtype.element_ty), mask=fits)
+    at = (row.to(tl.int64) * room + place)[:, None] * D + d[None, :]
     tl.store(cache + at, x.to(cache.dtype.element_ty), mask=fits[:, None] & (d < D)[None, :])
 
 
 @triton.jit
-def _rms_norm(x, weight, out, eps, H: tl.constexpr, WIDE: tl.constexpr):
+def _rms_norm(x, weight, bias, out, eps, H: tl.constexpr, WIDE: tl.constexpr):
     """One row a program."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, WIDE)
     row = tl.load(x + t * H + h, mask=h < H, other=0.0).to(tl.float32)
+    if bias is not None:
+        row = tl.where(h < H, row - tl.sum(row, 0) / H, 0.0)
     row = row * tl.rsqrt(tl.sum(row * row, 0) / H + eps) * tl.load(weight + h, mask=h < H, other=0.0).to(tl.float32)
+    if bias is not None:
+        row += tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)
     tl.store(out + t * H + h, row.to(out.dtype.element_ty), mask=h < H)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
-    """x [T, H] in any float type → out [T, H], rounded once to its type. Returns `out`."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, H] in any float type → out [T, H], rounded once to its type; with a bias LayerNorm. Returns `out`."""
     assert x.is_contiguous()
     assert out.is_contiguous()
     assert x.shape == out.shape
     wide = triton.next_power_of_2(x.shape[1])
-    _rms_norm[(len(x),)](x, weight, out, eps, x.shape[1], wide, num_warps=8 if wide > 2048 else 4)
+    _rms_norm[(len(x),)](x, weight, bias, out, eps, x.shape[1], wide, num_warps=8 if wide > 2048 else 4)
     return out
 
 
@@ -154,22 +159,22 @@ def norm_kind(weight: Tensor | None, full: bool, after: bool) -> int:
 def norm_rope_write(
     qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rope_table: Tensor, *,
     heads: int, kv_heads: int, head_dim: int, q_norm: Tensor | None, k_norm: Tensor | None,
-    clip: float | None, eps: float, scales: Tensor | None = None, out: Tensor | None = None, norm_after: bool = False,
+    clip: float | None, eps: float, scales: Tensor | None = None, out: Tensor | None = None, first: int = 0,
+    norm_after: bool = False,
 ) -> Tensor:  # fmt: skip
     """q, k, v of T tokens [T, (heads + 2 kv_heads) · D]: norm, clip, rotate; k and v go into the cache.
 
-    keys, values [kv_heads, ctx, D] and, in int8, scales [2, kv_heads, ctx] are written at `positions` [T].
+    keys, values [kv_heads, room, D] and, in int8, scales [2, kv_heads, room], of which the first is of position
+    `first`, are written at `positions` [T].
     The norms are as wide as their weights: [D] each head, [heads · D] all together; `norm_after`: of rotated heads.
     Returns q [T, heads, D] in `out`
     or in qkv's type.
     """
-    ctx = keys.shape[1]
     assert qkv.stride(1) == 1
     assert qkv.shape[1] == (heads + 2 * kv_heads) * head_dim
     assert keys.is_contiguous()
     assert values.is_contiguous()
     assert (keys.dtype == torch.int8) == (scales is not None)
-    assert rope_table.shape[1] == ctx
     assert rope_table.shape[2] <= head_dim
     assert rope_table.is_contiguous()
     assert rope_table.shape[2] % 2 == 0
@@ -178,7 +183,7 @@ def norm_rope_write(
     full = q_norm is not None and q_norm.numel() == heads * head_dim and heads > 1
     _norm_rope_write[(len(qkv), blocks)](
         qkv, q, keys, values, keys if scales is None else scales, positions, rope_table, q_norm, k_norm,
-        ctx, qkv.stride(0), clip or 0.0, eps,
+        rope_table.shape[1], keys.shape[1], first, qkv.stride(0), clip or 0.0, eps,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, R=rope_table.shape[2],
         WIDE=triton.next_power_of_2(head_dim), ROWS=ROWS,
         NORM=norm_kind(q_norm, full, norm_after), CLIP=bool(clip), INT8=scales is not None, num_warps=4,

@@ -254,7 +254,7 @@ class Strips:
         for run in layout.runs:
             end = run.planes[0] + run.blocks * PLANES[run.format][0]
             of_gate, of_up = (any(run.planes[0] <= at < end for at in form.planes) for form in (layout.gate, layout.up))
-            parts = 2 if of_gate and of_up else 1
+            parts = 2 if of_gate and of_up and layout.gate.pitch == 1 else 1
             blocks = run.blocks // parts
             for part in range(parts if of_gate or of_up else 0):
                 planes = tuple(
@@ -263,10 +263,10 @@ class Strips:
                 strips.append(Run(run.format, run.source + part * run.nbytes // parts, blocks, planes))
             if not of_gate and not of_up:
                 down.append(run)
-        rows = 1
-        while any(run.blocks // inner * rows % step_of(run) for run in strips):
+        rows = max(1, FORMATS[layout.gate.format].tile, FORMATS[layout.up.format].tile)  # their scales come with them
+        while any(run.blocks * rows % (inner * step_of(run)) for run in strips):
             rows *= 2
-        while rows < inner and all(run.nbytes // inner * rows * 2 <= chunk - 16 for run in strips):
+        while rows < inner and all(run.nbytes * rows * 2 <= inner * (chunk - 16) for run in strips):
             rows *= 2
         return cls(tuple(strips), merged(tuple(down)), rows)
 

@@ -73,15 +73,17 @@ def tile_q6_k(base, row, there, step, COLS: tl.constexpr,
 @triton.jit
 def tile_small(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
                P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr):  # fmt: skip
-    """Two blocks of 32 in nibbles: Q4_0, Q4_1, Q5_0, MXFP4; the last tile of a row may hold one."""
+    """Two blocks of 32 in nibbles: Q4_0, Q4_1, Q5_0, MXFP4 in both orders; the last tile of a row may hold one."""
     BLOCKS: tl.constexpr = COLS // 32
-    QUANTS: tl.constexpr = P1 if (FORMAT == "Q4_0" or FORMAT == "MXFP4") else P2
+    QUANTS: tl.constexpr = P1 if (FORMAT == "Q4_0" or FORMAT == "MXFP4" or FORMAT == "MXFP4_PAIRS") else P2
     b, h, i = step * 2 + tl.arange(0, 2), tl.arange(0, 2), tl.arange(0, 16)
     m2 = there[:, None] & (b < BLOCKS)[None]
     quants = (base + QUANTS + row * (BLOCKS * 16))[:, None, None, None] + (b * 16)[None, :, None, None]
     quants = tl.load(quants + i[None, None, None, :], mask=m2[:, :, None, None], other=0)  # [R, 2, 1, 16]
     codes = quants.to(tl.uint32) >> (4 * h)[None, None, :, None] & 15
-    if FORMAT == "MXFP4":
+    if FORMAT == "MXFP4_PAIRS":
+        codes = tl.permute(codes, 0, 1, 3, 2)  # a byte holds two neighbours
+    if FORMAT == "MXFP4" or FORMAT == "MXFP4_PAIRS":
         scales = (base + P0 + row * BLOCKS)[:, None] + b[None]
         exponent = tl.load(scales, mask=m2, other=0).to(tl.int32)
         half = tl.where(exponent < 2, 0x00200000 << tl.minimum(exponent, 1), (exponent - 1) << 23)
@@ -117,6 +119,17 @@ def tile_q8_0(base, row, there, step, COLS: tl.constexpr, P0: tl.constexpr, P1: 
 
 
 @triton.jit
+def tile_f8(base, row, there, step, COLS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+    """Within one tile's columns: 64 divides 128."""
+    k = step * 64 + tl.arange(0, 64)
+    mask = there[:, None] & (k < COLS)[None]
+    code = tl.load((base + P1 + row * COLS)[:, None] + k[None], mask=mask, other=0).to(tl.uint32)
+    value = ((code & 0x80) << 24 | (code & 0x7F) << 20).to(tl.float32, bitcast=True) * 2.0**120
+    scales = (base + P0).to(tl.pointer_type(tl.float32)) + row // 128 * ((COLS + 127) // 128) + step // 2
+    return value * tl.load(scales, mask=there, other=0.0)[:, None]
+
+
+@triton.jit
 def tile_float(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr, P0: tl.constexpr):
     k = step * 64 + tl.arange(0, 64)
     mask = there[:, None] & (k < COLS)[None]
@@ -143,6 +156,8 @@ def tile(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
         values = tile_q6_k(base, row, there, step, COLS, P0, P1, P2, P3)
     elif FORMAT == "Q8_0":
         values = tile_q8_0(base, row, there, step, COLS, P0, P1)
+    elif FORMAT == "F8_E4M3":
+        values = tile_f8(base, row, there, step, COLS, P0, P1)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         values = tile_float(base, row, there, step, FORMAT, COLS, P0)
     else:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from offmoe.errors import OffmoeError
-from offmoe.kernels.formats import dequantise
+from offmoe.kernels.formats import FORMATS, dequantise
 
 JSON_LIMIT = 64 << 20  # the largest tokenizer.json known is 33 MB
 
@@ -37,6 +37,7 @@ class TensorInfo:
     format: str  # a key of offmoe.kernels.formats.FORMATS
     shape: tuple[int, ...]
     range: ByteRange
+    scales: ByteRange | None = None  # of a format that lies apart: its first plane, and `range` is the rest
 
 
 class DataFile:
@@ -110,8 +111,10 @@ class Checkpoint:
         return self.tensors[name]
 
     def read(self, name: str) -> Tensor:
-        """A tensor's bytes as they lie in the file, uint8 [nbytes]."""
-        return self.read_range(self.info(name).range)
+        """A tensor's bytes as they lie in the file, uint8 [nbytes]; scales come first where they lie apart."""
+        info = self.info(name)
+        own = self.read_range(info.range)
+        return torch.cat((self.read_range(info.scales), own)) if info.scales else own
 
     def read_range(self, r: ByteRange) -> Tensor:
         """uint8 [nbytes]. Safe from several threads. Raises OffmoeError on a short read."""
@@ -122,6 +125,26 @@ class Checkpoint:
         info = self.info(name)
         *rows, cols = info.shape or (1,)
         return dequantise(self.read(name), info.format, math.prod(rows), cols, dtype).reshape(info.shape)
+
+    def rows(self, info: TensorInfo, first: int, count: int) -> Tensor:
+        """Rows first … first + count of a tensor of shape [..., cols], dequantised: float32 [count, cols]."""
+        form, cols = FORMATS[info.format], info.shape[-1]
+        if form.tile and info.scales:  # whole tiles of rows
+            start, end = (
+                first // form.tile * form.tile,
+                min(info.shape[0], -(-(first + count) // form.tile) * form.tile),
+            )
+            size, line = form.nbytes(1, cols) - form.scales_nbytes(1, cols), form.scales_nbytes(1, cols)
+            places = ((info.scales, start // form.tile * line, -(-(end - start) // form.tile) * line),
+                      (info.range, start * size, (end - start) * size))  # fmt: skip
+            raw = torch.cat([self.read_range(ByteRange(r.file, r.offset + at, n)) for r, at, n in places])
+            return dequantise(raw, form, end - start, cols)[first - start : first - start + count]
+        parts = [(info.range, form.nbytes(1, cols))]
+        if info.scales:
+            scales = cols // form.block
+            parts = [(info.scales, scales), (info.range, parts[0][1] - scales)]
+        raw = [self.read_range(ByteRange(r.file, r.offset + first * size, count * size)) for r, size in parts]
+        return dequantise(raw[0] if len(raw) == 1 else torch.cat(raw), form, count, cols)
 
     def close(self) -> None:
         for file in self._data:

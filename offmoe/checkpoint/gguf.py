@@ -14,7 +14,7 @@ import numpy as np
 
 from offmoe.checkpoint.base import ByteRange, Checkpoint, DataFile, TensorInfo, check_places, shown, some
 from offmoe.errors import OffmoeError
-from offmoe.kernels.formats import FORMATS, Format
+from offmoe.kernels.formats import GGML, Format
 
 HEADER_LIMIT = 64 << 20  # key/values and tensor table; with 262,144 tokens a header has about 12 MB
 ENTRY_LIMIT = 1 << 16  # keys, and tensors; the largest models have a few thousand tensors
@@ -24,7 +24,7 @@ SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 STRING, ARRAY, BOOL = 8, 9, 7
 NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", BOOL: "?",
            10: "<u8", 11: "<i8", 12: "<f8"}  # fmt: skip
-FORMAT_OF_TYPE = {form.gguf_type: form for form in FORMATS.values()}
+FORMAT_OF_TYPE = {form.gguf_type: form for form in GGML.values()}
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
@@ -135,7 +135,7 @@ class Header:
     def format(self, kind: int) -> Format:
         if kind in FORMAT_OF_TYPE:
             return FORMAT_OF_TYPE[kind]
-        supported = ", ".join(FORMATS)
+        supported = ", ".join(GGML)
         raise OffmoeError(
             f"{self.file.path}: tensor format {type_name(kind)} is not supported: supported are {supported}"
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offmoe.checkpoint import ggml
 from offmoe.errors import OffmoeError
-from offmoe.kernels.formats import FORMATS, Format
+from offmoe.kernels.formats import GGML, Format
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 K_QUANTS = ("Q4_K", "Q5_K", "Q6_K")
@@ -17,9 +17,9 @@ K_QUANTS = ("Q4_K", "Q5_K", "Q6_K")
 
 def packable(name: str) -> Format:
     """The format called `name` on the command line. Raises OffmoeError where it cannot be written here."""
-    form = FORMATS.get(name.upper())
+    form = GGML.get(name.upper())
     if form is None:
-        known = ", ".join(known.lower() for known in FORMATS)
+        known = ", ".join(known.lower() for known in GGML)
         raise OffmoeError(f"format {name!r} is unknown: choose one of {known}")
     if form.name in K_QUANTS:
         ggml.library(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from contextlib import ExitStack
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from offmoe.kernels.formats import FORMATS
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_LIMIT = 16 << 20  # about 100,000 tensors in one file; as Python objects 10 times that
 DTYPES = ("F32", "F16", "BF16")
+EIGHT = "F8_E4M3"
+SCALES = "_scale_inv"
+BYTES = "U8"  # the blocks and scales of MXFP4
 
 
 def parse(file: DataFile, number: int) -> dict[str, TensorInfo]:
@@ -54,19 +58,54 @@ def tensor(file: DataFile, name: str, entry: Any, data: ByteRange) -> TensorInfo
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise damaged(f"is described by {shown(entry)}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
-        raise OffmoeError(
-            f"{file.path}: tensor {shown(name)} has dtype {shown(dtype)}: supported are {', '.join(DTYPES)}"
-        )
+    if dtype not in (*DTYPES, BYTES, EIGHT):
+        raise unsupported(file.path, name, dtype)
     if not naturals(shape) or 0 in shape or len(shape) > 4:
         raise damaged(f"has the shape {shown(shape)}, expected up to 4 numbers above 0")
     if not naturals(offsets) or len(offsets) != 2:
         raise damaged(f"has the data_offsets {shown(offsets)}, expected two")
     begin, end = offsets
-    nbytes = FORMATS[dtype].nbytes(1, prod(shape))
+    nbytes = prod(shape) * (1 if dtype in (BYTES, EIGHT) else FORMATS[dtype].bytes)
     if end - begin != nbytes:
         raise damaged(f"takes {end - begin} bytes at its data_offsets, and {nbytes} by its dtype and shape")
     return TensorInfo(name, dtype, tuple(shape), ByteRange(data.file, data.offset + begin, nbytes))
+
+
+def unsupported(path: Path, name: str, dtype: object) -> OffmoeError:
+    return OffmoeError(f"{path}: tensor {shown(name)} has dtype {shown(dtype)}: supported are {', '.join(DTYPES)}")
+
+
+def joined(directory: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """gpt-oss's NAME_blocks [E, R, G, 16] and NAME_scales [E, R, G] are one tensor NAME [E, R, 32 G] of MXFP4."""
+    found = {name: info for name, info in tensors.items() if info.format != BYTES}
+    plain = {name: info for name, info in tensors.items() if info.format == BYTES}
+    for name, blocks in list(plain.items()):
+        whole = name.removesuffix("_blocks")
+        scales = plain.get(f"{whole}_scales")
+        if whole != name and scales is not None and blocks.shape == (*scales.shape, 16):
+            shape = (*scales.shape[:-1], 32 * scales.shape[-1])
+            found[whole] = TensorInfo(whole, "MXFP4_PAIRS", shape, blocks.range, scales.range)
+            del plain[name], plain[f"{whole}_scales"]
+    for name in plain:
+        raise unsupported(directory, name, BYTES)
+    return scaled(directory, found)
+
+
+def scaled(directory: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """NAME [R, C] of float8 and NAME_scale_inv [R / 128, C / 128] float32 are one tensor NAME (DeepSeek-V3's files)."""
+    tile = FORMATS[EIGHT].tile
+    found = {name: info for name, info in tensors.items() if not name.endswith(SCALES)}
+    for name, info in found.items():
+        if info.format == EIGHT:
+            scales, wanted = tensors.get(name + SCALES), tuple(-(-n // tile) for n in info.shape)
+            if scales is None or scales.format != "F32" or scales.shape != wanted or len(wanted) != 2:
+                given = f"{scales.format} {list(scales.shape)}" if scales else "missing"
+                raise OffmoeError(
+                    f"{directory}: {shown(name + SCALES)} is {given}: expected a float32 for every {tile} x {tile} "
+                    f"weights, {list(wanted)}"
+                )
+            found[name] = replace(info, scales=scales.range)
+    return found
 
 
 def naturals(value: object) -> bool:
@@ -109,5 +148,6 @@ def open_safetensors(directory: Path) -> Checkpoint:
         files = [stack.enter_context(DataFile(directory / name)) for name in names]
         for number, (file, expected) in enumerate(zip(files, names.values(), strict=True)):
             tensors |= open_shard(file, number, expected)
+        tensors = joined(directory, tensors)
         stack.pop_all()
     return Checkpoint(directory, "safetensors", files, tensors, {})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
 from offmoe.kernels.deltanet import Delta
+from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.mla import Latent
 from offmoe.kernels.rope import PLAIN, Scaling
 from offmoe.kernels.route import Rule
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from offmoe.models.family import Family
 
 MOST_LAYERS = 4096
-FULL = "full_attention"  # a kind of layer
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,19 @@ class ModelConfig:
     output_gated: bool = False  # each head's output times the sigmoid of a row for each of its values
     delta: Delta | None = None  # of the layers without keys and values
     delta_layers: tuple[int, ...] = ()
+    head_bias: bool = False
+    norm_bias: bool = False  # the norms of the residual stream are LayerNorms
     rope: Scaling = PLAIN
     embed_scale: float = 1.0  # of what the embedding gives
     residual_scale: float = 1.0  # of what a layer adds to the residual stream
     attention_scale: float = 0.0  # of q · k; 0: 1 / √D
     logit_divisor: float = 1.0
+    windows: tuple[int, ...] = ()  # by layer: positions that attention sees, 0: all; nothing: all in every layer
+    sinks: bool = False  # a logit a head that takes its share of attention and gives nothing
+    o_bias: bool = False
+    router_offset: bool = False  # added to the router's logits
+    expert_bias: bool = False
+    glu: Glu = SILU  # of the routed experts
     latent: Latent | None = None  # of multi-head latent attention; then head_dim is a key's, and kv_heads is 1
 
     @property
@@ -76,6 +85,13 @@ class ModelConfig:
         if self.latent:
             return ("q_a" if self.latent.q_rank else "q", "kv_a")
         return ("q_gate", "q", "k", "v") if self.output_gated else ("q", "k", "v")
+
+    @property
+    def projected(self) -> int:
+        """Rows of these matrices."""
+        if self.latent:
+            return (self.latent.q_rank or self.heads * self.head_dim) + self.latent.width
+        return (self.heads + 2 * self.kv_heads) * self.head_dim + self.gate_rows
 
     @property
     def score_scale(self) -> float:
@@ -110,6 +126,10 @@ class ModelConfig:
     def attended(self) -> tuple[int, ...]:
         """The layers with keys and values."""
         return tuple(layer for layer in range(self.layers) if layer not in self.delta_layers)
+
+    def window(self, layer: int) -> int:
+        """Positions that a token of `layer` sees, itself among them; 0: all before it."""
+        return self.windows[layer] if self.windows else 0
 
     def place_of(self, layer: int) -> int | None:
         return self.routed.index(layer) if layer in self.routed else None
@@ -168,6 +188,16 @@ def first_dense(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
     return {"routed": tuple(range(dense, layers)), "dense_hidden": count(raw, "intermediate_size") if dense else 0}
 
 
+def sliding_windows(raw: Mapping[str, Any], layers: int, default: Sequence[str]) -> tuple[int, ...]:
+    """`windows`, of layer_types: every layer looks at all positions or at sliding_window of them."""
+    kinds = raw.get("layer_types") or list(default)
+    if len(kinds) != layers:
+        raise OffmoeError(
+            f"the model's config gives {len(kinds)} layer_types: expected one for each of {layers} layers"
+        )
+    return tuple(count(raw, "sliding_window") if kind == SLIDING else 0 for kind in kinds)
+
+
 def balanced_by_bias(raw: Mapping[str, Any], rule: Rule) -> Rule:
     """DeepSeek-V3's (arXiv 2412.19437), which many took over."""
     return replace(
@@ -193,11 +223,13 @@ def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
     kinds = raw.get("layer_types") or []
     if not isinstance(kinds, list):
         raise OffmoeError(f"the model's config gives layer_types = {shown(kinds)}: expected a list")
+    known = family.implemented["layer_types"]
     asked = {
         **raw,
-        "layer_types": next((kind for kind in kinds if kind != FULL), FULL),
+        "layer_types": next((kind for kind in kinds if kind not in known), known[0]),
         "partial_rotary_factor": rope["partial_rotary_factor"],
         "rope_type": rope["rope_type"],
+        "quantization_config": beyond_tensors(raw.get("quantization_config")),
     }
     for field, allowed in family.implemented.items():
         if allowed and asked.get(field, allowed[0]) not in allowed:
@@ -205,6 +237,14 @@ def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
                 f"{family.model_type}: {field} is {shown(asked[field])}, and offmoe implements "
                 f"{' or '.join(repr(value) for value in allowed)}: this model cannot be run yet"
             )
+
+
+def beyond_tensors(quantisation: Any) -> Any:
+    """None where the tensors say all that there is to know: float8 in tiles, activations as they are."""
+    said = quantisation if isinstance(quantisation, Mapping) else {}
+    if (said.get("quant_method"), said.get("weight_block_size")) == ("fp8", [128, 128]):
+        return None if said.get("fmt", "e4m3") == "e4m3" else quantisation
+    return quantisation
 
 
 def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str, Any]) -> ModelConfig:

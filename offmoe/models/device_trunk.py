@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import groupby
 
@@ -17,18 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offmoe.kernels.deltanet import DeltaWeights
+from offmoe.kernels.formats import FORMATS
+from offmoe.kernels.mla import HEADS_AT_ONCE, LATENT_EPS, Latent, expand
 from offmoe.kernels.norm_rope import rms_norm
 from offmoe.kernels.planes import Matrix, SlotLayout, matrix, rearrange, rearrange_matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.rope import rope_table
 from offmoe.kernels.route import select
-from offmoe.kernels.striped import stripe
+from offmoe.kernels.striped import stripe, unstripe
 from offmoe.kvcache import KVCache
+from offmoe.models.latent import FLOATS, head_rows, positioned, rows_of, transposed
 from offmoe.models.model import Model
 from offmoe.models.trunk import delta_weights, projections, uninterleaved
 
 Part = tuple[Tensor, Matrix]  # bytes in slot layout, and what they are
-FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,18 @@ class Resident:
 
     records: Tensor  # uint8 [1, bytes]
     layout: SlotLayout
+
+
+@dataclass(frozen=True)
+class DeviceLatent:
+    """What latent attention has beside; then `qkv` has no keys and values, but latents: see kernels.mla. Rows stand as
+    models.latent says."""
+
+    q_a_norm: Tensor | None  # [q_rank], striped, where queries have a latent; then qkv makes that
+    q_b: tuple[Part, ...]  # [Q, q_rank]
+    kv_a_norm: Tensor  # [L]
+    k_b: tuple[Part, ...]  # one, [heads · L, N]
+    v_b: tuple[Part, ...]  # one, [heads · V, L]
 
 
 @dataclass(frozen=True)
@@ -56,9 +70,17 @@ class DeviceLayer:
     beside: Resident | None  # shared experts; where there is no router, the layer's only feed-forward part
     qkv_bias: Tensor | None  # [Q + 2K]
     delta: DeltaWeights | None  # of a layer without keys; then qkv are the rows of Delta.projected and o is [H, values]
+    o_bias: Tensor | None  # [H]
+    attn_norm_bias: Tensor | None  # [H], and striped ones
+    attn_norm_bias_striped: Tensor | None
+    ffn_norm_bias: Tensor | None
+    ffn_norm_bias_striped: Tensor | None
+    sinks: Tensor | None  # [heads]
+    router_offset: Tensor | None  # [E]
+    latent: DeviceLatent | None
 
     def tensors(self) -> list[Tensor]:
-        values = [getattr(self, field.name) for field in fields(self)]
+        values = [getattr(part, field.name) for part in (self, self.latent) if part for field in fields(part)]
         parts = [part[0] for value in values if isinstance(value, tuple) for part in value]
         parts += [self.beside.records] if self.beside else []
         parts += self.delta.tensors() if self.delta else []
@@ -73,9 +95,13 @@ class DeviceTrunk:
         self.layers: list[DeviceLayer] = []
         self._model, self._device, self._dtype = model, device, dtype
         self.embedding = self._parts("embed")[0]  # [V, H]
-        self.final_norm = (
-            stripe(self._float("final_norm")) / self.config.logit_divisor
-        )  # only the step and `logits` use it
+        # Only the step and `logits` use these.
+        self.final_norm = stripe(self._float("final_norm")) / self.config.logit_divisor
+        self.final_norm_bias = self.head_bias = None
+        if self.config.norm_bias:
+            self.final_norm_bias = stripe(self._float("final_norm_bias")) / self.config.logit_divisor
+        if self.config.head_bias:
+            self.head_bias = self._float("head_bias") / self.config.logit_divisor
         self.head = (self.embedding,) if self.config.tied else self._parts("head")
         self.rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device, self.config.rope)
         self._positions = torch.arange(ctx, device=device)
@@ -108,27 +134,62 @@ class DeviceTrunk:
         from offmoe.kernels.gpu.norm_rope import norm_rope_write
 
         c, w = self.config, self.layers[layer]
-        qkv = self._product(rms_norm(x, w.attn_norm, c.stream_eps).to(self._dtype), w.qkv)
+        qkv = self._product(rms_norm(x, w.attn_norm, c.stream_eps, w.attn_norm_bias).to(self._dtype), w.qkv)
         if w.delta:
             states, index = kv.state_of(layer)
             return self._product(states.mix(index, qkv, w.delta, start, delta_chunk), w.o)
         if w.qkv_bias is not None:
             qkv += w.qkv_bias
-        keys, values = kv.layer(layer)
         positions = self._positions[start : start + len(x)]
-        q = norm_rope_write(qkv[:, c.gate_rows :], keys, values, positions, self.rope, heads=c.heads,
-                            kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
-                            clip=c.clip_qkv, eps=c.norm_eps, scales=kv.scales(layer),
+        if w.latent:
+            return self._product(self._attend_latents(w.latent, qkv, kv.latents(layer), positions, start), w.o)
+        chunk = kv.open(layer, start, len(x))
+        q = norm_rope_write(qkv[:, c.gate_rows :], chunk.keys, chunk.values, positions, self.rope, heads=c.heads,
+                            kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
+                            eps=c.norm_eps, scales=chunk.scales, first=chunk.first,
                             norm_after=c.qk_norm == "after")  # fmt: skip
-        mixed = prefill_attention(q, keys, values, start, scales=kv.scales(layer), scale=c.score_scale).flatten(1)
-        return self._product(mixed * qkv[:, : c.gate_rows].sigmoid() if c.output_gated else mixed, w.o)
+        kv.close(layer, chunk, start, len(x))
+        mixed = prefill_attention(q, chunk.keys, chunk.values, start - chunk.first, chunk.scales,
+                                  window=c.window(layer), sinks=w.sinks, scale=c.score_scale)  # fmt: skip
+        mixed = mixed.flatten(1)
+        if c.output_gated:
+            mixed = mixed * qkv[:, : c.gate_rows].sigmoid()
+        out = self._product(mixed, w.o)
+        return out if w.o_bias is None else out + w.o_bias
+
+    def _attend_latents(self, w: DeviceLatent, qkv: Tensor, cache: Tensor, positions: Tensor, start: int) -> Tensor:
+        """qkv [T, q_rank or Q, and L + R], cache [ctx, L + R] → [T, heads · V]. Keys and values are expanded."""
+        from offmoe.kernels.gpu.attention import prefill_attention
+
+        c, z = self.config, self.config.latent
+        assert z is not None, "its weights are there"
+        query, fresh = qkv.split((qkv.shape[1] - z.width, z.width), dim=1)
+        if w.q_a_norm is not None:
+            query = self._product(unstripe(rms_norm(query, w.q_a_norm, LATENT_EPS).to(self._dtype)), w.q_b)
+        query = torch.cat((unstripe(query[:, : c.heads * z.plain]), query[:, c.heads * z.plain :]), dim=1)
+        plain, turned, rows = positioned(query, fresh, w.kv_a_norm, self.rope, positions, c.heads, z)
+        end = start + len(rows)
+        cache[start:end] = rows
+        queries, known = torch.cat((plain, turned), dim=2), cache[:end].to(self._dtype)
+        k_b = self._unpacked(w.k_b, z.plain).unflatten(0, (c.heads, -1))
+        v_b = self._unpacked(w.v_b, z.kv_rank).unflatten(0, (c.heads, -1))
+        wide, mixed = max(z.key, z.value), queries.new_empty((len(rows), c.heads, z.value))
+        for first in range(0, c.heads, HEADS_AT_ONCE):
+            some = slice(first, first + HEADS_AT_ONCE)
+            padded = [
+                F.pad(x, (0, wide - x.shape[2])) for x in (queries[:, some], *expand(known, k_b[some], v_b[some]))
+            ]
+            mixed[:, some] = prefill_attention(*padded, start, scale=c.score_scale)[..., : z.value]
+        return mixed.flatten(1)
 
     def route(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
-        normed = rms_norm(x, w.ffn_norm, self.config.stream_eps)
+        normed = rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias)
         logits = stripe(normed) @ w.router[: self.config.experts].float().t()
+        if w.router_offset is not None:
+            logits += w.router_offset
         ids, weights = select(logits, self.config.rule, w.router_bias)
         return normed.to(self._dtype), ids, weights
 
@@ -146,15 +207,20 @@ class DeviceTrunk:
         """The whole feed-forward part of a layer without experts: what to add to x [T, H]."""
         w = self.layers[layer]
         assert w.beside is not None, f"layer {layer} has no experts"
-        return self._resident(rms_norm(x, w.ffn_norm, self.config.stream_eps).to(self._dtype), w.beside)
+        return self._resident(
+            rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias).to(self._dtype), w.beside
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, H] → [T, V] float32; T is small."""
-        from offmoe.kernels.gpu.gemv import dense
-
         out = torch.empty((len(x), self.config.vocab), device=self._device)
-        dense(stripe(x).contiguous(), self.head, out, norm=self.final_norm, eps=self.config.stream_eps)
+        self.logits_into(stripe(x).contiguous(), torch.empty_like(x), out)
         return out
+
+    def logits_into(self, x: Tensor, normed: Tensor, out: Tensor, pdl: bool = False) -> None:
+        """x [T, H] striped → out [T, V]; `normed` [T, H] is scratch."""
+        normed_dense(x, self.final_norm, self.final_norm_bias, self.config.stream_eps, normed, self.head, out,
+                     self.head_bias, pdl)  # fmt: skip
 
     def _resident(self, x: Tensor, part: Resident) -> Tensor:
         gate, up, down = ((part.records[0], form) for form in (part.layout.gate, part.layout.up, part.layout.down))
@@ -162,15 +228,18 @@ class DeviceTrunk:
 
     def _product(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
         """x [T, K] times the transpose of all rows of `parts`, unpacked for this call: [T, N]."""
+        return x @ self._unpacked(parts, x.shape[1]).t()
+
+    def _unpacked(self, parts: Sequence[Part], cols: int) -> Tensor:
+        """All rows of `parts` [N, K]."""
         from offmoe.kernels.gpu.unpack import dequantise_into
 
-        rows = sum(part.rows for _, part in parts)
-        weight = torch.empty((rows, x.shape[1]), device=x.device, dtype=x.dtype)
+        weight = torch.empty((sum(part.rows for _, part in parts), cols), device=self._device, dtype=self._dtype)
         at = 0
         for buffer, part in parts:
             dequantise_into(buffer, part, weight[at : at + part.rows])
             at += part.rows
-        return x @ weight.t()
+        return weight
 
     def _load_layer(self, layer: int) -> DeviceLayer:
         c, routed = self.config, layer in self.config.routed
@@ -189,8 +258,32 @@ class DeviceTrunk:
             router=self._router(layer) if routed else None,
             router_bias=self._float("router_bias", layer) if routed and c.rule.biased else None,
             beside=self._feed_forward(beside, layer) if beside else None,
+            attn_norm_bias=(attn_bias := self._float("attn_norm_bias", layer) if c.norm_bias else None),
+            attn_norm_bias_striped=None if attn_bias is None else stripe(attn_bias),
+            ffn_norm_bias=(ffn_bias := self._float("ffn_norm_bias", layer) if c.norm_bias else None),
+            ffn_norm_bias_striped=None if ffn_bias is None else stripe(ffn_bias),
             qkv_bias=torch.cat([self._float(f"{role}_bias", layer) for role in "qkv"]) if c.qkv_bias else None,
             delta=delta_weights(self._model, partial(self._float, layer=layer)) if linear else None,
+            o_bias=self._float("o_bias", layer) if c.o_bias else None,
+            sinks=self._float("sinks", layer) if c.sinks else None,
+            router_offset=self._float("router_offset", layer) if routed and c.router_offset else None,
+            latent=self._load_latent(layer, c.latent) if c.latent else None,
+        )
+
+    def _load_latent(self, layer: int, z: Latent) -> DeviceLatent:
+        heads = self.config.heads
+        if self._model.split:
+            k_b, v_b = self._raw("k_b", layer), self._raw("v_b", layer)
+        else:
+            fmt, raw = self._raw("kv_b", layer)
+            keys, values = head_rows(raw, heads, z)
+            k_b, v_b = transposed(fmt, keys, heads, z), (fmt, values.flatten(0, 1))
+        return DeviceLatent(
+            q_a_norm=stripe(self._float("q_a_norm", layer)) if z.q_rank else None,
+            q_b=self._parts("q_b", layer=layer) if z.q_rank else (),
+            kv_a_norm=self._float("kv_a_norm", layer),
+            k_b=self._laid([k_b], z.plain),
+            v_b=self._laid([v_b], z.kv_rank),
         )
 
     def _router(self, layer: int) -> Tensor:
@@ -220,25 +313,52 @@ class DeviceTrunk:
 
     def _parts(self, *roles: str, layer: int = 0) -> tuple[Part, ...]:
         """The matrices of these roles, one over another, as they lie in the file but for their planes."""
-        raw = [self._raw(role, layer) for role in roles]
+        return self._laid([self._raw(role, layer) for role in roles], self._cols(roles[0]))
+
+    def _laid(self, raw: list[tuple[str, Tensor]], cols: int) -> tuple[Part, ...]:
+        """From formats and bytes [rows, row bytes]."""
         parts = []
         for fmt, same in groupby(raw, key=lambda part: part[0]):
             rows = torch.cat([part[1] for part in same])
-            form = matrix(fmt, len(rows), self._cols(roles[0]))
+            form = matrix(fmt, len(rows), cols)
             parts.append((rearrange_matrix(rows.flatten(), form).to(self._device), form))
         return tuple(parts)
 
     def _cols(self, role: str) -> int:
-        if role == "delta_o":
-            assert self.config.delta
-            return self.config.delta.values
-        return self.config.heads * self.config.head_dim if role == "o" else self.config.hidden
+        c = self.config
+        if role == "q_b" and c.latent:
+            return c.latent.q_rank
+        if role == "delta_o" and c.delta:
+            return c.delta.values
+        return c.heads * c.value_dim if role == "o" else c.hidden
 
     def _raw(self, role: str, layer: int) -> tuple[str, Tensor]:
         """Format and bytes [rows, row bytes] of one matrix; rotated pairs put into halves."""
-        info, rows = self._model.stored(role, layer)
-        raw = self._model.checkpoint.read(info.name).view(math.prod(info.shape[:-1]), -1)
-        raw = raw if rows is None else raw[rows]
+        info, some = self._model.stored(role, layer)
+        if FORMATS[info.format].tile:  # rows that share scales cannot be moved: in bfloat16, which holds its 4 bits
+            values = self._model.checkpoint.tensor(info.name, torch.bfloat16)
+            info = replace(info, format="BF16")
+            raw = values.view(torch.uint8).view(math.prod(info.shape[:-1]), -1)
+        else:
+            raw = self._model.checkpoint.read(info.name).view(math.prod(info.shape[:-1]), -1)
+        raw = raw if some is None else raw[some]
         if role in ("q", "k") and self._model.interleaved:
             raw = uninterleaved(raw, self.config.heads if role == "q" else self.config.kv_heads)
+        if (rows := rows_of(role, self.config, striped=True)) is not None:
+            raw = raw[rows]
         return info.format, raw
+
+
+def normed_dense(
+    x: Tensor, norm: Tensor, shift: Tensor | None, eps: float, normed: Tensor, parts: Sequence[Part], out: Tensor,
+    bias: Tensor | None, pdl: bool,
+) -> None:  # fmt: skip
+    """kernels.gpu.gemv.dense of x [T, H] behind its norm, which is a launch of its own where it is a LayerNorm."""
+    from offmoe.kernels.gpu.gemv import dense
+    from offmoe.kernels.gpu.norm_rope import rms_norm as norm_into
+
+    if shift is None:
+        dense(x, parts, out, norm=norm, eps=eps, bias=bias, pdl=pdl)
+    else:
+        norm_into(x, norm, eps, normed, shift)
+        dense(normed, parts, out, bias=bias, pdl=pdl)

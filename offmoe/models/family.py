@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from offmoe.models.config import ModelConfig
 
 MODULES = (
-    "qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe",
+    "qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe", "gpt_oss",
     "deepseek_v3", "deepseek_v2", "kimi_k2", "glm4_moe_lite",
-    "ernie4_5_moe", "dots1", "minimax_m2", "hunyuan_v1_moe", "granitemoe",
+    "ernie4_5_moe", "dots1", "minimax_m2", "hunyuan_v1_moe", "granitemoe", "phimoe",
     "qwen3_next", "qwen3_5_moe",
 )  # fmt: skip
 
@@ -55,6 +55,12 @@ HF_NAMES: Names = {
     "kv_a": ("model.layers.{l}.self_attn.kv_a_proj_with_mqa.weight",),
     "kv_a_norm": ("model.layers.{l}.self_attn.kv_a_layernorm.weight",),
     "kv_b": ("model.layers.{l}.self_attn.kv_b_proj.weight",),
+    "o_bias": ("model.layers.{l}.self_attn.o_proj.bias",),
+    "head_bias": ("lm_head.bias",),
+    "attn_norm_bias": ("model.layers.{l}.input_layernorm.bias",),
+    "ffn_norm_bias": ("model.layers.{l}.post_attention_layernorm.bias",),
+    "final_norm_bias": ("model.norm.bias",),
+    "sinks": ("model.layers.{l}.self_attn.sinks",),
     "dense_gate": ("model.layers.{l}.mlp.gate_proj.weight",),
     "dense_up": ("model.layers.{l}.mlp.up_proj.weight",),
     "dense_down": ("model.layers.{l}.mlp.down_proj.weight",),
@@ -104,6 +110,16 @@ GGUF_NAMES: Names = {
     "kv_b": ("blk.{l}.attn_kv_b.weight",),  # of older files; later ones have its two halves, the keys' transposed
     "k_b": ("blk.{l}.attn_k_b.weight",),
     "v_b": ("blk.{l}.attn_v_b.weight",),
+    "o_bias": ("blk.{l}.attn_output.bias",),
+    "head_bias": ("output.bias",),
+    "attn_norm_bias": ("blk.{l}.attn_norm.bias",),
+    "ffn_norm_bias": ("blk.{l}.ffn_norm.bias",),
+    "final_norm_bias": ("output_norm.bias",),
+    "sinks": ("blk.{l}.attn_sinks.weight",),
+    "router_offset": ("blk.{l}.ffn_gate_inp.bias",),
+    "gate_bias": ("blk.{l}.ffn_gate_exps.bias",),
+    "up_bias": ("blk.{l}.ffn_up_exps.bias",),
+    "down_bias": ("blk.{l}.ffn_down_exps.bias",),
     "dense_gate": ("blk.{l}.ffn_gate.weight",),
     "dense_up": ("blk.{l}.ffn_up.weight",),
     "dense_down": ("blk.{l}.ffn_down.weight",),
@@ -134,6 +150,9 @@ def plain(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
     return {}
 
 
+GgufKeys = Callable[["ModelConfig"], dict[str, Any]]
+
+
 def no_keys(config: ModelConfig) -> dict[str, Any]:
     return {}
 
@@ -156,9 +175,9 @@ class Family:
     values: Mapping[str, Values] = field(default_factory=dict)  # role → what its numbers in safetensors stand for
     tiled_gguf: bool = False  # llama.cpp orders the value heads of this arch so, see kernels.deltanet
     translated: Translated = dict  # a config of its own dialect in the field names that all share
-    gguf_keys: Callable[[ModelConfig], dict[str, Any]] = (
-        no_keys  # that llama.cpp wants of this arch beside those of all
-    )
+    gguf_keys: GgufKeys = no_keys  # that llama.cpp wants of this arch beside those of all
+    interleaved_experts: bool = False  # in safetensors: stacked gate and up take turns, row by row
+    transposed_experts: bool = False  # in safetensors: stacked experts of floats lie column by column
     fields: Fields = plain  # fields of ModelConfig beyond what all families share, out of a config of so many layers
     implemented: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # the first value is the default; (): any
 

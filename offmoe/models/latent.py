@@ -10,10 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from offmoe.kernels.formats import dequantise
 from offmoe.kernels.mla import LATENT_EPS, Latent
 from offmoe.kernels.norm_rope import rms_norm, rope
 from offmoe.kernels.striped import stripe
 from offmoe.models.config import ModelConfig
+
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def halves(pairs: Tensor) -> Tensor:
@@ -52,6 +55,16 @@ def head_rows(kv_b: Tensor, heads: int, z: Latent) -> tuple[Tensor, Tensor]:
     """Rows of all heads [heads · (N + V), …] → those of their keys [heads, N, …] and of their values [heads, V, …]."""
     keys, values = kv_b.unflatten(0, (heads, -1)).split((z.plain, z.value), dim=1)
     return keys, values
+
+
+def transposed(fmt: str, raw: Tensor, heads: int, z: Latent) -> tuple[str, Tensor]:
+    """Key rows of all heads, uint8 [heads, N, row bytes] of L weights → format and bytes [heads · L, row bytes] of N.
+
+    Blocks cannot be transposed: what is quantised becomes float16.
+    """
+    weight = dequantise(raw.reshape(heads, -1), fmt, z.plain, z.kv_rank, FLOATS.get(fmt, torch.float16))
+    turned = weight.transpose(1, 2).contiguous()
+    return fmt if fmt in FLOATS else "F16", turned.view(torch.uint8).view(heads * z.kv_rank, -1)
 
 
 def positioned(

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from offmoe.checkpoint import ByteRange, Checkpoint, TensorInfo, open_checkpoint
 from offmoe.errors import OffmoeError
 from offmoe.kernels.deltanet import Delta
+from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.mla import Latent
 from offmoe.kernels.planes import slot_layout
 from offmoe.kernels.record import RecordLayout
@@ -80,13 +82,33 @@ class Model:
     def ranges(self, place: int, expert: int) -> list[ByteRange]:
         """Where the parts of a record lie, in the order of its layout."""
         layer = self.config.routed[place]
-        return [self.part_range(part.name, part.nbytes, layer, expert) for part in self.layouts[place].parts]
+        return [r for part in self.layouts[place].parts for r in self.part_ranges(part.name, layer, expert)]
 
-    def part_range(self, role: str, nbytes: int, layer: int, expert: int) -> ByteRange:
+    def part_ranges(self, role: str, layer: int, expert: int) -> list[ByteRange]:
+        """One, or two where scales lie apart."""
         info = self.find(role, layer, expert)
         assert info is not None, f"{role} of layer {layer} was there when the model was opened"
-        start = info.range.offset + (expert * nbytes if len(info.shape) == 3 else 0)
-        return ByteRange(info.range.file, start, nbytes)
+        stacked = info.shape[0] if len(info.shape) == 3 else 1
+        ranges = []
+        for whole in (info.scales, info.range) if info.scales else (info.range,):
+            nbytes = whole.nbytes // stacked
+            ranges.append(ByteRange(whole.file, whole.offset + (expert * nbytes if stacked > 1 else 0), nbytes))
+        return ranges
+
+    def expert_biases(self, place: int) -> tuple[Tensor, Tensor]:
+        """Of all experts of a place, float32: gate beside up [E, 2F], down [E, H]."""
+        layer = self.config.routed[place]
+        found = {}
+        for role in bias_shapes(self.checkpoint, self.names, self.config, layer):
+            info = self.find(role, layer)
+            assert info is not None, f"{role} of layer {layer} was there when the model was opened"
+            found[role] = self.checkpoint.tensor(info.name)
+        if "gate_up_bias" in found:
+            both = found["gate_up_bias"]
+            gate, up = (both[:, ::2], both[:, 1::2]) if self.family.interleaved_experts else both.chunk(2, dim=1)
+        else:
+            gate, up = found["gate_bias"], found["up_bias"]
+        return torch.cat((gate, up), dim=1), found["down_bias"]
 
 
 def open_model(path: str | Path) -> Model:
@@ -103,7 +125,7 @@ def described(checkpoint: Checkpoint) -> Model:
     family, config = read_config(checkpoint)
     names = family.gguf_names if checkpoint.kind == "gguf" else family.names
     check_trunk(checkpoint, names, config)
-    layouts = tuple(record_layout(checkpoint, names, config, layer) for layer in config.routed)
+    layouts = tuple(record_layout(checkpoint, family, names, config, layer) for layer in config.routed)
     return Model(checkpoint, family, config, names, layouts)
 
 
@@ -150,8 +172,18 @@ def trunk_shapes(config: ModelConfig, split: bool = False) -> dict[str, tuple[in
     shapes |= latent_shapes(config, config.latent, split) if config.latent else attention_shapes(config)
     if config.tied:
         del shapes["head"]
+    if config.o_bias:
+        shapes["o_bias"] = (config.hidden,)
+    if config.head_bias:
+        shapes["head_bias"] = (config.vocab,)
+    if config.norm_bias:
+        shapes |= {f"{norm}_norm_bias": (config.hidden,) for norm in ("attn", "ffn", "final")}
     if config.rule.biased:
         shapes["router_bias"] = (config.experts,)
+    if config.sinks:
+        shapes["sinks"] = (config.heads,)
+    if config.router_offset:
+        shapes["router_offset"] = (config.experts,)
     if config.dense:
         shapes |= feed_forward_shapes("dense", config.hidden, config.dense_hidden)
     if config.shared:
@@ -223,6 +255,11 @@ def trunk_weights(config: ModelConfig) -> int:
     return sum(len(layers_of(role, config)) * prod(shape) for role, shape in trunk_shapes(config).items())
 
 
+def bias_weights(config: ModelConfig) -> int:
+    """Of all routed experts; they stay beside the trunk, in float32, and count as the experts'."""
+    return config.places * config.experts * (2 * config.expert_hidden + config.hidden) if config.expert_bias else 0
+
+
 def trunk_tensors(model: Model) -> Iterator[TensorInfo]:
     """Everything that is used and no routed expert; files may hold more (layers that predict several tokens)."""
     roles = ((r, layer) for r in trunk_shapes(model.config, model.split) for layer in layers_of(r, model.config))
@@ -235,6 +272,19 @@ def check_trunk(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> No
         for layer in layers_of(role, config):
             there = holder(checkpoint, names, role, layer)
             expect(checkpoint, names, there, layer, 0, shape if there == role else held_shape(there, config))
+    if config.expert_bias:
+        for layer in config.routed:
+            for role, shape in bias_shapes(checkpoint, names, config, layer).items():
+                expect(checkpoint, names, role, layer, 0, shape)
+
+
+def bias_shapes(checkpoint: Checkpoint, names: Names, config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    """Role → shape of the biases of all experts of a layer, stacked as its file has them."""
+    experts, inner = config.experts, config.expert_hidden
+    down = {"down_bias": (experts, config.hidden)}
+    if find(checkpoint, names, "gate_up_bias", layer, 0):
+        return {"gate_up_bias": (experts, 2 * inner), **down}
+    return {"gate_bias": (experts, inner), "up_bias": (experts, inner), **down}
 
 
 def holder(checkpoint: Checkpoint, names: Names, role: str, layer: int) -> str:
@@ -257,12 +307,18 @@ def expect(
     return info
 
 
-def record_layout(checkpoint: Checkpoint, names: Names, config: ModelConfig, layer: int) -> RecordLayout:
+def record_layout(
+    checkpoint: Checkpoint, family: Family, names: Names, config: ModelConfig, layer: int
+) -> RecordLayout:
     """Check the experts of a layer and lay out their record: every expert must have the same formats."""
     wide, narrow = (config.expert_hidden, config.hidden), (config.hidden, config.expert_hidden)
     shapes = {"gate": wide, "up": wide, "down": narrow}
-    if find(checkpoint, names, "gate_up", layer, 0):
+    stacked = find(checkpoint, names, "gate_up", layer, 0)
+    transposed = stacked is not None and family.transposed_experts and not FORMATS[stacked.format].apart
+    if stacked:
         shapes = {"gate_up": (2 * wide[0], wide[1]), "down": narrow}
+    if transposed:
+        shapes = {role: (shape[1], shape[0]) for role, shape in shapes.items()}
     parts = []
     for role, shape in shapes.items():
         first = find(checkpoint, names, role, layer, 0)
@@ -277,7 +333,13 @@ def record_layout(checkpoint: Checkpoint, names: Names, config: ModelConfig, lay
                 f"layer {layer} keeps its {role} experts in {' and '.join(sorted(formats))}: expected one"
             )
         parts.append((role, formats.pop(), *shape))
-    return RecordLayout.of(*parts)
+        if (odd := FORMATS[parts[-1][1]].scales_nbytes(*shape) % 16) and FORMATS[parts[-1][1]].tile:
+            raise OffmoeError(
+                f"layer {layer} has {role} experts of {list(shape)} in float8, whose scales end {odd} bytes behind a "
+                "multiple of 16: offmoe cannot move such records yet"
+            )
+    interleaved = stacked is not None and family.interleaved_experts
+    return RecordLayout.of(*parts, interleaved=interleaved, transposed=transposed)
 
 
 @dataclass(frozen=True)
@@ -288,12 +350,13 @@ class Weights:
     active: int  # a token: everything but the experts that it is not routed to
     active_without_embedding: int  # some models leave the input embedding out of their own figure
     trunk_bytes: int  # of everything but the routed experts, in the file
+    unpacked_bytes: int  # that a GPU holds beyond these: float8 in bfloat16
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int, int]:
     """In total; active a token; of these without the input embedding, where that is not the head too."""
     c = config
-    routed, resident = c.places * c.experts * 3 * c.hidden * c.expert_hidden, trunk_weights(c)
+    routed, resident = c.places * c.experts * 3 * c.hidden * c.expert_hidden + bias_weights(c), trunk_weights(c)
     active = resident + routed * c.top_k // c.experts
     return resident + routed, active, active - (0 if c.tied else prod(trunk_shapes(c)["embed"]))
 
@@ -304,5 +367,6 @@ def count_weights(model: Model) -> Weights:
         total=total,
         active=active,
         active_without_embedding=without_embedding,
-        trunk_bytes=sum(info.range.nbytes for info in trunk_tensors(model)),
+        trunk_bytes=sum(info.range.nbytes for info in trunk_tensors(model)) + 4 * bias_weights(model.config),
+        unpacked_bytes=sum(info.range.nbytes for info in trunk_tensors(model) if FORMATS[info.format].tile),
     )

@@ -53,7 +53,12 @@ class LayerWeights:
     shared_router: Tensor | None  # [H, 1]
     qkv_bias: Tensor | None  # [Q + 2K]
     delta: DeltaWeights | None  # of a layer without keys; then qkv is [H, sum of Delta.projected] and o [values, H]
-    latent: LatentWeights | None = None
+    attn_norm_bias: Tensor | None  # [H]
+    ffn_norm_bias: Tensor | None  # [H]
+    o_bias: Tensor | None  # [H]
+    sinks: Tensor | None  # [heads]
+    router_offset: Tensor | None  # [E]
+    latent: LatentWeights | None
 
     def tensors(self) -> list[Tensor]:
         values = [*vars(self).values(), *(self.beside or ()), *(vars(self.latent).values() if self.latent else ())]
@@ -70,6 +75,8 @@ class Trunk:
         self._model, self._device, self._dtype = model, device, dtype
         self._embed = self._load("embed")  # [V, H]
         self._final_norm = self._load("final_norm")
+        self._final_norm_bias = self._load("final_norm_bias") if self.config.norm_bias else None
+        self._head_bias = self._load("head_bias") if self.config.head_bias else None
         self._head = factor(self._embed if self.config.tied else self._load("head"))  # [H, V]
         if self.config.tied:
             self._embed = self._head.t()
@@ -98,12 +105,12 @@ class Trunk:
         c, w = self.config, self.layers[layer]
         if w.delta:
             return self._delta(w, w.delta, layer, x, kv, start)
-        positions, bucket = self._positions[start : start + len(x)], kv.bucket(start + len(x))
-        qkv = rms_norm(x, w.attn_norm, c.stream_eps) @ w.qkv
+        positions = self._positions[start : start + len(x)]
+        qkv = rms_norm(x, w.attn_norm, c.stream_eps, w.attn_norm_bias) @ w.qkv
         if w.qkv_bias is not None:
             qkv += w.qkv_bias
         if w.latent:
-            return self._attend_latents(layer, w.latent, qkv, kv, positions, bucket) @ w.o
+            return self._attend_latents(layer, w.latent, qkv, kv, positions, kv.bucket(start + len(x))) @ w.o
         gate, qkv = qkv.split((c.gate_rows, qkv.shape[1] - c.gate_rows), dim=-1)
         q, k, v = qkv.split((c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim), dim=-1)
         if c.qk_norm != "after":
@@ -113,9 +120,15 @@ class Trunk:
         q, k = turned.split((c.heads, c.kv_heads), dim=1)
         if c.qk_norm == "after":
             q, k = (self._normed(x.flatten(1), w).view_as(x) for x, w in ((q, w.q_norm), (k, w.k_norm)))
-        keys, values = kv.write(layer, k, v.unflatten(-1, (-1, c.head_dim)), positions, bucket)
-        mixed = attention(q, keys, values, positions, c.score_scale).flatten(1)
-        return (mixed * gate.sigmoid() if c.output_gated else mixed) @ w.o
+        chunk = kv.open(layer, start, len(x))
+        places = positions - chunk.first
+        chunk.keys.index_copy_(1, places, k.transpose(0, 1))
+        chunk.values.index_copy_(1, places, v.unflatten(-1, (-1, c.head_dim)).transpose(0, 1))
+        kv.close(layer, chunk, start, len(x))
+        keys, values = (cache[:, : kv.bucket(start + len(x) - chunk.first)] for cache in (chunk.keys, chunk.values))
+        mixed = attention(q, keys, values, places, c.window(layer), w.sinks, c.score_scale).flatten(1)
+        out = (mixed * gate.sigmoid() if c.output_gated else mixed) @ w.o
+        return out if w.o_bias is None else out + w.o_bias
 
     def _delta(self, w: LayerWeights, d: DeltaWeights, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
         """The same of a layer without keys: its state goes on."""
@@ -139,8 +152,11 @@ class Trunk:
         """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
-        normed = rms_norm(x, w.ffn_norm, self.config.stream_eps)
-        ids, weights = select(normed @ w.router, self.config.rule, w.router_bias)
+        normed = rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias)
+        logits = normed @ w.router
+        if w.router_offset is not None:
+            logits = logits + w.router_offset
+        ids, weights = select(logits, self.config.rule, w.router_bias)
         return normed, ids, weights
 
     def shared(self, layer: int, normed: Tensor) -> Tensor | None:
@@ -155,12 +171,13 @@ class Trunk:
         """The whole feed-forward part of a layer without experts: what to add to x [T, H]."""
         w = self.layers[layer]
         assert w.beside is not None, f"layer {layer} has no experts"
-        return swiglu_experts([rms_norm(x, w.ffn_norm, self.config.stream_eps)], [w.beside])[0]
+        return swiglu_experts([rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias)], [w.beside])[0]
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, H] → [T, V] float32."""
         c = self.config
-        return (rms_norm(x, self._final_norm, c.stream_eps) @ self._head).float() / c.logit_divisor
+        logits = (rms_norm(x, self._final_norm, c.stream_eps, self._final_norm_bias) @ self._head).float()
+        return (logits if self._head_bias is None else logits + self._head_bias) / c.logit_divisor
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """q or k [T, heads · D]: over each head or over all together, as wide as the weight is."""
@@ -190,6 +207,11 @@ class Trunk:
             shared_router=self._load("shared_router", layer).view(-1, 1) if routed and c.shared_gated else None,
             qkv_bias=torch.cat([self._load(f"{r}_bias", layer) for r in "qkv"]) if c.qkv_bias else None,
             delta=delta_weights(self._model, partial(self._load, layer=layer, dtype=torch.float32)) if linear else None,
+            o_bias=self._load("o_bias", layer) if c.o_bias else None,
+            attn_norm_bias=self._load("attn_norm_bias", layer) if c.norm_bias else None,
+            ffn_norm_bias=self._load("ffn_norm_bias", layer) if c.norm_bias else None,
+            sinks=self._load("sinks", layer) if c.sinks else None,
+            router_offset=self._load("router_offset", layer) if routed and c.router_offset else None,
             latent=self._load_latent(layer, c.latent) if c.latent else None,
         )
 

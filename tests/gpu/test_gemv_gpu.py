@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 if torch.cuda.is_available():
     from offmoe.kernels.gpu import gemv as fast
     from offmoe.kernels.gpu.launch import pdl_supported
-    from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
+    from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, page_in, scratch_for
 
 DEVICE = torch.device("cuda")
 RATIO = 3e-6  # interpreted, rows of 2,048 and 14,336 weights are within 8e-7 in every format
@@ -80,19 +80,32 @@ def test_experts(fmt: str, tokens: int) -> None:
     assert_close("down", y, summed, RATIO)
 
 
-@pytest.mark.parametrize("fmt", ["Q4_K", "MXFP4", "Q8_0"])
-def test_phases_make_up_the_whole(fmt: str) -> None:
-    """Bit for bit; the slot of a miss holds NaN while hits are multiplied."""
+@pytest.mark.parametrize("fmt", PLANES)
+def test_movers_multiply_what_they_bring(fmt: str) -> None:
+    """Captured, from pinned RAM, any number of misses: bit for bit what resident records give, and they stay."""
     records, layout = slots_of(fmt)
-    slots, hit, weights = ints(5, 1, 0, 4), ints(1, 0, 1, 0), randn(4, seed=3).abs()
-    x, out, whole = 0.02 * randn(1, layout.hidden), nan(4, layout.expert_hidden), nan(4, layout.expert_hidden)
-    fast.expert_gate_up(records, layout, slots, weights, x, out, hit=hit, phase=fast.HITS)
-    assert out[::2].isfinite().all()
-    assert out[1::2].isnan().all()
-    records[1], records[4] = records[2], records[3]  # arrived
-    fast.expert_gate_up(records, layout, slots, weights, x, out, hit=hit, phase=fast.MISSES)
-    fast.expert_gate_up(records, layout, slots, weights, x, whole)
-    assert torch.equal(out, whole)
+    record = record_of(fmt, fmt)
+    rows = torch.zeros((6, -(-record.nbytes // 256) * 256), dtype=torch.uint8)
+    rows[:, : record.nbytes] = random_records(record, 6, "normal")
+    rows = rows.pin_memory()
+    want = records.clone()
+    want[:, : layout.nbytes] = rearrange(rows.to(DEVICE), layout)[:SLOTS]
+    slots, weights, x = ints(5, 1, 0, 4), randn(4, seed=3).abs(), 0.02 * randn(1, layout.hidden)
+    out, whole = nan(4, layout.expert_hidden), nan(4, layout.expert_hidden)
+    count, listed, to = ints(0), ints(0, 0, 0, 0), ints(0, 0, 0, 0)
+    copies = Copies(count, to, scratch_for(DEVICE, MOVERS * MOVER_CHUNK), None, listed, rows.data_ptr(), rows.stride(0))
+    replay = captured(lambda: fast.expert_gate_up(records, layout, slots, weights, x, out, copies=copies))
+    fast.expert_gate_up(want, layout, slots, weights, x, whole)
+    for missing in ([1, 5, 0, 4], [4], [], [0, 1]):
+        records.copy_(want)
+        records[missing] = 0xFF
+        count.fill_(len(missing))
+        listed[: len(missing)] = to[: len(missing)] = ints(*missing)
+        out.fill_(torch.nan)
+        replay()
+        assert torch.equal(out, whole)
+        for form in (layout.gate, layout.up, layout.down):
+            assert torch.equal(unplane(records, form), unplane(want, form))
 
 
 @pytest.mark.parametrize("kind", EXTREMES)

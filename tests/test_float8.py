@@ -1,0 +1,119 @@
+"""Checkpoints of float8 with a scale for every 128 x 128 weights: records stay as published, on every path."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import float8
+import pytest
+import torch
+from close import assert_close
+from safetensors.torch import load_file, save_file
+from test_models import decoded, engine_of, packed
+from tiny import SHAPE
+
+from offmoe.checkpoint import open_checkpoint
+from offmoe.errors import OffmoeError
+from offmoe.models.model import open_model
+
+IDS = torch.randint(3, 96, (20,), generator=torch.Generator().manual_seed(7)).tolist()
+WIDE: dict[str, Any] = {
+    **SHAPE, "hidden_size": 256, "num_key_value_heads": 4, "moe_intermediate_size": 256, "n_routed_experts": 6,
+    "num_experts_per_tok": 2, "n_shared_experts": 1, "intermediate_size": 384, "first_k_dense_replace": 1,
+    "kv_lora_rank": 128, "q_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
+    "n_group": 1, "topk_group": 1, "num_hidden_layers": 2, "initializer_range": 0.1,
+}  # fmt: skip
+
+
+def made(folder: Path, powers: bool = True) -> tuple[Path, Any]:
+    """A DeepSeek-V3 in float8, and transformers' model of what its bytes mean."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("deepseek_v3", **WIDE))
+    path, plain = folder / "float8", folder / "plain"
+    for where in (path, plain):
+        model.float().eval().save_pretrained(where)
+    save_file(float8.quantise(path, powers), plain / "model.safetensors", {"format": "pt"})
+    return path, transformers.AutoModelForCausalLM.from_pretrained(plain, dtype="float32").eval()
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    return model(torch.tensor([IDS])).logits[0]
+
+
+@pytest.mark.parametrize("powers", [True, False], ids=["powers", "any"])
+@pytest.mark.parametrize(("vram", "ram"), [("100%", "64MiB"), ("51%", 0)])
+def test_logits_are_those_of_transformers(powers: bool, vram: str, ram: str | int, tmp_path: Path) -> None:
+    path, model = made(tmp_path, powers)
+    with engine_of(path, chunk=5, vram=vram, ram=ram) as engine:
+        formats = {part.format for layout in engine.model.layouts for part in layout.parts}
+        assert formats == {"F8_E4M3"}
+        assert engine.model.layouts[0].nbytes == 3 * (256 * 256 + 4 * 4)
+        logits, _ = decoded(engine, IDS, prompt=8)
+    assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
+def test_the_step_and_a_chunk_multiply_the_records_as_they_are(tmp_path: Path) -> None:
+    """With scales that are powers of two, which the trunk's bfloat16 holds exactly."""
+    pytest.importorskip("triton")
+    import test_prefill
+    import test_step
+
+    from offmoe.step import Variant
+
+    path, model = made(tmp_path)
+    with torch.no_grad():
+        want = model(torch.tensor([test_step.IDS])).logits[0]
+        chunk = model(torch.tensor([test_prefill.IDS])).logits[0]
+    with test_step.step_of(path, vram="60%") as step:
+        assert_close("logits", test_step.run(step, Variant()), want, 1e-5)
+    assert_close("logits", test_prefill.prefill(path, 4, 8, vram="60%"), chunk, 1e-5)
+
+
+def test_it_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces that begin within a tile."""
+    monkeypatch.setattr("offmoe.pack.PIECE", 50 * 256)
+    path, model = made(tmp_path, powers=False)
+    with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:
+        logits, _ = decoded(engine, IDS, prompt=8)
+    assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
+
+
+def test_what_a_gpu_holds_is_counted(tmp_path: Path) -> None:
+    from offmoe.models.model import count_weights
+
+    path, _ = made(tmp_path)
+    with open_checkpoint(path) as checkpoint:
+        eighths = sum(i.range.nbytes for i in checkpoint.tensors.values() if i.scales and ".experts." not in i.name)
+    assert count_weights(open_model(path)).unpacked_bytes == eighths > 0
+
+
+NAME = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda t: t.pop(NAME + "_scale_inv"), rf"{NAME}_scale_inv' is missing: expected a float32 for every 128 x 128"),
+    (lambda t: t.update({NAME + "_scale_inv": torch.ones(2, 3)}), r"is F32 \[2, 3\]: .* weights, \[2, 2\]"),
+    (lambda t: t.update({NAME: torch.zeros(256, 256)}), r"keeps its up experts in F32 and F8_E4M3: expected one"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+    path, _ = made(tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(OffmoeError, match=message):
+        open_model(path)
+
+
+@pytest.mark.parametrize("changes", [{"weight_block_size": None}, {"fmt": "e5m2"}, {"quant_method": "awq"}])
+def test_another_quantisation_is_refused_by_name(changes: dict[str, Any], tmp_path: Path) -> None:
+    path, _ = made(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OffmoeError, match=r"deepseek_v3: quantization_config is .* this model cannot be run yet"):
+        open_model(path)
