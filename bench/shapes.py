@@ -3,8 +3,7 @@
     python bench/shapes.py qwen3-30b-a3b /tmp/qwen3.gguf [LAYERS]
 
 Tensors of one shape share their bytes, so 17 GB are written in seconds and take 0.7 GB of memory to make; the experts
-within a tensor differ. gpt-oss-20b is its shape, expert format and bytes only: that family (biases, sinks, clamped
-SwiGLU, sliding windows) is not implemented, so the file is a plain qwen3moe, which offmoe and llama.cpp both load.
+within a tensor differ.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": {"arch": "qwen3moe", "layers": 48, "hidden": 2048, "heads": 32, "kv_heads": 4, "head_dim": 128,
                       "vocab": 151936, "experts": 128, "top_k": 8, "inner": 768, "format": "Q4_K", "dense": "Q4_K",
                       "head": "Q6_K", "qk_norm": "head", "ctx": 40960, "theta": 1e6},
-    "gpt-oss-20b": {"arch": "qwen3moe", "layers": 24, "hidden": 2880, "heads": 64, "kv_heads": 8, "head_dim": 64,
+    "gpt-oss-20b": {"arch": "gpt-oss", "layers": 24, "hidden": 2880, "heads": 64, "kv_heads": 8, "head_dim": 64,
                     "vocab": 201088, "experts": 32, "top_k": 4, "inner": 2880, "format": "MXFP4", "dense": "Q8_0",
-                    "head": "Q8_0", "qk_norm": "head", "ctx": 131072, "theta": 150000.0},
+                    "head": "Q8_0", "qk_norm": "none", "ctx": 131072, "theta": 150000.0, "window": 128},
     "olmoe": {"arch": "olmoe", "layers": 16, "hidden": 2048, "heads": 16, "kv_heads": 16, "head_dim": 128,
               "vocab": 50304, "experts": 64, "top_k": 8, "inner": 1024, "format": "Q8_0", "dense": "Q8_0",
               "head": "Q8_0", "qk_norm": "full", "ctx": 4096, "theta": 1e4},
@@ -51,6 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 Tensors = list[tuple[str, str, tuple[int, ...]]]  # name, format, shape
+FFN_NORM = {"gpt-oss": "post_attention_norm", "qwen35moe": "post_attention_norm"}
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Where a block keeps its float16 scales, and what each is as a multiple of the first: minima centre the weights.
 SCALES: dict[str, dict[int, float]] = {
@@ -90,9 +90,9 @@ def tensors(s: dict[str, Any]) -> Tensors:
         ("output", s["head"], (s["vocab"], h)),
     ]
     for layer in range(s["layers"]):
-        linear, behind = "every" in s and (layer + 1) % s["every"], "post_attention" if "every" in s else "ffn"
+        linear = "every" in s and (layer + 1) % s["every"]
         mixer = latents if "kv_rank" in s else deltanet if linear else heads
-        part = [("attn_norm", "F32", (h,)), (f"{behind}_norm", "F32", (h,)), *mixer(s)]
+        part = [("attn_norm", "F32", (h,)), (FFN_NORM.get(s["arch"], "ffn_norm"), "F32", (h,)), *mixer(s)]
         if layer == 0 and "first" in s:
             part += feed_forward("", dense, (), s["first"], h)
         else:
@@ -101,6 +101,8 @@ def tensors(s: dict[str, Any]) -> Tensors:
             part += feed_forward("_shexp", dense, (), s["shared"] * s["inner"], h) if "shared" in s else []
             part += [("ffn_gate_inp_shexp", "F32", (h,))] if "every" in s else []
             part += [("exp_probs_b.bias", "F32", (s["experts"],))] if s.get("gating") == 2 else []
+        if s["arch"] == "gpt-oss":
+            part += biases(s)
         rows += [(f"blk.{layer}.{name}", *rest) for name, *rest in part]
     return [(name if name.endswith(("bias", "ssm_a")) else f"{name}.weight", fmt, shape) for name, fmt, shape in rows]
 
@@ -121,6 +123,15 @@ def deltanet(s: dict[str, Any]) -> Tensors:
     return [("attn_qkv", dense, (channels, h)), ("attn_gate", dense, (values, h)), ("ssm_beta", "F32", (n, h)),
             ("ssm_alpha", "F32", (n, h)), ("ssm_conv1d", "F32", (channels, s["taps"])), ("ssm_dt.bias", "F32", (n,)),
             ("ssm_a", "F32", (n,)), ("ssm_norm", "F32", (s["key_dim"],)), ("ssm_out", dense, (h, values))]  # fmt: skip
+
+
+def biases(s: dict[str, Any]) -> Tensors:
+    """And sinks."""
+    q, kv, h, many = s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"], s["hidden"], s["experts"]
+    sizes = {"attn_q.bias": (q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,), "attn_output.bias": (h,),
+             "attn_sinks": (s["heads"],), "ffn_gate_inp.bias": (many,), "ffn_gate_exps.bias": (many, s["inner"]),
+             "ffn_up_exps.bias": (many, s["inner"]), "ffn_down_exps.bias": (many, h)}  # fmt: skip
+    return [(name, "F32", size) for name, size in sizes.items()]
 
 
 def latents(s: dict[str, Any]) -> Tensors:
@@ -152,12 +163,12 @@ def write(name: str, path: Path, layers: int | None = None, seed: int = 0, **cha
     writer = gguf.GGUFWriter(path, s["arch"])
     add_metadata(writer, s)
     rng = np.random.default_rng(seed)
-    made: dict[tuple[str, int, int], np.ndarray] = {}
+    made: dict[tuple[str, int, int, bool], np.ndarray] = {}
     for tensor, fmt, dims in tensors(s):
         rows, cols = int(np.prod(dims[:-1])), dims[-1]
-        key = (fmt, rows, cols)
+        key = (fmt, rows, cols, norm := "norm" in tensor)
         if key not in made:
-            made[key] = weights(rng, fmt, rows, cols) if len(dims) > 1 else np.ones(cols, np.float32).view(np.uint8)
+            made[key] = np.ones(cols, np.float32).view(np.uint8) if norm else weights(rng, fmt, rows, cols)
         kind = gguf.GGMLQuantizationType(FORMATS[fmt].gguf_type)
         data = made[key].reshape(*dims[:-1], FORMATS[fmt].nbytes(1, cols))
         data = data.view(np.float32) if fmt == "F32" else data
@@ -190,6 +201,11 @@ def add_metadata(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
     writer.add_expert_used_count(s["top_k"])
     writer.add_vocab_size(s["vocab"])
     writer.add_tokenizer_model("no_vocab")
+    if s["arch"] == "gpt-oss":
+        writer.add_sliding_window(s["window"])
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(32.0)
+        writer.add_rope_scaling_orig_ctx_len(4096)
 
 
 def add_deltanet(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:

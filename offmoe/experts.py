@@ -52,20 +52,16 @@ class ExpertStore(ABC):
         self.table = Residency(
             config.places, config.experts, plan.slots, make_policy(plan.policy, model.records), plan.scope
         )
-        self.biases = [  # by place, where there are: of all experts gate beside up [E, 2F], down [E, H]
-            tuple(bias.to(plan.device, self.bias_dtype(plan)) for bias in model.expert_biases(place))
-            for place in range(config.places * config.expert_bias)
-        ]
+        # By place, where there are: of all experts gate beside up [E, 2F], down [E, H]. Kernels add them in float32.
+        dtype = plan.dtype if plan.device.type == "cpu" else torch.float32
+        read = (model.expert_biases(place) for place in range(config.places * config.expert_bias))
+        self.biases = [(wide.to(plan.device, dtype), narrow.to(plan.device, dtype)) for wide, narrow in read]
         self.reader = Reader(model.checkpoint.files)
         self.ram = RamTier(model, plan.ram_rows, plan.stride, plan.policy, plan.device.type == "cuda", self.reader)
         self.routed: Routed | None = None  # told every layer's ids [T, k] and weights, to record a trace
         self.prompt: list[int] = []  # the tokens of a prompt while it is run, empty while decoding
         self.clock = 0  # tokens so far
         self.counts = Counters()
-
-    def bias_dtype(self, plan: Plan) -> torch.dtype:
-        """Kernels add in float32; the naive twins in the type that they compute in."""
-        return plan.dtype if plan.device.type == "cpu" else torch.float32
 
     @property
     def counters(self) -> Counters:

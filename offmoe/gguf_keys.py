@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from offmoe.errors import OffmoeError
+from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.rope import Scaling, yarn_mscale
 from offmoe.pretokenizers import pre_tokenizer_name
 from offmoe.tokenizer import BYTE_TOKEN
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from offmoe.models.family import Family
 
 NORMAL, UNUSED = 1, 5  # tokenizer.ggml.token_type; the others stand in vocab.py
+GPT_OSS = Glu(alpha=1.702, limit=7.0, plus=1.0)
 NOT_TRUNCATED = ("gpt-oss",)  # archs whose yarn ramps between bounds that are no whole numbers
 UNMERGED = -1e9  # the score of a token that no merge makes
 
@@ -49,6 +51,16 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
             f"{family.model_type} with n_group = {config.rule.groups} cannot be packed: "
             f"llama.cpp ranks groups by their two best experts, this model by {config.rule.group_best}"
         )
+    if config.glu not in (SILU, GPT_OSS):
+        raise OffmoeError(
+            f"{family.model_type} with {config.glu} cannot be packed: the GGUF architecture {family.arch} always means "
+            f"{GPT_OSS}"
+        )
+    if any(config.window(layer) != config.window(0) * (layer % 2 == 0) for layer in range(config.layers)):
+        raise OffmoeError(
+            f"{family.model_type} with windows of {config.windows} cannot be packed: in a GGUF every second layer, "
+            "beginning with the first, looks at one"
+        )
     keys: dict[str, Any] = {
         "block_count": config.layers,
         "context_length": config.ctx,
@@ -70,6 +82,8 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
         keys["expert_shared_feed_forward_length"] = config.shared_hidden
     elif config.shared:
         keys["expert_shared_count"] = config.shared
+    if config.windows:
+        keys["attention.sliding_window"] = config.window(0)
     if config.dense:
         keys["leading_dense_block_count"] = len(config.dense)
     if config.rule.scores == "sigmoid" or config.latent:
@@ -109,7 +123,7 @@ def scaling_keys(rope: Scaling, family: Family) -> dict[str, Any]:
             grown = 1.0
         elif not math.isclose(rope.attention, grown):
             keys["attn_factor"], grown = rope.attention / grown, rope.attention
-        said = math.isclose(rope.attention, grown) and (rope.truncate or family.arch in NOT_TRUNCATED)
+        said = math.isclose(rope.attention, grown) and rope.truncate == (family.arch not in NOT_TRUNCATED)
     else:
         said = rope.kind == "linear"
     if not said:

@@ -177,7 +177,7 @@ def rooms(config: ModelConfig, ctx: int) -> list[int]:
 
 def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Zeroed, for what is masked still enters a product; on the CPU pages are taken as the context grows."""
-    if device.type == "cpu" and math.prod(shape):
+    if device.type == "cpu" and 0 not in shape:
         return host_memory(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
     return torch.zeros(shape, device=device, dtype=dtype)
 

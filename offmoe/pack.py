@@ -23,7 +23,7 @@ from offmoe.gguf_keys import model_keys, tokenizer_keys
 from offmoe.kernels.formats import FORMATS, Format
 from offmoe.kernels.mla import Latent
 from offmoe.models.family import Values
-from offmoe.models.held import HELD, held_shape, tiled
+from offmoe.models.held import HELD, tiled
 from offmoe.models.model import Model, described, layers_of, trunk_shapes
 from offmoe.settings import format_size
 
@@ -58,22 +58,22 @@ class PackReport:
 
 @dataclass(frozen=True)
 class Run:
-    """Rows `first` to `first + count` of a tensor in the source."""
+    """Rows `first` to `first + count` of a tensor in the source; of all of them `pick` makes the rows to write."""
 
     info: TensorInfo
     first: int
     count: int
+    pick: Values | None = None
 
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor of the GGUF, made of runs of rows; `turn` makes of a whole run [rows, cols] what the file is to hold."""
+    """A tensor of the GGUF, made of runs of rows."""
 
     name: str
     shape: tuple[int, ...]
     wanted: Format
     runs: list[Run]
-    turn: Values | None = None
 
     @property
     def cols(self) -> int:
@@ -121,10 +121,11 @@ def roles(model: Model) -> Iterator[tuple[str, int]]:
         yield from ((role, layer) for role in per_layer if layer in trunk[role])
         if layer in model.config.routed:
             yield from ((role, layer) for role in EXPERT_ROLES)
+            yield from ((f"{role}_bias", layer) for role in EXPERT_ROLES if model.config.expert_bias)
 
 
 def intended(role: str, wanted: Format) -> Format:
-    if role.endswith(("router", "norm", "bias")) or role in SMALL:
+    if role.endswith(("router", "norm", "bias", "sinks", "offset")) or role in SMALL:
         return FORMATS["F32"]
     return FORMATS["Q8_0"] if wanted.name == "MXFP4" and role not in EXPERT_ROLES else wanted
 
@@ -133,14 +134,17 @@ def output(model: Model, role: str, layer: int, wanted: Format) -> Output:
     name, c = model.family.gguf_names[role][0].format(l=layer), model.config
     if role in EXPERT_ROLES:
         runs = [expert_run(model, role, layer, expert) for expert in range(c.experts)]
-        shape: tuple[int, ...] = (c.experts, runs[0].count, runs[0].info.shape[-1])
-        return Output(name, shape, wanted, runs)
+        wide, narrow = (c.experts, c.expert_hidden, c.hidden), (c.experts, c.hidden, c.expert_hidden)
+        return Output(name, narrow if role == "down" else wide, wanted, runs)
+    if role in ("gate_bias", "up_bias") and (both := model.find("gate_up_bias", layer)):
+        run = Run(both, 0, c.experts, lambda rows: rows_of(rows.mT, role, model.layouts[0].interleaved).mT)
+        return Output(name, (c.experts, c.expert_hidden), wanted, [run])
     if c.latent and role in HALVES:
         return half(model, c.latent, role, layer, Output(name, trunk_shapes(c, split=True)[role], wanted, []))
     whole = model.find(role, layer)
     info, rows = (whole, None) if whole else model.stored(role, layer)
-    shape = trunk_shapes(c).get(role) or held_shape(role, c)
-    return Output(name, shape, wanted, [Run(info, 0, prod(info.shape[:-1]))], turned(model, role, rows))
+    shape = trunk_shapes(c).get(role, info.shape)
+    return Output(name, shape, wanted, [Run(info, 0, prod(info.shape[:-1]), turned(model, role, rows))])
 
 
 def turned(model: Model, role: str, rows: Tensor | None) -> Values | None:
@@ -165,17 +169,37 @@ def half(model: Model, z: Latent, role: str, layer: int, empty: Output) -> Outpu
     info = model.find("kv_b", layer)
     assert info is not None, f"kv_b of layer {layer} was there when the model was described"
     first, count = (0, z.plain) if role == "k_b" else (z.plain, z.value)
-    runs = [Run(info, head * (z.plain + z.value) + first, count) for head in range(model.config.heads)]
-    return replace(empty, runs=runs, turn=(lambda rows: rows.t().contiguous()) if role == "k_b" else None)
+    pick = transposed_rows if role == "k_b" else None
+    runs = [Run(info, head * (z.plain + z.value) + first, count, pick) for head in range(model.config.heads)]
+    return replace(empty, runs=runs)
+
+
+def transposed_rows(rows: Tensor) -> Tensor:
+    return rows.t()
 
 
 def expert_run(model: Model, role: str, layer: int, expert: int) -> Run:
     """One expert's matrix: a tensor of its own, a slice of a stack, or half a slice of gate over up."""
     info = model.find(role, layer, expert) or model.find("gate_up", layer, expert)
     assert info is not None, f"{role} of layer {layer} was there when the model was described"
+    layout = model.layouts[model.config.routed.index(layer)]
+    if layout.transposed or (layout.interleaved and role != "down"):
+        rows = info.shape[1]
+
+        def pick(matrix: Tensor) -> Tensor:
+            upright = matrix.mT if layout.transposed else matrix
+            return upright if role == "down" else rows_of(upright, role, layout.interleaved)
+
+        return Run(info, expert * rows, rows, pick)
     count = model.config.hidden if role == "down" else model.config.expert_hidden
     first = expert * info.shape[1] if len(info.shape) == 3 else 0
     return Run(info, first + (count if role == "up" and info.shape[-2] == 2 * count else 0), count)
+
+
+def rows_of(rows: Tensor, role: str, interleaved: bool) -> Tensor:
+    """Of the rows of gate and up together, those of `role`."""
+    second = role.startswith("up")
+    return rows[second::2] if interleaved else rows.chunk(2)[second]
 
 
 def check_target(out: Path, nbytes: int) -> None:
@@ -234,10 +258,10 @@ def write_header(writer: gguf.GGUFWriter, outputs: list[Output], keys: dict[str,
 def pieces(model: Model, output: Output) -> Iterator[Tensor]:
     """The weights of a tensor as float32 [rows, cols], a bounded number at a time."""
     for run in output.runs:
-        step = run.count if output.turn else max(1, PIECE // output.cols)
+        step = run.count if run.pick else max(1, PIECE // output.cols)
         for first in range(0, run.count, step):
             rows = model.checkpoint.rows(run.info, run.first + first, min(step, run.count - first))
-            yield output.turn(rows) if output.turn else rows
+            yield run.pick(rows).contiguous() if run.pick else rows
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:

@@ -106,8 +106,8 @@ def make_plan(model: Model, settings: Settings) -> Plan:
     state = state_nbytes(model.config)
     context = kv + STATES * state
     if on_cpu:
-        weights = trunk_weights(model.config) + bias_weights(model.config)
-        trunk, real, workspace = weights * dtype.itemsize, model.record_weights * dtype.itemsize, 0
+        held = trunk_weights(model.config) + bias_weights(model.config)
+        trunk, real, workspace = held * dtype.itemsize, model.record_weights * dtype.itemsize, 0
     else:
         weights = count_weights(model)
         trunk, real = weights.trunk_bytes + weights.unpacked_bytes, model.slot_bytes
@@ -161,6 +161,8 @@ def workspace_nbytes(model: Model, chunk: int, ctx: int, itemsize: int) -> int:
     c = model.config
     heads = c.projected + (2 * c.heads * c.head_dim if c.latent else 0)
     a_token = c.hidden * (12 + 4 * itemsize) + heads * 4 * itemsize + c.top_k * (c.hidden + c.expert_hidden) * itemsize
+    if any(c.windows):  # a chunk's keys and values, before they go into a ring
+        a_token += 4 * c.kv_heads * c.head_dim * itemsize
     inner = max(c.dense_hidden, c.shared_hidden)
     a_token += 4 * inner * itemsize  # gate, up, its silu and their product
     if c.delta:

@@ -35,6 +35,7 @@ from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
 from offmoe.kernels.gpu.sample import FULL, Scratch, sample_step
 from offmoe.kernels.gpu.sample import variant as sampler_variant
+from offmoe.kernels.mla import LATENT_EPS
 from offmoe.kernels.ring import ABORTED, COUNTED, DONE, Ring, row_words
 from offmoe.kvcache import KVCache
 from offmoe.memory import host_memory, register, unregister
@@ -207,7 +208,7 @@ class DecodeStep:
         assert z is not None, "its weights are there"
         query = b.qkv
         if w.q_b:
-            dense(b.qkv[:, : z.q_rank], w.q_b, b.query, norm=w.q_a_norm, eps=mla.LATENT_EPS, pdl=self.pdl)
+            dense(b.qkv[:, : z.q_rank], w.q_b, b.query, norm=w.q_a_norm, eps=LATENT_EPS, pdl=self.pdl)
             query = b.query
         mla.decode_latents(
             query[0, : c.heads * z.key], b.qkv[0, -z.width :], self.kv.latents(layer), b.position, self.trunk.rope,

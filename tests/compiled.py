@@ -26,8 +26,9 @@ from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
 from offmoe.device_table import device_table
 from offmoe.kernels.deltanet import Delta, DeltaWeights
+from offmoe.kernels.feed_forward import Glu
 from offmoe.kernels.gpu.advance import advance
-from offmoe.kernels.gpu.attention import decode_attention, partial_size
+from offmoe.kernels.gpu.attention import decode_attention, partial_size, prefill_attention
 from offmoe.kernels.gpu.deltanet import delta_chunk, delta_step
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.foretell import foretell
@@ -144,6 +145,39 @@ def products(fmt: str, pdl: bool) -> None:
     dense(floats(1, H), parts, floats(1, 1024), bias=floats(1024), residual=True, pdl=pdl)
 
 
+def gpt_oss(pdl: bool) -> None:
+    """A layer at its real shape, but for what others have too."""
+    h, experts, k, heads, kv_heads, dim, room = 2880, 32, 4, 64, 8, 64, 1152
+    record = RecordLayout.of(("gate_up", "MXFP4_PAIRS", 2 * h, h), ("down", "MXFP4_PAIRS", h, h), interleaved=True)
+    layout, glu, wide, narrow = slot_layout(record), Glu(1.702, 7.0, 1.0), floats(experts, 2 * h), floats(experts, h)
+    records = torch.empty((2, -(-layout.nbytes // 256) * 256), dtype=torch.uint8)
+    for copies in (None, absent()):
+        expert_gate_up(records, layout, ints(k), floats(k), floats(1, h), floats(k, h), copies=copies, glu=glu,
+                       ids=ints(k), bias=wide, pdl=pdl)  # fmt: skip
+    expert_down(records, layout, ints(k), floats(k, h), floats(1, h), ids=ints(k), weights=floats(k), bias=narrow,
+                pdl=pdl)  # fmt: skip
+    form = matrix("BF16", h, heads * dim)
+    dense(floats(1, heads * dim), [(ints(form.nbytes, dtype=torch.uint8), form)], floats(1, h), bias=floats(h),
+          residual=True, pdl=pdl)  # fmt: skip
+    keys, splits = torch.zeros((kv_heads, room, dim), dtype=torch.bfloat16), 16
+    width = (heads + 2 * kv_heads) * dim
+    decode_attention(
+        floats(width), keys, keys, ints(1), floats(2, 131072, dim), floats(heads * dim),
+        floats(partial_size(heads, dim, splits)), ints(kv_heads), heads=heads, kv_heads=kv_heads, head_dim=dim,
+        q_norm=None, k_norm=None, norm_full=False, clip=None, eps=1e-6, splits=splits, window=128, sinks=floats(heads),
+        pdl=pdl,
+    )  # fmt: skip
+    for window, dtype in ((128, torch.bfloat16), (0, torch.bfloat16), (128, torch.float32)):
+        q = torch.zeros((64, heads, dim), dtype=dtype)
+        prefill_attention(q, keys.to(dtype), keys.to(dtype), 127, window=window, sinks=floats(heads))
+    for dtype in (torch.bfloat16, torch.float32):
+        x, ids = torch.zeros((64, h), dtype=dtype), ints(64, k, dtype=torch.int64)
+        for block in (16, 64)[: 1 + (dtype == torch.bfloat16)]:
+            tiles = plan_tiles(ids, experts, dtype, block)
+            expert_mlp(x, ids, tiles, ints(experts, dtype=torch.int64), layout, x.new_empty((64 * k, h)), glu=glu,
+                       biases=(wide, narrow))  # fmt: skip
+
+
 def prompt(block: int) -> None:
     """A chunk's kernels: tiles of 16 pairs have the weights on the left, others on the right."""
     layout = slot_layout(RecordLayout.of(("gate", "Q4_K", F, H), ("up", "Q4_K", F, H), ("down", "Q6_K", H, F)))
@@ -256,6 +290,8 @@ def main(capability: int) -> None:
         products("Q4_K", pdl)
         products("MXFP4", pdl)
         products("Q6_K", pdl)
+        products("F8_E4M3", pdl)
+        gpt_oss(pdl)
         copies("Q6_K", pdl)
         residency("lru", pdl)
         residency("crf", pdl, GROUPED)

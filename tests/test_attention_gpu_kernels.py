@@ -39,6 +39,9 @@ class Case:
     int8: bool = False
     eps: float = 1e-5
     scale: float | None = None
+    window: int = 0
+    room: int = 0  # positions that the cache holds; 0: all
+    sinks: bool = False
 
     @property
     def width(self) -> int:
@@ -54,6 +57,19 @@ class Case:
         )
         q, k = (1 + 0.3 * randn(size, seed=90 + i) for i, size in enumerate(sizes))
         return q, k
+
+    def sink_logits(self) -> Tensor | None:
+        """Of the size of scores: some heads give most to the sink."""
+        return 3 * randn(self.heads, seed=77) if self.sinks else None
+
+    def ring(self, cache: Tensor | None, filled: int) -> Tensor | None:
+        """[…, ctx, …] → what is left of it in a ring, on its third dimension or its second."""
+        if cache is None or not self.room:
+            return cache
+        dim = cache.ndim - 2 if cache.shape[-1] == self.dim else cache.ndim - 1
+        positions = torch.arange(self.room, device=DEVICE)
+        newest = positions + (filled - 1 - positions).clamp(min=0) // self.room * self.room  # that lies there
+        return cache.index_select(dim, newest).contiguous()
 
     def cache(self, filled: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and scales; what is not filled holds NaN, in int8 the scales do."""
@@ -107,11 +123,13 @@ def expected(case: Case, qkv: Tensor, here: int) -> tuple[Tensor, Tensor, Tensor
     k, v = stored(case, k[0]), stored(case, v[0])
     keys[:, here], values[:, here] = k, v
     keys, values = keys[:, : here + 1], values[:, : here + 1]
-    return attention(q, keys, values, positions, case.scale).flatten(), k, v
+    return attention(q, keys, values, positions, case.window, case.sink_logits(), case.scale).flatten(), k, v
 
 
 def decode(case: Case, qkv: Tensor, here: int, splits: int, split_size: int, **options: Any) -> tuple[Tensor, ...]:
-    keys, values, scales = case.cache(here)
+    keys, values, scales = (case.ring(x, here) for x in case.cache(here))
+    assert keys is not None
+    assert values is not None
     mixed = torch.full((case.heads * case.dim,), torch.nan, device=DEVICE)
     partial = torch.full((fast.partial_size(case.heads, case.dim, splits),), torch.nan, device=DEVICE)
     tickets = torch.zeros(case.kv_heads, dtype=torch.int32, device=DEVICE)
@@ -121,10 +139,11 @@ def decode(case: Case, qkv: Tensor, here: int, splits: int, split_size: int, **o
         DEVICE), mixed, partial, tickets, heads=case.heads, kv_heads=case.kv_heads, head_dim=case.dim,
         q_norm=q_norm, k_norm=k_norm, norm_full=case.norm == "full", norm_after=case.norm == "after",
         clip=case.clip, eps=case.eps, scale=case.scale,
-        splits=splits, split_size=split_size, scales=scales, **options,
+        splits=splits, split_size=split_size, scales=scales, window=case.window, sinks=case.sink_logits(), **options,
     )  # fmt: skip
     assert not tickets.any(), "tickets are not back at 0"
-    k, v = (contents(x, None if scales is None else scales[i])[:, here] for i, x in enumerate((keys, values)))
+    spot = here % keys.shape[1]
+    k, v = (contents(x, None if scales is None else scales[i])[:, spot] for i, x in enumerate((keys, values)))
     return unstripe(mixed), k, v
 
 
@@ -137,15 +156,21 @@ CASES = {
     "half of a head rotated": Case(rotary=8),
     "full norm, rotary of an odd width": Case(heads=3, kv_heads=1, dim=20, rotary=12, norm="full", dtype=F16),
     "norm after rotation, scaled": Case(norm="after", rotary=8, scale=0.5),
+    "sinks": Case(sinks=True, norm="none"),
+    "window": Case(window=9),
+    "window and sinks in a ring": Case(window=9, room=48, sinks=True, norm="none", ctx=200),
+    "ring of int8": Case(window=30, room=48, int8=True, ctx=200),
+    "window as wide as its ring": Case(window=32, room=32, sinks=True, dtype=F16, ctx=200),
     "int8": Case(int8=True),
     "int8, clip": Case(int8=True, norm="none", clip=0.5, heads=2, kv_heads=2),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("here", "splits"), [(0, 1), (7, 1), (16, 4), (45, 2), (63, 4)])
+@pytest.mark.parametrize(("here", "splits"), [(0, 1), (7, 1), (16, 4), (45, 2), (63, 4), (129, 2)])
 def test_one_token_is_the_twins(name: str, here: int, splits: int) -> None:
     case = CASES[name]
+    here = min(here, case.ctx - 1)
     qkv = randn(case.width, seed=here)
     got = decode(case, qkv, here, splits, 16, block=16)
     ratio = 2e-3 if case.dtype == F16 or (case.int8 and DEVICE.type == "cpu") else 5e-3 if case.int8 else 1e-5
@@ -218,14 +243,44 @@ def test_rms_norm_is_the_twins(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("start", [0, 1, 20])
-@pytest.mark.parametrize("case", [Case(), replace(Case(), int8=True), replace(Case(), kv_heads=4)])
+@pytest.mark.parametrize("case", [
+    Case(), replace(Case(), int8=True), replace(Case(), kv_heads=4), Case(sinks=True), Case(window=5),
+    Case(window=5, sinks=True, int8=True), Case(window=12, sinks=True, dtype=F16, dim=20, heads=3, kv_heads=1),
+])  # fmt: skip
 def test_a_chunk_is_the_twins(case: Case, start: int) -> None:
     q = randn(9, case.heads, case.dim, seed=4)
     keys, values, scales = case.cache(start + 9)
-    got = fast.prefill_attention(q, keys, values, start, scales)
+    sinks = case.sink_logits()
+    q = q.to(F32 if case.int8 else case.dtype)
+    got = fast.prefill_attention(q, keys, values, start, scales, window=case.window, sinks=sinks)
     positions = start + torch.arange(9, device=DEVICE)
     keys, values = (contents(x, None if scales is None else scales[i]) for i, x in enumerate((keys, values)))
-    assert_close("mixed", got, attention(q, keys[:, : start + 9], values[:, : start + 9], positions), 1e-5)
+    keys, values = keys[:, : start + 9], values[:, : start + 9]
+    want = attention(q.float(), keys, values, positions, case.window, sinks)
+    assert_close("mixed", got, want, 2e-3 if q.dtype == F16 else 1e-5)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_chunk_is_written_where_it_is_kept(int8: bool) -> None:
+    """Positions are turned by what they are and lie by what comes before them."""
+    case, positions = Case(int8=int8), torch.tensor([30, 31, 32], device=DEVICE)
+    qkv = randn(3, case.width, seed=8)
+    keys, values, scales = (None if x is None else x[..., :7, :] if x.shape[-1] == case.dim else x[..., :7]
+                            for x in case.cache(0))  # fmt: skip
+    assert keys is not None
+    assert values is not None
+    q_norm, k_norm = case.norms()
+    keys, values = keys.contiguous(), values.contiguous()
+    scales = None if scales is None else scales.contiguous()
+    fast_norm.norm_rope_write(
+        qkv, keys, values, positions, rope_table(case.ctx, case.dim, 1e4, DEVICE), heads=case.heads,
+        kv_heads=case.kv_heads, head_dim=case.dim, q_norm=q_norm, k_norm=k_norm, clip=None, eps=case.eps,
+        scales=scales, first=27,
+    )  # fmt: skip
+    _, k, v = naive_qkv(case, qkv, positions)
+    for i, (label, cache, want) in enumerate((("k", keys, k), ("v", values, v))):
+        mine = contents(cache, None if scales is None else scales[i])[:, positions - 27].transpose(0, 1)
+        assert_close(label, mine, stored(case, want), 3e-3 if int8 else 1e-5)
 
 
 def test_splits_cover_a_bucket_with_a_program_a_multiprocessor() -> None:

@@ -9,6 +9,7 @@ from close import assert_close
 from torch import Tensor
 
 from offmoe.kernels import gemm as naive
+from offmoe.kernels.feed_forward import Glu
 from offmoe.kernels.formats import FORMATS, dequantise
 from offmoe.kernels.planes import PLANES, SlotLayout, matrix, rearrange_matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
@@ -86,6 +87,21 @@ def test_experts(fmt: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_experts_of_two_formats(fmt: str, down: str, dtype: torch.dtype) -> None:
     check_experts(fmt, down, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [16, 64])
+def test_biases_and_a_clamped_glu(dtype: torch.dtype, block: int) -> None:
+    record = RecordLayout.of(("gate_up", "MXFP4_PAIRS", 192, 160), ("down", "MXFP4_PAIRS", 160, 96), interleaved=True)
+    layout, glu = slot_layout(record), Glu(1.702, 2.0, 1.0)
+    slots = filled_slots(random_records(record, EXPERTS), layout, [2 * e for e in range(EXPERTS)], 8).to(DEVICE)
+    x, biases = scaled(len(IDS), layout, dtype), (randn(EXPERTS, 192, seed=5), randn(EXPERTS, 160, seed=6))
+    out = torch.full((IDS.numel(), 160), torch.nan, dtype=dtype, device=DEVICE)
+    want, where = out.double(), {e: 2 * e for e in range(EXPERTS)}
+    tiles = fast.plan_tiles(IDS, EXPERTS, dtype, block if dtype != torch.float32 else 16)
+    fast.expert_mlp(x, IDS, tiles, addresses_of(slots, where), layout, out, glu=glu, biases=biases)
+    naive.expert_mlp(x, IDS, {e: slots[s] for e, s in where.items()}, layout, want, glu=glu, biases=biases)
+    assert_close(str(dtype), out, want, RATIOS[dtype])
 
 
 def test_a_set_and_an_address_change_no_bit() -> None:

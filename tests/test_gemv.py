@@ -9,10 +9,12 @@ from close import assert_close
 from torch import Tensor
 
 from offmoe.kernels import gemv as naive
+from offmoe.kernels.feed_forward import Glu
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.page_in import page_in as naive_page_in
 from offmoe.kernels.planes import PLANES, SlotLayout, matrix, rearrange_matrix, slot_layout, unplane
-from offmoe.kernels.record import RecordLayout
+from offmoe.kernels.record import RecordLayout, unpack
+from offmoe.kernels.striped import unstripe
 
 pytest.importorskip("triton")
 from offmoe.kernels.gpu import gemv as fast
@@ -141,6 +143,53 @@ def rows_of_three(fmt: str, stacked: bool) -> Tensor:
     rows = torch.full((5, -(-layout.nbytes // 256) * 256), 0xFF, dtype=torch.uint8)
     rows[[4, 0, 1], : layout.nbytes] = random_records(layout, 3, "normal")
     return rows.pin_memory() if DEVICE.type == "cuda" else rows
+
+
+CLAMPED = Glu(alpha=1.702, limit=2.0, plus=1.0)
+
+
+@pytest.mark.parametrize(("fmt", "interleaved"), [("MXFP4_PAIRS", True), ("BF16", True), ("Q8_0", False)])
+def test_biases_and_a_clamped_glu(fmt: str, interleaved: bool) -> None:
+    """gpt-oss's experts; biases go by the expert and not by its slot, and the weights are in `inner` already."""
+    h, f = 160, 96
+    record = RecordLayout.of(("gate_up", fmt, 2 * f, h), ("down", fmt, h, f), interleaved=interleaved)
+    layout = slot_layout(record)
+    records = filled_slots(random_records(record, 3), layout, [0, 2, 3], 4).to(DEVICE)
+    wide, narrow, weights = randn(5, 2 * f, seed=5), randn(5, h, seed=6), randn(4, seed=3).abs()
+    slots, ids, x = ints(2, 0, 3, 2), ints(4, 1, 0, 2), 0.05 * randn(2, h)
+    out = nan(4, f)
+    want = out.double()
+    for twin, into in ((fast, out), (naive, want)):
+        twin.expert_gate_up(records, layout, slots, weights, x, into, glu=CLAMPED, ids=ids, bias=wide)
+    assert_close("gate_up", out, want, RATIO)
+    gate_up, _ = unpack(random_records(record, 3), record, torch.float64)
+    both = gate_up[1] @ unstripe(x.cpu())[0].double() + wide[4].cpu().double()
+    assert_close("by hand", unstripe(out)[0], CLAMPED(*both.chunk(2)) * float(weights[0]), 1e-5)
+    assert (both[:f] > CLAMPED.limit).any()
+    assert (both[f:].abs() > CLAMPED.limit).any()
+    chosen = {"glu": CLAMPED, "ids": ids[:3], "bias": wide}
+    all_there, brought, absent = nan(3, f), nan(3, f), records.clone()
+    fast.expert_gate_up(records, layout, slots[:3], weights[:3], x[:1], all_there, **chosen)
+    absent[[0, 3]] = 0xFF
+    rows = torch.zeros((2, absent.shape[1]), dtype=torch.uint8)
+    rows[:, : record.nbytes] = random_records(record, 3)[[0, 2]]
+    rows = rows.pin_memory() if DEVICE.type == "cuda" else rows
+    copies = Copies(ints(2), ints(0, 3), scratch_for(DEVICE, MOVERS * MOVER_CHUNK), None, ints(0, 1), rows.data_ptr(),
+                    rows.stride(0))  # fmt: skip
+    fast.expert_gate_up(absent, layout, slots[:3], weights[:3], x[:1], brought, copies=copies, **chosen)
+    assert torch.equal(brought, all_there)
+    y = randn(2, h, seed=4)
+    summed = y.double()
+    for twin, into in ((fast, y), (naive, summed)):
+        twin.expert_down(records, layout, slots, out, into, ids=ids, weights=weights, bias=narrow)
+    assert_close("down", y, summed, RATIO)
+
+
+def test_a_clamp_hides_no_nan() -> None:
+    records, layout = slots_of("F16", "F16")
+    out, x = torch.zeros(1, layout.expert_hidden, device=DEVICE), nan(1, layout.hidden)
+    fast.expert_gate_up(records, layout, ints(0), randn(1), x, out, glu=CLAMPED)
+    assert out.isnan().all()
 
 
 def parts_of(cols: int, *formats: str) -> list[tuple[Tensor, fast.Matrix]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tiny import FAMILIES, PACKABLE, PACKABLE_UNHEARD, reference, reference_rout
 from offmoe.download import DEMO
 from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
+from offmoe.kernels.record import unpack
 from offmoe.models.model import open_model
 from offmoe.settings import Settings
 
@@ -71,12 +73,26 @@ def test_the_greedy_tokens_are_the_same_at_every_budget(family: str, tmp_path: P
     assert len(answers[0]) == 32
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
 @pytest.mark.parametrize("family", PACKABLE_UNHEARD)
-def test_a_packed_gguf_gives_the_same_logits(family: str, tmp_path: Path) -> None:
+def test_a_packed_gguf_gives_the_same_logits(family: str, fused: bool, tmp_path: Path) -> None:
     want, _ = reference(family, IDS)
-    with engine_of(packed(saved(family, tmp_path), tmp_path, "f32"), chunk=5) as engine:
+    with engine_of(packed(saved(family, tmp_path, fused), tmp_path, "f32"), chunk=5) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
     assert (logits - want[7:]).abs().max() < 1e-4
+
+
+def test_mxfp4_is_packed_without_a_loss(tmp_path: Path) -> None:
+    """gpt-oss's blocks in ggml's order; what is not an expert becomes Q8_0."""
+    path = saved("gpt_oss", tmp_path)
+    with engine_of(packed(path, tmp_path, "mxfp4")) as theirs, engine_of(path) as ours:
+        assert {part.format for part in theirs.model.layouts[0].parts} == {"MXFP4"}
+        for place, expert in ((0, 0), (3, 5)):
+            weights = []
+            for store in (theirs.store, ours.store):
+                rows = store.ram.rows[store.ram.fetch(place, np.array([expert]), 0)]
+                weights.append(unpack(rows[:, : store.layouts[place].nbytes], store.layouts[place], torch.float32))
+            assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 def older(path: Path, folder: Path, heads: int, fmt: str) -> Path:
@@ -116,6 +132,34 @@ def test_an_older_gguf_gives_the_same_logits(family: str, tmp_path: Path) -> Non
         assert not engine.model.split
         logits, _ = decoded(engine, IDS, prompt=8)
     assert (logits - want[7:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), [
+    ("deepseek_v3", {"kv_lora_rank": None}, "the model's config has no kv_lora_rank"),
+    ("deepseek_v3", {"q_lora_rank": "x"}, "the model's config gives q_lora_rank = 'x': expected a whole number"),
+    ("deepseek_v3", {"qk_rope_head_dim": 15}, "head_dim is 47: rotary embedding needs an even number above 0"),
+    ("deepseek_v3", {"v_head_dim": 16}, r"o_proj.weight has shape \[64, 128\]: the config asks for \[64, 64\]"),
+    ("deepseek_v3", {"rope_interleave": False}, "deepseek_v3: rope_interleave is False, and offmoe implements True"),
+    ("deepseek_v3", {"moe_layer_freq": 2}, "deepseek_v3: moe_layer_freq is 2"),
+    ("deepseek_v3", {"attention_bias": True}, "deepseek_v3: attention_bias is True"),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, "deepseek_v2: topk_method is 'noaux_tc'"),
+    ("deepseek_v2", {"norm_topk_prob": True}, "deepseek_v2: norm_topk_prob is True"),
+    ("glm4_moe_lite", {"mlp_layer_types": ["dense", "none"]}, "mlp_layer_types = .*: expected dense or sparse a layer"),
+    ("mixtral", {"kv_lora_rank": 16}, "mixtral: kv_lora_rank is 16"),
+])  # fmt: skip
+def test_latent_attention_that_is_not_ours_is_refused(
+    family: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = saved(family, tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(OffmoeError, match=message):
+        open_model(path)
+
+
+def test_latents_are_not_kept_in_int8(tmp_path: Path) -> None:
+    with pytest.raises(OffmoeError, match="--kv int8 does not go with latent attention"):
+        engine_of(saved("deepseek_v2", tmp_path), kv="int8")
 
 
 def test_kimi_k2_is_deepseek_v3_under_another_name(tmp_path: Path) -> None:
@@ -171,6 +215,7 @@ def oracle(path: Path) -> Any:
     ("qwen3_moe-sparse", r"experts in the layers \(1, 5\) cannot be packed"),
     ("phimoe", r"llama.cpp routes the architecture phimoe by another rule"),
     ("qwen2_moe-sparse", r"norm_topk_prob = True cannot be packed"),
+    ("gpt_oss-clamped", r"limit=1.0, plus=1.0\) cannot be packed: the GGUF architecture gpt-oss always means"),
     ("deepseek_v2-groups", r"n_group = 4 cannot be packed"),
 ])  # fmt: skip
 def test_what_llama_cpp_would_get_wrong_is_not_packed(family: str, message: str, tmp_path: Path) -> None:
@@ -185,7 +230,10 @@ def test_llama_cpp_gives_the_same_logits(family: str, tmp_path: Path) -> None:
     llama = oracle(path)
     llama.eval(IDS)
     want = torch.from_numpy(np.array(llama.scores[: len(IDS)]))
-    with engine_of(path) as engine:
+    model = open_model(path)
+    # llama.cpp rounds yarn's bounds always, gpt-oss's own config.json says not to
+    model = replace(model, config=replace(model.config, rope=replace(model.config.rope, truncate=True)))
+    with Engine(model, Settings.of(device="cpu", ctx=64)) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
     assert (logits - want[7:]).abs().max() < 1e-4
 

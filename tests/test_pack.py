@@ -25,7 +25,7 @@ from offmoe.checkpoint.quantise import packable, quantise
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import GGML
 from offmoe.models.config import ModelConfig
-from offmoe.models.model import described, layers_of, trunk_shapes
+from offmoe.models.model import Model, described, layers_of, trunk_shapes
 from offmoe.pack import EXPERT_ROLES, PackReport, interleaved, pack
 
 RATIO = {"q8_0": 0.01, "bf16": 0.003, "f16": 0.0005, "f32": 0.0, "q4_0": 0.1, "q4_1": 0.1, "q5_0": 0.05,
@@ -67,8 +67,7 @@ def expected(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
             tensors[model.family.gguf_names[role][0].format(l=layer)] = value + 1 if from_one else value
     for layer in model.config.routed:
         for role in EXPERT_ROLES:
-            stack = [checkpoint.tensor(model.find(role, layer, e).name) for e in range(model.config.experts)]  # type: ignore[union-attr]
-            tensors[model.family.gguf_names[role][0].format(l=layer)] = torch.stack(stack)
+            tensors[model.family.gguf_names[role][0].format(l=layer)] = stacked(checkpoint, model, role, layer)
     return tensors
 
 
@@ -110,6 +109,17 @@ def deltanet(checkpoint: Checkpoint, config: ModelConfig, layer: int, tiled: boo
     return {f"blk.{layer}.{name}": value for name, value in {**large, **small}.items()}
 
 
+def stacked(checkpoint: Checkpoint, model: Model, role: str, layer: int) -> torch.Tensor:
+    """[E, rows, cols] of matrices by themselves, of a stack, or of one of gate over up."""
+    found = [model.find(role, layer, e) for e in range(model.config.experts)]
+    if found[0] is None:
+        info = model.find("gate_up", layer)
+        assert info is not None
+        return checkpoint.tensor(info.name).chunk(2, dim=1)[role == "up"]
+    each = [checkpoint.tensor(info.name) for info in found if info is not None]
+    return each[0] if each[0].dim() == 3 else torch.stack(each)
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
 @pytest.mark.parametrize("family", PACKABLE_UNHEARD)
 def test_f32_holds_every_weight(family: str, fused: bool, tmp_path: Path) -> None:
@@ -122,11 +132,12 @@ def test_f32_holds_every_weight(family: str, fused: bool, tmp_path: Path) -> Non
         for name, value in want.items():
             assert torch.equal(result.tensor(name), value), name
         config = described(checkpoint).config
-        rounded = torch.tensor(config.norm_eps).item()  # GGUF keeps it in float32
+        floats = {name: value for name, value in vars(config).items() if type(value) is float}
+        rounded = {name: torch.tensor(value).item() for name, value in floats.items()}  # GGUF keeps float32
         again = replace(described(result).config, model_type=config.model_type)  # some share an arch
         assert again.rope.scores == pytest.approx(config.rope.scores)  # by way of a logarithm
         again = replace(again, rope=replace(again.rope, scores=config.rope.scores))
-        assert again == replace(config, norm_eps=rounded)
+        assert again == replace(config, **rounded)
         assert result.metadata["tokenizer.ggml.model"] == "no_vocab"
 
 

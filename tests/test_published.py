@@ -18,6 +18,16 @@ QWEN_LINEAR = {
     "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
     "linear_value_head_dim": 128, "max_position_embeddings": 262144, "moe_intermediate_size": 512,
     "shared_expert_intermediate_size": 512, "full_attention_interval": 4}  # fmt: skip
+GPT_OSS = {
+    "model_type": "gpt_oss", "hidden_act": "silu", "hidden_size": 2880, "intermediate_size": 2880, "head_dim": 64,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "num_experts_per_tok": 4, "experts_per_token": 4,
+    "vocab_size": 201088, "max_position_embeddings": 131072, "initial_context_length": 4096, "attention_bias": True,
+    "rms_norm_eps": 1e-05, "rope_theta": 150000, "sliding_window": 128, "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+                     "rope_type": "yarn", "truncate": False},
+    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": [
+        "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]}}  # fmt: skip
 DEEPSEEK = {
     "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
     "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "n_shared_experts": 1,
@@ -71,6 +81,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "layer_types": [*["linear_attention"] * 3, "full_attention"] * 10,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25,
                                 "mrope_interleaved": True, "mrope_section": [11, 11, 10]}}},
+    "gpt-oss-20b": {**GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32,
+                    "layer_types": ["sliding_attention", "full_attention"] * 12},
+    "gpt-oss-120b": {**GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128,
+                     "layer_types": ["sliding_attention", "full_attention"] * 18},
     "Mixtral-8x7B-v0.1": {
         "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
@@ -164,6 +178,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 # Total and active in billions, and what the makers count as active: every matrix that a token needs ("all"),
 # "no embedding" of the input, or no output head either ("neither").
 STATED = {
+    "gpt-oss-20b": (20.91, 3.61, "no embedding"),
+    "gpt-oss-120b": (116.83, 5.13, "no embedding"),
     "Mixtral-8x7B-v0.1": (46.7, 12.9, "all"),
     "OLMoE-1B-7B-0924": (6.9, 1.3, "all"),
     "Qwen3-30B-A3B": (30.5, 3.3, "all"),
@@ -209,14 +225,22 @@ def test_the_parameters_are_those_published(name: str) -> None:
     assert found / 1e9 == pytest.approx(active, rel=0.02, abs=CUT.get(name))
 
 
-# What llama.cpp's converter writes of two of them, and the tensors that a config is read from.
 GGUF_LINEAR: dict[str, Any] = {
     "context_length": 262144, "embedding_length": 2048, "attention.head_count": 16, "attention.head_count_kv": 2,
     "attention.key_length": 256, "attention.value_length": 256, "rope.freq_base": 1e7, "rope.dimension_count": 64,
     "attention.layer_norm_rms_epsilon": 1e-6, "expert_feed_forward_length": 512,
     "expert_shared_feed_forward_length": 512, "ssm.conv_kernel": 4, "ssm.state_size": 128, "ssm.group_count": 16,
     "ssm.time_step_rank": 32, "ssm.inner_size": 4096, "full_attention_interval": 4}  # fmt: skip
+# What llama.cpp's converter writes of some of them, and the tensors that a config is read from.
 CONVERTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "gpt-oss-20b": ({
+        "block_count": 24, "embedding_length": 2880, "feed_forward_length": 2880, "attention.head_count": 64,
+        "attention.head_count_kv": 8, "attention.key_length": 64, "attention.value_length": 64,
+        "rope.freq_base": 150000.0, "rope.scaling.type": "yarn", "rope.scaling.factor": 32.0,
+        "rope.scaling.original_context_length": 4096, "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.sliding_window": 128, "expert_used_count": 4, "expert_count": 32,
+        "expert_feed_forward_length": 2880, "vocab_size": 201088, "context_length": 131072},
+        ("output.weight", "blk.0.attn_q.bias")),
     "Qwen1.5-MoE-A2.7B": ({
         "block_count": 24, "embedding_length": 2048, "feed_forward_length": 5632, "attention.head_count": 16,
         "attention.head_count_kv": 16, "rope.freq_base": 10000.0, "attention.layer_norm_rms_epsilon": 1e-6,

@@ -94,6 +94,13 @@ def test_a_gguf_says_what_the_config_says(name: str) -> None:
         assert getattr(got, field) == pytest.approx(getattr(want, field)), field
 
 
+def test_gpt_oss_is_packed_as_its_config_says() -> None:
+    family = family_of("model_type", "gpt_oss")
+    assert scaling_keys(scaling_of(raw(SCALINGS["yarn as in gpt-oss"])), family)["rope.scaling.type"] == "yarn"
+    with pytest.raises(OffmoeError, match=r"truncate=True.* cannot be packed"):
+        scaling_keys(scaling_of(raw(YARN)), family)
+
+
 @pytest.mark.parametrize("name", ["dynamic", "llama3", "longrope", "yarn, two mscales"])
 def test_what_a_gguf_cannot_say_is_not_packed(name: str) -> None:
     with pytest.raises(OffmoeError, match="cannot be packed: a GGUF has no keys for it"):

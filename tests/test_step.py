@@ -19,8 +19,9 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("tests/gpu runs the graph itself", allow_module_level=True)
 
+from offmoe import kvcache
 from offmoe.cache.policies.echo import Echo
-from offmoe.engine import Engine
+from offmoe.engine import Engine, feed_forward
 from offmoe.kernels.ring import ABORTED, DONE
 from offmoe.kvcache import KVCache
 from offmoe.models.device_trunk import DeviceTrunk
@@ -39,6 +40,7 @@ def step_of(path: Path, **settings: Any) -> Iterator[DecodeStep]:
     model = open_model(path)
     config = replace(model.config, rule=settings.pop("rule", model.config.rule))
     model, prefetch = replace(model, config=config), settings.pop("prefetch", "none")
+    int8 = settings.pop("int8", False)
     plan = make_plan(model, Settings.of(**{"device": "cpu", "ctx": 32, "ram": "64MiB", **settings}))
     plan = replace(plan, prefetch=prefetch)
     store = VramStore(model, plan)
@@ -47,7 +49,7 @@ def step_of(path: Path, **settings: Any) -> Iterator[DecodeStep]:
     store.ram.wait_complete()
     trunk = DeviceTrunk(model, plan.device, torch.float32, plan.ctx)
     trunk.load_layers(lambda *_: None)
-    step = DecodeStep(plan, trunk, store, KVCache(model.config, plan.ctx, plan.device, torch.float32))
+    step = DecodeStep(plan, trunk, store, KVCache(model.config, plan.ctx, plan.device, torch.float32, int8))
     if plan.all_in_slots:
         store.preload(lambda *_: None)
     yield step
@@ -59,7 +61,7 @@ def run(step: DecodeStep, variant: Variant, routed: int | None = None) -> torch.
     """Logits [T, V] after each of IDS, teacher-forced; `routed`: to so many records, where not to k in every layer."""
     b = step.buffers
     step.set_sampling(Sampling(temperature=0.0), [], frozenset(), 100)
-    step.push(0, 0)
+    step.push(0, len(step.kv.tokens))
     step.table.clock[0] += 1
     b.position += 1  # as the first `choose` would
     rows, seen = [], 0
@@ -86,6 +88,26 @@ def test_logits_are_those_of_transformers(family: str, scope: str, tmp_path: Pat
         assert_close("logits", run(step, Variant()), want, 1e-5)
 
 
+@pytest.mark.parametrize("kv", ["same", "int8"])
+def test_a_ring_that_has_gone_around(kv: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt in chunks, one longer than the ring of 68, then tokens whose windows lie across its end."""
+    monkeypatch.setattr(kvcache, "SLACK", 64)
+    before = [(7 * i) % 90 + 3 for i in range(110)]
+    want, _ = reference("gpt_oss", before + IDS)
+    with step_of(saved("gpt_oss", tmp_path), vram="100%", ctx=128, int8=kv == "int8") as step:
+        for chunk in (before[:8], before[8:90], before[90:]):
+            step.store.begin(len(chunk))
+            x, start = step.trunk.embed(torch.tensor(chunk)), len(step.kv.tokens)
+            for layer in range(step.config.layers):
+                x = x + step.trunk.attend(layer, x, step.kv, start)
+                x = x + feed_forward(step.trunk, step.store, layer, x)
+            step.kv.tokens += chunk
+        assert_close("the prompt's", step.trunk.logits(x), want[90:110], 0.1 if kv == "int8" else 1e-5)
+        got = run(step, Variant())
+        assert_close("logits", got, want[110:], 0.1 if kv == "int8" else 1e-5)
+        assert step.kv.reuse(before + IDS) == 110
+
+
 @pytest.mark.parametrize(("fmt", "ratio"), [(None, 1e-5), ("F32", 1e-5), ("Q8_0", 2e-3)])
 def test_a_gguf_of_latent_attention_gives_the_same_logits(fmt: str | None, ratio: float, tmp_path: Path) -> None:
     """As on the CPU, its matrices of all heads in halves; in one; in one whose keys' half is transposed in float16."""
@@ -98,7 +120,7 @@ def test_a_gguf_of_latent_attention_gives_the_same_logits(fmt: str | None, ratio
 
 
 @pytest.mark.parametrize("prefetch", ["none", "gate:d=1,p=0,n=2", "gate:d=2,p=0,n=1"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "glm4_moe-groups"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "glm4_moe-groups", "gpt_oss"])
 def test_prefetching_changes_no_logit(family: str, prefetch: str, tmp_path: Path) -> None:
     """Layers ahead are counted among those with experts."""
     want, _ = reference(family, IDS)

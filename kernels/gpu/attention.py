@@ -302,7 +302,7 @@ def decode_attention(
     assert tickets.numel() >= kv_heads
     block = block or max(16, min(64, 16384 // (wide * keys.element_size())))
     assert split_size % block == 0, f"split_size {split_size} is no multiple of {block}"
-    assert room == ctx or max(window, 4 * block) <= room, f"a ring of {room} holds {window} and {4 * block} positions"
+    assert room == ctx or max(window, block) <= room, f"a ring of {room} holds {window} and {block} positions"
     rows = max(16, triton.next_power_of_2(group + 2))
     _decode[(kv_heads, splits)](
         qkv, gate, keys, values, keys if scales is None else scales, position, rope_table, q_norm, k_norm, sinks,

@@ -19,14 +19,13 @@ import triton.language as tl
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.gpu.dot_32 import (
     fold_f8,
-    fold_pairs,
     fold_q8_0,
     fold_small,
     words_f8,
-    words_pairs,
     words_q8_0,
     words_small,
     x_32,
+    x_pairs,
 )
 from offmoe.kernels.gpu.dot_256 import fold_k, fold_q6_k, words_k, words_q6_k, x_k, x_q6_k
 from offmoe.kernels.gpu.striped import load_x, place
@@ -70,6 +69,8 @@ def x_of(x, norm, base, start, there, FORMAT: tl.constexpr, K: tl.constexpr, NOR
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         at = place(start[:, None] + tl.arange(0, 32)[None, :], K)
         return (load_x(x, norm, base[:, None], at, there[:, None], NORM),)
+    elif FORMAT == "MXFP4_PAIRS":
+        return x_pairs(x, norm, base, start, there, K, NORM)
     else:
         return x_32(x, norm, base, start, there, K, NORM)
 
@@ -90,8 +91,6 @@ def words_of(buffer, origin, at, mask, FORMAT: tl.constexpr,
         return words_q8_0(buffer, origin, at, mask, P0, P1)
     elif FORMAT == "F8_E4M3":
         return words_f8(buffer, origin, at, mask, P0, P1, P2)
-    elif FORMAT == "MXFP4_PAIRS":
-        return words_pairs(buffer, origin, at, mask, P0, P1)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         return words_float(buffer, origin, at, mask, FORMAT, P0)
     else:
@@ -109,8 +108,6 @@ def fold(words, xs, FORMAT: tl.constexpr):
         return tl.sum(fold_q8_0(words, xs), 1)
     elif FORMAT == "F8_E4M3":
         return tl.sum(fold_f8(words, xs), 1)
-    elif FORMAT == "MXFP4_PAIRS":
-        return tl.sum(fold_pairs(words, xs), 1)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         return tl.sum(fold_float(words, xs, FORMAT), 1)
     else:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from offmoe.kernels.gpu.bits import BACK, dot_bytes, dot_nibbles
-from offmoe.kernels.gpu.striped import lane_of, load_4, sum_4
+from offmoe.kernels.gpu.striped import lane_of, load_4, load_x, sum_4
 
 
 @triton.jit
@@ -16,6 +16,22 @@ def x_32(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr):
     b, m = base[:, None], there[:, None]
     low, high = load_4(x, norm, b, lane, 0, w, m, K, NORM), load_4(x, norm, b, lane, 16, w, m, K, NORM)
     return low, high, tl.sum(sum_4(low) + sum_4(high), 1)
+
+
+@triton.jit
+def x_pairs(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr):
+    """Likewise for MXFP4_PAIRS: word w holds values 8w … 8w + 7, and its bytes' low nibbles 0, 2, 4 and 6 of these."""
+    NEXT: tl.constexpr = K // 16 if K % 64 == 0 else 1
+    LATER: tl.constexpr = 1 if K % 64 == 0 else 4  # from value i to i + 4
+    w = tl.arange(0, 4)[None, :]
+    at = lane_of(start, K)[:, None] + (w // 2 * (4 * NEXT) + w % 2 * 2 if K % 64 == 0 else w * 8)
+    b, m = base[:, None], there[:, None]
+    even = (load_x(x, norm, b, at, m, NORM), load_x(x, norm, b, at + 2 * NEXT, m, NORM),
+            load_x(x, norm, b, at + LATER, m, NORM), load_x(x, norm, b, at + LATER + 2 * NEXT, m, NORM))  # fmt: skip
+    at += NEXT
+    odd = (load_x(x, norm, b, at, m, NORM), load_x(x, norm, b, at + 2 * NEXT, m, NORM),
+           load_x(x, norm, b, at + LATER, m, NORM), load_x(x, norm, b, at + LATER + 2 * NEXT, m, NORM))  # fmt: skip
+    return even, odd, tl.sum(sum_4(even) + sum_4(odd), 1)
 
 
 @triton.jit
@@ -35,22 +51,15 @@ def fp4(word, SIGN: tl.constexpr, MAGNITUDE: tl.constexpr):
 
 
 @triton.jit
-def power_of_two(exponent):
-    """2 ** (exponent - 127)."""
-    exponent = exponent.to(tl.uint32)
-    return tl.where(exponent == 0, 0x00400000, exponent << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def words_small(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
                 P2: tl.constexpr):  # fmt: skip
     """Blocks of 32 in nibbles [R, U, 4]; their scale [R, U]; minimum or fifth bits [R, U], where there are."""
     words = buffer.to(tl.pointer_type(tl.uint32))
-    QUANTS: tl.constexpr = P1 if (FORMAT == "Q4_0" or FORMAT == "MXFP4") else P2
+    QUANTS: tl.constexpr = P1 if (FORMAT == "Q4_0" or FORMAT == "MXFP4" or FORMAT == "MXFP4_PAIRS") else P2
     spot = (origin[None, :] + QUANTS // 4 + at * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
     quants = tl.load(words + spot, mask=mask[:, :, None], other=0)
     halves = buffer.to(tl.pointer_type(tl.float16)) + origin[None, :] * 2 + at
-    if FORMAT == "MXFP4":
+    if FORMAT == "MXFP4" or FORMAT == "MXFP4_PAIRS":
         return quants, tl.load(buffer + origin[None, :] * 4 + P0 + at, mask=mask, other=0)
     elif FORMAT == "Q4_0":
         return quants, tl.load(halves + P0 // 2, mask=mask, other=0.0)
@@ -64,17 +73,19 @@ def words_small(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr
 
 @triton.jit
 def fold_small(words, xs, FORMAT: tl.constexpr):
-    """Q4_0, Q4_1, Q5_0, MXFP4 → [R, U]."""
+    """Q4_0, Q4_1, Q5_0, MXFP4 in both orders → [R, U]."""
     quants, a, h, x_sum = words[0], xs[0], xs[1], xs[2][None]
     zero = tl.zeros(quants.shape, tl.float32)
-    if FORMAT == "MXFP4":
+    if FORMAT == "MXFP4" or FORMAT == "MXFP4_PAIRS":
         # fmt: off
         total = (fp4(quants, 28, 22) * (a[0] * 2.0**63)[None] + fp4(quants, 20, 14) * (a[1] * 2.0**63)[None]
                  + fp4(quants, 12, 6) * (a[2] * 2.0**63)[None] + fp4(quants, 4, -2) * (a[3] * 2.0**63)[None]
                  + fp4(quants, 24, 18) * (h[0] * 2.0**63)[None] + fp4(quants, 16, 10) * (h[1] * 2.0**63)[None]
                  + fp4(quants, 8, 2) * (h[2] * 2.0**63)[None] + fp4(quants, 0, -6) * (h[3] * 2.0**63)[None])
         # fmt: on
-        return tl.sum(total, 2) * 2.0**63 * power_of_two(words[1])
+        exponent = words[1].to(tl.uint32)
+        scale = tl.where(exponent == 0, 0x00400000, exponent << 23).to(tl.float32, bitcast=True)
+        return tl.sum(total, 2) * 2.0**63 * scale
     elif FORMAT == "Q5_0":
         bits = words[2][:, :, None] >> (4 * tl.arange(0, 4))[None, None, :]
         total = dot_bytes(zero, quants & 0x0F0F0F0F | fifth_bits(bits), a[0], a[1], a[2], a[3])
@@ -87,34 +98,6 @@ def fold_small(words, xs, FORMAT: tl.constexpr):
             return words[1].to(tl.float32) * (total - 8 * x_sum)
         else:
             return words[1].to(tl.float32) * total + words[2].to(tl.float32) * x_sum
-
-
-@triton.jit
-def words_pairs(buffer, origin, at, mask, P0: tl.constexpr, P1: tl.constexpr):
-    """MXFP4_PAIRS: nibbles in the order of the weights, four in each of twice four halfwords [R, U, 4]; scale [R, U].
-
-    Halfword v of the first four holds weights 4v … 4v + 3: what `load_4` has of x side by side.
-    """
-    halfwords = buffer.to(tl.pointer_type(tl.uint16))
-    spot = (origin[None, :] * 2 + P1 // 2 + at * 8)[:, :, None] + tl.arange(0, 4)[None, None, :]
-    m = mask[:, :, None]
-    return (tl.load(halfwords + spot, mask=m, other=0), tl.load(halfwords + spot + 4, mask=m, other=0),
-            tl.load(buffer + origin[None, :] * 4 + P0 + at, mask=mask, other=0))  # fmt: skip
-
-
-@triton.jit
-def four_fp4(halfword, x):
-    """The four codes of each halfword times four of x, over 2^-63."""
-    word = halfword.to(tl.uint32)
-    return (fp4(word, 28, 22) * (x[0] * 2.0**63)[None] + fp4(word, 24, 18) * (x[1] * 2.0**63)[None]
-            + fp4(word, 20, 14) * (x[2] * 2.0**63)[None] + fp4(word, 16, 10) * (x[3] * 2.0**63)[None])  # fmt: skip
-
-
-@triton.jit
-def fold_pairs(words, xs):
-    """[R, U]."""
-    total = four_fp4(words[0], xs[0]) + four_fp4(words[1], xs[1])
-    return tl.sum(total, 2) * 2.0**63 * power_of_two(words[2])
 
 
 @triton.jit

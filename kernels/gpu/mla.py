@@ -128,7 +128,7 @@ def _attend(
     end = tl.minimum(start + size, tl.minimum(here + 1, ctx))
     if PDL:
         BYTES: tl.constexpr = (L + R) * cache.dtype.element_ty.primitive_bitwidth // 8
-        to_l2(cache, start, tl.minimum(here, ctx - 1), BYTES, 4 * BLOCK)
+        to_l2(cache, start, tl.minimum(here, ctx - 1), ctx, BYTES, 4 * BLOCK, False)
     r, d, e = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, TURNED)
     line = tl.minimum(here, ctx - 1) * R
     cos = tl.load(table + line + e, mask=e < R, other=1.0)

@@ -129,22 +129,24 @@ class Checkpoint:
     def rows(self, info: TensorInfo, first: int, count: int) -> Tensor:
         """Rows first … first + count of a tensor of shape [..., cols], dequantised: float32 [count, cols]."""
         form, cols = FORMATS[info.format], info.shape[-1]
-        if form.tile and info.scales:  # whole tiles of rows
-            start, end = (
-                first // form.tile * form.tile,
-                min(info.shape[0], -(-(first + count) // form.tile) * form.tile),
-            )
-            size, line = form.nbytes(1, cols) - form.scales_nbytes(1, cols), form.scales_nbytes(1, cols)
-            places = ((info.scales, start // form.tile * line, -(-(end - start) // form.tile) * line),
-                      (info.range, start * size, (end - start) * size))  # fmt: skip
-            raw = torch.cat([self.read_range(ByteRange(r.file, r.offset + at, n)) for r, at, n in places])
-            return dequantise(raw, form, end - start, cols)[first - start : first - start + count]
+        if form.tile and info.scales:
+            return self._tiled_rows(info, info.scales, first, count)
         parts = [(info.range, form.nbytes(1, cols))]
         if info.scales:
             scales = cols // form.block
             parts = [(info.scales, scales), (info.range, parts[0][1] - scales)]
         raw = [self.read_range(ByteRange(r.file, r.offset + first * size, count * size)) for r, size in parts]
         return dequantise(raw[0] if len(raw) == 1 else torch.cat(raw), form, count, cols)
+
+    def _tiled_rows(self, info: TensorInfo, scales: ByteRange, first: int, count: int) -> Tensor:
+        """The same where rows share scales: whole tiles are read."""
+        form, (rows, cols) = FORMATS[info.format], info.shape
+        tile, line = form.tile, form.scales_nbytes(1, cols)
+        start, end = first // tile * tile, min(rows, -(-(first + count) // tile) * tile)
+        above = ByteRange(scales.file, scales.offset + start // tile * line, -(-(end - start) // tile) * line)
+        codes = ByteRange(info.range.file, info.range.offset + start * cols, (end - start) * cols)
+        values = dequantise(torch.cat((self.read_range(above), self.read_range(codes))), form, end - start, cols)
+        return values[first - start : first - start + count]
 
     def close(self) -> None:
         for file in self._data:

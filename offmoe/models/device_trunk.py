@@ -176,10 +176,10 @@ class DeviceTrunk:
         wide, mixed = max(z.key, z.value), queries.new_empty((len(rows), c.heads, z.value))
         for first in range(0, c.heads, HEADS_AT_ONCE):
             some = slice(first, first + HEADS_AT_ONCE)
-            padded = [
+            q, keys, values = (
                 F.pad(x, (0, wide - x.shape[2])) for x in (queries[:, some], *expand(known, k_b[some], v_b[some]))
-            ]
-            mixed[:, some] = prefill_attention(*padded, start, scale=c.score_scale)[..., : z.value]
+            )
+            mixed[:, some] = prefill_attention(q, keys, values, start, scale=c.score_scale)[..., : z.value]
         return mixed.flatten(1)
 
     def route(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

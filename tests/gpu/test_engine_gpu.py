@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from close import assert_close
+from teacher import graph_logits
 
 from offmoe.download import DEMO
 from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS, dequantise
-from offmoe.settings import Sampling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 PROMPT = "Tell me a short story about a fox who learns to share. Use simple words, and end with a moral."
@@ -73,25 +73,6 @@ def test_the_same_answer_twice_and_a_second_turn() -> None:
         assert "Paris" in "".join(p.text for p in engine.generate("What is the capital of France?", temperature=0.0))
         texts = [[p.text for p in engine.generate(PROMPT, temperature=1.0, seed=s, max_tokens=16)] for s in (5, 5, 6)]
         assert texts[0] == texts[1] != texts[2]
-
-
-def graph_logits(engine: Engine, ids: list[int], tokens: list[int]) -> torch.Tensor:
-    """Teacher-forced through the captured graph: logits after the prompt and after every token."""
-    rows = [engine.prefill(ids).clone()]
-    decoder, step = engine.decoder, engine.decoder.step
-    step.set_sampling(Sampling(temperature=0.0), [], frozenset(), 1000)
-    step.push(engine.store.clock, len(engine.kv.tokens))
-    step.buffers.position += 1
-    step.table.clock[0] += 1
-    with engine.store.ram.service():
-        for token in tokens:
-            step.buffers.token.fill_(token)
-            torch.cuda.synchronize()
-            decoder._launch_ahead(0, 0, 1)
-            torch.cuda.synchronize()
-            rows.append(step.buffers.logits[0].clone())
-    engine.store.clock = step.pull()
-    return torch.stack(rows).cpu()
 
 
 @pytest.mark.parametrize(("dtype", "ratio"), [("f32", 1e-4), ("bf16", 5e-2)])
