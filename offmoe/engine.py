@@ -147,7 +147,7 @@ class Engine:
 
     def reset(self) -> None:
         """Forget the conversation; the experts stay where they are."""
-        self.kv.tokens.clear()
+        self.kv.reuse([])
 
     def close(self) -> None:
         self.decoder.close()
@@ -206,14 +206,13 @@ class Engine:
         start = len(self.kv.tokens)
         self.kv.wrote(start + len(ids))
         self.store.begin(len(ids))
-        with threads_for(len(ids) * self.config.hidden**2):
+        with threads_for(len(ids) * self.config.hidden**2), self.kv.extending(ids):
             x = self.trunk.embed(torch.tensor(ids, device=self.plan.device))
             for layer in range(self.config.layers):
                 x = x + self.trunk.attend(layer, x, self.kv, start)
                 if self.watch and layer in self.config.routed:
                     self.watch(self.config.routed.index(layer), x)
                 x = x + feed_forward(self.trunk, self.store, layer, x)
-            self.kv.tokens += ids
             return self.trunk.logits(x[-1:])[0]
 
     def _answer(self, ids: list[int], sampling: Sampling, submitted: float) -> Iterator[Piece]:

@@ -45,7 +45,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
 def height(module: str) -> int:
     """A module imports what is not higher than itself."""
     top = module.split(".")[1]
-    levels = ({"cache", "kernels"} | GROUND, {"checkpoint"}, {"models", "kvcache"}, set(), {"engine"}, SCREEN)
+    levels = ({"cache", "kernels"} | GROUND, {"checkpoint"}, {"models", "kvcache", "states"}, set(), {"engine"}, SCREEN)
     return next((level for level, names in enumerate(levels) if top in names), 3)
 
 
