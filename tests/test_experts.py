@@ -119,7 +119,7 @@ CLAMPED = Glu(alpha=1.702, limit=2.0, plus=1.0)
 @pytest.mark.parametrize(("fmt", "interleaved"), [("MXFP4_PAIRS", True), ("BF16", True), ("Q8_0", False)])
 def test_biases_and_a_clamped_glu(fmt: str, interleaved: bool) -> None:
     """gpt-oss's experts; biases go by the expert and not by its slot, and the weights are in `inner` already."""
-    h, f = 160, 96
+    h, f = 192, 128  # whole lanes
     record = RecordLayout.of(("gate_up", fmt, 2 * f, h), ("down", fmt, h, f), interleaved=interleaved)
     layout = slot_layout(record)
     records = filled_slots(random_records(record, 3), layout, [0, 2, 3], 4).to(DEVICE)

@@ -74,8 +74,8 @@ def test_residual(fmt: str) -> None:
 
 
 def test_a_row_of_several_warps() -> None:
-    parts, x = parts_of(5120, "Q6_K", "Q4_0"), randn(1, 5120)
-    out = nan(1, 42)
+    parts, x = parts_of(5120, "Q6_K", "Q4_0", "MXFP4_PAIRS"), randn(1, 5120)
+    out = nan(1, 60)
     want = out.double()
     fast.dense(x, parts, out)
     naive.dense(x, parts, want)

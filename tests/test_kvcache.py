@@ -37,10 +37,15 @@ def test_logits_behind_many_windows(engine: Engine) -> None:
     assert engine.kv.layer(1)[0].shape == (2, 256, 32)
 
 
-@pytest.mark.parametrize(("common", "reused"), [(80, 80), (59, 59), (58, 0), (30, 0), (0, 0)])
-def test_a_prefix_is_run_again_where_a_window_has_lost_it(engine: Engine, common: int, reused: int) -> None:
-    """80 positions are written, of which 56 and on are left: all that a token at 59 sees."""
-    engine.prefill(IDS[:80])
+@pytest.mark.parametrize(
+    ("written", "common", "reused"),
+    [(80, 80, 80), (80, 59, 59), (80, 58, 0), (80, 30, 0), (80, 0, 0), (60, 39, 39), (60, 38, 0)],
+)
+def test_a_prefix_is_run_again_where_a_window_has_lost_it(
+    engine: Engine, written: int, common: int, reused: int
+) -> None:
+    """Of 80 positions 56 and on are left, all that a token at 59 sees; 60 end with a chunk longer than the ring."""
+    engine.prefill(IDS[:written])
     ids = [*IDS[:common], 5, 6, 7, 8]
     want, _ = reference("gpt_oss", ids)
     assert engine.kv.reuse(ids) == reused

@@ -68,6 +68,11 @@ def expected(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     for layer in model.config.routed:
         for role in EXPERT_ROLES:
             tensors[model.family.gguf_names[role][0].format(l=layer)] = stacked(checkpoint, model, role, layer)
+        if model.config.expert_bias:
+            both, down = (checkpoint.tensor(model.family.names[f"{role}_bias"][0].format(l=layer))
+                          for role in ("gate_up", "down"))  # fmt: skip
+            for name, value in (("gate", both[:, ::2]), ("up", both[:, 1::2]), ("down", down)):
+                tensors[f"blk.{layer}.ffn_{name}_exps.bias"] = value
     return tensors
 
 
@@ -115,7 +120,8 @@ def stacked(checkpoint: Checkpoint, model: Model, role: str, layer: int) -> torc
     if found[0] is None:
         info = model.find("gate_up", layer)
         assert info is not None
-        return checkpoint.tensor(info.name).chunk(2, dim=1)[role == "up"]
+        both = checkpoint.tensor(info.name)
+        return both[:, role == "up" :: 2] if model.layouts[0].interleaved else both.chunk(2, dim=1)[role == "up"]
     each = [checkpoint.tensor(info.name) for info in found if info is not None]
     return each[0] if each[0].dim() == 3 else torch.stack(each)
 

@@ -106,6 +106,7 @@ def test_a_ring_that_has_gone_around(kv: str, tmp_path: Path, monkeypatch: pytes
         got = run(step, Variant())
         assert_close("logits", got, want[110:], 0.1 if kv == "int8" else 1e-5)
         assert step.kv.reuse(before + IDS) == 110
+        assert step.kv.reuse([*before[:50], 1]) == 0, "the six tokens that were run have taken the place of 42 to 47"
 
 
 @pytest.mark.parametrize(("fmt", "ratio"), [(None, 1e-5), ("F32", 1e-5), ("Q8_0", 2e-3)])
