@@ -40,7 +40,7 @@ LANE, LANE_OF_FLOATS = 64, 32  # values of x that a lane holds; as many weights 
 # Warps a multiprocessor. 16 need at most 128 registers a lane, which the norm's weights exceed: the head takes 108 µs
 # with 12 and 136 with 16, gate and up of 8 experts 9.6 and 8.2.
 WARPS, FEWER_WARPS = 16, 12
-HEAVY = {"Q5_0", "Q5_K", "Q6_K", "Q8_0", "F8_E4M3"}  # gate and up take 158 to 168 registers
+HEAVY = {"Q5_0", "Q5_K", "Q6_K", "Q8_0", "F8_E4M3", "F8_E4M3_BF16"}  # gate and up take 158 to 168 registers
 
 Part = tuple[Tensor, Matrix]
 
