@@ -107,7 +107,7 @@ def fold(words, xs, FORMAT: tl.constexpr):
     elif FORMAT == "Q8_0":
         return tl.sum(fold_q8_0(words, xs), 1)
     elif FORMAT == "F8_E4M3" or FORMAT == "F8_E4M3_BF16":
-        return tl.sum(fold_f8(words, xs), 1)
+        return tl.sum(fold_f8(words, xs, FORMAT), 1)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         return tl.sum(fold_float(words, xs, FORMAT), 1)
     else:

@@ -131,10 +131,9 @@ def words_f8(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr, P
     if FORMAT == "F8_E4M3":
         scales = buffer.to(tl.pointer_type(tl.float32)) + origin[None, :] + P0 // 4 + tile
         return first, second, tl.load(scales, mask=mask, other=0.0)
-    else:  # by its bits: the interpreter has bfloat16 wrong
+    else:
         scales = buffer.to(tl.pointer_type(tl.uint16)) + origin[None, :] * 2 + P0 // 2 + tile
-        bits = tl.load(scales, mask=mask, other=0).to(tl.uint32) << 16
-        return first, second, bits.to(tl.float32, bitcast=True)
+        return first, second, tl.load(scales, mask=mask, other=0)
 
 
 @triton.jit
@@ -155,6 +154,9 @@ def four_f8(word, x):
 
 
 @triton.jit
-def fold_f8(words, xs):
+def fold_f8(words, xs, FORMAT: tl.constexpr):
     """[R, U]."""
-    return tl.sum(four_f8(words[0], xs[0]) + four_f8(words[1], xs[1]), 2) * 2.0**60 * words[2]
+    scale = words[2]
+    if FORMAT == "F8_E4M3_BF16":  # by its bits: the interpreter has bfloat16 wrong
+        scale = (words[2].to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return tl.sum(four_f8(words[0], xs[0]) + four_f8(words[1], xs[1]), 2) * 2.0**60 * scale
