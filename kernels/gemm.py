@@ -18,10 +18,11 @@ def dequantise_into(buffer: Tensor, form: Matrix, out: Tensor) -> None:
 
 
 def plan_tiles(ids: Tensor, experts: int, block: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
-    """ids [T, k] → the pairs sorted by expert, stable, and the (expert, start, end) of tiles of at most `block`: a tile
-    takes the sorted pairs start … min(start + block, end), and `end` is where its expert's pairs end."""
-    order = torch.sort(ids.reshape(-1), stable=True).indices
-    ends = ids.reshape(-1).bincount(minlength=experts).cumsum(0).tolist()
+    """ids [T, k], -1: none → the pairs sorted by expert, stable, and the (expert, start, end) of tiles of at most
+    `block`: a tile takes the sorted pairs start … min(start + block, end); `end` is where its expert's pairs end."""
+    flat = ids.reshape(-1)
+    order = torch.sort(flat, stable=True).indices[(flat < 0).sum() :]
+    ends = flat[flat >= 0].bincount(minlength=experts).cumsum(0).tolist()
     firsts = [0, *ends[:-1]]
     tiles = [(e, at, ends[e]) for e in range(experts) for at in range(firsts[e], ends[e], block)]
     return order, tiles
@@ -47,8 +48,12 @@ def expert_mlp(
 
 
 def combine(out: Tensor, weights: Tensor) -> Tensor:
-    """Σ_j weights[t, j] · out[t · k + j] in float32, in the order of j: out [T · k, H], weights [T, k] → [T, H]."""
+    """Σ_j weights[t, j] · out[t · k + j] in float32, in the order of j: out [T · k, H], weights [T, k] → [T, H].
+
+    What stands at a weight of 0 may be anything.
+    """
     products = out.float().unflatten(0, weights.shape) * weights.unsqueeze(2)
+    products = products.masked_fill(weights.unsqueeze(2) == 0, 0)
     total = products[:, 0]
     for j in range(1, weights.shape[1]):
         total = total + products[:, j]

@@ -10,7 +10,7 @@ a row with it is whole. The host must have read step s before step s + rows is l
 | 2 | the chosen token, -1: NaN in the logits |
 | 4, 5 | the GPU's clock in ns, int64 |
 | 8 … 15 | counters of the step, in the order of COUNTERS |
-| 16 … | routed ids [layers, k] |
+| 16 … | routed ids [layers, k], -1: none |
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ class Row:
     wasted: int
     uploaded_bytes: int
     ids: NDArray[np.int32]  # [layers, k]
+
+    @property
+    def routed(self) -> int:
+        """Records asked for."""
+        return self.hits + self.late + self.misses
 
 
 def row_words(ids: int) -> int:

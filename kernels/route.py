@@ -14,33 +14,62 @@ TINY = 1e-20  # added to what renormalising divides by, as the published code do
 class Rule:
     """How router logits become experts and weights; the steps in the order of the fields."""
 
-    scores: str = "softmax"  # over all experts; sigmoid, or none: the logits themselves
+    scores: str = "softmax"  # over all experts; sigmoid, none: the logits themselves, or mixer: see `mixed`
     biased: bool = False  # a bias is added to the scores to choose by, and not to the weights (arXiv 2408.15664)
     groups: int = 1  # of neighbouring experts …
     kept: int = 1  # … of which the best so many may be chosen from (arXiv 2405.04434)
     group_best: int = 1  # a group is as good as the sum of its best so many
     top_k: int = 1
+    top_p: float = 1.0  # of the k only the first whose scores sum to so much (arXiv 2403.07652)
     renormalise: bool = False  # the k weights sum to one
     scale: float = 1.0
+    jitter: float = 0.0  # of a mixer
 
     def __str__(self) -> str:
-        steps = [{"softmax": "softmax over all", "sigmoid": "sigmoid", "none": "logits"}[self.scores]]
+        steps = [
+            {"softmax": "softmax over all", "sigmoid": "sigmoid", "none": "logits", "mixer": "sparse mixer"}[
+                self.scores
+            ]
+        ]
         steps += ["correction bias"] if self.biased else []
         steps += [f"{self.kept} of {self.groups} groups"] if self.groups > self.kept else []
-        steps += ["top-k"] + (["renormalised"] if self.renormalise else [])
+        steps += ["top-k" if self.top_p >= 1 else f"top-p {self.top_p:g}, at most k"] + (
+            ["renormalised"] if self.renormalise else []
+        )
         return ", ".join(steps + ([f"times {self.scale:g}"] if self.scale != 1 else []))
 
 
 def select(logits: Tensor, rule: Rule, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Router logits [T, E], bias [E] → ids [T, k], the first chosen first, and weights [T, k] float32."""
+    """Router logits [T, E], bias [E] → ids [T, k], the first chosen first, and weights [T, k] float32.
+
+    Places that a top-p leaves empty have id -1 and weight 0.
+    """
+    if rule.scores == "mixer":
+        return mixed(logits.float(), rule)
     scores = scored(logits.float(), rule.scores)
     order = scores if bias is None else scores + bias
     weights, ids = in_groups(order, rule).topk(rule.top_k, dim=-1)
     if order is not scores:
         weights = scores.gather(-1, ids)
+    if rule.top_p < 1:
+        empty = weights.cumsum(-1) - weights >= rule.top_p
+        ids, weights = ids.masked_fill(empty, -1), weights.masked_fill(empty, 0)
     if rule.renormalise:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + TINY)
     return ids, weights if rule.scale == 1 else weights * rule.scale
+
+
+def mixed(logits: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """SparseMixer-v2 (arXiv 2409.12136) after training: each choice's weight is its share of a softmax over what is
+    not chosen yet and lies no further below it than 2 · jitter, of the larger of their sizes."""
+    best, ids = logits.topk(rule.top_k, dim=-1)
+    weights = torch.empty_like(best)
+    for j in range(rule.top_k):
+        top = best[:, j : j + 1]
+        far = (top - logits) / torch.maximum(logits.abs(), top) > 2 * rule.jitter
+        rest = logits.masked_fill(far, -torch.inf).scatter(-1, ids[:, :j], -torch.inf)
+        weights[:, j] = rest.softmax(-1).gather(-1, ids[:, j : j + 1]).squeeze(-1)
+    return ids, weights * rule.scale
 
 
 def scored(logits: Tensor, scores: str) -> Tensor:

@@ -74,7 +74,7 @@ class ExpertStore(ABC):
 
     @abstractmethod
     def apply(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """x [T, H], ids [T, k], weights [T, k] float32 → Σ_k weight · expert(x) [T, H].
+        """x [T, H], ids [T, k] (-1: none), weights [T, k] float32 → Σ_k weight · expert(x) [T, H].
 
         The k products of a token are summed in float32 in the router's order, and what an expert makes of a token
         does not depend on where the expert lay: so the sum is the same to the bit whatever was resident.
@@ -103,7 +103,8 @@ class ExpertStore(ABC):
 
 
 def grouped(ids: Ints) -> tuple[Ints, Ints, list[Ints]]:
-    """Routed ids, flat → the distinct experts, how often each stands there, and where."""
+    """Routed ids, flat, -1 where there is none → the distinct experts, how often each stands there, and where."""
     order = np.argsort(ids, kind="stable")
+    order = order[np.count_nonzero(ids < 0) :]
     starts = np.flatnonzero(np.diff(ids[order], prepend=-1))
-    return ids[order[starts]], np.diff(starts, append=len(ids)), np.split(order, starts[1:])
+    return ids[order[starts]], np.diff(starts, append=len(order)), np.split(order, starts[1:])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from offmoe.errors import OffmoeError
 from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.rope import Scaling, yarn_mscale
-from offmoe.pretokenizers import pre_tokenizer_name
+from offmoe.pretokenizers import KINDS, pre_tokenizer_name
 from offmoe.tokenizer import BYTE_TOKEN
 from offmoe.vocab import BYTE, CONTROL, NAMES, UNKNOWN, USER_DEFINED, Vocab, read_vocab
 
@@ -26,7 +26,7 @@ UNMERGED = -1e9  # the score of a token that no merge makes
 
 def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
     """Hyper-parameters. Raises OffmoeError on what the GGUF architecture has no key for."""
-    if config.rule.renormalise != family.renormalise:
+    if config.rule.renormalise != family.renormalise and config.rule.scores != "sigmoid":
         raise OffmoeError(
             f"{family.model_type} with norm_topk_prob = {config.rule.renormalise} cannot be packed: "
             f"the GGUF architecture {family.arch} always means {family.renormalise}"
@@ -36,10 +36,20 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
             f"{family.model_type} with clip_qkv = {config.clip_qkv} cannot be packed: "
             f"llama.cpp ignores it for the architecture {family.arch}, and would answer differently"
         )
+    if config.rule.scores == "mixer":
+        raise OffmoeError(
+            f"{family.model_type} cannot be packed: llama.cpp routes the architecture {family.arch} by another rule, "
+            "and would answer differently"
+        )
     if config.dense and config.dense != tuple(range(len(config.dense))):
         raise OffmoeError(
             f"{family.model_type} with experts in the layers {config.routed} cannot be packed: "
             "in a GGUF only the first layers are without"
+        )
+    if config.rule.groups > config.rule.kept and config.rule.group_best != 2:
+        raise OffmoeError(
+            f"{family.model_type} with n_group = {config.rule.groups} cannot be packed: "
+            f"llama.cpp ranks groups by their two best experts, this model by {config.rule.group_best}"
         )
     if config.glu not in (SILU, GPT_OSS):
         raise OffmoeError(
@@ -51,8 +61,6 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
             f"{family.model_type} with windows of {config.windows} cannot be packed: in a GGUF every second layer, "
             "beginning with the first, looks at one"
         )
-    if config.rule.groups > 1 and not (config.latent and config.rule.group_best == 2):
-        raise OffmoeError(f"{family.model_type} with n_group = {config.rule.groups} cannot be packed yet")
     keys: dict[str, Any] = {
         "block_count": config.layers,
         "context_length": config.ctx,
@@ -86,6 +94,7 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
     if config.latent:
         keys |= latent_keys(config.latent)
     keys |= scaling_keys(config.rope, family)
+    keys |= family.gguf_keys(config)
     return {f"{family.arch}.{key}": value for key, value in keys.items()}
 
 
@@ -166,7 +175,19 @@ def pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
 
 def byte_level(raw: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     merges = [f"{left} {right}" for left, right in pairs(model)]
-    return {"model": "gpt2", "pre": pre_tokenizer_name(raw), "merges": merges}
+    name, ignore_merges = pre_tokenizer_name(raw), bool(model.get("ignore_merges"))
+    keys = {"model": "gpt2", "pre": name, "merges": merges} | normalizer(raw)
+    # A key of ours, as the normaliser's is; llama.cpp merges such words, which makes the same token but for a few.
+    return keys | ({} if KINDS[name].ignore_merges == ignore_merges else {"ignore_merges": ignore_merges})
+
+
+def normalizer(raw: dict[str, Any]) -> dict[str, str]:
+    """A key of ours: llama.cpp knows no normaliser for these vocabularies and leaves text as it is."""
+    step = raw.get("normalizer") or {}
+    kinds = [step.get("type") for step in step.get("normalizers", [step]) if step]
+    if kinds and kinds != ["NFC"]:
+        raise OffmoeError(f"tokenizer.json normalises text by {kinds}: this has no GGUF name, so pack cannot write it")
+    return {"normalizer": "nfc"} if kinds else {}
 
 
 def sentencepiece(raw: dict[str, Any], model: dict[str, Any], tokens: list[str]) -> dict[str, Any]:

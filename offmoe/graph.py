@@ -41,7 +41,7 @@ class Steps:
 
     seconds: NDArray[np.float64]  # on the GPU's clock, from one token's end to the next one's
     tokens: NDArray[np.int64]
-    routed: int  # records a step
+    routed: int  # records a step, at most
     hits: NDArray[np.int64]  # covered ones included
     covered: NDArray[np.int64]
     late: NDArray[np.int64]
@@ -95,7 +95,7 @@ class Decoder:
     def run(self, tokens: int) -> Steps:
         """So many greedy steps from where the KV cache stands, whatever they say; the cache keeps none of them."""
         rows: list[Row] = []
-        with self._answering(None, [], Sampling(temperature=0.0), frozenset(), tokens + 1):
+        with self._kv.untouched(), self._answering(None, [], Sampling(temperature=0.0), frozenset(), tokens + 1):
             launched = 0
             for _ in range(tokens + 1):
                 launched = self._launch_ahead(launched, len(rows), tokens)
@@ -222,7 +222,7 @@ class Decoder:
     def _count(self, row: Row, seconds: float) -> None:
         """Put a step's counters into the store's."""
         counts = self._store.counts
-        counts.routed += self.step.routed
+        counts.routed += row.routed
         counts.hits += row.hits
         counts.covered += row.covered
         counts.late += row.late

@@ -51,8 +51,8 @@ class HostStore(ExpertStore):
             used += [pairs[i] for i in order]
         outputs = torch.cat(products).float()
         place = torch.from_numpy(np.concatenate(used))
-        ranked = torch.empty_like(outputs).index_copy_(0, place, outputs).unflatten(0, (-1, k))
-        return (ranked * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        ranked = outputs.new_zeros((host_ids.size, outputs.shape[1])).index_copy_(0, place, outputs)
+        return (ranked.unflatten(0, (-1, k)) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
     def _biases_of(self, layer: int, experts: Ints) -> list[tuple[Tensor, Tensor]]:
         gate_up, down = self.biases[layer]

@@ -9,6 +9,7 @@ from offmoe.links import disk_bandwidth, link_bandwidth, slot_bandwidth
 from offmoe.models.model import Model, Weights, count_weights
 from offmoe.plan import Plan, make_plan, plan_numbers
 from offmoe.settings import Settings, format_size
+from offmoe.states import STATES
 from offmoe.transfer import PAGE
 
 Rows = list[tuple[str, str]]
@@ -110,6 +111,7 @@ class ModelInfo:
     def _plan_rows(self) -> Rows:
         p = self.plan
         unpacked = f", {format_size(p.real_slot_bytes)} of memory once unpacked" if p.device.type == "cpu" else ""
+        states = f", and {format_size(STATES * p.state_bytes)} of states" if p.state_bytes else ""
         return [
             ("device", f"{p.device}, {str(p.dtype).removeprefix('torch.')}"),
             ("slots", f"{p.slots} of {p.records} records, charged {format_size(p.vram_bytes)}{unpacked}"),
@@ -121,7 +123,7 @@ class ModelInfo:
             ("tiers", p.tiers),
             ("policy", f"{p.policy}, scope {p.scope}"),
             ("other weights", f"{format_size(p.trunk_bytes)} in {str(p.dtype).removeprefix('torch.')}"),
-            ("context", f"{p.ctx} tokens, {format_size(p.kv_bytes)}"),
+            ("context", f"{p.ctx} tokens, {format_size(p.kv_bytes)}{states}"),
         ]
 
 

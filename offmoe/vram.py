@@ -66,7 +66,7 @@ class VramStore(ExpertStore):
         host_ids = ids.cpu().numpy()  # waits for the router: about 0.1 ms a layer
         if self.routed:
             self.routed(layer, host_ids, weights)
-        counts = np.bincount(host_ids.ravel(), minlength=self.table.experts)
+        counts = np.bincount(host_ids[host_ids >= 0], minlength=self.table.experts)
         experts = np.flatnonzero(counts)
         resident = self.table.slot_of[layer * self.table.experts + experts]  # before any is evicted
         self._admit(layer, experts, counts[experts])

@@ -25,9 +25,11 @@ from triton.runtime.jit import JITFunction
 from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
 from offmoe.device_table import device_table
+from offmoe.kernels.deltanet import Delta, DeltaWeights
 from offmoe.kernels.feed_forward import Glu
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, prefill_attention
+from offmoe.kernels.gpu.deltanet import delta_chunk, delta_step
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.foretell import foretell
 from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
@@ -49,7 +51,7 @@ from offmoe.kernels.route import Rule
 CPU = torch.device("cpu")
 H, F, LAYERS, EXPERTS, K = 2048, 768, 2, 128, 8
 RULE = Rule(top_k=K, renormalise=True)
-GROUPED = Rule("sigmoid", biased=True, groups=8, kept=4, group_best=2, top_k=K, renormalise=True, scale=2.5)
+GROUPED = Rule("sigmoid", biased=True, groups=8, kept=4, group_best=2, top_k=K, top_p=0.9, renormalise=True, scale=2.5)
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int16: "*i16",
          torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
 
@@ -140,6 +142,7 @@ def products(fmt: str, pdl: bool) -> None:
     parts = [(ints(form.nbytes, dtype=torch.uint8), form) for form in (matrix(fmt, 512, H), matrix("Q6_K", 512, H))]
     dense(floats(1, H), parts, floats(1, 1024), norm=floats(H), eps=1e-6, pdl=pdl)
     dense(floats(1, H), parts, floats(1, 1024), norm=floats(H), eps=1e-6, bias=floats(1024), pdl=pdl)
+    dense(floats(1, H), parts, floats(1, 1024), bias=floats(1024), residual=True, pdl=pdl)
 
 
 def gpt_oss(pdl: bool) -> None:
@@ -204,6 +207,7 @@ def residency(policy: str, pdl: bool, rule: Rule = RULE) -> None:
     table = device_table(Residency(LAYERS, EXPERTS, 128, make_policy(policy, LAYERS * EXPERTS), "layer"), 10, CPU)
     t, ids = table, ints(1, LAYERS, K, dtype=torch.int16)
     bias = floats(EXPERTS) if rule.biased else None
+    shift = floats(H) if rule.scores == "mixer" else None  # a LayerNorm
     rows = EXPERTS + rule.biased  # with a gated shared expert too
     candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, foretold=t.foretold,
                worth=t.worth)  # fmt: skip
@@ -211,14 +215,14 @@ def residency(policy: str, pdl: bool, rule: Rule = RULE) -> None:
         foretell(t.past, ints(LAYERS * K), ints(1), k=K, experts=EXPERTS)
     route(
         floats(H), floats(H), 1e-6, floats(rows, H).bfloat16(), table, 1, layers=LAYERS, rule=rule, bias=bias,
-        logits=floats(rows), normed=floats(H), ticket=ints(1), ids=ints(K), weights=floats(K + 1), slots=ints(K),
-        hit=ints(K), miss_count=ints(1), miss_records=ints(K), miss_slots=ints(K), status=ints(1),
+        shift=shift, logits=floats(rows), normed=floats(H), ticket=ints(1), ids=ints(K), weights=floats(K + 1),
+        slots=ints(K), hit=ints(K), miss_count=ints(1), miss_records=ints(K), miss_slots=ints(K), status=ints(1),
         counters=ints(COUNTED), log=ints(LAYERS * K), step=ints(1), units=1 << 17, raw=floats(H), pdl=pdl,
         fetched=(ints(1), ints(K)), forced=ids if policy == "lru" else None,
     )  # fmt: skip
     predict(
         floats(H), floats(H), 1e-6, floats(rows, H).bfloat16(), table, 1, layers=LAYERS, rule=rule, least=0.05,
-        most=2, bias=bias, logits=floats(EXPERTS), ticket=ints(1), held=ints(K), fetch_count=ints(1),
+        most=2, bias=bias, shift=shift, logits=floats(EXPERTS), ticket=ints(1), held=ints(K), fetch_count=ints(1),
         fetch_records=ints(K), fetch_slots=ints(K), status=ints(1), counters=ints(COUNTED), step=ints(1), units=1 << 17,
         pdl=pdl, emulated=ids if policy == "lru" else None,
     )  # fmt: skip
@@ -231,6 +235,26 @@ def attention(pdl: bool) -> None:
         floats((heads + 2 * kv_heads) * dim), keys, keys, ints(1), floats(2, ctx, dim), floats(heads * dim),
         floats(partial_size(heads, dim, splits)), ints(kv_heads), heads=heads, kv_heads=kv_heads, head_dim=dim,
         q_norm=floats(dim), k_norm=floats(dim), norm_full=False, clip=None, eps=1e-6, splits=splits, pdl=pdl,
+    )  # fmt: skip
+
+
+def delta(pdl: bool) -> None:
+    """Of Qwen3-Next: its DeltaNet, and its attention with gated heads of 256."""
+    shape = Delta(key_heads=16, value_heads=32, key_dim=128, value_dim=128, taps=4)
+    weights = DeltaWeights(shape, floats(4, shape.channels), floats(32), floats(32), floats(128), 1e-6, pdl)
+    delta_step(
+        floats(sum(shape.projected)), weights, floats(32, 128, 128), floats(4, shape.channels), ints(1), ints(1),
+        floats(shape.values), ctx=4096, pdl=pdl,
+    )  # fmt: skip
+    rows = floats(100, sum(shape.projected)).bfloat16()
+    delta_chunk(rows, weights, floats(32, 128, 128), floats(4, shape.channels), 7)
+    heads, kv_heads, dim, ctx, splits = 16, 2, 256, 4096, 66
+    keys = torch.zeros((kv_heads, ctx, dim), dtype=torch.bfloat16)
+    decode_attention(
+        floats((heads + 2 * kv_heads) * dim), keys, keys, ints(1), floats(2, ctx, 64), floats(heads * dim),
+        floats(partial_size(heads, dim, splits)), ints(kv_heads), heads=heads, kv_heads=kv_heads, head_dim=dim,
+        q_norm=floats(dim), k_norm=floats(dim), norm_full=False, clip=None, eps=1e-6, splits=splits,
+        gate=floats(heads * dim), pdl=pdl,
     )  # fmt: skip
 
 
@@ -250,6 +274,7 @@ def latents(pdl: bool, heads: int, z: Latent, fmt: str) -> None:
 
 def ends(pdl: bool) -> None:
     rms_norm(floats(1, H), floats(H), 1e-6, floats(1, H))  # of a layer without experts
+    rms_norm(floats(1, H), floats(H), 1e-6, floats(1, H), floats(H))
     form = matrix("Q4_K", 1024, H)
     embed(ints(1), (ints(form.nbytes, dtype=torch.uint8), form), floats(1, H), striped=True, pdl=pdl)
     sample_step(floats(151936), floats(5), ints(1, dtype=torch.int64), ints(1), ints(151936, dtype=torch.uint8),
@@ -270,9 +295,10 @@ def main(capability: int) -> None:
         copies("Q6_K", pdl)
         residency("lru", pdl)
         residency("crf", pdl, GROUPED)
-        residency("lfru", pdl)
+        residency("lfru", pdl, Rule("mixer", top_k=K, jitter=0.01))
         residency("echo", pdl)
         attention(pdl)
+        delta(pdl)
         latents(pdl, 16, Latent(0, 512, 128, 64, 128), "BF16")  # DeepSeek-V2-Lite
         latents(pdl, 20, Latent(768, 512, 192, 64, 256), "Q8_0")  # GLM-4.7-Flash
         ends(pdl)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ F16, F32 = torch.float16, torch.float32
 
 @dataclass(frozen=True)
 class Case:
-    """A shape; norm: none, head or full."""
+    """A shape; norm: none, head, after (of rotated heads) or full."""
 
     heads: int = 4
     kv_heads: int = 2
@@ -37,6 +38,7 @@ class Case:
     ctx: int = 64
     int8: bool = False
     eps: float = 1e-5
+    scale: float | None = None
     window: int = 0
     room: int = 0  # positions that the cache holds; 0: all
     sinks: bool = False
@@ -48,7 +50,11 @@ class Case:
     def norms(self) -> tuple[Tensor | None, Tensor | None]:
         if self.norm == "none":
             return None, None
-        sizes = (self.dim, self.dim) if self.norm == "head" else (self.heads * self.dim, self.kv_heads * self.dim)
+        sizes = (
+            (self.dim, self.dim)
+            if self.norm in ("head", "after")
+            else (self.heads * self.dim, self.kv_heads * self.dim)
+        )
         q, k = (1 + 0.3 * randn(size, seed=90 + i) for i, size in enumerate(sizes))
         return q, k
 
@@ -84,13 +90,17 @@ def randn(*shape: int, seed: int) -> Tensor:
 def naive_qkv(case: Case, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As Trunk.attend does it, in float32: q [T, heads, D]; k and v [T, kv_heads, D]."""
     q, k, v = qkv.float().split((case.heads * case.dim, case.kv_heads * case.dim, case.kv_heads * case.dim), -1)
+    table = rope_table(case.ctx, case.rotary or case.dim, 1e4, DEVICE)
+    if case.norm == "after":
+        q, k = (rope(x.unflatten(-1, (-1, case.dim)), table, positions) for x in (q, k))
+        q, k = (rms_norm(x, w, case.eps) for x, w in zip((q, k), case.norms(), strict=True))
+        return q, k, v.unflatten(-1, (-1, case.dim))
     q, k = (
         x if w is None else rms_norm(x.unflatten(-1, (-1, w.numel())), w, case.eps).flatten(1)
         for x, w in zip((q, k), case.norms(), strict=True)
     )
     if case.clip:
         q, k, v = (t.clamp(-case.clip, case.clip) for t in (q, k, v))
-    table = rope_table(case.ctx, case.rotary or case.dim, 1e4, DEVICE)
     q, k = (rope(x.unflatten(-1, (-1, case.dim)), table, positions) for x in (q, k))
     return q, k, v.unflatten(-1, (-1, case.dim))
 
@@ -113,10 +123,10 @@ def expected(case: Case, qkv: Tensor, here: int) -> tuple[Tensor, Tensor, Tensor
     k, v = stored(case, k[0]), stored(case, v[0])
     keys[:, here], values[:, here] = k, v
     keys, values = keys[:, : here + 1], values[:, : here + 1]
-    return attention(q, keys, values, positions, case.window, case.sink_logits()).flatten(), k, v
+    return attention(q, keys, values, positions, case.window, case.sink_logits(), case.scale).flatten(), k, v
 
 
-def decode(case: Case, qkv: Tensor, here: int, splits: int, split_size: int, **options: int) -> tuple[Tensor, ...]:
+def decode(case: Case, qkv: Tensor, here: int, splits: int, split_size: int, **options: Any) -> tuple[Tensor, ...]:
     keys, values, scales = (case.ring(x, here) for x in case.cache(here))
     assert keys is not None
     assert values is not None
@@ -127,7 +137,8 @@ def decode(case: Case, qkv: Tensor, here: int, splits: int, split_size: int, **o
     fast.decode_attention(
         qkv, keys, values, torch.tensor([here], device=DEVICE), rope_table(case.ctx, case.rotary or case.dim, 1e4,
         DEVICE), mixed, partial, tickets, heads=case.heads, kv_heads=case.kv_heads, head_dim=case.dim,
-        q_norm=q_norm, k_norm=k_norm, norm_full=case.norm == "full", clip=case.clip, eps=case.eps,
+        q_norm=q_norm, k_norm=k_norm, norm_full=case.norm == "full", norm_after=case.norm == "after",
+        clip=case.clip, eps=case.eps, scale=case.scale,
         splits=splits, split_size=split_size, scales=scales, window=case.window, sinks=case.sink_logits(), **options,
     )  # fmt: skip
     assert not tickets.any(), "tickets are not back at 0"
@@ -144,6 +155,7 @@ CASES = {
     "large group": Case(heads=20, kv_heads=1, norm="full"),
     "half of a head rotated": Case(rotary=8),
     "full norm, rotary of an odd width": Case(heads=3, kv_heads=1, dim=20, rotary=12, norm="full", dtype=F16),
+    "norm after rotation, scaled": Case(norm="after", rotary=8, scale=0.5),
     "sinks": Case(sinks=True, norm="none"),
     "window": Case(window=9),
     "window and sinks in a ring": Case(window=9, room=48, sinks=True, norm="none", ctx=200),
@@ -174,6 +186,17 @@ def test_a_long_context_is_divided_on_the_device() -> None:
     assert_close("mixed", got, expected(case, qkv, 63)[0], 1e-5)
 
 
+@pytest.mark.parametrize(("here", "splits"), [(7, 1), (45, 4)])
+def test_heads_are_gated(here: int, splits: int) -> None:
+    """In the last program where several share a head."""
+    case = CASES["odd width"]
+    qkv, gate = randn(case.width, seed=here), randn(case.heads * case.dim, seed=6)
+    got, k, _ = decode(case, qkv, here, splits, 16, block=16, gate=gate)
+    mixed, k_want, _ = expected(case, qkv, here)
+    assert_close("mixed", got, mixed * gate.sigmoid(), 2e-3)
+    assert_close("k", k, k_want, 2e-3)
+
+
 def test_nothing_is_written_behind_the_context() -> None:
     """At position ctx (a step launched past the end) no other head's first row is overwritten."""
     case = Case(ctx=16)
@@ -200,7 +223,7 @@ def test_many_tokens_are_turned_and_written(name: str) -> None:
     got = fast_norm.norm_rope_write(
         qkv, keys, values, positions, rope_table(case.ctx, case.rotary or case.dim, 1e4, DEVICE), heads=case.heads,
         kv_heads=case.kv_heads, head_dim=case.dim, q_norm=q_norm, k_norm=k_norm, clip=case.clip, eps=case.eps,
-        scales=scales,
+        scales=scales, norm_after=case.norm == "after",
     )  # fmt: skip
     q, k, v = naive_qkv(case, qkv, positions)
     ratio = 1e-3 if case.dtype == F16 else 1e-5
@@ -215,6 +238,8 @@ def test_rms_norm_is_the_twins(dtype: torch.dtype) -> None:
     x, weight = 3 * randn(3, 40, seed=1), 1 + randn(40, seed=2)
     out = torch.full((3, 40), torch.nan, dtype=dtype, device=DEVICE)
     assert_close("norm", fast_norm.rms_norm(x, weight, 1e-5, out), rms_norm(x, weight, 1e-5), 1e-3)
+    x, bias = x + 5, randn(40, seed=3)
+    assert_close("LayerNorm", fast_norm.rms_norm(x, weight, 1e-5, out, bias), rms_norm(x, weight, 1e-5, bias), 1e-3)
 
 
 @pytest.mark.parametrize("start", [0, 1, 20])

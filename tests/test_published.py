@@ -6,11 +6,18 @@ from typing import Any
 
 import pytest
 
+from offmoe.errors import OffmoeError
 from offmoe.models.config import from_gguf, from_hf
 from offmoe.models.family import family_of
 from offmoe.models.model import count_parameters
 
 QWEN = {"hidden_act": "silu", "tie_word_embeddings": False, "vocab_size": 151936, "rms_norm_eps": 1e-6}
+QWEN_LINEAR = {
+    "hidden_act": "silu", "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "hidden_size": 2048,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128, "max_position_embeddings": 262144, "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512, "full_attention_interval": 4}  # fmt: skip
 GPT_OSS = {
     "model_type": "gpt_oss", "hidden_act": "silu", "hidden_size": 2880, "intermediate_size": 2880, "head_dim": 64,
     "num_attention_heads": 64, "num_key_value_heads": 8, "num_experts_per_tok": 4, "experts_per_token": 4,
@@ -60,6 +67,20 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_nextn_predict_layers": 1, "vocab_size": 154880, "hidden_act": "silu", "rms_norm_eps": 1e-5,
         "max_position_embeddings": 202752, "rope_theta": 1000000, "rope_scaling": None, "partial_rotary_factor": 1.0,
         "attention_bias": False, "tie_word_embeddings": False},
+    "Qwen3-Next-80B-A3B": {
+        **QWEN_LINEAR, "model_type": "qwen3_next", "vocab_size": 151936, "intermediate_size": 5120,
+        "num_hidden_layers": 48, "num_experts": 512, "num_experts_per_tok": 10, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "partial_rotary_factor": 0.25, "rope_theta": 10000000,
+        "rope_scaling": None, "use_sliding_window": False},
+    "Qwen3.6-35B-A3B": {
+        "model_type": "qwen3_5_moe", "tie_word_embeddings": False, "image_token_id": 248056,
+        "vision_config": {"model_type": "qwen3_5_moe", "depth": 27, "hidden_size": 1152},
+        "text_config": {
+            **QWEN_LINEAR, "model_type": "qwen3_5_moe_text", "vocab_size": 248320, "num_hidden_layers": 40,
+            "num_experts": 256, "num_experts_per_tok": 8, "attn_output_gate": True, "mtp_num_hidden_layers": 1,
+            "layer_types": [*["linear_attention"] * 3, "full_attention"] * 10,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25,
+                                "mrope_interleaved": True, "mrope_section": [11, 11, 10]}}},
     "gpt-oss-20b": {**GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32,
                     "layer_types": ["sliding_attention", "full_attention"] * 12},
     "gpt-oss-120b": {**GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128,
@@ -105,6 +126,55 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True, "use_qk_norm": True,
         "attention_bias": True, "partial_rotary_factor": 0.5, "rope_theta": 1000000, "rope_scaling": None,
         "num_nextn_predict_layers": 1, "vocab_size": 151552, "hidden_act": "silu", "tie_word_embeddings": False},
+    "ERNIE-4.5-21B-A3B": {
+        "model_type": "ernie4_5_moe", "hidden_size": 2560, "intermediate_size": 12288, "moe_intermediate_size": 1536,
+        "num_hidden_layers": 28, "num_attention_heads": 20, "num_key_value_heads": 4, "moe_num_experts": 64,
+        "moe_k": 6, "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 27,
+        "moe_layer_interval": 1, "use_bias": False, "rope_theta": 500000.0, "vocab_size": 103424,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": True},
+    "dots.llm1": {
+        "model_type": "dots1", "hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+        "num_hidden_layers": 62, "num_attention_heads": 32, "num_key_value_heads": 32, "n_routed_experts": 128,
+        "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+        "norm_topk_prob": True, "routed_scaling_factor": 2.5, "scoring_func": "noaux_tc", "vocab_size": 152064,
+        "max_position_embeddings": 32768, "rope_theta": 10000000, "sliding_window": None, "max_window_layers": 62,
+        "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False},
+    "MiniMax-M2": {
+        "quantization_config": {"quant_method": "fp8", "fmt": "float8_e4m3fn", "activation_scheme": "dynamic",
+                                "weight_block_size": [128, 128]},
+        "model_type": "minimax_m2", "hidden_size": 3072, "intermediate_size": 1536, "num_hidden_layers": 62,
+        "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128, "num_local_experts": 256,
+        "num_experts_per_tok": 8, "rotary_dim": 64, "rope_theta": 5000000, "scoring_func": "sigmoid",
+        "use_qk_norm": True, "qk_norm_type": "per_layer", "use_routing_bias": True, "shared_intermediate_size": 0,
+        "attn_type_list": [1] * 62, "vocab_size": 200064, "max_position_embeddings": 196608, "rms_norm_eps": 1e-6,
+        "hidden_act": "silu", "tie_word_embeddings": False},
+    "Hunyuan-A13B": {
+        "model_type": "hunyuan_v1_moe", "hidden_size": 4096, "intermediate_size": 3072,
+        "moe_intermediate_size": [3072] * 32, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "attention_head_dim": 128, "num_experts": 64, "moe_topk": [8] * 32,
+        "num_shared_expert": [1] * 32, "moe_layer_num_skipped": 0, "use_qk_norm": True, "use_cla": False,
+        "norm_topk_prob": True, "rope_theta": 10000.0,
+        "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32, "beta_slow": 1,
+                         "mscale": 1.0, "mscale_all_dim": 1.0},
+        "vocab_size": 128167, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True},
+    "Granite-3.1-3B-A800M": {
+        "model_type": "granitemoe", "hidden_size": 1536, "intermediate_size": 512, "num_hidden_layers": 32,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "num_local_experts": 40, "num_experts_per_tok": 8,
+        "embedding_multiplier": 12.0, "attention_multiplier": 0.015625, "residual_multiplier": 0.22,
+        "logits_scaling": 6.0, "rope_theta": 1500000, "rope_scaling": None, "vocab_size": 49155,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False,
+        "tie_word_embeddings": True},
+    "Phi-3.5-MoE": {
+        "model_type": "phimoe", "hidden_size": 4096, "intermediate_size": 6400, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 16, "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.01, "input_jitter_noise": 0.01, "attention_bias": True, "lm_head_bias": True,
+        "rope_theta": 10000.0, "sliding_window": 131072, "original_max_position_embeddings": 4096,
+        "rope_scaling": {"type": "longrope", "original_max_position_embeddings": 4096, "short_factor": [1.0] * 64,
+                         "long_factor": [1.0] * 64, "short_mscale": 1.243163121016122,
+                         "long_mscale": 1.243163121016122},  # the factors are longer numbers
+        "vocab_size": 32064, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "tie_word_embeddings": False},
 }  # fmt: skip
 
 # Total and active in billions, and what the makers count as active: every matrix that a token needs ("all"),
@@ -117,8 +187,15 @@ STATED = {
     "Qwen3-30B-A3B": (30.5, 3.3, "all"),
     "Qwen1.5-MoE-A2.7B": (14.3, 2.7, "all"),
     "Qwen2-57B-A14B": (57.4, 14.0, "all"),
+    "Qwen3-Next-80B-A3B": (80.0, 3, "neither"),
+    "Qwen3.6-35B-A3B": (35.0, 3.0, "no embedding"),
     "GLM-4.5-Air": (106.0, 12.0, "neither"),
     "GLM-4.5": (355.0, 32.0, "neither"),
+    "dots.llm1": (142.0, 14.0, "all"),
+    "MiniMax-M2": (230.0, 10.0, "neither"),
+    "Hunyuan-A13B": (80.0, 13.0, "all"),
+    "Phi-3.5-MoE": (41.9, 6.6, "all"),
+    "Granite-3.1-3B-A800M": (3.3, 0.8, "neither"),
     "DeepSeek-V3": (671.0, 37.0, "no embedding"),
     "DeepSeek-V2": (236.0, 21.0, "no embedding"),
     "DeepSeek-V2-Lite": (15.7, 2.4, "no embedding"),
@@ -126,9 +203,18 @@ STATED = {
     "GLM-4.7-Flash": (30.0, 3.0, "neither"),
 }
 CUT = {"DeepSeek-V2-Lite": 0.06, "GLM-4.7-Flash": 0.5}  # active figures stated in fewer digits: 2.45 as 2.4; A3B
+# Makers who left the rest of their figures out: total and active of all, and the decimals that they give.
+FLOORED = {"ERNIE-4.5-21B-A3B": (21.0, 3.0, 0)}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", FLOORED)
+def test_the_parameters_cut_are_those_published(name: str) -> None:
+    raw, (total, active, decimals) = PUBLISHED[name], FLOORED[name]
+    ours, everything, _ = count_parameters(from_hf(raw, family_of("model_type", raw["model_type"])))
+    assert [int(found * 10**decimals / 1e9) / 10**decimals for found in (ours, everything)] == [total, active]
+
+
+@pytest.mark.parametrize("name", STATED)
 def test_the_parameters_are_those_published(name: str) -> None:
     raw, (total, active, convention) = PUBLISHED[name], STATED[name]
     config = from_hf(raw, family_of("model_type", raw["model_type"]))
@@ -136,9 +222,17 @@ def test_the_parameters_are_those_published(name: str) -> None:
     found = {"all": everything, "no embedding": without_embedding,
              "neither": without_embedding - config.vocab * config.hidden}[convention]  # fmt: skip
     assert ours / 1e9 == pytest.approx(total, rel=0.02)
+    if isinstance(active, int):  # rounded to whole billions by its maker
+        found = round(found / 1e9) * 10**9
     assert found / 1e9 == pytest.approx(active, rel=0.02, abs=CUT.get(name))
 
 
+GGUF_LINEAR: dict[str, Any] = {
+    "context_length": 262144, "embedding_length": 2048, "attention.head_count": 16, "attention.head_count_kv": 2,
+    "attention.key_length": 256, "attention.value_length": 256, "rope.freq_base": 1e7, "rope.dimension_count": 64,
+    "attention.layer_norm_rms_epsilon": 1e-6, "expert_feed_forward_length": 512,
+    "expert_shared_feed_forward_length": 512, "ssm.conv_kernel": 4, "ssm.state_size": 128, "ssm.group_count": 16,
+    "ssm.time_step_rank": 32, "ssm.inner_size": 4096, "full_attention_interval": 4}  # fmt: skip
 # What llama.cpp's converter writes of some of them, and the tensors that a config is read from.
 CONVERTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "gpt-oss-20b": ({
@@ -155,6 +249,12 @@ CONVERTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         "expert_used_count": 4, "expert_count": 60, "expert_feed_forward_length": 1408,
         "expert_shared_feed_forward_length": 5632, "vocab_size": 151936, "context_length": 4096},
         ("output.weight", "blk.0.attn_q.bias")),
+    "Qwen3-Next-80B-A3B": ({
+        **GGUF_LINEAR, "block_count": 48, "feed_forward_length": 5120, "expert_used_count": 10, "expert_count": 512,
+        "vocab_size": 151936}, ("output.weight",)),
+    "Qwen3.6-35B-A3B": ({
+        **GGUF_LINEAR, "block_count": 41, "nextn_predict_layers": 1, "expert_used_count": 8, "expert_count": 256,
+        "vocab_size": 248320, "rope.dimension_sections": [11, 11, 10, 0]}, ("output.weight",)),
     "GLM-4.5-Air": ({
         "block_count": 47, "nextn_predict_layers": 1, "embedding_length": 4096, "feed_forward_length": 10944,
         "attention.head_count": 96, "attention.head_count_kv": 8, "attention.key_length": 128,
@@ -190,3 +290,26 @@ def test_a_gguf_says_what_the_config_says(name: str) -> None:
     family = family_of("model_type", raw["model_type"])
     metadata = {f"{family.arch}.{key}": value for key, value in keys.items()}
     assert from_gguf(metadata, family, dict.fromkeys(tensors)) == from_hf(raw, family)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"linear_num_value_heads": 24}, "linear_num_value_heads is 24: expected a multiple of 16 key heads"),
+    ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim is 1: expected at least 2"),
+    ({"linear_key_head_dim": None}, "has no linear_key_head_dim: it is incomplete"),
+    ({"layer_types": ["linear_attention"] * 48}, "layer_types has no full_attention: offmoe needs one"),
+    ({"layer_types": ["full_attention"] * 47}, "expected 48 times linear_attention or full_attention"),
+    ({"layer_types": ["full_attention", "sliding_attention"] * 24}, "layer_types is 'sliding_attention', and offmoe"),
+    ({"layer_types": "linear_attention"}, "layer_types = 'linear_attention': expected a list"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and offmoe implements 'silu'"),
+    ({"attention_bias": True}, "attention_bias is True, and offmoe implements False"),
+    ({"attn_output_gate": False}, "attn_output_gate is False, and offmoe implements True"),
+    ({"use_sliding_window": True}, "use_sliding_window is True, and offmoe implements False"),
+])  # fmt: skip
+def test_a_deltanet_that_is_not_implemented_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(OffmoeError, match=message):
+        from_hf({**PUBLISHED["Qwen3-Next-80B-A3B"], **change}, family_of("model_type", "qwen3_next"))
+
+
+def test_a_text_config_that_is_no_table_is_refused() -> None:
+    with pytest.raises(OffmoeError, match="text_config in the model's config is no table"):
+        from_hf({**PUBLISHED["Qwen3.6-35B-A3B"], "text_config": 3}, family_of("model_type", "qwen3_5_moe"))

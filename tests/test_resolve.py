@@ -302,6 +302,7 @@ def test_the_router_is_the_naive_one(experts: int) -> None:
     Rule(), Rule(renormalise=True, scale=1.5), Rule(biased=True), Rule(groups=8, kept=3),
     Rule("sigmoid"), Rule("sigmoid", biased=True, groups=4, kept=2, group_best=2, renormalise=True, scale=2.5),
     Rule("sigmoid", biased=True, groups=8, kept=2), Rule("none"), Rule("none", biased=True, scale=0.5),
+    Rule("mixer", jitter=0.3), Rule(top_p=0.3), Rule("sigmoid", biased=True, top_p=0.9, renormalise=True),
 ], ids=str)  # fmt: skip
 def test_every_rule_is_the_naive_one(rule: Rule, experts: int) -> None:
     """Ids, weights, and that of a gated shared expert behind them; a prediction takes the same ids."""
@@ -322,7 +323,59 @@ def test_every_rule_is_the_naive_one(rule: Rule, experts: int) -> None:
     assert torch.allclose(device.weights[:4].cpu(), weights[0], rtol=1e-5)
     assert torch.allclose(device.weights[4].cpu(), logits[experts].sigmoid(), rtol=1e-5)
     device.predict(1, None, 4, device.slots, -1e9, **given)
-    assert device.fetch_records[1].tolist() == (ids[0] + experts).tolist()
+    there = ids[0] >= 0
+    assert bool(there.all()) == (rule.top_p == 1)
+    assert torch.equal(device.slots.cpu() >= 0, there)
+    assert torch.equal(device.hit.cpu() >= 0, there)
+    assert int(device.miss_count) == device.count("misses") == int(there.sum())
+    assert device.log[:4].tolist() == ids[0].tolist()
+    fetched = int(device.fetch_count[1])
+    assert device.fetch_records[1, :fetched].tolist() == (ids[0, there] + experts).tolist()
+
+
+def test_the_norm_before_a_router_may_be_a_layernorm() -> None:
+    residency = Residency(2, 16, 16, make_policy("lru", 32), "layer")
+    device = Device(device_table(residency, 8, DEVICE), 2, 16, 4, torch.zeros((1, 2, 4), dtype=torch.int16))
+    shift, raw = torch.randn(HIDDEN, device=DEVICE), torch.empty(HIDDEN, device=DEVICE)
+    device.x += 3.0
+    push(residency, device.table, 1)
+    device.find()
+    device.route(0, forced=None, shift=shift, raw=raw)
+    assert torch.equal(raw, device.x)
+    normed = torch.nn.functional.layer_norm(device.x.double(), (HIDDEN,), device.norm.double(), shift.double(), 1e-6)
+    assert torch.allclose(device.normed.double(), normed, atol=1e-5)
+    assert torch.allclose(device.logits[:16].double(), device.router[:16].double() @ normed, atol=1e-4)
+    ids = device.ids.tolist()
+    device.predict(1, None, 4, device.slots, -1e9, shift=shift)
+    assert device.fetch_records[1].tolist() == [id + 16 for id in ids]
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_512_experts_are_routed_ten_at_a_time(scope: str) -> None:
+    """As Qwen3-Next has them: the router's own ids over tokens that share some, hits and victims those of the host."""
+    experts, k, hits = 512, 10, 0
+    residency = Residency(2, experts, 2 * 24, make_policy("crf:h=3", 2 * experts), scope)
+    device = Device(device_table(residency, reach(residency, k, 0), DEVICE), 2, experts, k, torch.zeros((1, 2, k)))
+    device.logits = torch.zeros(experts + 1, device=DEVICE)
+    device.weights = torch.zeros(k + 1, device=DEVICE)
+    device.router = torch.randn((experts + 1, HIDDEN), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    push(residency, device.table, 1)
+    first = device.x.clone()
+    for token in range(6):
+        device.table.clock[0], device.step[0] = token + 1, token + 1
+        device.x.copy_(first + 0.3 * torch.randn(HIDDEN, generator=torch.Generator().manual_seed(token)).to(DEVICE))
+        for layer in range(2):
+            if scope == "global" or layer == 0:
+                device.find()
+            device.route(layer, forced=None, rule=Rule(top_k=k, renormalise=True))
+            ids, weights = select(device.logits[None, :experts].cpu(), Rule(top_k=k, renormalise=True))
+            assert device.ids.tolist() == ids[0].tolist()
+            assert torch.allclose(device.weights[:k].cpu(), weights[0], rtol=1e-5)
+            access = residency.access(layer, ids[0].numpy(), token + 1)
+            residency.landed(access.slots[~access.hit])
+            assert device.slots.tolist() == access.slots.tolist(), (token, layer)
+            hits += int(access.hit.sum())
+    assert 0 < hits < 6 * 2 * k
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from offmoe.experts import grouped
 from offmoe.kernels.route import Rule, select
 
 RULES = [
@@ -14,11 +16,27 @@ RULES = [
     Rule("sigmoid", top_k=1), Rule("sigmoid", biased=True, groups=3, kept=1, group_best=2, top_k=4),
     Rule("sigmoid", biased=True, groups=6, kept=4, group_best=2, top_k=5, renormalise=True, scale=2.5),
     Rule("none", top_k=2), Rule("none", biased=True, groups=4, kept=3, top_k=2, scale=0.5),
+    Rule(top_k=5, top_p=0.6), Rule("sigmoid", biased=True, top_k=4, top_p=0.95, renormalise=True, scale=2.0),
+    Rule("mixer", top_k=2, jitter=0.2), Rule("mixer", top_k=3, jitter=0.4),
 ]  # fmt: skip
+
+
+def mixed(logits: list[float], rule: Rule) -> dict[int, float]:
+    """Each choice is the largest of what is left, and shares with all of it that is near enough."""
+    chosen: dict[int, float] = {}
+    for _ in range(rule.top_k):
+        rest = [e for e in range(len(logits)) if e not in chosen]
+        best = max(rest, key=logits.__getitem__)
+        near = [e for e in rest if logits[best] - logits[e] <= 2 * rule.jitter * max(abs(logits[e]), logits[best])]
+        assert len(near) > 1 or rule.jitter < 0.3
+        chosen[best] = math.exp(logits[best]) / sum(math.exp(logits[e]) for e in near)
+    return chosen
 
 
 def written_out(logits: list[float], rule: Rule, bias: list[float]) -> dict[int, float]:
     """Expert → weight."""
+    if rule.scores == "mixer":
+        return mixed(logits, rule)
     if rule.scores == "softmax":
         total = sum(map(math.exp, logits))
         scores = [math.exp(value) / total for value in logits]
@@ -29,7 +47,10 @@ def written_out(logits: list[float], rule: Rule, bias: list[float]) -> dict[int,
     worth = [sum(sorted(order[g * each : (g + 1) * each])[-rule.group_best :]) for g in range(rule.groups)]
     kept = sorted(range(rule.groups), key=worth.__getitem__)[-rule.kept :]
     allowed = [e for e in range(len(logits)) if e // each in kept]
-    chosen = sorted(allowed, key=order.__getitem__)[-rule.top_k :]
+    chosen = sorted(allowed, key=order.__getitem__)[: -rule.top_k - 1 : -1]
+    if rule.top_p < 1:
+        chosen = chosen[: next((n for n in range(1, len(chosen)) if sum(scores[e] for e in chosen[:n]) >= rule.top_p),
+                               len(chosen))]  # fmt: skip
     total = sum(scores[e] for e in chosen) if rule.renormalise else 1
     return {e: scores[e] / total * rule.scale for e in chosen}
 
@@ -42,9 +63,14 @@ def test_a_rule_is_what_it_says(rule: Rule) -> None:
     ids, weights = select(logits, rule, bias if rule.biased else None)
     assert ids.shape == weights.shape == (9, rule.top_k)
     assert weights.dtype == torch.float32
+    counts = set()
     for row, experts, got in zip(logits.tolist(), ids.tolist(), weights.tolist(), strict=True):
         want = written_out(row, rule, bias.tolist())
-        assert dict(zip(experts, got, strict=True)) == pytest.approx(want, rel=1e-5)
+        assert set(experts[len(want) :]) <= {-1}
+        assert set(got[len(want) :]) <= {0.0}
+        counts.add(len(want))
+        assert dict(zip(experts[: len(want)], got, strict=False)) == pytest.approx(want, rel=1e-5)
+    assert (len(counts) > 1) == (rule.top_p < 1)
 
 
 def test_a_softmax_keeps_its_bits() -> None:
@@ -55,3 +81,9 @@ def test_a_softmax_keeps_its_bits() -> None:
         got = select(logits, Rule(top_k=8, renormalise=renormalise))
         assert torch.equal(got[0], ids)
         assert torch.equal(got[1], want)
+
+
+def test_empty_places_are_of_no_expert() -> None:
+    experts, uses, places = grouped(np.array([-1, 3, 1, -1, 3]))
+    assert (experts.tolist(), uses.tolist()) == ([1, 3], [1, 2])
+    assert [where.tolist() for where in places] == [[2], [1, 4]]

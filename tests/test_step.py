@@ -13,7 +13,7 @@ import pytest
 import torch
 from close import assert_close
 from test_models import decoded, engine_of, older, packed
-from tiny import FAMILIES, reference, saved
+from tiny import FAMILIES, reference, saved, tiny
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -21,12 +21,14 @@ if torch.cuda.is_available():
 
 from offmoe import kvcache
 from offmoe.cache.policies.echo import Echo
-from offmoe.engine import feed_forward
+from offmoe.engine import Engine, feed_forward
+from offmoe.kernels.ring import ABORTED, DONE
 from offmoe.kvcache import KVCache
 from offmoe.models.device_trunk import DeviceTrunk
 from offmoe.models.model import open_model
 from offmoe.plan import make_plan
 from offmoe.settings import Sampling, Settings
+from offmoe.states import NOWHERE
 from offmoe.step import DecodeStep, Variant
 from offmoe.vram import VramStore
 
@@ -36,7 +38,9 @@ IDS = [5, 17, 3, 60, 9, 33]
 @contextmanager
 def step_of(path: Path, **settings: Any) -> Iterator[DecodeStep]:
     model = open_model(path)
-    prefetch, int8 = settings.pop("prefetch", "none"), settings.pop("int8", False)
+    config = replace(model.config, rule=settings.pop("rule", model.config.rule))
+    model, prefetch = replace(model, config=config), settings.pop("prefetch", "none")
+    int8 = settings.pop("int8", False)
     plan = make_plan(model, Settings.of(**{"device": "cpu", "ctx": 32, "ram": "64MiB", **settings}))
     plan = replace(plan, prefetch=prefetch)
     store = VramStore(model, plan)
@@ -53,14 +57,14 @@ def step_of(path: Path, **settings: Any) -> Iterator[DecodeStep]:
     model.checkpoint.close()
 
 
-def run(step: DecodeStep, variant: Variant) -> torch.Tensor:
-    """Logits [T, V] after each of IDS, teacher-forced."""
+def run(step: DecodeStep, variant: Variant, routed: int | None = None) -> torch.Tensor:
+    """Logits [T, V] after each of IDS, teacher-forced; `routed`: to so many records, where not to k in every layer."""
     b = step.buffers
     step.set_sampling(Sampling(temperature=0.0), [], frozenset(), 100)
     step.push(0, len(step.kv.tokens))
     step.table.clock[0] += 1
     b.position += 1  # as the first `choose` would
-    rows = []
+    rows, seen = [], 0
     for id in IDS:
         b.token[0] = id
         step.launch(variant)
@@ -68,7 +72,9 @@ def run(step: DecodeStep, variant: Variant) -> torch.Tensor:
         row = step.ring.poll(len(rows) - 1)
         assert row is not None
         assert row.token == int(rows[-1].argmax())
-        assert row.hits + row.misses + row.late == step.routed
+        seen += row.routed
+        assert (row.ids >= 0).sum() == row.routed <= step.routed
+    assert seen == (len(IDS) * step.routed if routed is None else routed)
     step.pull()
     step.store.check()
     return torch.stack(rows)
@@ -147,14 +153,66 @@ def test_echo_hears_every_token(family: str, scope: str, tmp_path: Path) -> None
         assert (heard.foretold == told.foretell()).all()
 
 
-def test_an_idle_launch_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
+def test_an_idle_launch_changes_nothing(family: str, tmp_path: Path) -> None:
     """As a graph is captured, perhaps between a prompt and its first token."""
-    with step_of(saved("qwen3_moe", tmp_path), vram="60%") as step:
+    with step_of(saved(family, tmp_path), vram="60%") as step:
         run(step, Variant())
         step.push(7, 2)
-        state = [*step.kv.layer(0), *step.kv.layer(2), step.table.owner, step.table.a, step.table.b, step.table.clock,
+        keys = [tensor for layer in step.config.attended for tensor in step.kv.layer(layer)]
+        states = [step.kv.states.memory, step.kv.states.recent] if step.kv.states else []
+        state = [*keys, *states, step.table.owner, step.table.a, step.table.b, step.table.clock,
                  step.buffers.position, step.buffers.status, step.ring.memory, step.store.records]  # fmt: skip
         before = [tensor.clone() for tensor in state]
         with step.idle():
             step.launch(Variant())
         assert all(torch.equal(old, new) for old, new in zip(before, state, strict=True))
+
+
+def test_steps_behind_the_end_leave_the_state(tmp_path: Path) -> None:
+    """A launch that was under way when the answer ended: as if only the steps before it had run."""
+    with step_of(saved("qwen3_next", tmp_path), vram="60%") as step:
+        run(step, Variant())
+        states, b = step.kv.states, step.buffers
+        assert states is not None
+        before = states.memory.clone(), states.recent.clone()
+        assert states.at == len(IDS)
+        b.status.fill_(DONE)
+        step.launch(Variant())
+        assert torch.equal(states.memory, before[0])
+        assert torch.equal(states.recent, before[1])
+        step.pull()
+        assert states.at == len(IDS)
+        b.status.fill_(ABORTED)
+        step.pull()
+        assert states.at == NOWHERE
+
+
+def test_a_token_may_take_fewer_experts_than_the_cap(tmp_path: Path) -> None:
+    """A top-p, over transformers whose router is made to do the same; what it leaves out is neither hit nor miss."""
+    model, p = tiny("qwen3_moe"), 0.6
+
+    def cut(_module: Any, _inputs: Any, out: Any) -> Any:
+        logits, weights, ids = out
+        share = logits.float().softmax(-1).gather(-1, ids)
+        kept = (share.cumsum(-1) - share < p) * weights
+        used.append(int((kept > 0).sum()))
+        return logits, kept / kept.sum(-1, keepdim=True), ids
+
+    used: list[int] = []
+    hooks = [m.register_forward_hook(cut) for m in model.modules() if type(m).__name__.endswith("Router")]
+    want, _ = reference("qwen3_moe", IDS)
+    for hook in hooks:
+        hook.remove()
+    assert len(IDS) < used[0] < 3 * len(IDS)
+    opened = open_model(saved("qwen3_moe", tmp_path))
+    rule = replace(opened.config.rule, top_p=p)
+    opened = replace(opened, config=replace(opened.config, rule=rule))
+    with Engine(opened, Settings.of(device="cpu", ctx=32, vram="60%", chunk=2)) as engine:
+        rows = [engine.prefill(IDS[:3])] + [engine.step(token) for token in IDS[3:]]
+        assert_close("on the CPU", torch.stack(rows), want[2:], 1e-5)
+        assert engine.store.counters.routed <= sum(used)
+        engine.store.check()
+    for settings in ({"vram": "60%"}, {"vram": "100%"}, {"vram": "60%", "policy": "echo:h=3,w=16"}):
+        with step_of(saved("qwen3_moe", tmp_path), rule=rule, **settings) as step:
+            assert_close(f"{settings}", run(step, Variant(), sum(used)), want, 1e-5)

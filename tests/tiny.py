@@ -25,6 +25,11 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+LINEAR: dict[str, Any] = {
+    "num_hidden_layers": 4, "head_dim": 32, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
+    "initializer_range": 0.1,  # with 0.2 transformers itself is 1.4e-4 off its own float64
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
 LATENT: dict[str, Any] = {"moe_intermediate_size": 32, "n_routed_experts": 8, "n_shared_experts": 2,
                           "num_key_value_heads": 4,
                           "intermediate_size": 96, "first_k_dense_replace": 1, "kv_lora_rank": 32,
@@ -75,11 +80,38 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"intermediate_size": 32, "num_local_experts": 6, "num_experts_per_tok": 2,
                 "rope_theta": 50_000.0},
     "olmoe": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "num_key_value_heads": 4},
+    "qwen3_next": {**LINEAR, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True,
+                   "intermediate_size": 64},
+    "qwen3_next-sparse": {**LINEAR, "num_experts": 6, "num_experts_per_tok": 2, "linear_num_key_heads": 3,
+                          "linear_num_value_heads": 3, "linear_value_head_dim": 32, "linear_conv_kernel_dim": 3,
+                          "num_hidden_layers": 3, "mlp_only_layers": [1], "intermediate_size": 96,
+                          "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+                          "partial_rotary_factor": 0.5},
+    "qwen3_5_moe_text": {**LINEAR, "num_experts": 8, "num_experts_per_tok": 3, "linear_num_value_heads": 6},
+    "ernie4_5_moe": {"moe_intermediate_size": 32, "moe_num_experts": 8, "moe_k": 3, "intermediate_size": 96,
+                     "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "tie_word_embeddings": True},
+    "dots1": {"moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 96,
+              "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+              "num_key_value_heads": 4},
+    "minimax_m2": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 32,
+                   "rotary_dim": 16},
+    "hunyuan_v1_moe": {"intermediate_size": 32, "num_experts": 8, "moe_topk": [3, 3, 3], "head_dim": 32,
+                       "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0,
+                                           "alpha": 1000.0}},
+    "granitemoe": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 3,
+                   "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.4,
+                   "logits_scaling": 0.5, "rms_norm_eps": 0.05, "tie_word_embeddings": True},
+    "phimoe": {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 2, "attention_bias": True,
+               "lm_head_bias": True, "router_jitter_noise": 0.2, "rope_parameters": {
+                   # Beyond `original` transformers 5.23 goes on with the short factors.
+                   "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128,
+                   "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "short_mscale": 1.2, "long_mscale": 1.2,
+                   "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0]}},
     "olmoe-clipped": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "clip_qkv": 1.0},
 }  # fmt: skip
 
-# What llama.cpp's archs have no key for: clip_qkv, layers without experts.
-PACKABLE = [*(family for family in FAMILIES if "-" not in family), "deepseek_v3-groups"]
+# What llama.cpp's archs have no key for: clip_qkv, layers without experts, a sparse mixer.
+PACKABLE = [*(f for f in FAMILIES if "-" not in f and f != "phimoe"), "deepseek_v3-groups", "glm4_moe-groups"]
 # llama.cpp knows by its 27 layers that such a model's queries have no latent.
 PACKABLE_UNHEARD = [*PACKABLE, "deepseek_v2-lite"]
 
@@ -93,7 +125,7 @@ def tiny(family: str) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:  # ones hide a norm that is left out
-            torch.nn.init.normal_(parameter, 1.0, 0.2)
+            torch.nn.init.normal_(parameter, float(parameter.data.mean()), 0.2)  # some count from 1
         if "bias" in name or "sinks" in name:  # as do zeros a bias
             torch.nn.init.normal_(parameter, 0.0, 0.5)
     for name, buffer in model.named_buffers():
@@ -130,7 +162,7 @@ def reference_routing(
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, out: seen.append((out[2], out[1])))
         for module in model.modules()
-        if type(module).__name__.endswith("Router")
+        if type(module).__name__.endswith(("Router", "V1Gate"))
     ]
     try:
         logits = model(torch.tensor([ids])).logits[0]

@@ -100,7 +100,7 @@ def large(buffer, p0, p1, p2, p3, b, i, mask, FORMAT: tl.constexpr):
 
 @triton.jit
 def _embed(
-    tokens, buffer, out, p0, p1, p2, p3,
+    tokens, buffer, out, scale, p0, p1, p2, p3,
     H: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FORMAT: tl.constexpr,
     STRIPED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -120,11 +120,13 @@ def _embed(
     else:
         x = large(buffer, p0, p1, p2, p3, b, i, mask, FORMAT)
     spot = place(col, H) if STRIPED else col
-    tl.store(out + t.to(tl.int64) * H + spot, x, mask=mask)
+    tl.store(out + t.to(tl.int64) * H + spot, x * scale, mask=mask)
 
 
-def embed(tokens: Tensor, matrix: tuple[Tensor, Matrix], out: Tensor, *, striped: bool, pdl: bool = False) -> None:
-    """Ids [T], int32 or int64, of the matrix [V, H] (uint8 in slot layout) → out [T, H] float32.
+def embed(
+    tokens: Tensor, matrix: tuple[Tensor, Matrix], out: Tensor, *, striped: bool, scale: float = 1.0, pdl: bool = False
+) -> None:
+    """Ids [T], int32 or int64, of the matrix [V, H] (uint8 in slot layout) → out [T, H] float32, times `scale`.
 
     striped: in the order of kernels.striped.
     """
@@ -133,6 +135,6 @@ def embed(tokens: Tensor, matrix: tuple[Tensor, Matrix], out: Tensor, *, striped
     assert out.numel() == tokens.numel() * form.cols
     planes = (*form.planes, 0, 0, 0)[:4]
     _embed[(tokens.numel(), triton.cdiv(form.cols, COLUMNS))](
-        tokens, buffer, out, *planes, H=form.cols, COLUMNS=COLUMNS, BLOCK=FORMATS[form.format].block,
+        tokens, buffer, out, scale, *planes, H=form.cols, COLUMNS=COLUMNS, BLOCK=FORMATS[form.format].block,
         FORMAT=form.format, STRIPED=striped, num_warps=4, **dependent(pdl),
     )  # fmt: skip

@@ -46,9 +46,10 @@ def _remember(log, k, experts, routed, rows, filled, status, words, w, WORDS: tl
         row = rows + (count % w).to(tl.int64) * words
         i, j = tl.arange(0, WORDS), tl.arange(0, ROUTED)
         tl.store(row + i, i * 0, mask=i < words)
-        record = tl.load(log + j, mask=j < routed, other=0) + j // k * experts
+        id = tl.load(log + j, mask=j < routed, other=-1)
+        record = tl.maximum(id, 0) + j // k * experts
         tl.debug_barrier()  # the row is empty, and all have read the count
-        tl.atomic_or(row + (record >> 5), (j * 0 + 1) << (record & 31), mask=j < routed)
+        tl.atomic_or(row + (record >> 5), (j * 0 + 1) << (record & 31), mask=id >= 0)
         tl.store(filled, count + 1)
 
 
@@ -111,7 +112,7 @@ def _foretell(
 
 
 def foretell(past: Past, log: Tensor, status: Tensor, *, k: int, experts: int) -> None:
-    """`log` [layers · k]: the ids of the token that has just been routed; then `foretold` is the next token's.
+    """`log` [layers · k]: the ids of the token that has just been routed, -1: none; then `foretold` is the next one's.
 
     While status [1] is not 0 there was none, and all stays as it is.
     """

@@ -57,7 +57,8 @@ def _plan_tiles(
     counts = tl.zeros((EP,), tl.int32)
     for start in range(0, pairs, B):
         at = start + tl.arange(0, B)
-        counts += tl.histogram(tl.load(ids + at, mask=at < pairs, other=0).to(tl.int32), EP, mask=at < pairs)
+        expert = tl.load(ids + at, mask=at < pairs, other=-1).to(tl.int32)
+        counts += tl.histogram(tl.maximum(expert, 0), EP, mask=expert >= 0)
     mine, first = tl.sum(tl.where(index == e, counts, 0), 0), tl.sum(tl.where(index < e, counts, 0), 0)
     blocks = (counts + M - 1) // M
     tile = tl.sum(tl.where(index < e, blocks, 0), 0)
@@ -78,7 +79,7 @@ def _plan_tiles(
 
 
 def plan_tiles(ids: Tensor, experts: int, dtype: torch.dtype, block: int | None = None) -> Tiles:
-    """ids int64 [T, k] → tiles, as many as there can be at most. Nothing is read on the host."""
+    """ids int64 [T, k], -1: none → tiles, as many as there can be at most. Nothing is read on the host."""
     pairs = ids.numel()
     block = block or block_of(pairs, experts, dtype)
     tiles = min(-(-pairs // block) + experts, pairs)
@@ -238,13 +239,17 @@ def _combine(out, weights, total, H: tl.constexpr, K: tl.constexpr, B: tl.conste
     mask = column < H
     value = tl.zeros((B,), tl.float32)
     for j in tl.static_range(K):
+        weight = tl.load(weights + t * K + j)
         row = tl.load(out + (t * K + j) * H + column, mask=mask, other=0.0)
-        value += tl.load(weights + t * K + j) * row.to(tl.float32)
+        value += tl.where(weight != 0, weight * row.to(tl.float32), 0.0)  # NaN may stand where there is no pair
     tl.store(total + t * H + column, value, mask=mask)
 
 
 def combine(out: Tensor, weights: Tensor) -> Tensor:
-    """Σ_j weights[t, j] · out[t · k + j], in float32 and in the order of j: out [T · k, H], weights [T, k] → [T, H]."""
+    """Σ_j weights[t, j] · out[t · k + j], in float32 and in the order of j: out [T · k, H], weights [T, k] → [T, H].
+
+    What stands at a weight of 0 may be anything.
+    """
     tokens, k = weights.shape
     h = out.shape[1]
     assert out.is_contiguous()

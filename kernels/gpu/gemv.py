@@ -216,16 +216,16 @@ def pair_of(pid, programs, slots, weights, ids, targets, missing, pairs, PP: tl.
         each = programs // pairs
         pair = tl.where(pid // each < pairs, pid // each, -1)
         at = tl.maximum(pair, 0)
-        expert = 0 if ids is None else tl.load(ids + at)
-        return pair, tl.load(slots + at), tl.load(weights + at), expert, each, pid % each
+        expert, slot = 0 if ids is None else tl.load(ids + at), tl.load(slots + at)
+        return tl.where(slot >= 0, pair, -1), slot, tl.load(weights + at), expert, each, pid % each
     else:
         j, c = tl.arange(0, PP), tl.arange(0, KP)
         there = j < pairs
-        slot, weight = tl.load(slots + j, mask=there, other=0), tl.load(weights + j, mask=there, other=0.0)
+        slot, weight = tl.load(slots + j, mask=there, other=-1), tl.load(weights + j, mask=there, other=0.0)
         expert = tl.zeros((PP,), tl.int32) if ids is None else tl.load(ids + j, mask=there, other=0)
         target = tl.load(targets + c, mask=c < LISTED, other=-1)
         absent = (target[None, :] == slot[:, None]) & (c < missing)[None, :]
-        chosen = (there & (tl.sum(absent.to(tl.int32), 1) == 0)).to(tl.int32)
+        chosen = ((slot >= 0) & (tl.sum(absent.to(tl.int32), 1) == 0)).to(tl.int32)
         each = programs // tl.maximum(tl.sum(chosen, 0), 1)
         mine = (chosen != 0) & (tl.cumsum(chosen, 0) - 1 == pid // each)
         pair = tl.sum(tl.where(mine, j + 1, 0), 0) - 1
@@ -356,8 +356,8 @@ def expert_gate_up(
     """weight · glu(gate x, up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P] float32,
     x [T, H] striped → out [P, F] striped. `bias` [E, 2F] float32, of gate beside up, of experts `ids` [P] int32.
 
-    Pair p is of token p // (P / T). With `copies`, for one token: its missing experts are brought into their slots
-    first, whole records, and multiplied as they come.
+    Pair p is of token p // (P / T); of one in slot -1 nothing is made, here or by expert_down. With `copies`,
+    for one token: its missing experts are brought into their slots first, whole records, and multiplied as they come.
     """
     assert x.is_contiguous() and out.is_contiguous() and records.stride(1) == 1
     assert copies is None or len(x) == 1
@@ -410,13 +410,14 @@ def _down(
     UNITS: tl.constexpr = INNER // WIDTH
     t, u = tl.program_id(1), tl.arange(0, U)
     pair, unit, there = t * K + u // UNITS, u % UNITS, u < K * UNITS
-    origin = tl.load(slots + pair, mask=there, other=0).to(tl.int64) * (stride // 4)
+    slot = tl.load(slots + pair, mask=there, other=-1).to(tl.int64)
+    origin, there = tl.maximum(slot, 0) * (stride // 4), slot >= 0
     first = tl.program_id(0) * each
     end = tl.minimum(first + each, H)
     rows = first + tl.arange(0, R)
     words = rows_of(records, origin, unit, there, rows, end, UNITS, FORMAT, P0, P1, P2, P3)
     j = tl.arange(0, KP)
-    chosen = None if bias is None else tl.load(ids + t * K + j, mask=j < K, other=0)
+    chosen = None if bias is None else tl.maximum(tl.load(ids + t * K + j, mask=j < K, other=0), 0)
     shares = None if bias is None else tl.load(weights + t * K + j, mask=j < K, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()

@@ -34,7 +34,7 @@ def normed_turned(
     """Heads first … first + ROWS of the ALL · D values at `base`: norm, clip, rotate → [ROWS, WIDE] float32.
 
     The first R columns are rotated; from R on cos is 1 and sin 0. Rows from `heads` on and columns from D on are 0.
-    NORM 0: none, 1: each head, 2: all together. cos, sin [WIDE].
+    NORM 0: none, 1: each head, 2: all together, 3: each head after it is rotated. cos, sin [WIDE].
     """
     row, d = first + tl.arange(0, ROWS), tl.arange(0, WIDE)
     inside = (row < heads)[:, None] & (d < D)[None, :]
@@ -51,7 +51,11 @@ def normed_turned(
         y = y * factor * tl.load(weight + row[:, None] * D + other[None, :], mask=inside, other=0.0).to(tl.float32)
     if CLIP:
         x, y = clipped(x, clip), clipped(y, clip)
-    return x * cos[None, :] + tl.where(d < R // 2, -1.0, 1.0)[None, :] * y * sin[None, :]
+    turned = x * cos[None, :] + tl.where(d < R // 2, -1.0, 1.0)[None, :] * y * sin[None, :]
+    if NORM == 3:
+        gain = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+        turned = turned * norm_factor(turned, D, eps)[:, None] * gain[None, :]
+    return turned
 
 
 @triton.jit
@@ -124,40 +128,46 @@ def write_rows(
 
 
 @triton.jit
-def _rms_norm(x, weight, out, eps, H: tl.constexpr, WIDE: tl.constexpr):
+def _rms_norm(x, weight, bias, out, eps, H: tl.constexpr, WIDE: tl.constexpr):
     """One row a program."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, WIDE)
     row = tl.load(x + t * H + h, mask=h < H, other=0.0).to(tl.float32)
+    if bias is not None:
+        row = tl.where(h < H, row - tl.sum(row, 0) / H, 0.0)
     row = row * tl.rsqrt(tl.sum(row * row, 0) / H + eps) * tl.load(weight + h, mask=h < H, other=0.0).to(tl.float32)
+    if bias is not None:
+        row += tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32)
     tl.store(out + t * H + h, row.to(out.dtype.element_ty), mask=h < H)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
-    """x [T, H] in any float type → out [T, H], rounded once to its type. Returns `out`."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, H] in any float type → out [T, H], rounded once to its type; with a bias LayerNorm. Returns `out`."""
     assert x.is_contiguous()
     assert out.is_contiguous()
     assert x.shape == out.shape
     wide = triton.next_power_of_2(x.shape[1])
-    _rms_norm[(len(x),)](x, weight, out, eps, x.shape[1], wide, num_warps=8 if wide > 2048 else 4)
+    _rms_norm[(len(x),)](x, weight, bias, out, eps, x.shape[1], wide, num_warps=8 if wide > 2048 else 4)
     return out
 
 
-def norm_kind(weight: Tensor | None, full: bool) -> int:
+def norm_kind(weight: Tensor | None, full: bool, after: bool) -> int:
     """NORM of `normed_turned`."""
-    return 0 if weight is None else 2 if full else 1
+    return 0 if weight is None else 2 if full else 3 if after else 1
 
 
 def norm_rope_write(
     qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rope_table: Tensor, *,
     heads: int, kv_heads: int, head_dim: int, q_norm: Tensor | None, k_norm: Tensor | None,
     clip: float | None, eps: float, scales: Tensor | None = None, out: Tensor | None = None, first: int = 0,
+    norm_after: bool = False,
 ) -> Tensor:  # fmt: skip
     """q, k, v of T tokens [T, (heads + 2 kv_heads) · D]: norm, clip, rotate; k and v go into the cache.
 
     keys, values [kv_heads, room, D] and, in int8, scales [2, kv_heads, room], of which the first is of position
     `first`, are written at `positions` [T].
-    The norms are as wide as their weights: [D] each head, [heads · D] all together. Returns q [T, heads, D] in `out`
+    The norms are as wide as their weights: [D] each head, [heads · D] all together; `norm_after`: of rotated heads.
+    Returns q [T, heads, D] in `out`
     or in qkv's type.
     """
     assert qkv.stride(1) == 1
@@ -176,6 +186,6 @@ def norm_rope_write(
         rope_table.shape[1], keys.shape[1], first, qkv.stride(0), clip or 0.0, eps,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, R=rope_table.shape[2],
         WIDE=triton.next_power_of_2(head_dim), ROWS=ROWS,
-        NORM=norm_kind(q_norm, full), CLIP=bool(clip), INT8=scales is not None, num_warps=4,
+        NORM=norm_kind(q_norm, full, norm_after), CLIP=bool(clip), INT8=scales is not None, num_warps=4,
     )  # fmt: skip
     return q

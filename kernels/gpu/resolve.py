@@ -183,11 +183,13 @@ def look(
 
 @triton.jit
 def resolve(
-    seen, rank, k, layer, first_record, slot_of, owner, arriving, fresh, a, b, clock,
+    seen, rank, chosen, k, layer, first_record, slot_of, owner, arriving, fresh, a, b, clock,
     slots, hit, miss_count, miss_records, miss_slots, counters, log, units,
-    EP: tl.constexpr, CP: tl.constexpr, KIND: tl.constexpr, PREFETCHED: tl.constexpr,
+    EP: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, PREFETCHED: tl.constexpr,
+    VARIES: tl.constexpr,
 ):  # fmt: skip
-    """One event. `seen` is what `look` saw; rank [EP]: an expert's place among the k asked for, k or more: none.
+    """One event. `seen` is what `look` saw; rank [EP]: an expert's place among the `chosen` ≤ k asked for, or more:
+    none. VARIES: places from `chosen` on have slot, hit and id -1.
 
     All are classified before any is admitted. Misses by ascending record take the candidates in turn that nobody asks
     for. Outputs are in the router's order, the miss list by ascending record.
@@ -195,7 +197,7 @@ def resolve(
     slot, state, value, candidate, old, unused, fetched, now, event, counts, running = seen
     e, c = tl.arange(0, EP), tl.arange(0, CP)
     record = first_record + e
-    asked = rank < k
+    asked = rank < chosen
     touched = asked & running
     missed = touched & (state == 0)
     here = asked & ((state == 1) | (state == 2))
@@ -223,6 +225,12 @@ def resolve(
         tl.store(arriving + fetched, fetched * 0, mask=(fetched >= 0) & running)
     tl.store(slots + rank, tl.maximum(new, 0), mask=asked)
     tl.store(hit + rank, here.to(tl.int32), mask=asked)
+    if VARIES:
+        j = tl.arange(0, KP)
+        empty = (j >= chosen) & (j < k)
+        tl.store(slots + j, j * 0 - 1, mask=empty)
+        tl.store(hit + j, j * 0 - 1, mask=empty)
+        tl.store(log + layer * k + j, j * 0 - 1, mask=empty & running)
     tl.store(miss_count, misses)
     tl.store(miss_records + miss_rank, record, mask=missed)
     tl.store(miss_slots + miss_rank, new, mask=missed)

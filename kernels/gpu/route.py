@@ -21,8 +21,8 @@ from offmoe.kernels.route import TINY, Rule
 
 PROGRAMS = 128  # at most
 RANKED = tl.constexpr(256)  # up to so many experts are ranked by comparing all with all, in one go
-SCORES = {"softmax": 0, "sigmoid": 1, "none": 2}
-SOFTMAX, SIGMOID = tl.constexpr(0), tl.constexpr(1)
+SCORES = {"softmax": 0, "mixer": 1, "sigmoid": 2, "none": 3}  # up to MIXER exponentials, which are to be summed
+SOFTMAX, MIXER, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LEAST = tl.constexpr(TINY)
 LAST = tl.constexpr(1 << 30)  # the place of an expert that nobody asks for
 
@@ -55,21 +55,30 @@ class Table:
 
 @triton.jit
 def router_logits(
-    x, weight, gain, offset, logits, normed, raw, eps, rows, H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr,
-    WRITE: tl.constexpr,
+    x, weight, gain, shift, offset, logits, normed, raw, eps, rows, H: tl.constexpr, WIDE: tl.constexpr,
+    EACH: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """Of the program's rows, weight [EACH, WIDE]; the first leaves the normed x behind, and x as it was."""
     i = tl.arange(0, WIDE)
     inside = i < H
     value = tl.load(x + i, mask=inside, other=0.0)
-    scale = tl.rsqrt(tl.sum(value * value, 0) / H + eps)
-    dot = tl.sum(weight.to(tl.float32) * (value * gain)[None, :], 1) * scale
+    y = value
+    if shift is not None:
+        y = tl.where(inside, value - tl.sum(value, 0) / H, 0.0)
+    scale = tl.rsqrt(tl.sum(y * y, 0) / H + eps)
+    y = y * gain
+    dot = tl.sum(weight.to(tl.float32) * y[None, :], 1) * scale
+    y = y * scale
+    if shift is not None:
+        bias = tl.load(shift + i, mask=inside, other=0.0)
+        dot += tl.sum(weight.to(tl.float32) * bias[None, :], 1)
+        y += bias
     row = tl.program_id(0) * EACH + tl.arange(0, EACH)
     if offset is not None:
         dot += tl.load(offset + row, mask=row < rows, other=0.0)
     tl.store(logits + row, dot, mask=row < rows)
     if WRITE and tl.program_id(0) == 0:
-        tl.store(normed + i, value * scale * gain, mask=inside)
+        tl.store(normed + i, y, mask=inside)
         if raw is not None:
             tl.store(raw + i, value, mask=inside)
 
@@ -102,7 +111,7 @@ def judged(
     """What experts are ranked by [EP], and their scores [EP]: of a softmax before it is divided by its sum."""
     e = tl.arange(0, EP)
     value = tl.load(logits + e, mask=e < experts, other=-float("inf"), cache_modifier=".cg")
-    if SCORES == SOFTMAX:
+    if SCORES <= MIXER:
         score = tl.exp(value - tl.max(value, 0))
         order = value
         if (bias is not None) or (GROUPS > KEPT):
@@ -118,6 +127,32 @@ def judged(
     if GROUPS > KEPT:
         order = in_groups(order, experts, EP, GROUPS, KEPT, BEST, GP)
     return order, score
+
+
+@triton.jit
+def enough(score, rank, top_p, K: tl.constexpr, EP: tl.constexpr, SCORES: tl.constexpr):
+    """How many of the first K by rank have scores that sum to top_p: up to the one that reaches it."""
+    if SCORES <= MIXER:
+        score = score / tl.sum(score, 0)
+    count, mass = 1, tl.sum(tl.where(rank == 0, score, 0.0), 0)
+    for j in tl.static_range(1, K):
+        count += tl.where(mass < top_p, 1, 0)
+        mass += tl.sum(tl.where(rank == j, score, 0.0), 0)
+    return count
+
+
+@triton.jit
+def mixed(logit, rank, experts, jitter, K: tl.constexpr, EP: tl.constexpr):
+    """Weights of the first K by rank, as kernels.route.mixed has them [EP]."""
+    there = tl.arange(0, EP) < experts
+    logit = tl.where(there, logit, 1.0)
+    weight = tl.zeros((EP,), tl.float32)
+    for j in tl.static_range(K):
+        top = tl.sum(tl.where(there & (rank == j), logit, 0.0), 0)
+        far = (top - logit) / tl.maximum(tl.abs(logit), top) > 2 * jitter
+        total = tl.sum(tl.where(there & (rank >= j) & ~far, tl.exp(logit - top), 0.0), 0)
+        weight = tl.where(rank == j, 1 / total, weight)
+    return weight
 
 
 @triton.jit
@@ -163,17 +198,26 @@ def places(ids, EP: tl.constexpr, KP: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["layer", "units"],
-    do_not_specialize_on_alignment=["candidate_row", "fetch_count", "fetch_slots", "norm", "router", "bias", "offset"],
+    do_not_specialize_on_alignment=[
+        "candidate_row",
+        "fetch_count",
+        "fetch_slots",
+        "norm",
+        "shift",
+        "router",
+        "bias",
+        "offset",
+    ],
 )
 def _route(
-    x, norm, router, offset, bias, logits, normed, raw, ticket, eps, experts, k: tl.constexpr, scale, layer, layers,
-    forced, forced_rows, step, ids, weights,
+    x, norm, shift, router, offset, bias, logits, normed, raw, ticket, eps, experts, k: tl.constexpr, top_p, scale,
+    jitter, layer, layers, forced, forced_rows, step, ids, weights,
     slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock, candidate_row,
     status, slots, hit, miss_count, miss_records, miss_slots, fetch_count, fetch_slots, counters, log, units,
     H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
     SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, GP: tl.constexpr,
-    RENORMALISE: tl.constexpr, SHARED: tl.constexpr, FORCED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-    KIND: tl.constexpr, USE: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
+    VARIES: tl.constexpr, RENORMALISE: tl.constexpr, SHARED: tl.constexpr, FORCED: tl.constexpr, C: tl.constexpr,
+    CP: tl.constexpr, KIND: tl.constexpr, USE: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = experts + SHARED
     weight, gain = router_weights(router, norm, rows, H, WIDE, EACH)
@@ -187,12 +231,19 @@ def _route(
     if FORCED:
         row = (tl.maximum(tl.load(step) - 1, 0) % forced_rows) * layers + layer
         given = tl.load(forced + row * k + j, mask=j < k, other=-1).to(tl.int32)
-    router_logits(x, weight, gain, offset, logits, normed, raw, eps, rows, H, WIDE, EACH, True)
+    router_logits(x, weight, gain, shift, offset, logits, normed, raw, eps, rows, H, WIDE, EACH, True)
     if last_arriver(ticket):
         order, score = judged(logits, bias, experts, EP, SCORES, GROUPS, KEPT, BEST, GP)
         rank = places(given, EP, KP) if FORCED else ranked(order, experts, k, EP)
-        asked = rank < k
-        if RENORMALISE:
+        chosen = k
+        if VARIES:
+            chosen = tl.sum((given >= 0).to(tl.int32), 0) if FORCED else enough(score, rank, top_p, k, EP, SCORES)
+            tl.store(ids + j, j * 0 - 1, mask=(j >= chosen) & (j < k))
+            tl.store(weights + j, j * 0.0, mask=(j >= chosen) & (j < k))
+        asked = rank < chosen
+        if SCORES == MIXER:
+            score = mixed(order, rank, experts, jitter, k, EP)
+        elif RENORMALISE:
             score = score / (tl.sum(tl.where(asked, score, 0.0), 0) + LEAST)
         elif SCORES == SOFTMAX:
             score = score / tl.sum(score, 0)
@@ -200,9 +251,9 @@ def _route(
         tl.store(weights + rank, score * scale, mask=asked)
         if SHARED:
             tl.store(weights + k, tl.sigmoid(tl.load(logits + experts, cache_modifier=".cg")))
-        resolve(seen, rank, k, layer, layer * experts, slot_of, owner, arriving, fresh, a, b, clock,
-                slots, hit, miss_count, miss_records, miss_slots, counters, log, units, EP, CP, KIND,
-                PREFETCHED)  # fmt: skip
+        resolve(seen, rank, chosen, k, layer, layer * experts, slot_of, owner, arriving, fresh, a, b, clock,
+                slots, hit, miss_count, miss_records, miss_slots, counters, log, units, EP, CP, KP, KIND,
+                PREFETCHED, VARIES)  # fmt: skip
 
 
 @triton.jit(
@@ -213,25 +264,28 @@ def _route(
         "fetch_records",
         "fetch_slots",
         "norm",
+        "shift",
         "router",
         "bias",
         "offset",
     ],
 )
 def _predict(
-    x, norm, router, offset, bias, logits, ticket, eps, experts, k: tl.constexpr, layer, layers, least, most,
+    x, norm, shift, router, offset, bias, logits, ticket, eps, experts, k: tl.constexpr, top_p, layer, layers, least,
+    most,
     emulated, emulated_rows, step, M: tl.constexpr,
     slot_of, owner, arriving, fresh, landed, candidate_row, held, held_count, status,
     fetch_count, fetch_records, fetch_slots, counters, units,
     H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
     SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, GP: tl.constexpr,
-    EMULATED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, HELD: tl.constexpr, PDL: tl.constexpr,
+    VARIES: tl.constexpr, EMULATED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, HELD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     weight, gain = router_weights(router, norm, experts, H, WIDE, EACH)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    router_logits(x, weight, gain, offset, logits, x, None, eps, experts, H, WIDE, EACH, False)
+    router_logits(x, weight, gain, shift, offset, logits, x, None, eps, experts, H, WIDE, EACH, False)
     if last_arriver(ticket):
         j = tl.arange(0, KP)
         if EMULATED:
@@ -240,12 +294,15 @@ def _predict(
             likely = ids >= 0
         else:
             order, score = judged(logits, bias, experts, EP, SCORES, GROUPS, KEPT, BEST, GP)
-            chosen = ranked(order, experts, k, EP)[:, None] == j[None, :]
+            rank = ranked(order, experts, k, EP)
+            chosen = rank[:, None] == j[None, :]
             ids = tl.sum(tl.where(chosen, tl.arange(0, EP)[:, None], 0), 0)
             p = tl.sum(tl.where(chosen, score[:, None], 0.0), 0)
-            if SCORES == SOFTMAX:
+            if SCORES <= MIXER:
                 p = p / tl.sum(score, 0)
             likely = (j < k) & (p >= least)
+            if VARIES:
+                likely &= j < enough(score, rank, top_p, k, EP, SCORES)
         prefetch(ids, likely, layer * experts, slot_of, owner, arriving, fresh, landed, candidate_row, held, held_count,
                  status, fetch_count, fetch_records, fetch_slots, counters, most, units, KP, C, CP, HELD)  # fmt: skip
 
@@ -258,15 +315,15 @@ def route(
     status: Tensor, counters: Tensor, log: Tensor, step: Tensor,
     units: int = 0, forced: Tensor | None = None,
     fetched: tuple[Tensor, Tensor] | None = None, raw: Tensor | None = None, bias: Tensor | None = None,
-    offset: Tensor | None = None, pdl: bool = False,
+    shift: Tensor | None = None, offset: Tensor | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
     """x [H] float32 → normed [H], ids, weights (float32), slots, hit [k], and the missing records with their slots.
 
     router [E, H] in a float type, with one row more for a gated shared expert: the sigmoid of its logit becomes
-    weights [k], and `logits` is as long as the router. `bias` [E] float32: of rule.biased. `offset`, as long as the
-    router, float32: added to the logits. hit: 1
+    weights [k], and `logits` is as long as the router. `bias` [E] float32: of rule.biased. `shift` [H] float32: the
+    norm is a LayerNorm with this bias. `offset`, as long as the router, float32: added to the logits. hit: 1
     where the record can be read at once; those that are missing must be paged in and those that are late waited for.
-    `forced` [steps, layers, k] int16: ids to take in place of the router's, the
+    `forced` [steps, layers, k] int16: ids to take in place of the router's (of a top-p -1: none), the
     row by `step` [1], which counts from 1. `fetched`: count [1] and slots of what `predict` fetched for this layer.
     `raw` [H]: x as it is. `units`: a record's bytes ÷ 16, for the counters. While status [1] is not 0 the table stays
     as it is, and nothing is missing.
@@ -277,8 +334,8 @@ def route(
     assert rule.biased == (bias is not None)
     assert offset is None or len(offset) == len(router)
     _route[(triton.cdiv(len(router), each(experts)),)](
-        x, norm, router, offset, bias, logits, normed, raw, ticket, eps, experts, rule.top_k, rule.scale, layer, layers,
-        forced, 1 if forced is None else forced.shape[0], step, ids, weights,
+        x, norm, shift, router, offset, bias, logits, normed, raw, ticket, eps, experts, rule.top_k, rule.top_p,
+        rule.scale, rule.jitter, layer, layers, forced, 1 if forced is None else forced.shape[0], step, ids, weights,
         table.slot_of, table.owner, table.arriving, table.fresh, table.landed, table.a, table.b,
         table.decay, table.decay.numel(), table.clock, candidate_row(table, layer),
         status, slots, hit, miss_count, miss_records, miss_slots, *(fetched or (None, None)), counters, log, units,
@@ -294,8 +351,8 @@ def predict(
     x: Tensor, norm: Tensor, eps: float, router: Tensor, table: Table, layer: int, *,
     layers: int, rule: Rule, least: float, most: int, logits: Tensor, ticket: Tensor, held: Tensor,
     fetch_count: Tensor, fetch_records: Tensor, fetch_slots: Tensor, status: Tensor, counters: Tensor, step: Tensor,
-    units: int = 0, emulated: Tensor | None = None, bias: Tensor | None = None, offset: Tensor | None = None,
-    pdl: bool = False,
+    units: int = 0, emulated: Tensor | None = None, bias: Tensor | None = None, shift: Tensor | None = None,
+    offset: Tensor | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
     """Gate-ahead: the norm and router of `layer` on the residual stream of an earlier one.
 
@@ -306,7 +363,8 @@ def predict(
     experts = table.slot_of.numel() // layers
     m = 1 if emulated is None else emulated.shape[2]
     _predict[(triton.cdiv(experts, each(experts)),)](
-        x, norm, router, offset, bias, logits, ticket, eps, experts, rule.top_k, layer, layers, least, most,
+        x, norm, shift, router, offset, bias, logits, ticket, eps, experts, rule.top_k, rule.top_p, layer, layers,
+        least, most,
         emulated, 1 if emulated is None else emulated.shape[0], step, m,
         table.slot_of, table.owner, table.arriving, table.fresh, table.landed, candidate_row(table, layer),
         held, held.numel(), status, fetch_count, fetch_records, fetch_slots, counters, units,
@@ -322,7 +380,8 @@ def each(experts: int) -> int:
 
 
 def steps(rule: Rule) -> dict[str, int]:
-    return {"SCORES": SCORES[rule.scores], "GROUPS": rule.groups, "KEPT": rule.kept, "BEST": rule.group_best,
+    return {"SCORES": SCORES[rule.scores], "VARIES": rule.top_p < 1,
+            "GROUPS": rule.groups, "KEPT": rule.kept, "BEST": rule.group_best,
             "GP": triton.next_power_of_2(rule.groups)}  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
+from offmoe.kernels.deltanet import Delta
 from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.mla import Latent
 from offmoe.kernels.rope import PLAIN, Scaling
@@ -45,7 +46,7 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     rotary: int  # values of a head that are rotated, the first
-    qk_norm: str  # none, head (over each head) or full (over all heads together)
+    qk_norm: str  # none, head (over each head), after (so, of rotated heads) or full (over all heads together)
     rule: Rule  # of the router
     clip_qkv: float | None
     tied: bool  # the output head is the embedding
@@ -55,7 +56,16 @@ class ModelConfig:
     shared_hidden: int = 0  # of all of them together
     shared_gated: bool = False  # times the sigmoid of a row of its own
     qkv_bias: bool = False
+    output_gated: bool = False  # each head's output times the sigmoid of a row for each of its values
+    delta: Delta | None = None  # of the layers without keys and values
+    delta_layers: tuple[int, ...] = ()
+    head_bias: bool = False
+    norm_bias: bool = False  # the norms of the residual stream are LayerNorms
     rope: Scaling = PLAIN
+    embed_scale: float = 1.0  # of what the embedding gives
+    residual_scale: float = 1.0  # of what a layer adds to the residual stream
+    attention_scale: float = 0.0  # of q · k; 0: 1 / √D
+    logit_divisor: float = 1.0
     windows: tuple[int, ...] = ()  # by layer: positions that attention sees, 0: all; nothing: all in every layer
     sinks: bool = False  # a logit a head that takes its share of attention and gives nothing
     o_bias: bool = False
@@ -71,20 +81,32 @@ class ModelConfig:
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """The roles whose matrices are multiplied with a layer's input, together."""
-        return ("q_a" if self.latent.q_rank else "q", "kv_a") if self.latent else ("q", "k", "v")
+        """The roles whose matrices are multiplied with the input of a layer with keys, together."""
+        if self.latent:
+            return ("q_a" if self.latent.q_rank else "q", "kv_a")
+        return ("q_gate", "q", "k", "v") if self.output_gated else ("q", "k", "v")
 
     @property
     def projected(self) -> int:
         """Rows of these matrices."""
         if self.latent:
             return (self.latent.q_rank or self.heads * self.head_dim) + self.latent.width
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
+        return (self.heads + 2 * self.kv_heads) * self.head_dim + self.gate_rows
 
     @property
     def score_scale(self) -> float:
         """What q · k is multiplied by."""
-        return float(self.head_dim**-0.5 * self.rope.scores)
+        return float((self.attention_scale or self.head_dim**-0.5) * self.rope.scores)
+
+    @property
+    def stream_scale(self) -> float:
+        """Of the embedding in the residual stream, which is kept divided by `residual_scale`: then layers add to it
+        as they are, and its norms are the same with `stream_eps`."""
+        return self.embed_scale / self.residual_scale
+
+    @property
+    def stream_eps(self) -> float:
+        return self.norm_eps / self.residual_scale**2
 
     @property
     def places(self) -> int:
@@ -94,6 +116,16 @@ class ModelConfig:
     def dense(self) -> tuple[int, ...]:
         """The layers without experts."""
         return tuple(layer for layer in range(self.layers) if layer not in self.routed)
+
+    @property
+    def gate_rows(self) -> int:
+        """Of the gate of all heads, which stands before q, k and v."""
+        return self.heads * self.head_dim if self.output_gated else 0
+
+    @property
+    def attended(self) -> tuple[int, ...]:
+        """The layers with keys and values."""
+        return tuple(layer for layer in range(self.layers) if layer not in self.delta_layers)
 
     def window(self, layer: int) -> int:
         """Positions that a token of `layer` sees, itself among them; 0: all before it."""
@@ -105,6 +137,7 @@ class ModelConfig:
 
 def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     """A Hugging Face `config.json`; what is not implemented is refused by field and value."""
+    raw = family.translated(raw)
     refuse_unimplemented(raw, family)
     heads, hidden, rope = count(raw, "num_attention_heads"), count(raw, "hidden_size"), rope_parameters(raw)
     head_dim = count(raw, "head_dim", default=hidden // heads)
@@ -126,7 +159,7 @@ def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
         expert_hidden=count(raw, "moe_intermediate_size", "intermediate_size"),
         ctx=positions(raw, scaling),
         norm_eps=number(raw, "rms_norm_eps", 1e-6),
-        rope_theta=number(rope, "rope_theta", 10_000.0),
+        rope_theta=number(rope, "rope_theta", family.rope_theta),
         rotary=int(head_dim * number(rope, "partial_rotary_factor", family.partial_rotary)),
         clip_qkv=number(raw, "clip_qkv", 0.0) or None,
         tied=flag(raw, "tie_word_embeddings", False),
@@ -210,7 +243,7 @@ def beyond_tensors(quantisation: Any) -> Any:
     """None where the tensors say all that there is to know: float8 in tiles, activations as they are."""
     said = quantisation if isinstance(quantisation, Mapping) else {}
     if (said.get("quant_method"), said.get("weight_block_size")) == ("fp8", [128, 128]):
-        return None if said.get("fmt", "e4m3") == "e4m3" else quantisation
+        return None if said.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn") else quantisation
     return quantisation
 
 
@@ -256,7 +289,17 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "routed_scaling_factor": key("expert_weights_scale"),
         "n_group": key("expert_group_count") or None,
         "topk_group": key("expert_group_used_count") or None,
+        "embedding_multiplier": key("embedding_scale"),
+        "residual_multiplier": key("residual_scale"),
+        "attention_multiplier": key("attention.scale"),
+        "logits_scaling": key("logit_scale"),
         "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "linear_conv_kernel_dim": key("ssm.conv_kernel"),
+        "linear_key_head_dim": key("ssm.state_size"),
+        "linear_num_key_heads": key("ssm.group_count"),
+        "linear_num_value_heads": key("ssm.time_step_rank"),
+        "linear_value_head_dim": shared_out(key("ssm.inner_size"), key("ssm.time_step_rank")),
+        "full_attention_interval": key("full_attention_interval"),
         "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
         "expert_gating_func": key("expert_gating_func"),
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -268,6 +311,12 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
             f"rotation of {config.rotary} values of a head of {config.head_dim}: this model cannot be run yet"
         )
     return config
+
+
+def shared_out(total: Any, among: Any) -> Any:
+    """How much each has; the total where that is no whole number."""
+    whole = type(total) is type(among) is int and among > 0 and total % among == 0
+    return total // among if whole else total
 
 
 def checked(config: ModelConfig) -> ModelConfig:
@@ -285,6 +334,8 @@ def checked(config: ModelConfig) -> ModelConfig:
             f"partial_rotary_factor asks for {config.rotary} of {config.head_dim} values of a head to be rotated: "
             "expected an even number above 0"
         )
+    if not min(config.embed_scale, config.residual_scale, config.logit_divisor) > 0:
+        raise OffmoeError("the config multiplies embedding, residual stream or logits by 0: expected a number above 0")
     check_groups(config.rule, config.experts)
     check_rope(config.rope, config.rotary, config.rope_theta)
     if config.experts > 65535:

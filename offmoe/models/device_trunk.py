@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from offmoe.kernels.deltanet import DeltaWeights
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.mla import HEADS_AT_ONCE, LATENT_EPS, Latent, expand
 from offmoe.kernels.norm_rope import rms_norm
@@ -26,7 +28,7 @@ from offmoe.kernels.striped import stripe, unstripe
 from offmoe.kvcache import KVCache
 from offmoe.models.latent import FLOATS, head_rows, positioned, rows_of, transposed
 from offmoe.models.model import Model
-from offmoe.models.trunk import uninterleaved
+from offmoe.models.trunk import delta_weights, projections, uninterleaved
 
 Part = tuple[Tensor, Matrix]  # bytes in slot layout, and what they are
 
@@ -67,7 +69,12 @@ class DeviceLayer:
     router_bias: Tensor | None  # [E]
     beside: Resident | None  # shared experts; where there is no router, the layer's only feed-forward part
     qkv_bias: Tensor | None  # [Q + 2K]
+    delta: DeltaWeights | None  # of a layer without keys; then qkv are the rows of Delta.projected and o is [H, values]
     o_bias: Tensor | None  # [H]
+    attn_norm_bias: Tensor | None  # [H], and striped ones
+    attn_norm_bias_striped: Tensor | None
+    ffn_norm_bias: Tensor | None
+    ffn_norm_bias_striped: Tensor | None
     sinks: Tensor | None  # [heads]
     router_offset: Tensor | None  # [E]
     latent: DeviceLatent | None
@@ -76,6 +83,7 @@ class DeviceLayer:
         values = [getattr(part, field.name) for part in (self, self.latent) if part for field in fields(part)]
         parts = [part[0] for value in values if isinstance(value, tuple) for part in value]
         parts += [self.beside.records] if self.beside else []
+        parts += self.delta.tensors() if self.delta else []
         return parts + [value for value in values if isinstance(value, Tensor)]
 
 
@@ -87,7 +95,13 @@ class DeviceTrunk:
         self.layers: list[DeviceLayer] = []
         self._model, self._device, self._dtype = model, device, dtype
         self.embedding = self._parts("embed")[0]  # [V, H]
-        self.final_norm = stripe(self._float("final_norm"))  # only the step and `logits` use it
+        # Only the step and `logits` use these.
+        self.final_norm = stripe(self._float("final_norm")) / self.config.logit_divisor
+        self.final_norm_bias = self.head_bias = None
+        if self.config.norm_bias:
+            self.final_norm_bias = stripe(self._float("final_norm_bias")) / self.config.logit_divisor
+        if self.config.head_bias:
+            self.head_bias = self._float("head_bias") / self.config.logit_divisor
         self.head = (self.embedding,) if self.config.tied else self._parts("head")
         self.rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device, self.config.rope)
         self._positions = torch.arange(ctx, device=device)
@@ -110,29 +124,37 @@ class DeviceTrunk:
         from offmoe.kernels.gpu.embed import embed
 
         out = torch.empty((len(tokens), self.config.hidden), device=self._device)
-        embed(tokens, self.embedding, out, striped=False)
+        embed(tokens, self.embedding, out, striped=False, scale=self.config.stream_scale)
         return out
 
     def attend(self, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
         """Attention of the residual stream x [T, H], writing its keys and values; returns what to add to x."""
         from offmoe.kernels.gpu.attention import prefill_attention
+        from offmoe.kernels.gpu.deltanet import delta_chunk
         from offmoe.kernels.gpu.norm_rope import norm_rope_write
 
         c, w = self.config, self.layers[layer]
-        qkv = self._product(rms_norm(x, w.attn_norm, c.norm_eps).to(self._dtype), w.qkv)
+        qkv = self._product(rms_norm(x, w.attn_norm, c.stream_eps, w.attn_norm_bias).to(self._dtype), w.qkv)
+        if w.delta:
+            states, index = kv.state_of(layer)
+            return self._product(states.mix(index, qkv, w.delta, start, delta_chunk), w.o)
         if w.qkv_bias is not None:
             qkv += w.qkv_bias
         positions = self._positions[start : start + len(x)]
         if w.latent:
             return self._product(self._attend_latents(w.latent, qkv, kv.latents(layer), positions, start), w.o)
         chunk = kv.open(layer, start, len(x))
-        q = norm_rope_write(qkv, chunk.keys, chunk.values, positions, self.rope, heads=c.heads, kv_heads=c.kv_heads,
-                            head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
-                            eps=c.norm_eps, scales=chunk.scales, first=chunk.first)  # fmt: skip
+        q = norm_rope_write(qkv[:, c.gate_rows :], chunk.keys, chunk.values, positions, self.rope, heads=c.heads,
+                            kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
+                            eps=c.norm_eps, scales=chunk.scales, first=chunk.first,
+                            norm_after=c.qk_norm == "after")  # fmt: skip
         kv.close(layer, chunk, start, len(x))
         mixed = prefill_attention(q, chunk.keys, chunk.values, start - chunk.first, chunk.scales,
-                                  window=c.window(layer), sinks=w.sinks)  # fmt: skip
-        out = self._product(mixed.flatten(1), w.o)
+                                  window=c.window(layer), sinks=w.sinks, scale=c.score_scale)  # fmt: skip
+        mixed = mixed.flatten(1)
+        if c.output_gated:
+            mixed = mixed * qkv[:, : c.gate_rows].sigmoid()
+        out = self._product(mixed, w.o)
         return out if w.o_bias is None else out + w.o_bias
 
     def _attend_latents(self, w: DeviceLatent, qkv: Tensor, cache: Tensor, positions: Tensor, start: int) -> Tensor:
@@ -164,7 +186,7 @@ class DeviceTrunk:
         """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
-        normed = rms_norm(x, w.ffn_norm, self.config.norm_eps)
+        normed = rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias)
         logits = stripe(normed) @ w.router[: self.config.experts].float().t()
         if w.router_offset is not None:
             logits += w.router_offset
@@ -185,15 +207,20 @@ class DeviceTrunk:
         """The whole feed-forward part of a layer without experts: what to add to x [T, H]."""
         w = self.layers[layer]
         assert w.beside is not None, f"layer {layer} has no experts"
-        return self._resident(rms_norm(x, w.ffn_norm, self.config.norm_eps).to(self._dtype), w.beside)
+        return self._resident(
+            rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias).to(self._dtype), w.beside
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, H] → [T, V] float32; T is small."""
-        from offmoe.kernels.gpu.gemv import dense
-
         out = torch.empty((len(x), self.config.vocab), device=self._device)
-        dense(stripe(x).contiguous(), self.head, out, norm=self.final_norm, eps=self.config.norm_eps)
+        self.logits_into(stripe(x).contiguous(), torch.empty_like(x), out)
         return out
+
+    def logits_into(self, x: Tensor, normed: Tensor, out: Tensor, pdl: bool = False) -> None:
+        """x [T, H] striped → out [T, V]; `normed` [T, H] is scratch."""
+        normed_dense(x, self.final_norm, self.final_norm_bias, self.config.stream_eps, normed, self.head, out,
+                     self.head_bias, pdl)  # fmt: skip
 
     def _resident(self, x: Tensor, part: Resident) -> Tensor:
         gate, up, down = ((part.records[0], form) for form in (part.layout.gate, part.layout.up, part.layout.down))
@@ -216,21 +243,27 @@ class DeviceTrunk:
 
     def _load_layer(self, layer: int) -> DeviceLayer:
         c, routed = self.config, layer in self.config.routed
-        normed = c.qk_norm != "none"
+        linear = layer in c.delta_layers
+        normed = c.qk_norm != "none" and not linear
         beside = "dense" if not routed else "shared" if c.shared else None
         return DeviceLayer(
             attn_norm=(attn_norm := self._float("attn_norm", layer)),
             attn_norm_striped=stripe(attn_norm),
-            qkv=self._parts(*c.projections, layer=layer),
+            qkv=self._parts(*projections(c, layer), layer=layer),
             q_norm=self._float("q_norm", layer) if normed else None,
             k_norm=self._float("k_norm", layer) if normed else None,
-            o=self._parts("o", layer=layer),
+            o=self._parts("delta_o" if linear else "o", layer=layer),
             ffn_norm=(ffn_norm := self._float("ffn_norm", layer)),
             ffn_norm_striped=stripe(ffn_norm),
             router=self._router(layer) if routed else None,
             router_bias=self._float("router_bias", layer) if routed and c.rule.biased else None,
             beside=self._feed_forward(beside, layer) if beside else None,
+            attn_norm_bias=(attn_bias := self._float("attn_norm_bias", layer) if c.norm_bias else None),
+            attn_norm_bias_striped=None if attn_bias is None else stripe(attn_bias),
+            ffn_norm_bias=(ffn_bias := self._float("ffn_norm_bias", layer) if c.norm_bias else None),
+            ffn_norm_bias_striped=None if ffn_bias is None else stripe(ffn_bias),
             qkv_bias=torch.cat([self._float(f"{role}_bias", layer) for role in "qkv"]) if c.qkv_bias else None,
+            delta=delta_weights(self._model, partial(self._float, layer=layer)) if linear else None,
             o_bias=self._float("o_bias", layer) if c.o_bias else None,
             sinks=self._float("sinks", layer) if c.sinks else None,
             router_offset=self._float("router_offset", layer) if routed and c.router_offset else None,
@@ -273,10 +306,10 @@ class DeviceTrunk:
 
     def _float(self, role: str, layer: int = 0, keep: bool = False) -> Tensor:
         """In float32, or (`keep`) in the float type of the file."""
-        info = self._model.find(role, layer)
-        assert info is not None, f"{role} was there when the model was opened"
+        info, meant = self._model.stored(role, layer)[0], self._model.meant(role)
         dtype = FLOATS.get(info.format, torch.float32) if keep else torch.float32
-        return self._model.checkpoint.tensor(info.name, dtype).to(self._device)
+        values = self._model.checkpoint.tensor(info.name, dtype)
+        return (meant(values) if meant else values).to(self._device)
 
     def _parts(self, *roles: str, layer: int = 0) -> tuple[Part, ...]:
         """The matrices of these roles, one over another, as they lie in the file but for their planes."""
@@ -295,20 +328,37 @@ class DeviceTrunk:
         c = self.config
         if role == "q_b" and c.latent:
             return c.latent.q_rank
+        if role == "delta_o" and c.delta:
+            return c.delta.values
         return c.heads * c.value_dim if role == "o" else c.hidden
 
     def _raw(self, role: str, layer: int) -> tuple[str, Tensor]:
         """Format and bytes [rows, row bytes] of one matrix; rotated pairs put into halves."""
-        info = self._model.find(role, layer)
-        assert info is not None, f"{role} was there when the model was opened"
+        info, some = self._model.stored(role, layer)
         if FORMATS[info.format].tile:  # rows that share scales cannot be moved: in bfloat16, which holds its 4 bits
             values = self._model.checkpoint.tensor(info.name, torch.bfloat16)
             info = replace(info, format="BF16")
             raw = values.view(torch.uint8).view(math.prod(info.shape[:-1]), -1)
         else:
             raw = self._model.checkpoint.read(info.name).view(math.prod(info.shape[:-1]), -1)
-        if role in ("q", "k") and self._model.checkpoint.kind == "gguf" and self._model.family.interleaved_gguf:
+        raw = raw if some is None else raw[some]
+        if role in ("q", "k") and self._model.interleaved:
             raw = uninterleaved(raw, self.config.heads if role == "q" else self.config.kv_heads)
         if (rows := rows_of(role, self.config, striped=True)) is not None:
             raw = raw[rows]
         return info.format, raw
+
+
+def normed_dense(
+    x: Tensor, norm: Tensor, shift: Tensor | None, eps: float, normed: Tensor, parts: Sequence[Part], out: Tensor,
+    bias: Tensor | None, pdl: bool,
+) -> None:  # fmt: skip
+    """kernels.gpu.gemv.dense of x [T, H] behind its norm, which is a launch of its own where it is a LayerNorm."""
+    from offmoe.kernels.gpu.gemv import dense
+    from offmoe.kernels.gpu.norm_rope import rms_norm as norm_into
+
+    if shift is None:
+        dense(x, parts, out, norm=norm, eps=eps, bias=bias, pdl=pdl)
+    else:
+        norm_into(x, norm, eps, normed, shift)
+        dense(normed, parts, out, bias=bias, pdl=pdl)

@@ -3,6 +3,13 @@
 from offmoe.models.family import HF_NAMES, Family
 
 BLOCK = "model.layers.{l}.block_sparse_moe"
+MIXTRAL_NAMES = {
+    **HF_NAMES,
+    "router": (BLOCK + ".gate.weight", *HF_NAMES["router"]),
+    "gate": (BLOCK + ".experts.{e}.w1.weight",),
+    "up": (BLOCK + ".experts.{e}.w3.weight",),
+    "down": (BLOCK + ".experts.{e}.w2.weight", "model.layers.{l}.mlp.experts.down_proj"),
+}
 
 FAMILY = Family(
     model_type="mixtral",
@@ -10,12 +17,6 @@ FAMILY = Family(
     published="Mixtral-8x7B",
     qk_norm="none",
     renormalise=True,
-    names={
-        **HF_NAMES,
-        "router": (BLOCK + ".gate.weight", *HF_NAMES["router"]),
-        "gate": (BLOCK + ".experts.{e}.w1.weight",),
-        "up": (BLOCK + ".experts.{e}.w3.weight",),
-        "down": (BLOCK + ".experts.{e}.w2.weight", "model.layers.{l}.mlp.experts.down_proj"),
-    },
+    names=MIXTRAL_NAMES,
     interleaved_gguf=True,
 )

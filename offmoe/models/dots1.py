@@ -1,0 +1,38 @@
+"""dots.llm1: sigmoid router with a correction bias, shared experts, first layers dense, q and k normed per head."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from offmoe.kernels.route import Rule
+from offmoe.models.config import balanced_by_bias, count, first_dense, number
+from offmoe.models.family import Family
+
+
+def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
+    shared = int(number(raw, "n_shared_experts", 0))
+    return {
+        **first_dense(raw, layers),
+        "rule": balanced_by_bias(raw, rule),
+        "shared": shared,
+        "shared_hidden": shared * count(raw, "moe_intermediate_size"),
+    }
+
+
+FAMILY = Family(
+    model_type="dots1",
+    arch="dots1",
+    published="dots.llm1",
+    qk_norm="head",
+    renormalise=False,
+    fields=fields,
+    implemented={
+        "sliding_window": (),  # kept in configs whose layers are all of full attention
+        "n_shared_experts": (),
+        "first_k_dense_replace": (),
+        "routed_scaling_factor": (),
+        "n_group": (),
+        "expert_gating_func": (2,),
+        "scoring_func": ("sigmoid", "noaux_tc", None),
+        "topk_method": ("noaux_tc", None),
+    },
+)

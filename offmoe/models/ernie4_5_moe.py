@@ -1,0 +1,64 @@
+"""ERNIE 4.5 (21B-A3B, 300B-A47B): softmax router with a correction bias, shared experts, first layers dense; pairs that
+are rotated together lie side by side."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from offmoe.kernels.route import Rule
+from offmoe.models.config import ModelConfig, count, first_dense, number
+from offmoe.models.family import HF_NAMES, Family
+
+BIAS = "e_score_correction_bias"
+BLOCK = "model.layers.{l}.mlp"
+OURS = {
+    "num_experts": "moe_num_experts",
+    "num_experts_per_tok": "moe_k",
+    "n_shared_experts": "moe_num_shared_experts",
+    "first_k_dense_replace": "moe_layer_start_index",
+}
+
+
+def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
+    last = raw.get("moe_layer_end_index")
+    last = None if last in (-1, count(raw, "num_hidden_layers") - 1) else last
+    return {**raw, "moe_layer_end_index": last, **{o: raw[theirs] for o, theirs in OURS.items() if theirs in raw}}
+
+
+def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
+    shared = int(number(raw, "n_shared_experts", 0))
+    return {
+        **first_dense(raw, layers),
+        "rule": replace(rule, biased=True),
+        "shared": shared,
+        "shared_hidden": shared * count(raw, "moe_intermediate_size"),
+    }
+
+
+def gguf_keys(config: ModelConfig) -> dict[str, Any]:
+    return {"interleave_moe_layer_step": 1, "expert_shared_feed_forward_length": config.shared_hidden}
+
+
+FAMILY = Family(
+    model_type="ernie4_5_moe",
+    arch="ernie4_5-moe",
+    published="ERNIE-4.5-21B-A3B",
+    qk_norm="none",
+    renormalise=True,
+    names={**HF_NAMES, "router_bias": (f"{BLOCK}.moe_statics.{BIAS}", f"{BLOCK}.gate.moe_statics.{BIAS}")},
+    rope_theta=500_000.0,
+    interleaved=True,
+    translated=translated,
+    gguf_keys=gguf_keys,
+    fields=fields,
+    implemented={
+        "n_shared_experts": (),
+        "shared_expert_intermediate_size": (),  # a GGUF says both
+        "first_k_dense_replace": (),
+        "use_bias": (False, None),
+        "moe_layer_interval": (1, None),
+        "moe_layer_end_index": (None,),
+        "moe_norm_min": (1e-12, None),
+        "use_correction_bias": (True, None),
+    },
+)
