@@ -32,7 +32,7 @@ from offmoe.kernels.gpu.page_in import (
 from offmoe.kernels.gpu.striped import place
 from offmoe.kernels.planes import SlotLayout
 
-HEAVY = {"Q5_0", "Q5_K", "Q6_K", "Q8_0", "F8_E4M3"}  # gate and up take 158 to 168 registers
+HEAVY = {"Q5_0", "Q5_K", "Q6_K", "Q8_0", "F8_E4M3", "F8_E4M3_BF16"}  # gate and up take 158 to 168 registers
 
 
 @triton.jit
