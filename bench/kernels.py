@@ -24,7 +24,7 @@ from torch import Tensor
 from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
 from offmoe.device_table import device_table
-from offmoe.kernels.gpu import gemv
+from offmoe.kernels.gpu import gemv, mla
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
 from offmoe.kernels.gpu.foretell import foretell
 from offmoe.kernels.gpu.gemv import dense, expert_down, expert_gate_up
@@ -32,6 +32,7 @@ from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import Table, route
+from offmoe.kernels.mla import Latent
 from offmoe.kernels.planes import PLANES, SlotLayout, matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.ring import COUNTED
@@ -46,7 +47,12 @@ DENSE = {"qkv": (5120, H, "Q4_K"), "o": (H, HEADS * DIM, "Q4_K"), "head": (VOCAB
 # F of records of 0.9, 2.65 and 9 MB.
 COPIED = {"Q4_K": (256, 768, 2560), "Q8_0": (160, 416, 1376)}
 MISSES = (1, 4)
-PARTS = (*PLANES, "dense", "pages", "rest")
+# Heads and widths of latent attention, its absorbed halves in Q8_0.
+LATENTS = {
+    "DeepSeek-V2-Lite": (16, Latent(0, 512, 128, 64, 128)),
+    "GLM-4.7-Flash": (20, Latent(768, 512, 192, 64, 256)),
+}
+PARTS = (*PLANES, "dense", "pages", "latents", "rest")
 
 
 class Bench:
@@ -220,6 +226,29 @@ def attentions(b: Bench, context: int, keys: Tensor, values: Tensor) -> None:
     ), range(len(keys)))  # fmt: skip
 
 
+def latents(b: Bench, name: str, context: int) -> None:
+    """The three launches together; every one of a replay has weights and a cache of its own."""
+    (heads, z), count = LATENTS[name], 2 if b.warm else LAUNCHES
+    forms = [matrix("Q8_0", rows, cols) for rows, cols in ((heads * z.kv_rank, z.plain), (heads * z.value, z.kv_rank))]
+    parts = [[(torch.zeros(form.nbytes, dtype=torch.uint8, device=b.device), form) for form in forms]
+             for _ in range(count)]  # fmt: skip
+    cache = torch.randn((count, CTX, z.width), device=b.device, dtype=torch.bfloat16)
+    splits = mla.pick_splits(CTX, heads, gemv.multiprocessors(b.device))[0]
+    query, fresh, norm, mixed = (
+        b.floats(heads * z.key),
+        b.floats(z.width),
+        b.floats(z.kv_rank),
+        b.floats(heads * z.value),
+    )
+    absorbed, partial = b.floats(heads * z.kv_rank), b.floats(mla.partial_size(heads, z, splits, b.device))
+    position, rope = b.ints(1) + context - 1, rope_table(CTX, z.turned, 1e6, b.device)
+    nbytes = 2 * z.width * context + sum(form.nbytes for form in forms)
+    b.measure("latent attention", f"{name}, context {context}", nbytes, lambda i: mla.decode_latents(
+        query, fresh, cache[i], position, rope, norm, *parts[i], mixed, absorbed, partial, heads=heads, latent=z,
+        scale=z.key**-0.5, splits=splits, pdl=b.pdl,
+    ), range(count))  # fmt: skip
+
+
 def run(b: Bench, part: str) -> None:
     if part == "pages":
         pinned = torch.empty((64 << 20) if b.warm else PINNED, dtype=torch.uint8, pin_memory=True)
@@ -229,6 +258,10 @@ def run(b: Bench, part: str) -> None:
     elif part == "dense":
         for name in DENSE:
             dense_product(b, name)
+    elif part == "latents":
+        for name in LATENTS:
+            for context in (128, 1024, 8192, CTX):
+                latents(b, name, context)
     elif part == "rest":
         listing(b, "global")
         routes(b, listing(b, "layer"))

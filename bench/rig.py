@@ -111,11 +111,12 @@ class Rig:
         return float(np.median(settled)) if len(settled) else float("nan")
 
     def vram_bytes(self, context: float) -> float:
-        """That a token reads: all of the trunk but the embedding (its row apart), its experts and the KV cache."""
+        """That a token reads: all of the trunk but the embedding (its row apart), its experts, the KV cache; and what
+        layers without keys read and write."""
         plan, embed = self.engine.plan, self.model.find("embed")
         assert embed is not None
         trunk = plan.trunk_bytes - (0 if self.model.config.tied else embed.range.nbytes)
-        return trunk + self.layers * self.k * self.record + plan.kv_bytes / plan.ctx * context
+        return trunk + self.layers * self.k * self.record + plan.kv_bytes / plan.ctx * context + 2 * plan.state_bytes
 
     def bandwidths(self) -> tuple[float, float]:
         """Of VRAM and of the link, bytes a second, measured once a process."""

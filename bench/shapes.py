@@ -19,7 +19,8 @@ import torch
 from offmoe.kernels.formats import FORMATS, dequantise
 
 # experts, dense, head: formats of the routed experts, of what is left, and of v and the output head. kv_rank: latent
-# attention, layer 0 dense and so wide as `first`, experts shared; gating 2: a sigmoid with a correction bias.
+# attention, layer 0 dense and so wide as `first`, experts shared; gating 2: a sigmoid with a correction bias. every:
+# that layer has attention with gated heads, the others a DeltaNet; the shared expert is gated.
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": {"arch": "qwen3moe", "layers": 48, "hidden": 2048, "heads": 32, "kv_heads": 4, "head_dim": 128,
                       "vocab": 151936, "experts": 128, "top_k": 8, "inner": 768, "format": "Q4_K", "dense": "Q4_K",
@@ -42,10 +43,14 @@ SHAPES: dict[str, dict[str, Any]] = {
                       "vocab": 154880, "experts": 64, "top_k": 4, "inner": 1536, "format": "Q4_K", "dense": "Q4_K",
                       "head": "Q6_K", "qk_norm": "none", "ctx": 202752, "theta": 1e6, "q_rank": 768, "kv_rank": 512,
                       "turned": 64, "value": 256, "first": 10240, "shared": 1, "gating": 2, "scale": 1.8},
+    "qwen3.6-35b-a3b": {"arch": "qwen35moe", "layers": 40, "hidden": 2048, "heads": 16, "kv_heads": 2, "head_dim": 256,
+                        "vocab": 248320, "experts": 256, "top_k": 8, "inner": 512, "format": "Q4_K", "dense": "Q4_K",
+                        "head": "Q6_K", "qk_norm": "head", "ctx": 262144, "theta": 1e7, "shared": 1, "rotary": 64,
+                        "every": 4, "key_heads": 16, "value_heads": 32, "key_dim": 128, "taps": 4},
 }  # fmt: skip
 
 Tensors = list[tuple[str, str, tuple[int, ...]]]  # name, format, shape
-FFN_NORM = {"gpt-oss": "post_attention_norm"}
+FFN_NORM = {"gpt-oss": "post_attention_norm", "qwen35moe": "post_attention_norm"}
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Where a block keeps its float16 scales, and what each is as a multiple of the first: minima centre the weights.
 SCALES: dict[str, dict[int, float]] = {
@@ -85,30 +90,39 @@ def tensors(s: dict[str, Any]) -> Tensors:
         ("output", s["head"], (s["vocab"], h)),
     ]
     for layer in range(s["layers"]):
-        part = [
-            ("attn_norm", "F32", (h,)),
-            (FFN_NORM.get(s["arch"], "ffn_norm"), "F32", (h,)),
-            *(latents(s) if "kv_rank" in s else heads(s)),
-        ]
+        linear = "every" in s and (layer + 1) % s["every"]
+        mixer = latents if "kv_rank" in s else deltanet if linear else heads
+        part = [("attn_norm", "F32", (h,)), (FFN_NORM.get(s["arch"], "ffn_norm"), "F32", (h,)), *mixer(s)]
         if layer == 0 and "first" in s:
             part += feed_forward("", dense, (), s["first"], h)
         else:
             part += [("ffn_gate_inp", "F32", (s["experts"], h))]
             part += feed_forward("_exps", fmt, (s["experts"],), s["inner"], h)
             part += feed_forward("_shexp", dense, (), s["shared"] * s["inner"], h) if "shared" in s else []
+            part += [("ffn_gate_inp_shexp", "F32", (h,))] if "every" in s else []
             part += [("exp_probs_b.bias", "F32", (s["experts"],))] if s.get("gating") == 2 else []
         if s["arch"] == "gpt-oss":
             part += biases(s)
         rows += [(f"blk.{layer}.{name}", *rest) for name, *rest in part]
-    return [(name if name.endswith("bias") else f"{name}.weight", fmt, shape) for name, fmt, shape in rows]
+    return [(name if name.endswith(("bias", "ssm_a")) else f"{name}.weight", fmt, shape) for name, fmt, shape in rows]
 
 
 def heads(s: dict[str, Any]) -> Tensors:
     q, kv, h = s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"], s["hidden"]
     norms = {"none": (), "head": (s["head_dim"], s["head_dim"]), "full": (q, kv)}[s["qk_norm"]]
-    part: Tensors = [("attn_q", s["dense"], (q, h)), ("attn_k", s["dense"], (kv, h)), ("attn_v", s["head"], (kv, h)),
-                     ("attn_output", s["dense"], (h, q))]  # fmt: skip
+    part: Tensors = [("attn_q", s["dense"], (2 * q if "every" in s else q, h)), ("attn_k", s["dense"], (kv, h)),
+                     ("attn_v", s["head"], (kv, h)), ("attn_output", s["dense"], (h, q))]  # fmt: skip
     return part + [(name, "F32", (n,)) for name, n in zip(("attn_q_norm", "attn_k_norm"), norms, strict=False)]
+
+
+def deltanet(s: dict[str, Any]) -> Tensors:
+    """What it forgets and how much it learns is kept in F32, as published files have it."""
+    n, h, dense = s["value_heads"], s["hidden"], s["dense"]
+    values = n * s["key_dim"]
+    channels = 2 * s["key_heads"] * s["key_dim"] + values
+    return [("attn_qkv", dense, (channels, h)), ("attn_gate", dense, (values, h)), ("ssm_beta", "F32", (n, h)),
+            ("ssm_alpha", "F32", (n, h)), ("ssm_conv1d", "F32", (channels, s["taps"])), ("ssm_dt.bias", "F32", (n,)),
+            ("ssm_a", "F32", (n,)), ("ssm_norm", "F32", (s["key_dim"],)), ("ssm_out", dense, (h, values))]  # fmt: skip
 
 
 def biases(s: dict[str, Any]) -> Tensors:
@@ -157,7 +171,8 @@ def write(name: str, path: Path, layers: int | None = None, seed: int = 0, **cha
             made[key] = np.ones(cols, np.float32).view(np.uint8) if norm else weights(rng, fmt, rows, cols)
         kind = gguf.GGMLQuantizationType(FORMATS[fmt].gguf_type)
         data = made[key].reshape(*dims[:-1], FORMATS[fmt].nbytes(1, cols))
-        writer.add_tensor(tensor, data.view(np.float32) if fmt == "F32" else data, raw_dtype=kind)
+        data = data.view(np.float32) if fmt == "F32" else data
+        writer.add_tensor(tensor, -data if tensor.endswith("ssm_a") else data, raw_dtype=kind)  # what is forgotten
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -175,7 +190,9 @@ def add_metadata(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
     else:
         writer.add_key_length(s["head_dim"])
         writer.add_value_length(s["head_dim"])
-        writer.add_rope_dimension_count(s["head_dim"])
+        writer.add_rope_dimension_count(s.get("rotary", s["head_dim"]))
+    if "every" in s:
+        add_deltanet(writer, s)
     writer.add_rope_freq_base(s["theta"])
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_feed_forward_length(s.get("first", s["inner"]))
@@ -189,6 +206,18 @@ def add_metadata(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(32.0)
         writer.add_rope_scaling_orig_ctx_len(4096)
+
+
+def add_deltanet(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
+    pairs = s["rotary"] // 2
+    writer.add_rope_dimension_sections([*((pairs + 2 - i) // 3 for i in range(3)), 0])
+    writer.add_ssm_conv_kernel(s["taps"])
+    writer.add_ssm_state_size(s["key_dim"])
+    writer.add_ssm_group_count(s["key_heads"])
+    writer.add_ssm_time_step_rank(s["value_heads"])
+    writer.add_ssm_inner_size(s["value_heads"] * s["key_dim"])
+    writer.add_full_attention_interval(s["every"])
+    writer.add_expert_shared_feed_forward_length(s["shared"] * s["inner"])
 
 
 def add_latents(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offmoe.answer import DIM, MODES, Answer
 from offmoe.conversation import Conversation
 from offmoe.errors import ContextFull, OffmoeError
 from offmoe.report import stats_line, stats_table
@@ -18,6 +19,7 @@ from offmoe.terminal import UI, interruptible, one_line
 
 if TYPE_CHECKING:
     from offmoe.engine import Engine
+    from offmoe.tokenizer import Message
 
 COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL)  # a message may begin with /usr/bin
 
@@ -29,13 +31,17 @@ class Leave(Exception):
 class Chat:
     """One conversation with `engine`, kept until /reset. `model`: where the answers' tokens are valid."""
 
-    def __init__(self, engine: Engine, ui: UI, model: str, sampling: Sampling, system: str | None = None) -> None:
+    def __init__(
+        self, engine: Engine, ui: UI, model: str, sampling: Sampling, system: str | None = None, reasoning: str = DIM
+    ) -> None:
         self.engine = engine
         self.ui = ui
         self.model = model
         self.sampling = sampling
         self.talk = Conversation(system)
         self.answers: list[Stats] = []
+        self.mode = reasoning  # how reasoning is shown
+        self.thoughts = ""  # the last answer's reasoning
 
     def loop(self) -> None:
         """Until the end of the input or /exit. In a pipe the first error ends it."""
@@ -90,17 +96,22 @@ class Chat:
 
     def stream(self) -> None:
         """Print the answer while it is made; Ctrl-C keeps what is there."""
-        text = ""
+        answer = Answer(self.ui, self.mode, " · /reasoning show" if self.ui.interactive else "")
         with interruptible(self.engine.cancel):
             for piece in self.engine.generate(self.talk.messages(), self.sampling):
-                text += piece.text
-                self.ui.write(piece.text)
-        self.ui.write("\n")
-        self.answered(text)
+                answer.take(piece)
+        answer.end()
+        self.answered(answer)
 
-    def answered(self, text: str) -> None:
-        tokens, stats = self.engine.answer_tokens, self.engine.stats()
-        self.talk.turns.append({"role": "assistant", "content": text, "tokens": list(tokens)})
+    def answered(self, answer: Answer) -> None:
+        turn: Message = {"role": "assistant", "content": answer.text}
+        if answer.reasoning:
+            turn["reasoning"] = answer.reasoning
+        if self.engine.answer_is_plain:
+            turn["tokens"] = list(self.engine.answer_tokens)
+        self.talk.turns.append(turn)
+        self.thoughts = answer.reasoning
+        stats = self.engine.stats()
         self.answers.append(stats)
         self.ui.note(stats_line(stats))
         if loading := self.engine.loading():
@@ -117,7 +128,7 @@ class Chat:
 
     def help(self, _: str) -> None:
         """what there is"""
-        lines = (f"{name:<8} {method.__doc__}" for name, method in COMMANDS.items())
+        lines = (f"{name:<10} {method.__doc__}" for name, method in COMMANDS.items())
         keys = "Ctrl-C stops an answer, Ctrl-D leaves, Alt-Enter begins a new line"
         self.ui.show("\n".join((*lines, keys)))
 
@@ -147,6 +158,18 @@ class Chat:
         shown = {name: field(name)} if name else vars(self.sampling)
         self.ui.note(", ".join(f"{name}={getattr(self.sampling, name)}" for name in shown))
 
+    def reasoning(self, mode: str) -> None:
+        """[dim|fold|hide|show] how reasoning is shown; show: that of the last answer"""
+        if mode == "show":
+            if not self.thoughts:
+                raise OffmoeError("the last answer has no reasoning")
+            self.ui.think(self.thoughts + "\n")
+            return
+        if mode and mode not in MODES:
+            raise OffmoeError(f"reasoning is {mode!r}: expected {', '.join(MODES)} or show")
+        self.mode = mode or self.mode
+        self.ui.note(f"reasoning: {self.mode}")
+
     def save(self, argument: str) -> None:
         """FILE write the conversation"""
         self.talk.save(file_argument(argument), self.model)
@@ -164,7 +187,7 @@ class Chat:
 COMMANDS: dict[str, Callable[[Chat, str], None]] = {
     f"/{method.__name__}": method
     for method in (
-        Chat.help, Chat.stats, Chat.reset, Chat.system, Chat.set, Chat.save, Chat.load, Chat.exit,
+        Chat.help, Chat.stats, Chat.reset, Chat.system, Chat.set, Chat.reasoning, Chat.save, Chat.load, Chat.exit,
     )
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import select
 import signal
@@ -20,6 +21,8 @@ WORKER = Path(__file__).with_name("template_worker.py")
 START_S = 30.0  # to import jinja2 on a loaded machine; a compilation is ended by the worker's own alarm
 RENDER_S = 2.0
 MAX_OUTPUT = 1 << 27  # bytes of one reply; the worker cuts far below
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of a message, in one family or the other
+READS_REASONING = re.compile(r"\.(reasoning_content|reasoning|thinking)\b|['\"](reasoning_content|reasoning)['\"]")
 
 
 class ChatTemplate:
@@ -29,6 +32,8 @@ class ChatTemplate:
         """`variables`: bos_token, eos_token and the like, as the template sees them."""
         self._setup = {"template": source, "variables": dict(variables)}
         self._worker: Worker | None = Worker(self._setup)
+        # Whether it looks for reasoning beside a message's content, if only to drop it.
+        self.reads_reasoning = READS_REASONING.search(source) is not None
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """The text of a conversation; OffmoeError with the template's own message when it refuses."""

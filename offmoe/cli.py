@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offmoe import __version__
+from offmoe.answer import Answer
 from offmoe.download import find_model
 from offmoe.errors import OffmoeError
 from offmoe.options import (
@@ -26,6 +27,7 @@ from offmoe.options import (
     placement_options,
     profile_option,
     raw_option,
+    reasoning_option,
     sampling_options,
     spare_existing,
     system_option,
@@ -33,7 +35,7 @@ from offmoe.options import (
 from offmoe.profile import use_profile
 from offmoe.report import section_tables
 from offmoe.settings import Sampling, Settings
-from offmoe.terminal import choose_ui, clean, console, decode, interruptible, one_line, progress_bar
+from offmoe.terminal import choose_output, choose_ui, clean, console, decode, interruptible, one_line, progress_bar
 
 if TYPE_CHECKING:
     from offmoe.engine import Engine
@@ -72,7 +74,8 @@ def cli(ctx: click.Context) -> None:
 @profile_option
 @sampling_options
 @system_option
-def chat(model: str, system: str | None, no_profile: bool, **chosen: Any) -> None:
+@reasoning_option
+def chat(model: str, system: str | None, reasoning: str, no_profile: bool, **chosen: Any) -> None:
     """Talk to MODEL, by default the demo; /help lists the commands."""
     settings, sampling = parse(chosen)
     path = find_model(model)
@@ -83,7 +86,7 @@ def chat(model: str, system: str | None, no_profile: bool, **chosen: Any) -> Non
     with load(path, settings) as engine:
         for line in (f"{model} · {engine.plan.summary()}", *filter(None, [told]), *engine.notes):
             ui.note(line)
-        Chat(engine, ui, str(path.resolve()), sampling, system).loop()
+        Chat(engine, ui, str(path.resolve()), sampling, system, reasoning).loop()
 
 
 @cli.command(cls=Command, examples=RUN)
@@ -93,10 +96,18 @@ def chat(model: str, system: str | None, no_profile: bool, **chosen: Any) -> Non
 @profile_option
 @sampling_options
 @system_option
+@reasoning_option
 @raw_option
 @json_option
 def run(
-    model: str, prompt: str | None, system: str | None, raw: bool, as_json: bool, no_profile: bool, **chosen: Any
+    model: str,
+    prompt: str | None,
+    system: str | None,
+    reasoning: str,
+    raw: bool,
+    as_json: bool,
+    no_profile: bool,
+    **chosen: Any,
 ) -> None:
     """One answer of MODEL to PROMPT, or to standard input."""
     if raw and system:
@@ -107,7 +118,7 @@ def run(
     if told:
         click.echo(clean(told), err=True)
     with load(path, settings) as engine:
-        answer(engine, as_prompt(engine, text, system, raw), sampling, as_json)
+        answer(engine, as_prompt(engine, text, system, raw), sampling, None if as_json else reasoning)
 
 
 @cli.command(cls=Command, examples=DOCTOR)
@@ -204,20 +215,17 @@ def as_prompt(engine: Engine, text: str, system: str | None, raw: bool) -> Any:
     return text
 
 
-def answer(engine: Engine, prompt: Any, sampling: Sampling, as_json: bool) -> None:
-    """Print the answer while it is made, or one object at its end."""
-    shown = clean if sys.stdout.isatty() else str
-    pieces = []
+def answer(engine: Engine, prompt: Any, sampling: Sampling, reasoning: str | None) -> None:
+    """Print the answer while it is made; reasoning None: one JSON object at its end."""
+    given = Answer(choose_output(), reasoning) if reasoning else Answer(None)
     with interruptible(engine.cancel):
         for piece in engine.generate(prompt, sampling):
-            pieces.append(piece.text)
-            if not as_json:
-                click.echo(shown(piece.text), nl=False)
+            given.take(piece)
+    given.end()
     stats = engine.stats()
-    if as_json:
-        show_json({"text": "".join(pieces), **stats.as_dict(), "tokens": engine.answer_tokens})
-    else:
-        click.echo()
+    if not reasoning:
+        told = {"text": given.text, "reasoning": given.reasoning}
+        show_json({**told, **stats.as_dict(), "tokens": engine.answer_tokens})
     if stats.finish_reason == "cancelled":
         raise KeyboardInterrupt
 

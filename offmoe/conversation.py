@@ -75,11 +75,13 @@ def parse(document: Any, vocab_size: int) -> Conversation:
 
 
 def check_turn(turn: Any, role: str, vocab_size: int) -> None:
-    if not isinstance(turn, dict) or turn.get("role") != role or set(turn) - {"role", "content", "tokens"}:
+    if not isinstance(turn, dict) or turn.get("role") != role or set(turn) - {"role", "content", "reasoning", "tokens"}:
         raise ValueError(f"expected a message of role {role}, found {str(turn)[:60]!r}")
-    if not isinstance(turn.get("content"), str):
-        raise ValueError("a message's content is no text")
-    turn["content"].encode("utf-8")  # UnicodeEncodeError, a ValueError, on half a surrogate pair
+    for name in ("content", "reasoning"):
+        text = turn.get(name, "" if name == "reasoning" else None)
+        if not isinstance(text, str):
+            raise ValueError(f"a message's {name} is no text")
+        text.encode("utf-8")  # UnicodeEncodeError, a ValueError, on half a surrogate pair
     tokens = turn.get("tokens", [])
     if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < vocab_size for token in tokens):
         raise ValueError(f"a message's tokens are no ids below {vocab_size}")

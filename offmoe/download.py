@@ -13,7 +13,7 @@ DEMO = Path(__file__).parent / "demo" / "smolmoe-demo-Q4_0.gguf"
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w./-]+))?")
 PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)")
 # Never *.bin, *.pt or *.py: pickles and code. Only the top level: folders hold second copies of the weights.
-SAFETENSORS_FILES = (".safetensors", ".json", ".jinja", "merges.txt")
+SAFETENSORS_FILES = (".safetensors", ".json", ".jinja", "merges.txt", ".tiktoken", "tiktoken.model")
 INDEX = "model.safetensors.index.json"
 
 

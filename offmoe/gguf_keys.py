@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from offmoe.errors import OffmoeError
 from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.rope import Scaling, yarn_mscale
-from offmoe.pretokenizers import pre_tokenizer_name
+from offmoe.pretokenizers import KINDS, pre_tokenizer_name
 from offmoe.tokenizer import BYTE_TOKEN
 from offmoe.vocab import BYTE, CONTROL, NAMES, UNKNOWN, USER_DEFINED, Vocab, read_vocab
 
@@ -175,7 +175,19 @@ def pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
 
 def byte_level(raw: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     merges = [f"{left} {right}" for left, right in pairs(model)]
-    return {"model": "gpt2", "pre": pre_tokenizer_name(raw), "merges": merges}
+    name, ignore_merges = pre_tokenizer_name(raw), bool(model.get("ignore_merges"))
+    keys = {"model": "gpt2", "pre": name, "merges": merges} | normalizer(raw)
+    # A key of ours, as the normaliser's is; llama.cpp merges such words, which makes the same token but for a few.
+    return keys | ({} if KINDS[name].ignore_merges == ignore_merges else {"ignore_merges": ignore_merges})
+
+
+def normalizer(raw: dict[str, Any]) -> dict[str, str]:
+    """A key of ours: llama.cpp knows no normaliser for these vocabularies and leaves text as it is."""
+    step = raw.get("normalizer") or {}
+    kinds = [step.get("type") for step in step.get("normalizers", [step]) if step]
+    if kinds and kinds != ["NFC"]:
+        raise OffmoeError(f"tokenizer.json normalises text by {kinds}: this has no GGUF name, so pack cannot write it")
+    return {"normalizer": "nfc"} if kinds else {}
 
 
 def sentencepiece(raw: dict[str, Any], model: dict[str, Any], tokens: list[str]) -> dict[str, Any]:

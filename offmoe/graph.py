@@ -95,7 +95,7 @@ class Decoder:
     def run(self, tokens: int) -> Steps:
         """So many greedy steps from where the KV cache stands, whatever they say; the cache keeps none of them."""
         rows: list[Row] = []
-        with self._answering(None, [], Sampling(temperature=0.0), frozenset(), tokens + 1):
+        with self._kv.untouched(), self._answering(None, [], Sampling(temperature=0.0), frozenset(), tokens + 1):
             launched = 0
             for _ in range(tokens + 1):
                 launched = self._launch_ahead(launched, len(rows), tokens)

@@ -9,6 +9,7 @@ from offmoe.links import disk_bandwidth, link_bandwidth, slot_bandwidth
 from offmoe.models.model import Model, Weights, count_weights
 from offmoe.plan import Plan, make_plan, plan_numbers
 from offmoe.settings import Settings, format_size
+from offmoe.states import STATES
 from offmoe.transfer import PAGE
 
 Rows = list[tuple[str, str]]
@@ -82,11 +83,14 @@ class ModelInfo:
         c, w, sizes = self.model.config, self.weights, {layout.nbytes for layout in self.model.layouts}
         dense = f" ({len(c.dense)} without experts)" if c.dense else ""
         record = " to ".join(format_size(size) for size in sorted({min(sizes), max(sizes)}))
+        kept = f"{c.kv_heads} key-value heads"
+        if c.latent:
+            kept = f"a latent of {c.latent.width} values a position"
         return [
             ("family", f"{c.model_type} ({self.model.checkpoint.kind})"),
             ("parameters", f"{billions(w.total)} in total, {billions(w.active)} active a token"),
             ("", f"{billions(w.active_without_embedding)} active without the input embedding"),
-            ("layers", f"{c.layers}{dense}, hidden {c.hidden}, {c.heads} heads, {c.kv_heads} key-value heads"),
+            ("layers", f"{c.layers}{dense}, hidden {c.hidden}, {c.heads} heads, {kept}"),
             ("experts", f"{c.experts} a layer, {c.top_k} routed a token, {c.shared or 'none'} shared"),
             ("routing", str(c.rule)),
             ("record", f"{record} ({'; '.join(self.formats())})"),
@@ -107,6 +111,7 @@ class ModelInfo:
     def _plan_rows(self) -> Rows:
         p = self.plan
         unpacked = f", {format_size(p.real_slot_bytes)} of memory once unpacked" if p.device.type == "cpu" else ""
+        states = f", and {format_size(STATES * p.state_bytes)} of states" if p.state_bytes else ""
         return [
             ("device", f"{p.device}, {str(p.dtype).removeprefix('torch.')}"),
             ("slots", f"{p.slots} of {p.records} records, charged {format_size(p.vram_bytes)}{unpacked}"),
@@ -118,7 +123,7 @@ class ModelInfo:
             ("tiers", p.tiers),
             ("policy", f"{p.policy}, scope {p.scope}"),
             ("other weights", f"{format_size(p.trunk_bytes)} in {str(p.dtype).removeprefix('torch.')}"),
-            ("context", f"{p.ctx} tokens, {format_size(p.kv_bytes)}"),
+            ("context", f"{p.ctx} tokens, {format_size(p.kv_bytes)}{states}"),
         ]
 
 

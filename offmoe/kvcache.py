@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from offmoe.memory import host_memory
 from offmoe.models.config import ModelConfig
+from offmoe.states import States
 
 BUCKET = 256  # attention reads whole buckets, so that shapes change rarely and never with a host's decision
 # Positions behind the window that its layers keep: a turn may leave out what the last answer thought, and steps are
@@ -18,7 +21,7 @@ SLACK = 1024
 
 
 class KVCache:
-    """Static buffers of every layer [kv_heads, room, head_dim], and the ids that they hold.
+    """Static buffers of every layer [kv_heads, room, head_dim] and the ids that they hold; `states` of those without.
 
     Position p lies at p % room: a layer that looks at a window has room for little more than that, others for the
     whole context. In int8 each head's key or value has a float32 scale a position, [2, kv_heads, room]. Of latent
@@ -30,6 +33,8 @@ class KVCache:
     ) -> None:
         self.ctx = ctx
         self.tokens: list[int] = []  # whose keys and values are written
+        self.states = States(config, device) if config.delta else None
+        self._states = {layer: index for index, layer in enumerate(config.delta_layers)}
         self._written = 0  # positions before it may have been written over what a window's layers kept
         self._windows = [config.window(layer) for layer in range(config.layers)]
         self._rooms = rooms(config, ctx)
@@ -42,6 +47,30 @@ class KVCache:
         self._keys = reserved()
         self._values = [keys[..., : z.kv_rank] for keys in self._keys] if z else reserved()
         self._scales = [zeros((2, config.kv_heads, room), device, torch.float32) for room in self._rooms if int8]
+
+    def state_of(self, layer: int) -> tuple[States, int]:
+        """Of a layer without keys, and its number among these."""
+        assert self.states, f"layer {layer} has keys and values"
+        return self.states, self._states[layer]
+
+    @contextmanager
+    def extending(self, ids: list[int]) -> Iterator[None]:
+        """Inside, all layers run `ids` behind the tokens held; they are held afterwards."""
+        if self.states:
+            self.states.begin(len(self.tokens), len(ids))
+        yield
+        self.tokens += ids
+        if self.states:
+            self.states.end(len(self.tokens))
+
+    def stepped(self, tokens: int) -> None:
+        """The device alone ran steps, up to so many tokens: more than are held, where not all were read."""
+        if self.states:
+            self.states.at = tokens
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Steps inside leave everything behind the tokens held as it is."""
+        return self.states.untouched() if self.states else nullcontext()
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [kv_heads, room, D] of a layer."""
@@ -104,7 +133,7 @@ class KVCache:
         self.tokens[:] = [0] * count
 
     def reuse(self, tokens: list[int]) -> int:
-        """Keep the longest common prefix with `tokens`; returns its length.
+        """Keep the longest common prefix with `tokens` that can be gone on from; returns its length.
 
         The last of `tokens` is always run again: its logits are needed. Where a layer no longer holds what the next
         token sees there, nothing is kept.
@@ -117,6 +146,8 @@ class KVCache:
         self.wrote(len(self.tokens))
         if any(max(0, same - window + 1) < self._written - room for window, room in self._rings()):
             same = 0
+        if self.states:
+            same = self.states.resume(same)
         del self.tokens[same:]
         if not same:
             self._written = 0
@@ -124,7 +155,7 @@ class KVCache:
 
     def _rings(self) -> set[tuple[int, int]]:
         """Window and room of the layers that do not hold the whole context."""
-        return {(w, room) for w, room in zip(self._windows, self._rooms, strict=True) if room < self.ctx}
+        return {(w, room) for w, room in zip(self._windows, self._rooms, strict=True) if 0 < room < self.ctx}
 
 
 @dataclass(frozen=True)
@@ -139,12 +170,14 @@ class Chunk:
 
 def rooms(config: ModelConfig, ctx: int) -> list[int]:
     """Positions that each layer keeps."""
-    return [min(ctx, window + SLACK) if window else ctx for window in map(config.window, range(config.layers))]
+    windows = map(config.window, range(config.layers))
+    whole = [min(ctx, window + SLACK) if window else ctx for window in windows]
+    return [0 if layer in config.delta_layers else room for layer, room in enumerate(whole)]
 
 
 def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Zeroed, for what is masked still enters a product; on the CPU pages are taken as the context grows."""
-    if device.type == "cpu":
+    if device.type == "cpu" and 0 not in shape:
         return host_memory(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
     return torch.zeros(shape, device=device, dtype=dtype)
 

@@ -53,7 +53,7 @@ class Meter:
         """A decoded token's; `used_record_bytes` are those of one record in the form that is computed with."""
         if not self.steps:
             return None
-        kv_bytes = self.context / self.steps * plan.kv_bytes / plan.ctx
+        kv_bytes = self.context / self.steps * plan.kv_bytes / plan.ctx + 2 * plan.state_bytes
         return TokenCost(
             vram_bytes=trunk_bytes + kv_bytes + self.decoded.routed / self.steps * used_record_bytes,
             pcie_bytes=self.decoded.pcie_bytes / self.steps,

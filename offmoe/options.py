@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from offmoe.answer import DIM, MODES
 from offmoe.errors import OffmoeError
 from offmoe.settings import Sampling, Settings
 
@@ -120,6 +121,13 @@ sampling_options: Decorator = together(
     answering("--greedy", is_flag=True, help="The same as --temperature 0."),
 )
 system_option: Decorator = option("Conversation", "--system", metavar="TEXT", help="The system prompt.")
+reasoning_option: Decorator = option(
+    "Conversation",
+    "--reasoning",
+    type=click.Choice(MODES),
+    default=DIM,
+    help="What the model thinks before it answers: dim, folded into a line, or hidden.",
+)
 raw_option: Decorator = option("Conversation", "--raw", is_flag=True, help="PROMPT as it is, without a template.")
 profile_option: Decorator = option(
     "Placement", "--no-profile", is_flag=True, help="Without what `offmoe tune` found for MODEL here."

@@ -22,12 +22,14 @@ from offmoe.errors import OffmoeError
 from offmoe.gguf_keys import model_keys, tokenizer_keys
 from offmoe.kernels.formats import FORMATS, Format
 from offmoe.kernels.mla import Latent
-from offmoe.models.family import GGUF_NAMES
+from offmoe.models.family import Values
+from offmoe.models.held import HELD, tiled
 from offmoe.models.model import Model, described, layers_of, trunk_shapes
 from offmoe.settings import format_size
 
 PIECE = 1 << 22  # weights read, quantised and written together: 16 MiB in float32
 EXPERT_ROLES = ("gate", "up", "down")
+SMALL = ("delta_b", "delta_a", "delta_ba", "delta_conv", "delta_dt", "delta_decay")  # and sensitive
 HALVES = ("k_b", "v_b")  # of kv_b
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q5_K": 16,
               "Q6_K": 18, "BF16": 32, "MXFP4": 38}  # fmt: skip  # general.file_type
@@ -61,20 +63,17 @@ class Run:
     info: TensorInfo
     first: int
     count: int
-    pick: Callable[[Tensor], Tensor] | None = None
+    pick: Values | None = None
 
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor of the GGUF, made of runs of rows; `heads`: its rows are permuted for interleaved rope. transposed: each
-    run is, which holds a head's matrix."""
+    """A tensor of the GGUF, made of runs of rows."""
 
     name: str
     shape: tuple[int, ...]
     wanted: Format
     runs: list[Run]
-    heads: int | None = None
-    transposed: bool = False
 
     @property
     def cols(self) -> int:
@@ -114,7 +113,9 @@ def pack(checkpoint: Checkpoint, out: Path, fmt: str, progress: Callable[[int, i
 def roles(model: Model) -> Iterator[tuple[str, int]]:
     """Every tensor of the GGUF as (role, layer), in the order of the file."""
     trunk = {role: layers_of(role, model.config) for role in trunk_shapes(model.config, split=True)}
-    per_layer = [role for role in trunk if "{l}" in GGUF_NAMES[role][0]]
+    names = model.family.gguf_names
+    trunk = {role if role in names else HELD[role]: layers for role, layers in trunk.items()}
+    per_layer = [role for role in trunk if "{l}" in names[role][0]]
     yield from ((role, 0) for role in trunk if role not in per_layer)
     for layer in range(model.config.layers):
         yield from ((role, layer) for role in per_layer if layer in trunk[role])
@@ -124,7 +125,7 @@ def roles(model: Model) -> Iterator[tuple[str, int]]:
 
 
 def intended(role: str, wanted: Format) -> Format:
-    if role.endswith(("router", "norm", "bias", "sinks", "offset")):
+    if role.endswith(("router", "norm", "bias", "sinks", "offset")) or role in SMALL:
         return FORMATS["F32"]
     return FORMATS["Q8_0"] if wanted.name == "MXFP4" and role not in EXPERT_ROLES else wanted
 
@@ -140,11 +141,27 @@ def output(model: Model, role: str, layer: int, wanted: Format) -> Output:
         return Output(name, (c.experts, c.expert_hidden), wanted, [run])
     if c.latent and role in HALVES:
         return half(model, c.latent, role, layer, Output(name, trunk_shapes(c, split=True)[role], wanted, []))
-    info = model.find(role, layer)
-    assert info is not None, f"{role} was there when the model was described"
-    heads = {"q": c.heads, "k": c.kv_heads}.get(role) if model.family.interleaved_gguf else None
+    whole = model.find(role, layer)
+    info, rows = (whole, None) if whole else model.stored(role, layer)
     shape = trunk_shapes(c).get(role, info.shape)
-    return Output(name, shape, wanted, [Run(info, 0, prod(shape[:-1]))], heads)
+    return Output(name, shape, wanted, [Run(info, 0, prod(info.shape[:-1]), turned(model, role, rows))])
+
+
+def turned(model: Model, role: str, rows: Tensor | None) -> Values | None:
+    """All that differs between a role's tensor here and in a GGUF, `rows` of it being meant."""
+    c, meant = model.config, model.meant(role)
+    heads = {"q": c.heads, "k": c.kv_heads}.get(role) if model.family.interleaved_gguf else None
+    tiles = model.family.tiled_gguf and role.startswith("delta")
+    if rows is None and not (meant or heads or tiles):
+        return None
+
+    def turn(weight: Tensor) -> Tensor:
+        weight = weight if rows is None else weight[rows]
+        weight = meant(weight) if meant else weight
+        weight = interleaved(weight, heads) if heads else weight
+        return tiled(weight, role, c) if tiles else weight
+
+    return turn
 
 
 def half(model: Model, z: Latent, role: str, layer: int, empty: Output) -> Output:
@@ -152,8 +169,13 @@ def half(model: Model, z: Latent, role: str, layer: int, empty: Output) -> Outpu
     info = model.find("kv_b", layer)
     assert info is not None, f"kv_b of layer {layer} was there when the model was described"
     first, count = (0, z.plain) if role == "k_b" else (z.plain, z.value)
-    runs = [Run(info, head * (z.plain + z.value) + first, count) for head in range(model.config.heads)]
-    return replace(empty, runs=runs, transposed=role == "k_b")
+    pick = transposed_rows if role == "k_b" else None
+    runs = [Run(info, head * (z.plain + z.value) + first, count, pick) for head in range(model.config.heads)]
+    return replace(empty, runs=runs)
+
+
+def transposed_rows(rows: Tensor) -> Tensor:
+    return rows.t()
 
 
 def expert_run(model: Model, role: str, layer: int, expert: int) -> Run:
@@ -236,12 +258,10 @@ def write_header(writer: gguf.GGUFWriter, outputs: list[Output], keys: dict[str,
 def pieces(model: Model, output: Output) -> Iterator[Tensor]:
     """The weights of a tensor as float32 [rows, cols], a bounded number at a time."""
     for run in output.runs:
-        step = run.count if output.heads or output.transposed or run.pick else max(1, PIECE // output.cols)
+        step = run.count if run.pick else max(1, PIECE // output.cols)
         for first in range(0, run.count, step):
             rows = model.checkpoint.rows(run.info, run.first + first, min(step, run.count - first))
-            rows = run.pick(rows).contiguous() if run.pick else rows
-            rows = rows.t().contiguous() if output.transposed else rows
-            yield interleaved(rows, output.heads) if output.heads else rows
+            yield run.pick(rows).contiguous() if run.pick else rows
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:

@@ -16,6 +16,7 @@ from offmoe.kernels.mla import HEADS_AT_ONCE
 from offmoe.kvcache import kv_nbytes
 from offmoe.models.model import Model, bias_weights, count_weights, trunk_weights
 from offmoe.settings import Budget, Settings, format_size
+from offmoe.states import STATES, segment_nbytes, state_nbytes
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DEFAULT_POLICY = "crf:h=16"
@@ -46,6 +47,7 @@ class Plan:
     real_slot_bytes: int  # of all slots; on the CPU device they hold unpacked records
     trunk_bytes: int
     kv_bytes: int
+    state_bytes: int  # of layers without keys: what a token reads and writes
     waste_bytes: int  # in slots that are larger than their record
     chunk: int  # tokens of a prompt that are run at once
     batch: int  # records that cross the link together while a prompt is run
@@ -101,6 +103,8 @@ def make_plan(model: Model, settings: Settings) -> Plan:
     on_cpu = device.type == "cpu"
     chunk = min(settings.chunk or (CHUNK if on_cpu else CHUNK_GPU), ctx)
     kv = kv_nbytes(model.config, ctx, dtype.itemsize, settings.kv == "int8")
+    state = state_nbytes(model.config)
+    context = kv + STATES * state
     if on_cpu:
         held = trunk_weights(model.config) + bias_weights(model.config)
         trunk, real, workspace = held * dtype.itemsize, model.record_weights * dtype.itemsize, 0
@@ -109,11 +113,11 @@ def make_plan(model: Model, settings: Settings) -> Plan:
         trunk, real = weights.trunk_bytes + weights.unpacked_bytes, model.slot_bytes
         workspace = workspace_nbytes(model, chunk, ctx, dtype.itemsize)
     free = free_memory(device)
-    slots = pick_slots(model, settings.vram, default_slots(model, free, trunk + kv + workspace, real))
+    slots = pick_slots(model, settings.vram, default_slots(model, free, trunk + context + workspace, real))
     scope = settings.scope or DEFAULT_SCOPE
     if scope == "layer":
         slots -= slots % model.config.places
-    left = free.ram - (trunk + kv + slots * real if device.type == "cpu" else 0)
+    left = free.ram - (trunk + context + slots * real if device.type == "cpu" else 0)
     plan = Plan(
         device=device,
         dtype=dtype,
@@ -127,6 +131,7 @@ def make_plan(model: Model, settings: Settings) -> Plan:
         real_slot_bytes=slots * real,
         trunk_bytes=trunk,
         kv_bytes=kv,
+        state_bytes=state,
         waste_bytes=wasted(model, slots),
         chunk=chunk,
         batch=batch_records(model),
@@ -160,11 +165,15 @@ def workspace_nbytes(model: Model, chunk: int, ctx: int, itemsize: int) -> int:
         a_token += 4 * c.kv_heads * c.head_dim * itemsize
     inner = max(c.dense_hidden, c.shared_hidden)
     a_token += 4 * inner * itemsize  # gate, up, its silu and their product
+    if c.delta:
+        a_token += (sum(c.delta.projected) + c.delta.values) * itemsize
+        heads = max(heads, sum(c.delta.projected))
     unpacked = max(heads, c.hidden, inner) * max(c.hidden, c.heads * c.head_dim) * itemsize
     if c.latent:  # keys and values of some heads, expanded and padded
         wide, some = max(c.latent.key, c.latent.value), min(c.heads, HEADS_AT_ONCE)
         unpacked += some * ctx * 4 * wide * itemsize
-    return chunk * a_token + unpacked + BATCHES * batch_records(model) * model.slot_bytes + 16 * c.vocab
+    segment = segment_nbytes(c.delta) if c.delta else 0
+    return chunk * a_token + segment + unpacked + BATCHES * batch_records(model) * model.slot_bytes + 16 * c.vocab
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -284,12 +293,13 @@ def wasted(model: Model, slots: int) -> int:
 
 
 def check_fits(plan: Plan, free: Free) -> None:
-    resident = plan.trunk_bytes + plan.kv_bytes + plan.real_slot_bytes + plan.workspace_bytes
+    context = plan.kv_bytes + STATES * plan.state_bytes
+    resident = plan.trunk_bytes + context + plan.real_slot_bytes + plan.workspace_bytes
     if free.vram is not None and resident > free.vram:
         smallest = plan.vram_bytes - (resident - free.vram)
         raise OffmoeError(
             f"the GPU has {format_size(free.vram)} free; the model's other weights need "
-            f"{format_size(plan.trunk_bytes)}, the context {format_size(plan.kv_bytes)}, a chunk of the prompt "
+            f"{format_size(plan.trunk_bytes)}, the context {format_size(context)}, a chunk of the prompt "
             f"{format_size(plan.workspace_bytes)} and the slots {format_size(plan.real_slot_bytes)}: "
             f"give at most --vram {max(smallest, 0)}, or a smaller --ctx"
         )
@@ -317,6 +327,7 @@ def plan_numbers(plan: Plan) -> dict[str, Any]:
         "chunk",
         "kv",
         "prefetch",
+        "state_bytes",
     )
     numbers = {name: getattr(plan, name) for name in (*names, "trunk_bytes", "kv_bytes", "waste_bytes", "tiers")}
     return {**numbers, "device": str(plan.device), "dtype": str(plan.dtype).removeprefix("torch.")}

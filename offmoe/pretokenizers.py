@@ -33,6 +33,8 @@ CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 HAN_HANGUL = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+HALVED_SPACES = "".join(rf"|\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4, "1,2")) + r"|\s{1}"
+SYMBOLS = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 
@@ -51,14 +53,27 @@ def cased_words(digits: str, contraction: str) -> str:
 
 
 def deepseek_v3() -> tuple[str, ...]:
-    symbols = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
     rest = r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*" + SPACES
-    return (r"\p{N}{1,3}", CJK, symbols + rest)
+    return (r"\p{N}{1,3}", CJK, SYMBOLS + rest)
+
+
+def kimi_k2() -> str:
+    """The o200k shape in which Chinese characters are words of their own, as in Kimi's tokenization_kimi.py."""
+    upper, lower = (rf"[{letters[1:-1]}&&[^\p{{Han}}]]" for letters in (UPPER, LOWER))
+    lead, tail = r"[^\r\n\p{L}\p{N}]?", CASELESS + "?"
+    words = rf"{lead}{upper}*{lower}+{tail}|{lead}{upper}+{lower}*{tail}"
+    return rf"[\p{{Han}}]+|{words}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*" + SPACES
 
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = words(r"\p{N}{1,3}")
 QWEN2 = words(r"\p{N}")
+LINES = r"[^\n]+|[\n]+"
+PIECES = r" ?[^(\s|.,!?…。，、।۔،)]+"
+ASIAN = (  # of AFMoE
+    "[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e40-\u0e7f"
+    "\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+"
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ class Kind:
     patterns: tuple[str, ...]
     ignore_merges: bool = False  # a piece that is in the vocabulary is one token, whatever the merges say
     add_bos: bool = False  # when the file does not say
+    byte_level: bool = True  # bytes as GPT-2's letters; else `▁` for spaces and tokens <0x00> to <0xFF>
 
 
 KINDS: dict[str, Kind] = {
@@ -97,6 +113,41 @@ KINDS: dict[str, Kind] = {
             r"|\s*[\r\n]|\s+(?!\S)|\s+",
         )
     ),
+    "kimi-k2": Kind((kimi_k2(),)),
+    "afmoe": Kind((r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", ASIAN, deepseek_v3()[-1])),
+    "tiny_aya": Kind((r"\d{1,3}(?=(?:\d{3})*\b)", cased_words(r"\p{N}{1,3}", CASELESS + "?"))),
+    "exaone-moe": Kind(
+        (
+            CASELESS + r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?"
+            r"|\s*[\r\n]|\s+(?!\S)|\s+",
+        )
+    ),
+    "youtu": Kind(
+        (
+            "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+            cased_words(r"\p{N}", CASELESS + "?"),
+        ),
+        ignore_merges=True,
+    ),
+    "spark2_5": Kind(
+        (
+            *deepseek_v3()[:2],
+            SYMBOLS + r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+|[\r\n]|\s+(?!\S)|\s+",
+            r"\p{N}",
+        )
+    ),
+    "seed-coder": Kind(
+        (CASELESS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+" + SPACES,),
+    ),
+    "ufakzeka": Kind((QWEN2.removeprefix(CASELESS + "|"),)),
+    "laguna": Kind((LINES, QWEN2)),
+    "minicpm5": Kind((r"\p{N}{1,3}", words(r"\p{N}+")), ignore_merges=True),
+    "jais-2": Kind((LLAMA3.removesuffix(r"|\s+(?!\S)|\s+") + HALVED_SPACES,)),
+    "superbpe": Kind((r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
+    "gemma4": Kind((LINES,), byte_level=False),
+    "sarvam-moe": Kind((LINES,), byte_level=False),
+    "bloom": Kind((PIECES,)),
+    "viking": Kind((PIECES, r"\p{N}")),
     "falcon": Kind((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]")),
     "default": Kind((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
 }
@@ -106,8 +157,10 @@ SAME_AS = {
     "qwen2": "stablelm2 deepseek-r1-qwen hunyuan solar-open grok-2 megrez kormo",
     "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
     "dbrx": "smaug-bpe chatglm-bpe",
-    "gpt-4o": "llama4 kanana2 minimax-m2",
-    "deepseek-v3": "hunyuan-dense joyai-llm",
+    "gpt-4o": "llama4 kanana2 minimax-m2 talkie",
+    "deepseek-v3": "hunyuan-dense joyai-llm hy_v4",
+    "tiny_aya": "cohere2moe",
+    "bloom": "poro-chat gpt3-finnish",
     "bailingmoe": "bailingmoe2 llada-moe",
 }
 KINDS |= {name: KINDS[kind] for kind, names in SAME_AS.items() for name in names.split()}
@@ -117,29 +170,33 @@ KINDS |= dict.fromkeys(("glm4", "glm5"), Kind((LLAMA3,), ignore_merges=True))
 def kind_of(name: str) -> Kind:
     """The kind called `name` in GGUF files; an unknown one is refused."""
     if name not in KINDS:
-        raise OffmoeError(f"the file's pre-tokenizer {name!r} is not supported: known are {', '.join(sorted(KINDS))}")
+        aliases = {alias for names in SAME_AS.values() for alias in names.split()}
+        known = ", ".join(sorted(KINDS.keys() - aliases))
+        raise OffmoeError(f"the file's pre-tokenizer {name!r} is not supported: known are {known} and their kin")
     return KINDS[name]
 
 
 def build(kind: Kind) -> pre_tokenizers.PreTokenizer:
-    """The pre-tokenizer that cuts as `kind` says, and then maps bytes to letters."""
+    """The pre-tokenizer that cuts as `kind` says, and then maps bytes to letters where the kind has them."""
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.patterns]
-    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    letters = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)] if kind.byte_level else []
+    return pre_tokenizers.Sequence([*cuts, *letters])
 
 
 def pre_tokenizer_name(tokenizer_json: dict[str, Any]) -> str:
-    """The GGUF name of the cut that a byte-level `tokenizer.json` makes; an unknown one is refused."""
+    """The GGUF name of the cut that a byte-level `tokenizer.json` makes; an unknown one is refused.
+
+    Of kinds that cut alike, one that ignores merges alike where there is one.
+    """
     cut = tokenizer_json.get("pre_tokenizer") or {}
     patterns = tuple(pattern for step in cut.get("pretokenizers", [cut]) for pattern in step_patterns(step))
     ignore_merges = bool((tokenizer_json.get("model") or {}).get("ignore_merges"))
     same = [name for name, kind in KINDS.items() if kind.patterns == patterns]
-    exact = [name for name in same if KINDS[name].ignore_merges == ignore_merges]
-    if not exact:
+    if not same:
         raise OffmoeError(
-            f"tokenizer.json cuts text by {patterns} with ignore_merges {ignore_merges}: "
-            "this has no GGUF name, so pack cannot write the tokenizer"
+            f"tokenizer.json cuts text by {patterns}: this has no GGUF name, so pack cannot write the tokenizer"
         )
-    return exact[0]
+    return next((name for name in same if KINDS[name].ignore_merges == ignore_merges), same[0])
 
 
 def step_patterns(step: dict[str, Any]) -> list[str]:

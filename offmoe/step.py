@@ -1,8 +1,8 @@
 """One decoded token as a sequence of launches: what the graph captures, and what tests run through the interpreter.
 
-A layer is six nodes: norm and qkv → attention → output → norm, router, top-k and residency → gate and up, in which
-some programs bring what is missing and multiply it as it comes → down, summed into x. Latent attention is three nodes,
-or four. Shared experts are two nodes more; a layer without experts has norm and these two.
+A layer is six nodes: norm and qkv → attention, or a DeltaNet's step → output → norm, router, top-k and residency →
+gate and up, in which some programs bring what is missing and multiply it as it comes → down, summed into x. Latent
+attention is three nodes, or four. Shared experts are two nodes more; a layer without experts has norm and these two.
 Nothing here allocates, waits or reads a tensor on the host.
 """
 
@@ -23,6 +23,7 @@ from offmoe.gate import Gate
 from offmoe.kernels.gpu import mla
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
+from offmoe.kernels.gpu.deltanet import delta_step
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.foretell import Past, foretell
 from offmoe.kernels.gpu.gemv import dense, expert_down, expert_gate_up
@@ -42,6 +43,7 @@ from offmoe.models.config import ModelConfig
 from offmoe.models.device_trunk import DeviceLatent, DeviceLayer, DeviceTrunk, normed_dense
 from offmoe.plan import Plan
 from offmoe.settings import Sampling
+from offmoe.states import NOWHERE
 from offmoe.streams import Lane, Mark
 from offmoe.vram import VramStore
 
@@ -74,8 +76,9 @@ class StepBuffers:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self.x, self.normed, self.raw = floats(1, c.hidden), floats(1, c.hidden), floats(c.hidden)
-        self.qkv = floats(1, c.projected)
-        self.mixed = floats(1, c.heads * c.value_dim)
+        d = c.delta
+        self.qkv = floats(1, max(c.projected, sum(d.projected) if d else 0))
+        self.mixed = floats(1, max(c.heads * c.value_dim, d.values if d else 0))
         if c.latent:
             self.query, self.absorbed = floats(1, c.heads * c.head_dim), floats(c.heads * c.latent.kv_rank)
             self.partial = floats(mla.partial_size(c.heads, c.latent, splits, device))
@@ -169,23 +172,34 @@ class DecodeStep:
 
     def _attend(self, layer: int) -> None:
         b, c, w = self.buffers, self.config, self.trunk.layers[layer]
-        normed_dense(b.x, w.attn_norm_striped, w.attn_norm_bias_striped, c.stream_eps, b.normed, w.qkv, b.qkv,
+        qkv, mixed = self._mixed(w)
+        normed_dense(b.x, w.attn_norm_striped, w.attn_norm_bias_striped, c.stream_eps, b.normed, w.qkv, qkv,
                      w.qkv_bias, self.pdl and layer > 0)  # fmt: skip
-        if w.latent:
+        if w.delta:
+            states, index = self.kv.state_of(layer)
+            delta_step(qkv[0], w.delta, states.memory[index], states.recent[index], b.position, b.status, mixed[0],
+                       ctx=self.plan.ctx, pdl=self.pdl)  # fmt: skip
+        elif w.latent:
             self._attend_latents(layer, w.latent)
         else:
             self._attend_heads(layer)
-        dense(b.mixed, w.o, b.x, bias=w.o_bias, residual=True, pdl=self.pdl)
+        dense(mixed, w.o, b.x, bias=w.o_bias, residual=True, pdl=self.pdl)
+
+    def _mixed(self, w: DeviceLayer) -> tuple[Tensor, Tensor]:
+        """As much of the buffers as the layer's two products have rows and columns."""
+        rows, cols = sum(form.rows for _, form in w.qkv), w.o[0][1].cols
+        return self.buffers.qkv[:, :rows], self.buffers.mixed[:, :cols]
 
     def _attend_heads(self, layer: int) -> None:
         b, c, w = self.buffers, self.config, self.trunk.layers[layer]
+        qkv, mixed = self._mixed(w)
         keys, values = self.kv.layer(layer)
         decode_attention(
-            b.qkv[0], keys, values, b.position, self.trunk.rope, b.mixed[0], b.partial, b.attention_tickets,
+            qkv[0, c.gate_rows :], keys, values, b.position, self.trunk.rope, mixed[0], b.partial, b.attention_tickets,
             heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
             norm_full=c.qk_norm == "full", norm_after=c.qk_norm == "after", clip=c.clip_qkv, eps=c.norm_eps,
             splits=self.splits, split_size=self.split_size, scales=self.kv.scales(layer), scale=c.score_scale,
-            window=c.window(layer), sinks=w.sinks, pdl=self.pdl,
+            window=c.window(layer), sinks=w.sinks, gate=qkv[0, : c.gate_rows] if c.output_gated else None, pdl=self.pdl,
         )  # fmt: skip
 
     def _attend_latents(self, layer: int, w: DeviceLatent) -> None:
@@ -356,6 +370,7 @@ class DecodeStep:
         The first `choose` advances token number and position without a step before it.
         """
         push(self.store.table, self.table, clock)
+        self.kv.stepped(NOWHERE)  # until `pull`
         b = self.buffers
         b.position.fill_(position - 1)
         b.status.zero_()
@@ -367,8 +382,10 @@ class DecodeStep:
     def pull(self) -> int:
         """Residency back to the host, once nothing runs any more; returns the number of the last token."""
         token = pull(self.store.table, self.table) - 1
-        self.kv.wrote(int(self.buffers.position))
-        if int(self.buffers.status) == ABORTED:
+        position, aborted = int(self.buffers.position), int(self.buffers.status) == ABORTED
+        self.kv.wrote(position)
+        self.kv.stepped(NOWHERE if aborted else position)
+        if aborted:
             lose(self.store.table, self.buffers.miss_records, self.buffers.miss_slots)
         return token
 
@@ -381,7 +398,8 @@ class DecodeStep:
 
     @contextmanager
     def idle(self) -> Iterator[None]:
-        """Launches inside change nothing, as if the answer were over and the context full: no key is written."""
+        """Launches inside change nothing, as if the answer were over and the context full: no key is written, no
+        state goes on."""
         b = self.buffers
         status, position = b.status.clone(), b.position.clone()
         b.status.fill_(DONE)

@@ -22,7 +22,23 @@ Progress = Callable[[str, int, int], None]  # what, done, of how many
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 without \t \n, DEL, C1: a model could move the cursor
 
 
-class UI(Protocol):
+class Output(Protocol):
+    """Where an answer goes."""
+
+    def write(self, text: str) -> None:
+        """A piece of an answer."""
+
+    def think(self, text: str) -> None:
+        """A piece of the reasoning before it."""
+
+    def status(self, text: str) -> None:
+        """What is going on, in place of the last status; "" takes it away."""
+
+    def note(self, text: str) -> None:
+        """A line about the answer or the machine, never part of the answer."""
+
+
+class UI(Output, Protocol):
     """The chat's other half: what it asks of a person and shows to them."""
 
     interactive: bool  # a person is there: ask them, and go on after an error
@@ -31,12 +47,6 @@ class UI(Protocol):
         """The next message or command; None: no more."""
 
     def confirm(self, question: str) -> bool: ...
-
-    def write(self, text: str) -> None:
-        """A piece of an answer."""
-
-    def note(self, text: str) -> None:
-        """A line about the answer or the machine, never part of the answer."""
 
     def show(self, table: RenderableType) -> None: ...
 
@@ -62,6 +72,13 @@ class Pipe:
         sys.stdout.write(clean(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
+    def think(self, text: str) -> None:
+        sys.stderr.write(dim(clean(text)) if sys.stderr.isatty() else text)
+        sys.stderr.flush()
+
+    def status(self, text: str) -> None:
+        """Nobody watches."""
+
     def note(self, text: str) -> None:
         print(clean(text), file=sys.stderr)
 
@@ -69,13 +86,38 @@ class Pipe:
         console().print(table)
 
 
-class Terminal:
-    """A person at a terminal: history, completion of commands, multi-line paste, dim notes."""
+class Screen:
+    """A terminal that a person reads: reasoning and notes are dim."""
+
+    def __init__(self) -> None:
+        self.console = console()
+
+    def write(self, text: str) -> None:
+        sys.stdout.write(clean(text))
+        sys.stdout.flush()
+
+    def think(self, text: str) -> None:
+        sys.stdout.write(dim(clean(text)))
+        sys.stdout.flush()
+
+    def status(self, text: str) -> None:
+        sys.stdout.write(f"\r\x1b[K{dim(clean(text))}")
+        sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        self.console.print(clean(text), style="dim", markup=False, highlight=False, soft_wrap=True)
+
+    def show(self, table: RenderableType) -> None:
+        self.console.print(table)
+
+
+class Terminal(Screen):
+    """A person at a terminal: history, completion of commands, multi-line paste."""
 
     interactive = True
 
     def __init__(self, commands: list[str]) -> None:
-        self.console = console()
+        super().__init__()
         self.session = prompt_session(commands)
         self.leaving = False  # Ctrl-C came at an empty prompt: the next one leaves
 
@@ -109,16 +151,6 @@ class Terminal:
         except (EOFError, KeyboardInterrupt):
             return False
         return reply.strip().lower() in ("", "y", "yes")
-
-    def write(self, text: str) -> None:
-        sys.stdout.write(clean(text))
-        sys.stdout.flush()
-
-    def note(self, text: str) -> None:
-        self.console.print(clean(text), style="dim", markup=False, highlight=False, soft_wrap=True)
-
-    def show(self, table: RenderableType) -> None:
-        self.console.print(table)
 
 
 def choose_ui(commands: list[str]) -> UI:
@@ -181,6 +213,15 @@ def history_file() -> Path | None:
         return path if os.access(path, os.W_OK) else None
     except OSError:
         return None
+
+
+def choose_output() -> Output:
+    """For one answer."""
+    return Screen() if sys.stdout.isatty() else Pipe()
+
+
+def dim(text: str) -> str:
+    return f"\x1b[2m{text}\x1b[0m" if text else ""
 
 
 def clean(text: str) -> str:

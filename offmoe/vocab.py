@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from offmoe.errors import OffmoeError
-from offmoe.pretokenizers import build, kind_of
+from offmoe.pretokenizers import Kind, build, kind_of
+from offmoe.tiktoken_file import open_tiktoken
 
 if TYPE_CHECKING:
     from offmoe.checkpoint import Checkpoint
@@ -74,9 +75,9 @@ def reported(what: str) -> Iterator[None]:
 
 
 def from_directory(checkpoint: Checkpoint) -> Vocab:
-    """`tokenizer.json` with what the files beside it say about special tokens."""
-    tokenizer = open_tokenizer(checkpoint.path)
+    """`tokenizer.json`, or a tiktoken file, with what the files beside it say about special tokens."""
     config = checkpoint.json("tokenizer_config.json") or {}
+    tokenizer = open_tokenizer(checkpoint.path, config)
     names = {key: text for key in NAMES.values() if (text := token_text(config.get(key))) is not None}
     bos = tokenizer.token_to_id(names["bos_token"]) if "bos_token" in names else None
     eos = [tokenizer.token_to_id(names["eos_token"])] if "eos_token" in names else []
@@ -95,9 +96,13 @@ def from_directory(checkpoint: Checkpoint) -> Vocab:
     )
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
+def open_tokenizer(path: Path, config: dict[str, Any]) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.is_file():
+        with reported(f"{path}: its tiktoken file is damaged"):
+            ranked = open_tiktoken(path, config)
+        if ranked:
+            return ranked
         raise OffmoeError(f"{path} has no tokenizer.json: offmoe needs the tokenizer beside the weights")
     with reported(f"{file} is no tokenizer that the tokenizers library can read"):
         tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
@@ -153,6 +158,10 @@ class GgufVocab:
     def get(self, key: str, default: Any = None) -> Any:
         return self.metadata.get(f"tokenizer.ggml.{key}", default)
 
+    def kind(self) -> Kind:
+        """How text is cut; gemma4 is a kind of its own."""
+        return kind_of("gemma4" if self.get("model") == "gemma4" else self.get("pre", "default"))
+
     def id(self, name: str, default: int | None = None) -> int | None:
         """`tokenizer.ggml.<name>_token_id`; one outside the vocabulary does not count."""
         value = self.get(f"{name}_token_id", default)
@@ -168,16 +177,16 @@ class GgufVocab:
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> Vocab:
-    """A byte-level BPE ("gpt2") or sentencepiece BPE ("llama") vocabulary."""
+    """A BPE with merges ("gpt2", "gemma4") or with scores (sentencepiece's, "llama")."""
     model = metadata.get("tokenizer.ggml.model")
     if model in (None, "no_vocab", "none"):
         raise OffmoeError("the file has no tokenizer (no vocabulary in it): use a GGUF with one, or give token ids")
-    if model not in ("gpt2", "llama"):
-        raise OffmoeError(f"the file's tokenizer model {model!r} is not supported: known are gpt2 and llama")
+    if model not in ("gpt2", "gemma4", "llama"):
+        raise OffmoeError(f"the file's tokenizer model {model!r} is not supported: known are gpt2, gemma4 and llama")
     vocab = checked(metadata)
     sentencepiece = model == "llama"
     with reported("the file's tokenizer is damaged"):
-        tokenizer = sentencepiece_bpe(vocab) if sentencepiece else byte_level_bpe(vocab)
+        tokenizer = sentencepiece_bpe(vocab) if sentencepiece else bpe_with_merges(vocab)
     return described(vocab, tokenizer, sentencepiece)
 
 
@@ -200,7 +209,7 @@ def described(vocab: GgufVocab, tokenizer: Tokenizer, sentencepiece: bool) -> Vo
     ends = end_ids(vocab.ids(), (id for id in (eos, vocab.id("eot"), vocab.id("eom")) if id is not None))
     mark_special(tokenizer, vocab, ends)
     ids = {"bos": bos, "eos": eos, "unknown": vocab.id("unknown"), "padding": vocab.id("padding")}
-    add_bos = vocab.get("add_bos_token", sentencepiece or kind_of(vocab.get("pre", "default")).add_bos)
+    add_bos = vocab.get("add_bos_token", sentencepiece or vocab.kind().add_bos)
     template = vocab.metadata.get("tokenizer.chat_template")
     return Vocab(
         tokenizer,
@@ -221,9 +230,9 @@ def mark_special(tokenizer: Tokenizer, vocab: GgufVocab, ends: frozenset[int]) -
     tokenizer.add_tokens(added)
 
 
-def byte_level_bpe(vocab: GgufVocab) -> Tokenizer:
-    """BPE over bytes written as letters, as GPT-2 has it; merges are `left right`."""
-    kind = kind_of(vocab.get("pre", "default"))
+def bpe_with_merges(vocab: GgufVocab) -> Tokenizer:
+    """BPE, over bytes written as letters as GPT-2 has it, or over characters; merges are `left right`."""
+    kind = vocab.kind()
     ids, merges = vocab.ids(), []
     for merge in vocab.strings("merges"):
         cut = merge.find(" ", 1)  # a token may begin with a space
@@ -231,25 +240,35 @@ def byte_level_bpe(vocab: GgufVocab) -> Tokenizer:
         if not (left in ids and right in ids and left + right in ids):
             raise OffmoeError(f"the merge {merge!r} is not of known tokens: the file's tokenizer is damaged")
         merges.append((left, right))
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=kind.ignore_merges))
+    if kind.byte_level:
+        ignore = bool(vocab.get("ignore_merges", kind.ignore_merges))
+        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=ignore))
+        tokenizer.decoder = decoders.ByteLevel()
+        if vocab.get("normalizer") == "nfc":  # like ignore_merges a key of offmoe pack
+            tokenizer.normalizer = normalizers.NFC()
+    else:
+        tokenizer = character_bpe(vocab, merges, bool(vocab.get("add_space_prefix", False)))
     tokenizer.pre_tokenizer = build(kind)
-    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def sentencepiece_bpe(vocab: GgufVocab) -> Tokenizer:
-    """BPE whose merges follow from the scores, `▁` for spaces, bytes for what the vocabulary lacks."""
+    """BPE whose merges follow from the scores."""
+    return character_bpe(vocab, merges_from_scores(vocab), bool(vocab.get("add_space_prefix", True)))
+
+
+def character_bpe(vocab: GgufVocab, merges: list[tuple[str, str]], prefix: bool) -> Tokenizer:
+    """`▁` for spaces, bytes for what the vocabulary lacks. prefix: a text gets a space in front."""
     unknown = vocab.id("unknown", 0)
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocab.ids(),
-            merges=merges_from_scores(vocab),
+            merges=merges,
             unk_token=None if unknown is None else vocab.tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
         )
     )
-    prefix = bool(vocab.get("add_space_prefix", True))
     begin = [normalizers.Prepend("▁")] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*begin, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []

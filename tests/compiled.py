@@ -25,9 +25,11 @@ from triton.runtime.jit import JITFunction
 from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
 from offmoe.device_table import device_table
+from offmoe.kernels.deltanet import Delta, DeltaWeights
 from offmoe.kernels.feed_forward import Glu
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, prefill_attention
+from offmoe.kernels.gpu.deltanet import delta_chunk, delta_step
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.foretell import foretell
 from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
@@ -236,6 +238,26 @@ def attention(pdl: bool) -> None:
     )  # fmt: skip
 
 
+def delta(pdl: bool) -> None:
+    """Of Qwen3-Next: its DeltaNet, and its attention with gated heads of 256."""
+    shape = Delta(key_heads=16, value_heads=32, key_dim=128, value_dim=128, taps=4)
+    weights = DeltaWeights(shape, floats(4, shape.channels), floats(32), floats(32), floats(128), 1e-6, pdl)
+    delta_step(
+        floats(sum(shape.projected)), weights, floats(32, 128, 128), floats(4, shape.channels), ints(1), ints(1),
+        floats(shape.values), ctx=4096, pdl=pdl,
+    )  # fmt: skip
+    rows = floats(100, sum(shape.projected)).bfloat16()
+    delta_chunk(rows, weights, floats(32, 128, 128), floats(4, shape.channels), 7)
+    heads, kv_heads, dim, ctx, splits = 16, 2, 256, 4096, 66
+    keys = torch.zeros((kv_heads, ctx, dim), dtype=torch.bfloat16)
+    decode_attention(
+        floats((heads + 2 * kv_heads) * dim), keys, keys, ints(1), floats(2, ctx, 64), floats(heads * dim),
+        floats(partial_size(heads, dim, splits)), ints(kv_heads), heads=heads, kv_heads=kv_heads, head_dim=dim,
+        q_norm=floats(dim), k_norm=floats(dim), norm_full=False, clip=None, eps=1e-6, splits=splits,
+        gate=floats(heads * dim), pdl=pdl,
+    )  # fmt: skip
+
+
 def latents(pdl: bool, heads: int, z: Latent, fmt: str) -> None:
     ctx, splits = 4096, 32
     parts = []
@@ -276,6 +298,7 @@ def main(capability: int) -> None:
         residency("lfru", pdl, Rule("mixer", top_k=K, jitter=0.01))
         residency("echo", pdl)
         attention(pdl)
+        delta(pdl)
         latents(pdl, 16, Latent(0, 512, 128, 64, 128), "BF16")  # DeepSeek-V2-Lite
         latents(pdl, 20, Latent(768, 512, 192, 64, 256), "Q8_0")  # GLM-4.7-Flash
         ends(pdl)

@@ -1,4 +1,4 @@
-"""A stand-in for offmoe.engine without a model: it repeats what it is told, and counts until stopped.
+"""A stand-in for offmoe.engine without a model: it repeats what it is told, thinks on request, counts until stopped.
 
 As a program it is `offmoe` with this engine: `python tests/fake_engine.py chat`.
 """
@@ -28,6 +28,7 @@ STATS = Stats(
 class Piece:
     text: str
     token: int | None
+    reasoning: bool = False
 
 
 class Engine:
@@ -41,6 +42,7 @@ class Engine:
         self.prompts: list[Any] = []
         self.settings: dict[str, Any] = {}
         self.answer_tokens: list[int] = []
+        self.answer_is_plain = True
         self.resets = 0
 
     @classmethod
@@ -62,6 +64,12 @@ class Engine:
             raise OffmoeError("the disk\nis gone")
         if text == "erase":
             text = "\x1b[2J\x1b[Hred"
+        thoughts, _, text = text.rpartition(" => ")  # "why => this": the answer to it is this, after some thought
+        self.answer_is_plain = not thoughts
+        for word in thoughts.split():
+            time.sleep(0.05)
+            self.answer_tokens.append(0)
+            yield Piece(word + " ", 0, reasoning=True)
         words = (str(number) for number in range(1000)) if text == "count" else iter(text.split(" "))
         for token, word in enumerate(words):
             if self.cancelled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def expected(case: Case, qkv: Tensor, here: int) -> tuple[Tensor, Tensor, Tensor
     return attention(q, keys, values, positions, case.window, case.sink_logits(), case.scale).flatten(), k, v
 
 
-def decode(case: Case, qkv: Tensor, here: int, splits: int, split_size: int, **options: int) -> tuple[Tensor, ...]:
+def decode(case: Case, qkv: Tensor, here: int, splits: int, split_size: int, **options: Any) -> tuple[Tensor, ...]:
     keys, values, scales = (case.ring(x, here) for x in case.cache(here))
     assert keys is not None
     assert values is not None
@@ -183,6 +184,17 @@ def test_a_long_context_is_divided_on_the_device() -> None:
     qkv = randn(case.width, seed=5)
     got, _, _ = decode(case, qkv, 63, 3, 16, block=16)
     assert_close("mixed", got, expected(case, qkv, 63)[0], 1e-5)
+
+
+@pytest.mark.parametrize(("here", "splits"), [(7, 1), (45, 4)])
+def test_heads_are_gated(here: int, splits: int) -> None:
+    """In the last program where several share a head."""
+    case = CASES["odd width"]
+    qkv, gate = randn(case.width, seed=here), randn(case.heads * case.dim, seed=6)
+    got, k, _ = decode(case, qkv, here, splits, 16, block=16, gate=gate)
+    mixed, k_want, _ = expected(case, qkv, here)
+    assert_close("mixed", got, mixed * gate.sigmoid(), 2e-3)
+    assert_close("k", k, k_want, 2e-3)
 
 
 def test_nothing_is_written_behind_the_context() -> None:

@@ -267,7 +267,7 @@ SAFETENSORS: dict[str, tuple[Change, str]] = {
     "header too short": (lambda data: struct.pack("<Q", 100) + data[8:], "its header: no valid JSON"),
     "header of text": (lambda data: struct.pack("<Q", 4) + b"true", "its header: expected a JSON object, found bool"),
     "dtype": (header(lambda entry: entry.update(dtype="I64")), "has dtype 'I64': supported are F32, F16, BF16"),
-    "8 bits": (header(lambda entry: entry.update(dtype="F8_E4M3")), "dtype 'F8_E4M3': supported are F32, F16, BF16"),
+    "8 bits": (header(lambda entry: entry.update(dtype="F8_E5M2")), "dtype 'F8_E5M2': supported are F32, F16, BF16"),
     "half the dtype": (header(lambda entry: entry.update(dtype="F16")), "33280 bytes at its data_offsets, and 16640"),
     "absurd shape": (header(lambda entry: entry.update(shape=[HUGE, HUGE])), "33280 bytes at its data_offsets, and 8"),
     "negative shape": (header(lambda entry: entry.update(shape=[-260, -32])), r"has the shape \[-260, -32\], expected"),
@@ -459,7 +459,7 @@ def test_chat_template_that_is_no_text(command: Command, folder: Path, values: A
 VOCABULARIES: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"tokenizer.ggml.model": "no_vocab", "tokenizer.ggml.tokens": None, f"{ARCH}.vocab_size": 260},
              "has no tokenizer .*: use a GGUF with one"),
-    "unknown": ({"tokenizer.ggml.model": "bert"}, "tokenizer model 'bert' is not supported: known are gpt2 and llama"),
+    "unknown": ({"tokenizer.ggml.model": "bert"}, "tokenizer model 'bert' is not supported: known are gpt2, gemma4"),
     "numbers": ({"tokenizer.ggml.tokens": list(range(260))}, "tokens is missing or no list of strings"),
     "twice": ({"tokenizer.ggml.tokens": ["a"] * 260}, "tokens names a token twice: the file is damaged"),
     "types": ({"tokenizer.ggml.token_type": [1]}, "token_type does not match the 260 tokens"),

@@ -34,6 +34,7 @@ class Script:
     def __init__(self, *lines: str, interactive: bool = True, agrees: bool = True) -> None:
         self.lines, self.interactive, self.agrees = list(lines), interactive, agrees
         self.answers, self.notes, self.shown, self.questions = "", [], [], []
+        self.thoughts, self.statuses = "", []
 
     def ask(self) -> str | None:
         return self.lines.pop(0) if self.lines else None
@@ -44,6 +45,12 @@ class Script:
 
     def write(self, text: str) -> None:
         self.answers += text
+
+    def think(self, text: str) -> None:
+        self.thoughts += text
+
+    def status(self, text: str) -> None:
+        self.statuses.append(text)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -129,9 +136,12 @@ def test_what_is_still_read_is_said_after_an_answer(monkeypatch: pytest.MonkeyPa
     assert ui.notes[1::2] == ["1 of 2 experts read", "2 of 2 experts read"]
 
 
+NAMES = ("help", "stats", "reset", "system", "set", "reasoning", "save", "load", "exit")
+
+
 def test_every_command_is_in_the_help() -> None:
     _, ui = talk("/help")
-    assert set(COMMANDS) == {f"/{name}" for name in ["help", "stats", "reset", "system", "set", "save", "load", "exit"]}
+    assert set(COMMANDS) == {f"/{name}" for name in NAMES}
     assert all(f"{name} " in ui.shown[0] for name in COMMANDS)
 
 
@@ -146,6 +156,10 @@ def test_every_command_is_in_the_help() -> None:
         ("/set heat 1", "offmoe: /set knows no 'heat': known are temperature, top_k, top_p, min_p,"),
         ("/set top_k 1.5", "offmoe: top_k is '1.5': expected a number, or none"),
         ("/set top_p 7", "offmoe: top_p is 7.0: expected a number from 0 to 1"),
+        ("/reasoning", "reasoning: dim"),
+        ("/reasoning hide", "reasoning: hide"),
+        ("/reasoning loud", "offmoe: reasoning is 'loud': expected dim, fold, hide or show"),
+        ("/reasoning show", "offmoe: the last answer has no reasoning"),
         ("/system", "system prompt: none"),
         ("/system be brief", "system prompt: be brief"),
     ],
@@ -158,6 +172,32 @@ def test_commands_answer_in_one_note(line: str, note: str) -> None:
 def test_set_changes_the_sampling() -> None:
     chat, _ = talk("/set temperature 0.5", "/set top_k 3", "/set stop END", "/set seed 1", "/set seed none")
     assert chat.sampling == Sampling(temperature=0.5, top_k=3, stop=("END",))
+
+
+def test_reasoning_is_dim_folded_or_hidden_and_never_part_of_the_answer() -> None:
+    _, dim = talk("well now => yes")
+    assert (dim.answers, dim.thoughts) == ("yes \n", "well now \n\n")
+    _, folded = talk("/reasoning fold", "well now => yes", "/reasoning show")
+    assert folded.statuses == ["▸ thinking · 1 tokens", "▸ thinking · 2 tokens", ""]
+    assert re.fullmatch(r"▸ thought for 2 tokens, 0\.\d s · /reasoning show", folded.notes[1])
+    assert (folded.answers, folded.thoughts) == ("yes \n", "well now \n")
+    _, hidden = talk("/reasoning hide", "well now => yes")
+    assert (hidden.answers, hidden.thoughts, hidden.statuses, len(hidden.notes)) == ("yes \n", "", [], 2)
+
+
+def test_reasoning_without_an_answer_ends_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_engine.Engine, "cancelled", False, raising=False)
+    monkeypatch.setattr(fake_engine.Engine, "_answer", lambda *_: iter([fake_engine.Piece("well", 0, reasoning=True)]))
+    _, ui = talk("a")
+    assert (ui.answers, ui.thoughts) == ("\n", "well\n")
+
+
+def test_reasoning_is_kept_apart_in_the_conversation_and_in_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    chat, _ = talk("well now => yes", f"/save {file}", "go on")
+    assert chat.talk.turns[1] == {"role": "assistant", "content": "yes ", "reasoning": "well now "}
+    assert chat.engine.prompts[1] == chat.talk.turns[:3]  # type: ignore[attr-defined]
+    assert talk(f"/load {file}")[0].talk.turns == chat.talk.turns[:2]
 
 
 def test_reset_forgets_all_but_the_system_prompt() -> None:
@@ -208,6 +248,7 @@ GOOD = {
         (json.dumps(GOOD | {"turns": GOOD["turns"][::-1]}), "expected a message of role user"),
         (json.dumps(GOOD).replace('"b"', "5"), "a message's content is no text"),
         (json.dumps(GOOD).replace('"b"', '"\\ud800"'), "surrogates not allowed"),
+        (json.dumps(GOOD).replace('"tokens": [1]', '"reasoning": 7'), "a message's reasoning is no text"),
         (json.dumps(GOOD).replace("[1]", "[100]"), "tokens are no ids below 100"),
         (json.dumps(GOOD).replace("[1]", "[true]"), "tokens are no ids below 100"),
     ],
@@ -238,6 +279,13 @@ def test_in_a_pipe_stdout_is_the_answers_without_escape_codes() -> None:
     assert any(line.startswith("hit rate") and "61.2%" in line for line in lines)
     assert b"\x1b" not in result.stdout + result.stderr
     assert result.stderr.decode().splitlines()[1].startswith("2 tokens · 61.2 tok/s")
+
+
+def test_in_a_pipe_reasoning_is_on_stderr() -> None:
+    result = piped(b"well now => yes\n/reasoning fold\nwell => no\n")
+    assert result.stdout == b"yes \nno \n"
+    assert b"well now \n\n" in result.stderr
+    assert re.search("▸ thought for 1 tokens, 0\\.\\d s\n", result.stderr.decode())
 
 
 def test_in_a_pipe_old_turns_are_dropped_unasked() -> None:
@@ -334,6 +382,20 @@ def test_a_person_at_a_terminal(tmp_path: Path) -> None:
     history = tmp_path / "offmoe" / "history"
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
     assert "+count" in history.read_text()
+
+
+def test_a_person_sees_reasoning_dim_or_folded(tmp_path: Path) -> None:
+    person = Screen([*FAKE, "chat"], tmp_path)
+    person.say("well now => yes")
+    person.see("well now\n\nyes")
+    person.say("/reasoning fold")
+    person.say("let me think => no")
+    person.see("▸ thinking · 2 tokens")
+    person.see(r"▸ thought for 3 tokens, 0\.\d s · /reasoning show\nno\n")
+    assert "▸ thinking" not in person.text()
+    person.say("/reasoning show")
+    person.see("let me think\n")
+    assert person.leave() == 0
 
 
 def test_ctrl_c_at_the_prompt_clears_the_line_then_leaves(tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ DAMAGED = {
         "tensor 'a' is described by {'dtype'",
     ),
     "dtype": (
-        safetensors_bytes({"a": entry("F8_E4M3")}),
-        "has dtype 'F8_E4M3': supported are F32, F16, BF16",
+        safetensors_bytes({"a": entry("F8_E5M2")}),
+        "has dtype 'F8_E5M2': supported are F32, F16, BF16",
     ),
     "dtype of another type": (safetensors_bytes({"a": entry(["F32"])}), "has dtype ['F32']"),  # type: ignore[arg-type]
     "dimension 0": (safetensors_bytes({"a": entry(shape=[0, 4])}), "has the shape [0, 4]"),

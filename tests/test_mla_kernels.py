@@ -22,7 +22,7 @@ if torch.cuda.is_available():
     pytest.skip("tests/gpu runs the kernels themselves", allow_module_level=True)
 from offmoe.kernels.gpu import mla as fast
 
-CTX, SCALE = 64, 0.3
+CTX, SCALE = 192, 0.3
 SMALL = Latent(0, 64, 32, 16, 32)
 CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("here", "splits"), [(0, 1), (7, 1), (16, 4), (45, 2), (63, 4)])
+@pytest.mark.parametrize(("here", "splits"), [(0, 1), (7, 1), (16, 4), (45, 2), (63, 4), (190, 12)])
 def test_one_token_is_the_twins(name: str, here: int, splits: int) -> None:
     case, z, heads = CASES[name], CASES[name].z, CASES[name].heads
     (k_b, k_part), (v_b, v_part) = (

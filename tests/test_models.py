@@ -211,6 +211,7 @@ def oracle(path: Path) -> Any:
 
 @pytest.mark.parametrize(("family", "message"), [
     ("olmoe-clipped", r"clip_qkv = 1.0 cannot be packed: llama.cpp ignores it"),
+    ("qwen3_next-sparse", r"experts in the layers \(0, 2\) cannot be packed"),
     ("qwen3_moe-sparse", r"experts in the layers \(1, 5\) cannot be packed"),
     ("phimoe", r"llama.cpp routes the architecture phimoe by another rule"),
     ("qwen2_moe-sparse", r"norm_topk_prob = True cannot be packed"),

@@ -24,6 +24,7 @@ from offmoe.checkpoint import Checkpoint, ggml, open_checkpoint
 from offmoe.checkpoint.quantise import packable, quantise
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import GGML
+from offmoe.models.config import ModelConfig
 from offmoe.models.model import Model, described, layers_of, trunk_shapes
 from offmoe.pack import EXPERT_ROLES, PackReport, interleaved, pack
 
@@ -48,9 +49,11 @@ def expected(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """What the GGUF should hold, by GGUF names, in float32."""
     model = described(checkpoint)
     tensors: dict[str, torch.Tensor] = {}
+    for layer in model.config.delta_layers:
+        tensors |= deltanet(checkpoint, model.config, layer, model.family.tiled_gguf)
     z, heads = model.config.latent, model.config.heads
     for role, shape in trunk_shapes(model.config, split=True).items():
-        for layer in layers_of(role, model.config):
+        for layer in () if role.startswith("delta") else layers_of(role, model.config):
             info = model.find("kv_b" if role in ("k_b", "v_b") else role, layer)
             assert info is not None
             value = checkpoint.tensor(info.name)
@@ -60,11 +63,50 @@ def expected(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
             value = value.reshape(shape)
             if role in ("q", "k") and model.family.interleaved_gguf:
                 value = interleaved(value, model.config.heads if role == "q" else model.config.kv_heads)
-            tensors[model.family.gguf_names[role][0].format(l=layer)] = value
+            from_one = bool(model.config.delta) and role.endswith("norm")
+            tensors[model.family.gguf_names[role][0].format(l=layer)] = value + 1 if from_one else value
     for layer in model.config.routed:
         for role in EXPERT_ROLES:
             tensors[model.family.gguf_names[role][0].format(l=layer)] = stacked(checkpoint, model, role, layer)
     return tensors
+
+
+def deltanet(checkpoint: Checkpoint, config: ModelConfig, layer: int, tiled: bool) -> dict[str, torch.Tensor]:
+    """A layer's DeltaNet as llama.cpp's converter writes it: value heads in runs of a key head's, or tiled."""
+    d = config.delta
+    assert d is not None
+    each = d.value_heads // d.key_heads
+
+    def read(name: str) -> torch.Tensor:
+        return checkpoint.tensor(f"model.layers.{layer}.linear_attn.{name}")
+
+    def heads(value: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        if not tiled:
+            return value
+        cut = value.unflatten(dim, (d.key_heads, each, -1))
+        return cut.transpose(dim, dim + 1).flatten(dim, dim + 2)
+
+    def behind_keys(value: torch.Tensor) -> torch.Tensor:
+        return torch.cat((value[: 2 * d.keys], heads(value[2 * d.keys :])))
+
+    small = {
+        "ssm_conv1d.weight": behind_keys(read("conv1d.weight").flatten(1)), "ssm_dt.bias": heads(read("dt_bias")),
+        "ssm_a": heads(-read("A_log").exp()), "ssm_norm.weight": read("norm.weight"),
+        "ssm_out.weight": heads(read("out_proj.weight"), dim=1),
+    }  # fmt: skip
+    if tiled:
+        large = {
+            "attn_qkv.weight": behind_keys(read("in_proj_qkv.weight")),
+            "attn_gate.weight": heads(read("in_proj_z.weight")),
+            "ssm_beta.weight": heads(read("in_proj_b.weight")), "ssm_alpha.weight": heads(read("in_proj_a.weight")),
+        }  # fmt: skip
+    else:
+        sizes = (d.key_dim, d.key_dim, each * d.value_dim, each * d.value_dim)
+        parts = read("in_proj_qkvz.weight").unflatten(0, (d.key_heads, -1)).split(sizes, dim=1)
+        q, k, v, z = (part.flatten(0, 1) for part in parts)
+        large = {"attn_qkv.weight": torch.cat((q, k, v)), "attn_gate.weight": z,
+                 "ssm_ba.weight": read("in_proj_ba.weight")}  # fmt: skip
+    return {f"blk.{layer}.{name}": value for name, value in {**large, **small}.items()}
 
 
 def stacked(checkpoint: Checkpoint, model: Model, role: str, layer: int) -> torch.Tensor:

@@ -23,6 +23,8 @@ TEXTS = [
     "café 日本 \U0001f600 123456",
     "a<|end|>b <|tool|> c",
     "don't",
+    "zehn",
+    "cafe\u0301 \u1100\u1161",
 ]
 SPECIAL = ["<unk>", "<s>", "</s>", "<|end|>"]
 
@@ -37,6 +39,21 @@ def byte_level() -> Tokenizer:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
+
+
+def normalising() -> Tokenizer:
+    """As Qwen's."""
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def whole_words() -> Tokenizer:
+    """As gpt-oss': a word of the vocabulary is one token, whatever its merges make."""
+    raw = json.loads(byte_level().to_str())
+    raw["model"]["ignore_merges"] = True
+    raw["model"]["vocab"]["zehn"] = len(raw["model"]["vocab"])
+    return Tokenizer.from_str(json.dumps(raw))
 
 
 def sentencepiece() -> Tokenizer:
@@ -57,7 +74,7 @@ def sentencepiece() -> Tokenizer:
     return tokenizer
 
 
-KINDS = {"gpt2": byte_level, "llama": sentencepiece}
+KINDS = {"gpt2": byte_level, "nfc": normalising, "whole": whole_words, "llama": sentencepiece}
 
 
 def with_tokenizer(folder: Path, tokenizer: Tokenizer, **config: Any) -> Path:
@@ -93,7 +110,7 @@ def packed(source: Path, out: Path) -> Path:
 def test_ids_and_template_survive(kind: str, tmp_path: Path) -> None:
     source = with_tokenizer(tmp_path, KINDS[kind](), chat_template="{{ messages[0].content }}", add_bos_token=True)
     with open_checkpoint(source) as before, open_checkpoint(packed(source, tmp_path / "m.gguf")) as after:
-        assert after.metadata["tokenizer.ggml.model"] == kind
+        assert after.metadata["tokenizer.ggml.model"] == ("llama" if kind == "llama" else "gpt2")
         tokens, types = (after.metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
         assert len(tokens) == len(types) == after.metadata["olmoe.vocab_size"]
         assert tokens[-1] == f"[PAD{len(tokens) - 1}]"
@@ -118,6 +135,10 @@ def test_tokenizers_that_a_gguf_cannot_say(tmp_path: Path) -> None:
     raw = json.loads((source / "tokenizer.json").read_text())
     cases = {
         "is no BPE": {**raw, "model": {"type": "WordPiece", "vocab": {}, "unk_token": "x"}},
+        r"normalises text by \['Lowercase', 'NFC'\]": {
+            **raw,
+            "normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, {"type": "NFC"}]},
+        },
         "cuts text by": {**raw, "pre_tokenizer": {"type": "Whitespace"}},
         "token id 99999: the config's vocab_size is": {
             **raw,
@@ -142,6 +163,6 @@ def test_llama_cpp_finds_the_same_ids(kind: str, tmp_path: Path) -> None:
     llama = llama_cpp.Llama(str(out), vocab_only=True, verbose=False)
     with open_checkpoint(source) as checkpoint:
         want = load_tokenizer(checkpoint)
-        for text in TEXTS:
+        for text in TEXTS[: {"nfc": -1, "whole": -2}.get(kind)]:  # it does not normalise, and merges
             assert llama.tokenize(text.encode(), add_bos=False, special=True) == want.encode(text), text
         want.close()

@@ -6,11 +6,18 @@ from typing import Any
 
 import pytest
 
+from offmoe.errors import OffmoeError
 from offmoe.models.config import from_gguf, from_hf
 from offmoe.models.family import family_of
 from offmoe.models.model import count_parameters
 
 QWEN = {"hidden_act": "silu", "tie_word_embeddings": False, "vocab_size": 151936, "rms_norm_eps": 1e-6}
+QWEN_LINEAR = {
+    "hidden_act": "silu", "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "hidden_size": 2048,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128, "max_position_embeddings": 262144, "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512, "full_attention_interval": 4}  # fmt: skip
 GPT_OSS = {
     "model_type": "gpt_oss", "hidden_act": "silu", "hidden_size": 2880, "intermediate_size": 2880, "head_dim": 64,
     "num_attention_heads": 64, "num_key_value_heads": 8, "num_experts_per_tok": 4, "experts_per_token": 4,
@@ -60,6 +67,20 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_nextn_predict_layers": 1, "vocab_size": 154880, "hidden_act": "silu", "rms_norm_eps": 1e-5,
         "max_position_embeddings": 202752, "rope_theta": 1000000, "rope_scaling": None, "partial_rotary_factor": 1.0,
         "attention_bias": False, "tie_word_embeddings": False},
+    "Qwen3-Next-80B-A3B": {
+        **QWEN_LINEAR, "model_type": "qwen3_next", "vocab_size": 151936, "intermediate_size": 5120,
+        "num_hidden_layers": 48, "num_experts": 512, "num_experts_per_tok": 10, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "partial_rotary_factor": 0.25, "rope_theta": 10000000,
+        "rope_scaling": None, "use_sliding_window": False},
+    "Qwen3.6-35B-A3B": {
+        "model_type": "qwen3_5_moe", "tie_word_embeddings": False, "image_token_id": 248056,
+        "vision_config": {"model_type": "qwen3_5_moe", "depth": 27, "hidden_size": 1152},
+        "text_config": {
+            **QWEN_LINEAR, "model_type": "qwen3_5_moe_text", "vocab_size": 248320, "num_hidden_layers": 40,
+            "num_experts": 256, "num_experts_per_tok": 8, "attn_output_gate": True, "mtp_num_hidden_layers": 1,
+            "layer_types": [*["linear_attention"] * 3, "full_attention"] * 10,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25,
+                                "mrope_interleaved": True, "mrope_section": [11, 11, 10]}}},
     "gpt-oss-20b": {**GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32,
                     "layer_types": ["sliding_attention", "full_attention"] * 12},
     "gpt-oss-120b": {**GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128,
@@ -166,6 +187,8 @@ STATED = {
     "Qwen3-30B-A3B": (30.5, 3.3, "all"),
     "Qwen1.5-MoE-A2.7B": (14.3, 2.7, "all"),
     "Qwen2-57B-A14B": (57.4, 14.0, "all"),
+    "Qwen3-Next-80B-A3B": (80.0, 3, "neither"),
+    "Qwen3.6-35B-A3B": (35.0, 3.0, "no embedding"),
     "GLM-4.5-Air": (106.0, 12.0, "neither"),
     "GLM-4.5": (355.0, 32.0, "neither"),
     "dots.llm1": (142.0, 14.0, "all"),
@@ -199,9 +222,17 @@ def test_the_parameters_are_those_published(name: str) -> None:
     found = {"all": everything, "no embedding": without_embedding,
              "neither": without_embedding - config.vocab * config.hidden}[convention]  # fmt: skip
     assert ours / 1e9 == pytest.approx(total, rel=0.02)
+    if isinstance(active, int):  # rounded to whole billions by its maker
+        found = round(found / 1e9) * 10**9
     assert found / 1e9 == pytest.approx(active, rel=0.02, abs=CUT.get(name))
 
 
+GGUF_LINEAR: dict[str, Any] = {
+    "context_length": 262144, "embedding_length": 2048, "attention.head_count": 16, "attention.head_count_kv": 2,
+    "attention.key_length": 256, "attention.value_length": 256, "rope.freq_base": 1e7, "rope.dimension_count": 64,
+    "attention.layer_norm_rms_epsilon": 1e-6, "expert_feed_forward_length": 512,
+    "expert_shared_feed_forward_length": 512, "ssm.conv_kernel": 4, "ssm.state_size": 128, "ssm.group_count": 16,
+    "ssm.time_step_rank": 32, "ssm.inner_size": 4096, "full_attention_interval": 4}  # fmt: skip
 # What llama.cpp's converter writes of some of them, and the tensors that a config is read from.
 CONVERTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "gpt-oss-20b": ({
@@ -218,6 +249,12 @@ CONVERTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         "expert_used_count": 4, "expert_count": 60, "expert_feed_forward_length": 1408,
         "expert_shared_feed_forward_length": 5632, "vocab_size": 151936, "context_length": 4096},
         ("output.weight", "blk.0.attn_q.bias")),
+    "Qwen3-Next-80B-A3B": ({
+        **GGUF_LINEAR, "block_count": 48, "feed_forward_length": 5120, "expert_used_count": 10, "expert_count": 512,
+        "vocab_size": 151936}, ("output.weight",)),
+    "Qwen3.6-35B-A3B": ({
+        **GGUF_LINEAR, "block_count": 41, "nextn_predict_layers": 1, "expert_used_count": 8, "expert_count": 256,
+        "vocab_size": 248320, "rope.dimension_sections": [11, 11, 10, 0]}, ("output.weight",)),
     "GLM-4.5-Air": ({
         "block_count": 47, "nextn_predict_layers": 1, "embedding_length": 4096, "feed_forward_length": 10944,
         "attention.head_count": 96, "attention.head_count_kv": 8, "attention.key_length": 128,
@@ -278,3 +315,26 @@ def test_a_gguf_says_what_the_config_says(name: str) -> None:
     family = family_of("model_type", raw["model_type"])
     metadata = {f"{family.arch}.{key}": value for key, value in keys.items()}
     assert from_gguf(metadata, family, dict.fromkeys(tensors)) == from_hf(raw, family)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"linear_num_value_heads": 24}, "linear_num_value_heads is 24: expected a multiple of 16 key heads"),
+    ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim is 1: expected at least 2"),
+    ({"linear_key_head_dim": None}, "has no linear_key_head_dim: it is incomplete"),
+    ({"layer_types": ["linear_attention"] * 48}, "layer_types has no full_attention: offmoe needs one"),
+    ({"layer_types": ["full_attention"] * 47}, "expected 48 times linear_attention or full_attention"),
+    ({"layer_types": ["full_attention", "sliding_attention"] * 24}, "layer_types is 'sliding_attention', and offmoe"),
+    ({"layer_types": "linear_attention"}, "layer_types = 'linear_attention': expected a list"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and offmoe implements 'silu'"),
+    ({"attention_bias": True}, "attention_bias is True, and offmoe implements False"),
+    ({"attn_output_gate": False}, "attn_output_gate is False, and offmoe implements True"),
+    ({"use_sliding_window": True}, "use_sliding_window is True, and offmoe implements False"),
+])  # fmt: skip
+def test_a_deltanet_that_is_not_implemented_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(OffmoeError, match=message):
+        from_hf({**PUBLISHED["Qwen3-Next-80B-A3B"], **change}, family_of("model_type", "qwen3_next"))
+
+
+def test_a_text_config_that_is_no_table_is_refused() -> None:
+    with pytest.raises(OffmoeError, match="text_config in the model's config is no table"):
+        from_hf({**PUBLISHED["Qwen3.6-35B-A3B"], "text_config": 3}, family_of("model_type", "qwen3_5_moe"))

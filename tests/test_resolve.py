@@ -350,6 +350,34 @@ def test_the_norm_before_a_router_may_be_a_layernorm() -> None:
     assert device.fetch_records[1].tolist() == [id + 16 for id in ids]
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_512_experts_are_routed_ten_at_a_time(scope: str) -> None:
+    """As Qwen3-Next has them: the router's own ids over tokens that share some, hits and victims those of the host."""
+    experts, k, hits = 512, 10, 0
+    residency = Residency(2, experts, 2 * 24, make_policy("crf:h=3", 2 * experts), scope)
+    device = Device(device_table(residency, reach(residency, k, 0), DEVICE), 2, experts, k, torch.zeros((1, 2, k)))
+    device.logits = torch.zeros(experts + 1, device=DEVICE)
+    device.weights = torch.zeros(k + 1, device=DEVICE)
+    device.router = torch.randn((experts + 1, HIDDEN), generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    push(residency, device.table, 1)
+    first = device.x.clone()
+    for token in range(6):
+        device.table.clock[0], device.step[0] = token + 1, token + 1
+        device.x.copy_(first + 0.3 * torch.randn(HIDDEN, generator=torch.Generator().manual_seed(token)).to(DEVICE))
+        for layer in range(2):
+            if scope == "global" or layer == 0:
+                device.find()
+            device.route(layer, forced=None, rule=Rule(top_k=k, renormalise=True))
+            ids, weights = select(device.logits[None, :experts].cpu(), Rule(top_k=k, renormalise=True))
+            assert device.ids.tolist() == ids[0].tolist()
+            assert torch.allclose(device.weights[:k].cpu(), weights[0], rtol=1e-5)
+            access = residency.access(layer, ids[0].numpy(), token + 1)
+            residency.landed(access.slots[~access.hit])
+            assert device.slots.tolist() == access.slots.tolist(), (token, layer)
+            hits += int(access.hit.sum())
+    assert 0 < hits < 6 * 2 * k
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_large_pool_is_listed_in_parts(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With free slots, arriving ones, ties, and counters near the end of int32."""

@@ -22,11 +22,13 @@ if torch.cuda.is_available():
 from offmoe import kvcache
 from offmoe.cache.policies.echo import Echo
 from offmoe.engine import Engine, feed_forward
+from offmoe.kernels.ring import ABORTED, DONE
 from offmoe.kvcache import KVCache
 from offmoe.models.device_trunk import DeviceTrunk
 from offmoe.models.model import open_model
 from offmoe.plan import make_plan
 from offmoe.settings import Sampling, Settings
+from offmoe.states import NOWHERE
 from offmoe.step import DecodeStep, Variant
 from offmoe.vram import VramStore
 
@@ -151,17 +153,39 @@ def test_echo_hears_every_token(family: str, scope: str, tmp_path: Path) -> None
         assert (heard.foretold == told.foretell()).all()
 
 
-def test_an_idle_launch_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
+def test_an_idle_launch_changes_nothing(family: str, tmp_path: Path) -> None:
     """As a graph is captured, perhaps between a prompt and its first token."""
-    with step_of(saved("qwen3_moe", tmp_path), vram="60%") as step:
+    with step_of(saved(family, tmp_path), vram="60%") as step:
         run(step, Variant())
         step.push(7, 2)
-        state = [*step.kv.layer(0), *step.kv.layer(2), step.table.owner, step.table.a, step.table.b, step.table.clock,
+        keys = [tensor for layer in step.config.attended for tensor in step.kv.layer(layer)]
+        states = [step.kv.states.memory, step.kv.states.recent] if step.kv.states else []
+        state = [*keys, *states, step.table.owner, step.table.a, step.table.b, step.table.clock,
                  step.buffers.position, step.buffers.status, step.ring.memory, step.store.records]  # fmt: skip
         before = [tensor.clone() for tensor in state]
         with step.idle():
             step.launch(Variant())
         assert all(torch.equal(old, new) for old, new in zip(before, state, strict=True))
+
+
+def test_steps_behind_the_end_leave_the_state(tmp_path: Path) -> None:
+    """A launch that was under way when the answer ended: as if only the steps before it had run."""
+    with step_of(saved("qwen3_next", tmp_path), vram="60%") as step:
+        run(step, Variant())
+        states, b = step.kv.states, step.buffers
+        assert states is not None
+        before = states.memory.clone(), states.recent.clone()
+        assert states.at == len(IDS)
+        b.status.fill_(DONE)
+        step.launch(Variant())
+        assert torch.equal(states.memory, before[0])
+        assert torch.equal(states.recent, before[1])
+        step.pull()
+        assert states.at == len(IDS)
+        b.status.fill_(ABORTED)
+        step.pull()
+        assert states.at == NOWHERE
 
 
 def test_a_token_may_take_fewer_experts_than_the_cap(tmp_path: Path) -> None:

@@ -25,6 +25,11 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+LINEAR: dict[str, Any] = {
+    "num_hidden_layers": 4, "head_dim": 32, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
+    "initializer_range": 0.1,  # with 0.2 transformers itself is 1.4e-4 off its own float64
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
 LATENT: dict[str, Any] = {"moe_intermediate_size": 32, "n_routed_experts": 8, "n_shared_experts": 2,
                           "num_key_value_heads": 4,
                           "intermediate_size": 96, "first_k_dense_replace": 1, "kv_lora_rank": 32,
@@ -75,6 +80,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"intermediate_size": 32, "num_local_experts": 6, "num_experts_per_tok": 2,
                 "rope_theta": 50_000.0},
     "olmoe": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "num_key_value_heads": 4},
+    "qwen3_next": {**LINEAR, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True,
+                   "intermediate_size": 64},
+    "qwen3_next-sparse": {**LINEAR, "num_experts": 6, "num_experts_per_tok": 2, "linear_num_key_heads": 3,
+                          "linear_num_value_heads": 3, "linear_value_head_dim": 32, "linear_conv_kernel_dim": 3,
+                          "num_hidden_layers": 3, "mlp_only_layers": [1], "intermediate_size": 96,
+                          "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+                          "partial_rotary_factor": 0.5},
+    "qwen3_5_moe_text": {**LINEAR, "num_experts": 8, "num_experts_per_tok": 3, "linear_num_value_heads": 6},
     "ernie4_5_moe": {"moe_intermediate_size": 32, "moe_num_experts": 8, "moe_k": 3, "intermediate_size": 96,
                      "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "tie_word_embeddings": True},
     "dots1": {"moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 96,
@@ -112,7 +125,7 @@ def tiny(family: str) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:  # ones hide a norm that is left out
-            torch.nn.init.normal_(parameter, 1.0, 0.2)
+            torch.nn.init.normal_(parameter, float(parameter.data.mean()), 0.2)  # some count from 1
         if "bias" in name or "sinks" in name:  # as do zeros a bias
             torch.nn.init.normal_(parameter, 0.0, 0.5)
     for name, buffer in model.named_buffers():

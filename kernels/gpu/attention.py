@@ -82,7 +82,7 @@ def partial_of(partial, stats, row, active, splits, first, GROUP: tl.constexpr, 
 
 @triton.jit
 def combine(
-    partial, head, active, splits, mixed,
+    partial, head, active, splits, gate, mixed,
     GROUP: tl.constexpr, D: tl.constexpr, KV_HEADS: tl.constexpr, WIDE: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """Join a KV head's partial results: a query head at a time, MANY splits at once, the next under way meanwhile."""
@@ -104,8 +104,11 @@ def combine(
         result = result * old + tl.sum(values * weights[:, None], 0)
         top = higher
         if after % rounds == 0:
-            at = place((head * GROUP + i // rounds) * D + d, KV_HEADS * GROUP * D)
-            tl.store(mixed + at, result / total, mask=d < D)
+            at = (head * GROUP + i // rounds) * D + d
+            result = result / total
+            if gate is not None:
+                result = result * tl.sigmoid(tl.load(gate + at, mask=d < D, other=0.0))
+            tl.store(mixed + place(at, KV_HEADS * GROUP * D), result, mask=d < D)
             top, total, result = -float("inf"), 0.0, tl.zeros((WIDE,), tl.float32)
         values, tops, totals = following, next_tops, next_totals
 
@@ -125,7 +128,7 @@ def to_l2(base, start, last, room, ROW: tl.constexpr, COUNT: tl.constexpr, RING:
 
 @triton.jit
 def _decode(
-    qkv, keys, values, scales, position, table, q_norm, k_norm, sinks, mixed_out, partial, tickets,
+    qkv, gate, keys, values, scales, position, table, q_norm, k_norm, sinks, mixed_out, partial, tickets,
     ctx, room, splits, least, clip, eps, to_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, STAGES: tl.constexpr,
@@ -235,8 +238,11 @@ def _decode(
         top, total, mixed = fold(q, k_n, v_n, k_scale_n, v_scale_n, seen, top, total, mixed, to_log2, INT8, DOT)
 
     if active == 1:
-        at = place((head * GROUP + r) * D + d, HEADS * D)
-        tl.store(mixed_out + at, mixed / total[:, None], mask=is_q & (d < D))
+        at = (head * GROUP + r) * D + d
+        mixed = mixed / total[:, None]
+        if gate is not None:
+            mixed = mixed * tl.sigmoid(tl.load(gate + at, mask=is_q & (d < D), other=0.0))
+        tl.store(mixed_out + place(at, HEADS * D), mixed, mask=is_q & (d < D))
         return
     part = head * splits + split
     tl.store(partial + (part * GROUP + r) * D + d, mixed, mask=is_q & (d < D))
@@ -245,7 +251,7 @@ def _decode(
     tl.store(stats + 1, total, mask=g < GROUP)
     tl.debug_barrier()  # all warps' stores come before the ticket
     if tl.atomic_add(tickets + head, 1, sem="acq_rel") == active - 1:
-        combine(partial, head, active, splits, mixed_out, GROUP, D, KV_HEADS, WIDE, MANY)
+        combine(partial, head, active, splits, gate, mixed_out, GROUP, D, KV_HEADS, WIDE, MANY)
         tl.store(tickets + head, 0)
 
 
@@ -269,13 +275,15 @@ def decode_attention(
     heads: int, kv_heads: int, head_dim: int, q_norm: Tensor | None, k_norm: Tensor | None, norm_full: bool,
     clip: float | None, eps: float, splits: int, split_size: int = LEAST, scales: Tensor | None = None,
     scale: float | None = None, norm_after: bool = False, window: int = 0, sinks: Tensor | None = None,
+    gate: Tensor | None = None,
     pdl: bool = False, block: int | None = None, warps: int = 4, stages: int = 3,
 ) -> None:  # fmt: skip
     """One token at `position` [1]: q, k, v [(heads + 2 kv_heads) · D] float32 → mixed [heads · D] float32, striped.
 
     Norm, clip, rotation as in kernels.norm_rope; k and v are written into keys, values [kv_heads, room, D] at
     `position` % room (int8: with scales [2, kv_heads, room]), unless it is ctx, where nothing fits any more; room is
-    ctx or, with a `window`, at least that. `sinks` [heads] float32 and `window` as in kernels.attention.
+    ctx or, with a `window`, at least that. `sinks` [heads] float32 and `window` as in kernels.attention. `gate`
+    [heads · D]: its sigmoid is multiplied with mixed.
     `partial` [partial_size(…)] float32 is scratch; `tickets` [kv_heads] int32 are 0 before and after.
     Scores are multiplied by `scale`, D ** -0.5 where it is None.
     The result depends on splits · split_size, not on the order in which programs run.
@@ -283,6 +291,7 @@ def decode_attention(
     ctx, room, wide, group = rope_table.shape[1], keys.shape[1], triton.next_power_of_2(head_dim), heads // kv_heads
     assert qkv.numel() == (heads + 2 * kv_heads) * head_dim
     assert mixed.numel() == heads * head_dim
+    assert gate is None or gate.numel() == heads * head_dim
     assert keys.is_contiguous()
     assert values.is_contiguous()
     assert (keys.dtype == torch.int8) == (scales is not None)
@@ -296,7 +305,7 @@ def decode_attention(
     assert room == ctx or max(window, block) <= room, f"a ring of {room} holds {window} and {block} positions"
     rows = max(16, triton.next_power_of_2(group + 2))
     _decode[(kv_heads, splits)](
-        qkv, keys, values, keys if scales is None else scales, position, rope_table, q_norm, k_norm, sinks,
+        qkv, gate, keys, values, keys if scales is None else scales, position, rope_table, q_norm, k_norm, sinks,
         mixed, partial, tickets, ctx, room, splits, split_size, clip or 0.0, eps,
         (head_dim**-0.5 if scale is None else scale) * LOG2E,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, R=rope_table.shape[2], WIDE=wide, ROWS=rows, BLOCK=block,

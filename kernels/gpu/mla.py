@@ -191,7 +191,7 @@ def group_of(heads: int) -> int:
 
 
 def programs_of(heads: int, device: torch.device) -> int:
-    """That share a head's product."""
+    """That share a head's product where each has to join what the splits made."""
     return 1 if interpreted() else max(1, multiprocessors(device) // heads)
 
 
@@ -208,7 +208,8 @@ def head_products(x: Tensor, part: Part, out: Tensor, heads: int, splits: tuple[
     k, n = form.cols, form.rows // heads
     assert k % UNIT[form.format] == 0, f"{k} columns are no whole number of {form.format} units"
     rows = tile() if interpreted() else max(1, AT_ONCE // triton.next_power_of_2(k))
-    each = rows * triton.cdiv(n, rows * programs_of(heads, x.device))
+    shared = programs_of(heads, x.device) * (1 if splits else 2)
+    each = rows * triton.cdiv(n, rows * shared)
     count, least, position, block = splits or (1, 1, x, 16)
     _heads[(triton.cdiv(n, each), heads)](
         x, buffer, out, position, count, least, each, HEADS=heads, K=k, N=n, R=rows,

@@ -72,7 +72,9 @@ def tensor(file: DataFile, name: str, entry: Any, data: ByteRange) -> TensorInfo
 
 
 def unsupported(path: Path, name: str, dtype: object) -> OffmoeError:
-    return OffmoeError(f"{path}: tensor {shown(name)} has dtype {shown(dtype)}: supported are {', '.join(DTYPES)}")
+    return OffmoeError(
+        f"{path}: tensor {shown(name)} has dtype {shown(dtype)}: supported are {', '.join((*DTYPES, EIGHT))}"
+    )
 
 
 def joined(directory: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:

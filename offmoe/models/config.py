@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
+from offmoe.kernels.deltanet import Delta
 from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.mla import Latent
 from offmoe.kernels.rope import PLAIN, Scaling
@@ -55,6 +56,9 @@ class ModelConfig:
     shared_hidden: int = 0  # of all of them together
     shared_gated: bool = False  # times the sigmoid of a row of its own
     qkv_bias: bool = False
+    output_gated: bool = False  # each head's output times the sigmoid of a row for each of its values
+    delta: Delta | None = None  # of the layers without keys and values
+    delta_layers: tuple[int, ...] = ()
     head_bias: bool = False
     norm_bias: bool = False  # the norms of the residual stream are LayerNorms
     rope: Scaling = PLAIN
@@ -77,15 +81,17 @@ class ModelConfig:
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """The roles whose matrices are multiplied with a layer's input, together."""
-        return ("q_a" if self.latent.q_rank else "q", "kv_a") if self.latent else ("q", "k", "v")
+        """The roles whose matrices are multiplied with the input of a layer with keys, together."""
+        if self.latent:
+            return ("q_a" if self.latent.q_rank else "q", "kv_a")
+        return ("q_gate", "q", "k", "v") if self.output_gated else ("q", "k", "v")
 
     @property
     def projected(self) -> int:
         """Rows of these matrices."""
         if self.latent:
             return (self.latent.q_rank or self.heads * self.head_dim) + self.latent.width
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
+        return (self.heads + 2 * self.kv_heads) * self.head_dim + self.gate_rows
 
     @property
     def score_scale(self) -> float:
@@ -110,6 +116,16 @@ class ModelConfig:
     def dense(self) -> tuple[int, ...]:
         """The layers without experts."""
         return tuple(layer for layer in range(self.layers) if layer not in self.routed)
+
+    @property
+    def gate_rows(self) -> int:
+        """Of the gate of all heads, which stands before q, k and v."""
+        return self.heads * self.head_dim if self.output_gated else 0
+
+    @property
+    def attended(self) -> tuple[int, ...]:
+        """The layers with keys and values."""
+        return tuple(layer for layer in range(self.layers) if layer not in self.delta_layers)
 
     def window(self, layer: int) -> int:
         """Positions that a token of `layer` sees, itself among them; 0: all before it."""
@@ -278,6 +294,12 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "attention_multiplier": key("attention.scale"),
         "logits_scaling": key("logit_scale"),
         "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "linear_conv_kernel_dim": key("ssm.conv_kernel"),
+        "linear_key_head_dim": key("ssm.state_size"),
+        "linear_num_key_heads": key("ssm.group_count"),
+        "linear_num_value_heads": key("ssm.time_step_rank"),
+        "linear_value_head_dim": shared_out(key("ssm.inner_size"), key("ssm.time_step_rank")),
+        "full_attention_interval": key("full_attention_interval"),
         "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
         "expert_gating_func": key("expert_gating_func"),
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -289,6 +311,12 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
             f"rotation of {config.rotary} values of a head of {config.head_dim}: this model cannot be run yet"
         )
     return config
+
+
+def shared_out(total: Any, among: Any) -> Any:
+    """How much each has; the total where that is no whole number."""
+    whole = type(total) is type(among) is int and among > 0 and total % among == 0
+    return total // among if whole else total
 
 
 def checked(config: ModelConfig) -> ModelConfig:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from offmoe.kernels.deltanet import DeltaWeights
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.mla import HEADS_AT_ONCE, LATENT_EPS, Latent, expand
 from offmoe.kernels.norm_rope import rms_norm
@@ -26,7 +28,7 @@ from offmoe.kernels.striped import stripe, unstripe
 from offmoe.kvcache import KVCache
 from offmoe.models.latent import FLOATS, head_rows, positioned, rows_of, transposed
 from offmoe.models.model import Model
-from offmoe.models.trunk import uninterleaved
+from offmoe.models.trunk import delta_weights, projections, uninterleaved
 
 Part = tuple[Tensor, Matrix]  # bytes in slot layout, and what they are
 
@@ -67,6 +69,7 @@ class DeviceLayer:
     router_bias: Tensor | None  # [E]
     beside: Resident | None  # shared experts; where there is no router, the layer's only feed-forward part
     qkv_bias: Tensor | None  # [Q + 2K]
+    delta: DeltaWeights | None  # of a layer without keys; then qkv are the rows of Delta.projected and o is [H, values]
     o_bias: Tensor | None  # [H]
     attn_norm_bias: Tensor | None  # [H], and striped ones
     attn_norm_bias_striped: Tensor | None
@@ -80,6 +83,7 @@ class DeviceLayer:
         values = [getattr(part, field.name) for part in (self, self.latent) if part for field in fields(part)]
         parts = [part[0] for value in values if isinstance(value, tuple) for part in value]
         parts += [self.beside.records] if self.beside else []
+        parts += self.delta.tensors() if self.delta else []
         return parts + [value for value in values if isinstance(value, Tensor)]
 
 
@@ -126,24 +130,31 @@ class DeviceTrunk:
     def attend(self, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
         """Attention of the residual stream x [T, H], writing its keys and values; returns what to add to x."""
         from offmoe.kernels.gpu.attention import prefill_attention
+        from offmoe.kernels.gpu.deltanet import delta_chunk
         from offmoe.kernels.gpu.norm_rope import norm_rope_write
 
         c, w = self.config, self.layers[layer]
         qkv = self._product(rms_norm(x, w.attn_norm, c.stream_eps, w.attn_norm_bias).to(self._dtype), w.qkv)
+        if w.delta:
+            states, index = kv.state_of(layer)
+            return self._product(states.mix(index, qkv, w.delta, start, delta_chunk), w.o)
         if w.qkv_bias is not None:
             qkv += w.qkv_bias
         positions = self._positions[start : start + len(x)]
         if w.latent:
             return self._product(self._attend_latents(w.latent, qkv, kv.latents(layer), positions, start), w.o)
         chunk = kv.open(layer, start, len(x))
-        q = norm_rope_write(qkv, chunk.keys, chunk.values, positions, self.rope, heads=c.heads, kv_heads=c.kv_heads,
-                            head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
+        q = norm_rope_write(qkv[:, c.gate_rows :], chunk.keys, chunk.values, positions, self.rope, heads=c.heads,
+                            kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
                             eps=c.norm_eps, scales=chunk.scales, first=chunk.first,
                             norm_after=c.qk_norm == "after")  # fmt: skip
         kv.close(layer, chunk, start, len(x))
         mixed = prefill_attention(q, chunk.keys, chunk.values, start - chunk.first, chunk.scales,
                                   window=c.window(layer), sinks=w.sinks, scale=c.score_scale)  # fmt: skip
-        out = self._product(mixed.flatten(1), w.o)
+        mixed = mixed.flatten(1)
+        if c.output_gated:
+            mixed = mixed * qkv[:, : c.gate_rows].sigmoid()
+        out = self._product(mixed, w.o)
         return out if w.o_bias is None else out + w.o_bias
 
     def _attend_latents(self, w: DeviceLatent, qkv: Tensor, cache: Tensor, positions: Tensor, start: int) -> Tensor:
@@ -232,15 +243,16 @@ class DeviceTrunk:
 
     def _load_layer(self, layer: int) -> DeviceLayer:
         c, routed = self.config, layer in self.config.routed
-        normed = c.qk_norm != "none"
+        linear = layer in c.delta_layers
+        normed = c.qk_norm != "none" and not linear
         beside = "dense" if not routed else "shared" if c.shared else None
         return DeviceLayer(
             attn_norm=(attn_norm := self._float("attn_norm", layer)),
             attn_norm_striped=stripe(attn_norm),
-            qkv=self._parts(*c.projections, layer=layer),
+            qkv=self._parts(*projections(c, layer), layer=layer),
             q_norm=self._float("q_norm", layer) if normed else None,
             k_norm=self._float("k_norm", layer) if normed else None,
-            o=self._parts("o", layer=layer),
+            o=self._parts("delta_o" if linear else "o", layer=layer),
             ffn_norm=(ffn_norm := self._float("ffn_norm", layer)),
             ffn_norm_striped=stripe(ffn_norm),
             router=self._router(layer) if routed else None,
@@ -251,6 +263,7 @@ class DeviceTrunk:
             ffn_norm_bias=(ffn_bias := self._float("ffn_norm_bias", layer) if c.norm_bias else None),
             ffn_norm_bias_striped=None if ffn_bias is None else stripe(ffn_bias),
             qkv_bias=torch.cat([self._float(f"{role}_bias", layer) for role in "qkv"]) if c.qkv_bias else None,
+            delta=delta_weights(self._model, partial(self._float, layer=layer)) if linear else None,
             o_bias=self._float("o_bias", layer) if c.o_bias else None,
             sinks=self._float("sinks", layer) if c.sinks else None,
             router_offset=self._float("router_offset", layer) if routed and c.router_offset else None,
@@ -293,10 +306,10 @@ class DeviceTrunk:
 
     def _float(self, role: str, layer: int = 0, keep: bool = False) -> Tensor:
         """In float32, or (`keep`) in the float type of the file."""
-        info = self._model.find(role, layer)
-        assert info is not None, f"{role} was there when the model was opened"
+        info, meant = self._model.stored(role, layer)[0], self._model.meant(role)
         dtype = FLOATS.get(info.format, torch.float32) if keep else torch.float32
-        return self._model.checkpoint.tensor(info.name, dtype).to(self._device)
+        values = self._model.checkpoint.tensor(info.name, dtype)
+        return (meant(values) if meant else values).to(self._device)
 
     def _parts(self, *roles: str, layer: int = 0) -> tuple[Part, ...]:
         """The matrices of these roles, one over another, as they lie in the file but for their planes."""
@@ -315,18 +328,20 @@ class DeviceTrunk:
         c = self.config
         if role == "q_b" and c.latent:
             return c.latent.q_rank
+        if role == "delta_o" and c.delta:
+            return c.delta.values
         return c.heads * c.value_dim if role == "o" else c.hidden
 
     def _raw(self, role: str, layer: int) -> tuple[str, Tensor]:
         """Format and bytes [rows, row bytes] of one matrix; rotated pairs put into halves."""
-        info = self._model.find(role, layer)
-        assert info is not None, f"{role} was there when the model was opened"
+        info, some = self._model.stored(role, layer)
         if FORMATS[info.format].tile:  # rows that share scales cannot be moved: in bfloat16, which holds its 4 bits
             values = self._model.checkpoint.tensor(info.name, torch.bfloat16)
             info = replace(info, format="BF16")
             raw = values.view(torch.uint8).view(math.prod(info.shape[:-1]), -1)
         else:
             raw = self._model.checkpoint.read(info.name).view(math.prod(info.shape[:-1]), -1)
+        raw = raw if some is None else raw[some]
         if role in ("q", "k") and self._model.interleaved:
             raw = uninterleaved(raw, self.config.heads if role == "q" else self.config.kv_heads)
         if (rows := rows_of(role, self.config, striped=True)) is not None:

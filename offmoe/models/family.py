@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from offmoe.errors import OffmoeError
 from offmoe.kernels.rope import KINDS
 from offmoe.kernels.route import Rule
@@ -18,11 +20,13 @@ MODULES = (
     "qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe", "gpt_oss",
     "deepseek_v3", "deepseek_v2", "kimi_k2", "glm4_moe_lite",
     "ernie4_5_moe", "dots1", "minimax_m2", "hunyuan_v1_moe", "granitemoe", "phimoe",
+    "qwen3_next", "qwen3_5_moe",
 )  # fmt: skip
 
 Names = Mapping[str, tuple[str, ...]]  # role → templates over layer {l} and expert {e}; the first that exists counts
 
 SHARED = "model.layers.{l}.mlp.shared_expert"  # or shared_experts
+LINEAR = "model.layers.{l}.linear_attn"
 
 HF_NAMES: Names = {
     "embed": ("model.embed_tokens.weight",),
@@ -64,6 +68,17 @@ HF_NAMES: Names = {
     "shared_up": (SHARED + ".up_proj.weight", SHARED + "s.up_proj.weight"),
     "shared_down": (SHARED + ".down_proj.weight", SHARED + "s.down_proj.weight"),
     "shared_router": ("model.layers.{l}.mlp.shared_expert_gate.weight",),
+    "delta_qkv": (LINEAR + ".in_proj_qkv.weight",),
+    "delta_z": (LINEAR + ".in_proj_z.weight",),
+    "delta_b": (LINEAR + ".in_proj_b.weight",),
+    "delta_a": (LINEAR + ".in_proj_a.weight",),
+    "delta_qkvz": (LINEAR + ".in_proj_qkvz.weight",),
+    "delta_ba": (LINEAR + ".in_proj_ba.weight",),
+    "delta_conv": (LINEAR + ".conv1d.weight",),
+    "delta_dt": (LINEAR + ".dt_bias",),
+    "delta_decay": (LINEAR + ".A_log",),
+    "delta_norm": (LINEAR + ".norm.weight",),
+    "delta_o": (LINEAR + ".out_proj.weight",),
 }
 
 GGUF_NAMES: Names = {
@@ -112,8 +127,20 @@ GGUF_NAMES: Names = {
     "shared_up": ("blk.{l}.ffn_up_shexp.weight",),
     "shared_down": ("blk.{l}.ffn_down_shexp.weight",),
     "shared_router": ("blk.{l}.ffn_gate_inp_shexp.weight",),
+    "delta_qkv": ("blk.{l}.attn_qkv.weight",),
+    "delta_z": ("blk.{l}.attn_gate.weight",),
+    "delta_b": ("blk.{l}.ssm_beta.weight",),
+    "delta_a": ("blk.{l}.ssm_alpha.weight",),
+    "delta_qkvz": ("blk.{l}.ssm_in.weight",),
+    "delta_ba": ("blk.{l}.ssm_ba.weight",),
+    "delta_conv": ("blk.{l}.ssm_conv1d.weight",),
+    "delta_dt": ("blk.{l}.ssm_dt.bias",),
+    "delta_decay": ("blk.{l}.ssm_a",),
+    "delta_norm": ("blk.{l}.ssm_norm.weight",),
+    "delta_o": ("blk.{l}.ssm_out.weight",),
 }
 
+Values = Callable[[Tensor], Tensor]
 Fields = Callable[[Mapping[str, Any], int, Rule], dict[str, Any]]
 Translated = Callable[[Mapping[str, Any]], dict[str, Any]]
 
@@ -145,6 +172,8 @@ class Family:
     partial_rotary: float = 1.0  # share of a head that is rotated, where the file does not say
     interleaved: bool = False  # pairs that are rotated together lie side by side in q's and k's rows, in every file
     interleaved_gguf: bool = False  # llama.cpp permutes q and k rows of this arch
+    values: Mapping[str, Values] = field(default_factory=dict)  # role → what its numbers in safetensors stand for
+    tiled_gguf: bool = False  # llama.cpp orders the value heads of this arch so, see kernels.deltanet
     translated: Translated = dict  # a config of its own dialect in the field names that all share
     gguf_keys: GgufKeys = no_keys  # that llama.cpp wants of this arch beside those of all
     interleaved_experts: bool = False  # in safetensors: stacked gate and up take turns, row by row
@@ -183,7 +212,8 @@ def family_of(key: str, value: object, gate: object = None) -> Family:
 
     Where several share an arch, the first that implements `gate`, the file's expert_gating_func.
     """
-    found = [family for family in families() if getattr(family, key) == value]
+    names = (value, str(value).removesuffix("_text"))  # a model that also sees, and its language model alone
+    found = [family for family in families() if getattr(family, key) in names]
     if not found:
         known = ", ".join(dict.fromkeys(str(getattr(family, key)) for family in families()))
         raise OffmoeError(f"architecture {str(value)[:60]!r} is not supported; supported are {known}")

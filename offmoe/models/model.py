@@ -12,12 +12,14 @@ from torch import Tensor
 
 from offmoe.checkpoint import ByteRange, Checkpoint, TensorInfo, open_checkpoint
 from offmoe.errors import OffmoeError
+from offmoe.kernels.deltanet import Delta
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.mla import Latent
 from offmoe.kernels.planes import slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.models.config import ModelConfig, from_gguf, from_hf
-from offmoe.models.family import GGUF_NAMES, Family, Names, family_of
+from offmoe.models.family import GGUF_NAMES, Family, Names, Values, family_of
+from offmoe.models.held import HELD, held_rows, held_shape
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,18 @@ class Model:
         """The tensor that plays `role`, or None."""
         return find(self.checkpoint, self.names, role, layer, expert)
 
+    def stored(self, role: str, layer: int = 0) -> tuple[TensorInfo, Tensor | None]:
+        """The tensor that `role` lies in, and which of its rows are meant; None: all."""
+        there = "q" if role == "q_gate" else holder(self.checkpoint, self.names, role, layer)
+        info = self.find(there, layer)
+        assert info is not None, f"{role} was there when the model was opened"
+        gated = self.config.output_gated and there == "q"
+        return info, held_rows(role, self.config) if gated or there != role else None
+
+    def meant(self, role: str) -> Values | None:
+        """What turns the numbers in the file into those that are computed with; None: they are."""
+        return None if self.checkpoint.kind == "gguf" else self.family.values.get(role)
+
     def ranges(self, place: int, expert: int) -> list[ByteRange]:
         """Where the parts of a record lie, in the order of its layout."""
         layer = self.config.routed[place]
@@ -85,7 +99,7 @@ class Model:
         """Of all experts of a place, float32: gate beside up [E, 2F], down [E, H]."""
         layer = self.config.routed[place]
         found = {}
-        for role in bias_shapes(self.checkpoint, self.names, self.config, layer):
+        for role in bias_shapes(self.names, self.config):
             info = self.find(role, layer)
             assert info is not None, f"{role} of layer {layer} was there when the model was opened"
             found[role] = self.checkpoint.tensor(info.name)
@@ -176,12 +190,15 @@ def trunk_shapes(config: ModelConfig, split: bool = False) -> dict[str, tuple[in
         shapes |= feed_forward_shapes("shared", config.hidden, config.shared_hidden)
     if config.shared_gated:
         shapes["shared_router"] = (1, config.hidden)
+    if config.delta:
+        shapes |= delta_shapes(config.delta, config.hidden)
     return shapes
 
 
 def attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"q": (q, config.hidden), "k": (kv, config.hidden), "v": (kv, config.hidden)}
+    rows = {"q": q + config.gate_rows, "k": kv, "v": kv}  # a head's query, then its gate
+    shapes: dict[str, tuple[int, ...]] = {role: (count, config.hidden) for role, count in rows.items()}
     if config.qk_norm != "none":
         norms = (config.head_dim, config.head_dim) if config.qk_norm in ("head", "after") else (q, kv)
         shapes |= {"q_norm": norms[:1], "k_norm": norms[1:]}
@@ -208,12 +225,28 @@ def feed_forward_shapes(kind: str, hidden: int, inner: int) -> dict[str, tuple[i
     return {f"{kind}_gate": (inner, hidden), f"{kind}_up": (inner, hidden), f"{kind}_down": (hidden, inner)}
 
 
+def delta_shapes(d: Delta, hidden: int) -> dict[str, tuple[int, ...]]:
+    rows = dict(zip(("delta_qkv", "delta_z", "delta_b", "delta_a"), d.projected, strict=True))
+    return {
+        **{role: (count, hidden) for role, count in rows.items()},
+        "delta_conv": (d.channels, d.taps),
+        "delta_dt": (d.value_heads,),
+        "delta_decay": (d.value_heads,),
+        "delta_norm": (d.value_dim,),
+        "delta_o": (hidden, d.values),
+    }
+
+
 def layers_of(role: str, config: ModelConfig) -> Sequence[int]:
     """The layers in which a tensor plays `role`; only 0 where it belongs to none."""
     if "{l}" not in GGUF_NAMES[role][0]:
         return (0,)
     if role.startswith("dense"):
         return config.dense
+    if role.startswith("delta"):
+        return config.delta_layers
+    if role.partition("_")[0] in ("q", "k", "v", "o"):
+        return config.attended
     return config.routed if role.startswith(("router", "shared")) else range(config.layers)
 
 
@@ -229,30 +262,36 @@ def bias_weights(config: ModelConfig) -> int:
 
 def trunk_tensors(model: Model) -> Iterator[TensorInfo]:
     """Everything that is used and no routed expert; files may hold more (layers that predict several tokens)."""
-    for role in trunk_shapes(model.config, model.split):
-        for layer in layers_of(role, model.config):
-            info = model.find(role, layer)
-            assert info is not None, f"{role} of layer {layer} was there when the model was opened"
-            yield info
+    roles = ((r, layer) for r in trunk_shapes(model.config, model.split) for layer in layers_of(r, model.config))
+    found = (model.stored(role, layer)[0] for role, layer in roles)
+    yield from {info.name: info for info in found}.values()
 
 
 def check_trunk(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
     for role, shape in trunk_shapes(config, is_split(checkpoint, names)).items():
         for layer in layers_of(role, config):
-            expect(checkpoint, names, role, layer, 0, shape)
+            there = holder(checkpoint, names, role, layer)
+            expect(checkpoint, names, there, layer, 0, shape if there == role else held_shape(there, config))
     if config.expert_bias:
         for layer in config.routed:
-            for role, shape in bias_shapes(checkpoint, names, config, layer).items():
+            for role, shape in bias_shapes(names, config).items():
                 expect(checkpoint, names, role, layer, 0, shape)
 
 
-def bias_shapes(checkpoint: Checkpoint, names: Names, config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+def bias_shapes(names: Names, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Role → shape of the biases of all experts of a layer, stacked as its file has them."""
     experts, inner = config.experts, config.expert_hidden
     down = {"down_bias": (experts, config.hidden)}
-    if find(checkpoint, names, "gate_up_bias", layer, 0):
+    if "gate_up_bias" in names:
         return {"gate_up_bias": (experts, 2 * inner), **down}
     return {"gate_bias": (experts, inner), "up_bias": (experts, inner), **down}
+
+
+def holder(checkpoint: Checkpoint, names: Names, role: str, layer: int) -> str:
+    """The role of the tensor that `role` lies in: its own, or where it has none, one that holds others too."""
+    other = HELD.get(role, role)
+    alone = find(checkpoint, names, role, layer, 0) or not find(checkpoint, names, other, layer, 0)
+    return role if alone else other
 
 
 def expect(

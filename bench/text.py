@@ -1,0 +1,73 @@
+"""What text costs: tokenising a megabyte, and taking an answer apart a token at a time.
+
+    python -P bench/text.py [MODEL …] > bench/results/text.csv
+
+MODEL is by default the demo; a GGUF of a vocabulary alone will do.
+CPU seconds of one core, the least of five runs: other work on the machine does not count. The text is this project's
+own, prose and code.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["RAYON_NUM_THREADS"] = "1"  # of the tokenizers library: before it is imported
+
+from offmoe.checkpoint import open_checkpoint
+from offmoe.download import DEMO
+from offmoe.tokenizer import Tokenizer, load_tokenizer
+
+ROUNDS, SIZE = 5, 1_000_000
+COLUMNS = ("vocabulary", "cut", "figure", "value", "unit", "target")
+ROOT = Path(__file__).parents[1]
+
+
+def corpus() -> str:
+    files = sorted(file for kind in ("*.md", "*.py") for file in ROOT.glob(f"[!.]*/**/{kind}"))
+    text = "".join(file.read_text("utf-8") for file in [ROOT / "README.md", *files])
+    return (text * (1 + SIZE // len(text))).encode()[:SIZE].decode(errors="ignore")
+
+
+def least(work: Callable[[], object]) -> float:
+    """CPU seconds."""
+    times = []
+    for _ in range(ROUNDS):
+        began = time.process_time()
+        work()
+        times.append(time.process_time() - began)
+    return min(times)
+
+
+def rows(tokenizer: Tokenizer, text: str) -> list[tuple[str, float, str, float]]:
+    ids = tokenizer.encode(text)
+
+    def speak() -> None:
+        speech = tokenizer.speech(ids[:100], ["never said"])
+        for id in ids:
+            speech.push(id)
+
+    return [
+        ("tokenise 1 MB", least(lambda: tokenizer.encode(text)), "s", 0.5),
+        ("detokenise, streaming", 1e6 * least(speak) / len(ids), "µs a token", 20),
+    ]
+
+
+def main() -> None:
+    out, text = csv.writer(sys.stdout, lineterminator="\n"), corpus()
+    out.writerow(COLUMNS)
+    for path in map(Path, sys.argv[1:] or [DEMO]):
+        with open_checkpoint(path) as checkpoint:
+            tokenizer = load_tokenizer(checkpoint)
+            cut = checkpoint.metadata.get("tokenizer.ggml.pre", "") if checkpoint.kind == "gguf" else ""
+        for figure, value, unit, target in rows(tokenizer, text):
+            out.writerow((path.stem, cut, figure, f"{value:.3g}", unit, target))
+        tokenizer.close()
+
+
+if __name__ == "__main__":
+    main()
