@@ -172,7 +172,7 @@ def write(name: str, path: Path, layers: int | None = None, seed: int = 0, **cha
         kind = gguf.GGMLQuantizationType(FORMATS[fmt].gguf_type)
         data = made[key].reshape(*dims[:-1], FORMATS[fmt].nbytes(1, cols))
         data = data.view(np.float32) if fmt == "F32" else data
-        writer.add_tensor(tensor, -data if tensor.endswith("ssm_a") else data, raw_dtype=kind)  # what is forgotten
+        writer.add_tensor(tensor, -np.abs(data) if tensor.endswith("ssm_a") else data, raw_dtype=kind)  # else it grows
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -81,7 +81,9 @@ class ModelInfo:
 
     def _model_rows(self) -> Rows:
         c, w, sizes = self.model.config, self.weights, {layout.nbytes for layout in self.model.layouts}
-        dense = f" ({len(c.dense)} without experts)" if c.dense else ""
+        kinds = [f"{len(c.dense)} without experts"] if c.dense else []
+        kinds += [f"{len(c.delta_layers)} with a DeltaNet for attention"] if c.delta_layers else []
+        told = f" ({', '.join(kinds)})" if kinds else ""
         record = " to ".join(format_size(size) for size in sorted({min(sizes), max(sizes)}))
         kept = f"{c.kv_heads} key-value heads"
         if c.latent:
@@ -90,7 +92,7 @@ class ModelInfo:
             ("family", f"{c.model_type} ({self.model.checkpoint.kind})"),
             ("parameters", f"{billions(w.total)} in total, {billions(w.active)} active a token"),
             ("", f"{billions(w.active_without_embedding)} active without the input embedding"),
-            ("layers", f"{c.layers}{dense}, hidden {c.hidden}, {c.heads} heads, {kept}"),
+            ("layers", f"{c.layers}{told}, hidden {c.hidden}, {c.heads} heads, {kept}"),
             ("experts", f"{c.experts} a layer, {c.top_k} routed a token, {c.shared or 'none'} shared"),
             ("routing", str(c.rule)),
             ("record", f"{record} ({'; '.join(self.formats())})"),

@@ -53,6 +53,9 @@ def test_a_small_file_of_each_shape_runs(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     with Engine(open_model(tmp_path / "a.gguf"), Settings.of(device="cpu", vram="100%", ram=0)) as engine:
         logits = engine.prefill(list(range(40)))
+        forgets = [name for name in engine.model.checkpoint.tensors if name.endswith("ssm_a")]
+        assert all(float(engine.model.checkpoint.tensor(name).max()) < 0 for name in forgets)
+        assert bool(forgets) == ("every" in given)
     assert logits.isfinite().all()
     assert logits.std() > 0.1
 

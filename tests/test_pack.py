@@ -68,11 +68,9 @@ def expected(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     for layer in model.config.routed:
         for role in EXPERT_ROLES:
             tensors[model.family.gguf_names[role][0].format(l=layer)] = stacked(checkpoint, model, role, layer)
-        if model.config.expert_bias:
-            both, down = (checkpoint.tensor(model.family.names[f"{role}_bias"][0].format(l=layer))
-                          for role in ("gate_up", "down"))  # fmt: skip
-            for name, value in (("gate", both[:, ::2]), ("up", both[:, 1::2]), ("down", down)):
-                tensors[f"blk.{layer}.ffn_{name}_exps.bias"] = value
+            if model.config.expert_bias:
+                name = model.family.gguf_names[f"{role}_bias"][0].format(l=layer)
+                tensors[name] = stacked(checkpoint, model, role, layer, "_bias")
     return tensors
 
 
@@ -114,16 +112,21 @@ def deltanet(checkpoint: Checkpoint, config: ModelConfig, layer: int, tiled: boo
     return {f"blk.{layer}.{name}": value for name, value in {**large, **small}.items()}
 
 
-def stacked(checkpoint: Checkpoint, model: Model, role: str, layer: int) -> torch.Tensor:
-    """[E, rows, cols] of matrices by themselves, of a stack, or of one of gate over up."""
-    found = [model.find(role, layer, e) for e in range(model.config.experts)]
+def stacked(checkpoint: Checkpoint, model: Model, role: str, layer: int, kind: str = "") -> torch.Tensor:
+    """[E, rows, cols], or of biases [E, rows]: of matrices by themselves, of a stack, or of one of gate and up."""
+    column_by_column = model.layouts[0].transposed and not kind
+    found = [model.find(role + kind, layer, e) for e in range(model.config.experts)]
     if found[0] is None:
-        info = model.find("gate_up", layer)
+        info = model.find(f"gate_up{kind}", layer)
         assert info is not None
         both = checkpoint.tensor(info.name)
-        return both[:, role == "up" :: 2] if model.layouts[0].interleaved else both.chunk(2, dim=1)[role == "up"]
+        both = both.mT if column_by_column else both
+        halves = (both[:, ::2], both[:, 1::2]) if model.family.interleaved_experts else both.chunk(2, dim=1)
+        return halves[role == "up"]
     each = [checkpoint.tensor(info.name) for info in found if info is not None]
-    return each[0] if each[0].dim() == 3 else torch.stack(each)
+    if each[0].dim() == (2 if kind else 3):
+        return each[0].mT if column_by_column else each[0]
+    return torch.stack(each)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
