@@ -26,8 +26,9 @@ from offmoe.cache.residency import Residency
 from offmoe.device_table import device_table
 from offmoe.kernels.gpu import gemv, mla
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
+from offmoe.kernels.gpu.experts import expert_down, expert_gate_up
 from offmoe.kernels.gpu.foretell import foretell
-from offmoe.kernels.gpu.gemv import dense, expert_down, expert_gate_up
+from offmoe.kernels.gpu.gemv import dense
 from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 from offmoe.kernels.gpu.resolve import candidates

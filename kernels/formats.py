@@ -21,7 +21,8 @@ class Format:
     gguf_type: int | None  # ggml_type in a GGUF's tensor table
     unpack: Callable[[Tensor], Tensor] = field(repr=False, compare=False)  # uint8 [..., n, bytes] → [..., n, block]
     apart: bool = False  # in a file all first bytes of a matrix's blocks come first, then the rest of each
-    tile: int = 0  # before all blocks: float32 scales, row by row, each of so many rows and columns of weights
+    tile: int = 0  # before all blocks: scales, row by row, each of so many rows and columns of weights …
+    scale: torch.dtype = torch.float32  # … of this type
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes of a [rows, cols] matrix. Raises ValueError where cols is no multiple of `block`."""
@@ -31,7 +32,7 @@ class Format:
 
     def scales_nbytes(self, rows: int, cols: int) -> int:
         """Of the tiles' scales."""
-        return 4 * -(-rows // self.tile) * -(-cols // self.tile) if self.tile else 0
+        return self.scale.itemsize * -(-rows // self.tile) * -(-cols // self.tile) if self.tile else 0
 
 
 def dequantise(raw: Tensor, fmt: str | Format, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -52,7 +53,7 @@ def dequantise(raw: Tensor, fmt: str | Format, rows: int, cols: int, dtype: torc
 def in_tiles(raw: Tensor, form: Format, rows: int, cols: int) -> Tensor:
     """Scales and blocks [..., bytes] → float32 [..., rows, cols]."""
     start = form.scales_nbytes(rows, cols)
-    scales = reinterpret(raw[..., :start], torch.float32).unflatten(-1, (-1, -(-cols // form.tile)))
+    scales = reinterpret(raw[..., :start], form.scale).float().unflatten(-1, (-1, -(-cols // form.tile)))
     weights = form.unpack(raw[..., start:].unflatten(-1, (-1, form.bytes))).view(*raw.shape[:-1], rows, cols)
     spread = scales.repeat_interleave(form.tile, -1)[..., :cols]
     return weights * spread.repeat_interleave(form.tile, -2)[..., :rows, :]
@@ -203,7 +204,8 @@ FORMATS = {
         Format("Q6_K", 256, 210, 14, q6_k),
         Format("MXFP4", 32, 17, 39, mxfp4),
         Format("MXFP4_PAIRS", 32, 17, None, mxfp4_pairs, apart=True),
-        Format("F8_E4M3", 128, 128, None, f8_e4m3, tile=128),  # quant_method fp8 of safetensors, weight_scale_inv
+        Format("F8_E4M3", 128, 128, None, f8_e4m3, tile=128),  # quant_method fp8: weight_scale_inv of DeepSeek-V3 …
+        Format("F8_E4M3_BF16", 128, 128, None, f8_e4m3, tile=128, scale=torch.bfloat16),  # … and of Qwen3
     )
 }
 GGML = {name: form for name, form in FORMATS.items() if form.gguf_type is not None}  # what a GGUF may hold

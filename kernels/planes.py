@@ -31,6 +31,7 @@ PLANES: dict[str, tuple[int, ...]] = {
     "MXFP4": (1, 16),
     "MXFP4_PAIRS": (1, 16),  # apart in the file already
     "F8_E4M3": (128,),  # behind the plane of the tiles' scales
+    "F8_E4M3_BF16": (128,),
 }
 
 
@@ -170,11 +171,12 @@ def rearrange(raw: Tensor, layout: SlotLayout) -> Tensor:
 def rearrange_matrix(raw: Tensor, form: Matrix) -> Tensor:
     """One matrix as it lies in the file, uint8 [bytes] → a buffer of its own [form.nbytes]."""
     buffer = torch.zeros((1, form.nbytes), dtype=torch.uint8, device=raw.device)
-    runs = (
-        runs_of(form.format, 0, form) if FORMATS[form.format].tile else [Run(form.format, 0, form.blocks, form.planes)]
-    )
-    for run in runs:
-        into_planes(raw.view(1, -1)[:, run.source : run.source + run.nbytes], run.format, run.planes, buffer)
+    if not FORMATS[form.format].tile:
+        into_planes(raw.view(1, -1), form.format, form.planes, buffer)
+        return buffer[0]
+    sizes = plane_sizes(form.format, form.rows, form.cols)
+    for at, plane in zip(form.planes, raw.flatten().split(sizes), strict=True):
+        buffer[0, at : at + len(plane)] = plane
     return buffer[0]
 
 

@@ -25,8 +25,9 @@ from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
 from offmoe.kernels.gpu.deltanet import delta_step
 from offmoe.kernels.gpu.embed import embed
+from offmoe.kernels.gpu.experts import expert_down, expert_gate_up
 from offmoe.kernels.gpu.foretell import Past, foretell
-from offmoe.kernels.gpu.gemv import dense, expert_down, expert_gate_up
+from offmoe.kernels.gpu.gemv import dense
 from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.gpu.norm_rope import rms_norm
 from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, page_in, scratch_for

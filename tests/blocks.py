@@ -51,9 +51,10 @@ def in_tiles(raw: Tensor, fmt: str, rows: int, cols: int, kind: str, g: torch.Ge
     if kind == "subnormal":
         codes = codes & 0x87
     codes[(codes & 0x7F) == 0x7F] = 0x7E
-    values = torch.rand((len(raw), start // 4), generator=g) * 0.02 + 0.002
+    scale = FORMATS[fmt].scale
+    values = torch.rand((len(raw), start // scale.itemsize), generator=g) * 0.02 + 0.002
     values *= {"normal": 1.0, "zero": 0.0, "subnormal": 1e-30, "ones": 1.0}[kind]
-    return torch.cat((values.view(torch.uint8), codes), 1)
+    return torch.cat((values.to(scale).view(torch.uint8), codes), 1)
 
 
 def random_records(layout: RecordLayout, n: int, kind: str = "normal", seed: int = 0) -> Tensor:

@@ -31,9 +31,10 @@ from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, prefill_attention
 from offmoe.kernels.gpu.deltanet import delta_chunk, delta_step
 from offmoe.kernels.gpu.embed import embed
+from offmoe.kernels.gpu.experts import expert_down, expert_gate_up
 from offmoe.kernels.gpu.foretell import foretell
 from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
-from offmoe.kernels.gpu.gemv import dense, expert_down, expert_gate_up
+from offmoe.kernels.gpu.gemv import dense
 from offmoe.kernels.gpu.mla import decode_latents
 from offmoe.kernels.gpu.norm_rope import norm_rope_write, rms_norm
 from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, page_in, scratch_for
@@ -94,7 +95,7 @@ def made_of(launch: Launch, capability: int) -> Any:
 
 
 def name_of(launch: Launch) -> str:
-    """`gemv._down`."""
+    """`experts._down`."""
     return f"{launch[0].__module__.rpartition('.')[2]}.{launch[0].__name__}"
 
 

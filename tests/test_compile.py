@@ -13,9 +13,10 @@ import pytest
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.backends.nvidia")
-from offmoe.kernels.gpu.gemv import FEWER_WARPS, HEAVY, WARPS
+from offmoe.kernels.gpu.experts import HEAVY
+from offmoe.kernels.gpu.gemv import FEWER_WARPS, WARPS
 
-PRODUCTS = {"gemv._gate_up", "gemv._down", "gemv._dense"}
+PRODUCTS = {"experts._gate_up", "experts._down", "gemv._dense"}
 WIDE = {*PRODUCTS, "page_in._page_in", "route._route", "attention._decode", "attention._prefill", "mla._attend",
         "deltanet._delta_step"}  # fmt: skip
 KERNELS = {*WIDE, "resolve._candidates", "route._predict", "embed._embed", "sample._sample", "advance._advance",
@@ -38,8 +39,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_all_kernels_compile(made: list[dict[str, Any]]) -> None:
     assert not [line for line in made if "error" in line]
     assert {line["kernel"] for line in made} == KERNELS
-    for line in made:  # what spills is read and written all the time, but for what movers hold: see gemv.registers
-        assert line["stack"] <= (48 if line["kernel"] == "gemv._gate_up" else 0), line
+    for line in made:  # what spills is read and written all the time, but for what movers hold: see experts.registers
+        assert line["stack"] <= (48 if line["kernel"] == "experts._gate_up" else 0), line
 
 
 def test_products_read_wide_words_and_flush_nothing(made: list[dict[str, Any]]) -> None:
@@ -53,5 +54,5 @@ def test_as_many_warps_run_at_once_as_a_launch_counts_on(made: list[dict[str, An
     products = [line for line in made if line["kernel"] in PRODUCTS]
     assert {line["format"] for line in products} & HEAVY
     for line in products:
-        heavy = line["kernel"] == "gemv._dense" or (line["kernel"] == "gemv._gate_up" and line["format"] in HEAVY)
+        heavy = line["kernel"] == "gemv._dense" or (line["kernel"] == "experts._gate_up" and line["format"] in HEAVY)
         assert line["reg"] <= 65536 // 32 // (FEWER_WARPS if heavy else WARPS), line

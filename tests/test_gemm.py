@@ -31,6 +31,7 @@ def randn(*shape: int, seed: int = 1) -> Tensor:
 def layout_of(fmt: str, down: str, stacked: bool = False) -> tuple[SlotLayout, RecordLayout]:
     """96 and 160 weights a row, no whole number of tiles, where blocks are of 32."""
     h, f = (256, 256) if max(FORMATS[fmt].block, FORMATS[down].block) > 32 else (160, 96)
+    h = 512 if FORMATS[fmt].tile else h
     record = RecordLayout.of(("gate", fmt, f, h), ("up", fmt, f, h), ("down", down, h, f))
     if stacked:
         record = RecordLayout.of(("gate_up", fmt, 2 * f, h), ("down", down, h, f))

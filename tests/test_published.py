@@ -281,6 +281,31 @@ CONVERTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         "expert_group_count": 1, "expert_group_used_count": 1, "expert_feed_forward_length": 1536,
         "leading_dense_block_count": 1, "expert_gating_func": 2, "expert_weights_scale": 1.8,
         "expert_weights_norm": True, "vocab_size": 154880, "context_length": 202752}, ("output.weight",)),
+    "ERNIE-4.5-21B-A3B": ({
+        "block_count": 28, "embedding_length": 2560, "feed_forward_length": 12288, "attention.head_count": 20,
+        "attention.head_count_kv": 4, "rope.freq_base": 500000.0, "attention.layer_norm_rms_epsilon": 1e-5,
+        "expert_used_count": 6, "expert_count": 64, "expert_shared_count": 2, "expert_feed_forward_length": 1536,
+        "expert_shared_feed_forward_length": 3072, "interleave_moe_layer_step": 1, "leading_dense_block_count": 1,
+        "vocab_size": 103424, "context_length": 131072}, ()),
+    "MiniMax-M2": ({
+        "block_count": 62, "embedding_length": 3072, "feed_forward_length": 1536, "attention.head_count": 48,
+        "attention.head_count_kv": 8, "attention.key_length": 128, "attention.value_length": 128,
+        "rope.dimension_count": 64, "rope.freq_base": 5e6, "attention.layer_norm_rms_epsilon": 1e-6,
+        "expert_used_count": 8, "expert_count": 256, "expert_feed_forward_length": 1536, "expert_gating_func": 2,
+        "vocab_size": 200064, "context_length": 196608}, ("output.weight", "blk.0.attn_q_norm.weight")),
+    "Hunyuan-A13B": ({
+        "block_count": 32, "embedding_length": 4096, "feed_forward_length": 3072, "attention.head_count": 32,
+        "attention.head_count_kv": 8, "attention.key_length": 128, "attention.value_length": 128,
+        "rope.freq_base": 10000 * 1000 ** (128 / 126), "rope.scaling.type": "none",
+        "attention.layer_norm_rms_epsilon": 1e-5, "expert_used_count": 8, "expert_count": 64, "expert_shared_count": 1,
+        "expert_feed_forward_length": 3072, "expert_shared_feed_forward_length": 3072, "vocab_size": 128167,
+        "context_length": 32768}, ("blk.0.attn_q_norm.weight",)),
+    "Granite-3.1-3B-A800M": ({
+        "block_count": 32, "embedding_length": 1536, "feed_forward_length": 512, "attention.head_count": 24,
+        "attention.head_count_kv": 8, "rope.freq_base": 1.5e6, "rope.dimension_count": 64,
+        "attention.layer_norm_rms_epsilon": 1e-6, "expert_used_count": 8, "expert_count": 40, "embedding_scale": 12.0,
+        "attention.scale": 0.015625, "residual_scale": 0.22, "logit_scale": 6.0, "vocab_size": 49155,
+        "context_length": 131072}, ()),
 }  # fmt: skip
 
 

@@ -89,8 +89,8 @@ def words_of(buffer, origin, at, mask, FORMAT: tl.constexpr,
         return words_q6_k(buffer, origin, at, mask, P0, P1, P2, P3)
     elif FORMAT == "Q8_0":
         return words_q8_0(buffer, origin, at, mask, P0, P1)
-    elif FORMAT == "F8_E4M3":
-        return words_f8(buffer, origin, at, mask, P0, P1, P2)
+    elif FORMAT == "F8_E4M3" or FORMAT == "F8_E4M3_BF16":
+        return words_f8(buffer, origin, at, mask, FORMAT, P0, P1, P2)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         return words_float(buffer, origin, at, mask, FORMAT, P0)
     else:
@@ -106,8 +106,8 @@ def fold(words, xs, FORMAT: tl.constexpr):
         return tl.sum(tl.sum(fold_q6_k(words, xs), 2), 1)
     elif FORMAT == "Q8_0":
         return tl.sum(fold_q8_0(words, xs), 1)
-    elif FORMAT == "F8_E4M3":
-        return tl.sum(fold_f8(words, xs), 1)
+    elif FORMAT == "F8_E4M3" or FORMAT == "F8_E4M3_BF16":
+        return tl.sum(fold_f8(words, xs, FORMAT), 1)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         return tl.sum(fold_float(words, xs, FORMAT), 1)
     else:

@@ -121,14 +121,19 @@ def fold_q8_0(words, xs):
 
 
 @triton.jit
-def words_f8(buffer, origin, at, mask, P0: tl.constexpr, P1: tl.constexpr, UNITS: tl.constexpr):
+def words_f8(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+             UNITS: tl.constexpr):  # fmt: skip
     """Twice four words of codes [R, U, 4], and the scale of their tile [R, U]; UNITS units a row."""
     words = buffer.to(tl.pointer_type(tl.uint32))
     spot = (origin[None, :] + P1 // 4 + at * 8)[:, :, None] + tl.arange(0, 4)[None, None, :]
     m, tile = mask[:, :, None], at // UNITS // 128 * ((UNITS + 3) // 4) + at % UNITS // 4
-    scales = buffer.to(tl.pointer_type(tl.float32)) + origin[None, :] + P0 // 4 + tile
-    return (tl.load(words + spot, mask=m, other=0), tl.load(words + spot + 4, mask=m, other=0),
-            tl.load(scales, mask=mask, other=0.0))  # fmt: skip
+    first, second = tl.load(words + spot, mask=m, other=0), tl.load(words + spot + 4, mask=m, other=0)
+    if FORMAT == "F8_E4M3":
+        scales = buffer.to(tl.pointer_type(tl.float32)) + origin[None, :] + P0 // 4 + tile
+        return first, second, tl.load(scales, mask=mask, other=0.0)
+    else:
+        scales = buffer.to(tl.pointer_type(tl.uint16)) + origin[None, :] * 2 + P0 // 2 + tile
+        return first, second, tl.load(scales, mask=mask, other=0)
 
 
 @triton.jit
@@ -149,6 +154,9 @@ def four_f8(word, x):
 
 
 @triton.jit
-def fold_f8(words, xs):
+def fold_f8(words, xs, FORMAT: tl.constexpr):
     """[R, U]."""
-    return tl.sum(four_f8(words[0], xs[0]) + four_f8(words[1], xs[1]), 2) * 2.0**60 * words[2]
+    scale = words[2]
+    if FORMAT == "F8_E4M3_BF16":  # by its bits: the interpreter has bfloat16 wrong
+        scale = (words[2].to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return tl.sum(four_f8(words[0], xs[0]) + four_f8(words[1], xs[1]), 2) * 2.0**60 * scale

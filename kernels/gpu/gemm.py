@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.feed_forward import SILU, Glu
-from offmoe.kernels.gpu.gemv import glu, planes
+from offmoe.kernels.gpu.experts import glu
+from offmoe.kernels.gpu.gemv import planes
 from offmoe.kernels.gpu.unpack import tile
 from offmoe.kernels.planes import SlotLayout
 

@@ -119,14 +119,19 @@ def tile_q8_0(base, row, there, step, COLS: tl.constexpr, P0: tl.constexpr, P1: 
 
 
 @triton.jit
-def tile_f8(base, row, there, step, COLS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+def tile_f8(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
     """Within one tile's columns: 64 divides 128."""
     k = step * 64 + tl.arange(0, 64)
     mask = there[:, None] & (k < COLS)[None]
     code = tl.load((base + P1 + row * COLS)[:, None] + k[None], mask=mask, other=0).to(tl.uint32)
     value = ((code & 0x80) << 24 | (code & 0x7F) << 20).to(tl.float32, bitcast=True) * 2.0**120
-    scales = (base + P0).to(tl.pointer_type(tl.float32)) + row // 128 * ((COLS + 127) // 128) + step // 2
-    return value * tl.load(scales, mask=there, other=0.0)[:, None]
+    at = row // 128 * ((COLS + 127) // 128) + step // 2
+    if FORMAT == "F8_E4M3":
+        scale = tl.load((base + P0).to(tl.pointer_type(tl.float32)) + at, mask=there, other=0.0)
+    else:
+        bits = tl.load((base + P0).to(tl.pointer_type(tl.uint16)) + at, mask=there, other=0)
+        scale = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return value * scale[:, None]
 
 
 @triton.jit
@@ -156,8 +161,8 @@ def tile(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
         values = tile_q6_k(base, row, there, step, COLS, P0, P1, P2, P3)
     elif FORMAT == "Q8_0":
         values = tile_q8_0(base, row, there, step, COLS, P0, P1)
-    elif FORMAT == "F8_E4M3":
-        values = tile_f8(base, row, there, step, COLS, P0, P1)
+    elif FORMAT == "F8_E4M3" or FORMAT == "F8_E4M3_BF16":
+        values = tile_f8(base, row, there, step, FORMAT, COLS, P0, P1)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         values = tile_float(base, row, there, step, FORMAT, COLS, P0)
     else:

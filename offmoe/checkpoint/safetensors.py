@@ -27,7 +27,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_LIMIT = 16 << 20  # about 100,000 tensors in one file; as Python objects 10 times that
 DTYPES = ("F32", "F16", "BF16")
 EIGHT = "F8_E4M3"
-SCALES = "_scale_inv"
+SCALES, SCALED = "_scale_inv", {"F32": "F8_E4M3", "BF16": "F8_E4M3_BF16"}  # by the type of the scales
 BYTES = "U8"  # the blocks and scales of MXFP4
 
 
@@ -94,19 +94,19 @@ def joined(directory: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorI
 
 
 def scaled(directory: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """NAME [R, C] of float8 and NAME_scale_inv [R / 128, C / 128] float32 are one tensor NAME (DeepSeek-V3's files)."""
+    """NAME [R, C] of float8 and NAME_scale_inv [R / 128, C / 128] float32 or bfloat16 are one tensor NAME."""
     tile = FORMATS[EIGHT].tile
     found = {name: info for name, info in tensors.items() if not name.endswith(SCALES)}
     for name, info in found.items():
         if info.format == EIGHT:
             scales, wanted = tensors.get(name + SCALES), tuple(-(-n // tile) for n in info.shape)
-            if scales is None or scales.format != "F32" or scales.shape != wanted or len(wanted) != 2:
+            if scales is None or scales.format not in SCALED or scales.shape != wanted or len(wanted) != 2:
                 given = f"{scales.format} {list(scales.shape)}" if scales else "missing"
                 raise OffmoeError(
-                    f"{directory}: {shown(name + SCALES)} is {given}: expected a float32 for every {tile} x {tile} "
-                    f"weights, {list(wanted)}"
+                    f"{directory}: {shown(name + SCALES)} is {given}: expected a float32 or bfloat16 for "
+                    f"every {tile} x {tile} weights, {list(wanted)}"
                 )
-            found[name] = replace(info, scales=scales.range)
+            found[name] = replace(info, format=SCALED[scales.format], scales=scales.range)
     return found
 
 

@@ -8,19 +8,21 @@ import pytest
 import torch
 from blocks import EXTREMES, filled_slots, random_matrix, random_records
 from close import assert_close
+from tensors import DEVICE, ints, nan, randn
 from torch import Tensor
 
+from offmoe.kernels import experts as naive_experts
 from offmoe.kernels import gemv as naive
 from offmoe.kernels.planes import PLANES, Matrix, SlotLayout, matrix, rearrange, rearrange_matrix, slot_layout, unplane
 from offmoe.kernels.record import RecordLayout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 if torch.cuda.is_available():
+    from offmoe.kernels.gpu import experts
     from offmoe.kernels.gpu import gemv as fast
     from offmoe.kernels.gpu.launch import pdl_supported
     from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, page_in, scratch_for
 
-DEVICE = torch.device("cuda")
 RATIO = 3e-6  # interpreted, rows of 2,048 and 14,336 weights are within 8e-7 in every format
 LAYERS, REPLAYS = 8, 50
 SLOTS = 6  # 1 and 4 hold NaN
@@ -28,18 +30,6 @@ SLOTS = 6  # 1 and 4 hold NaN
 SHAPES = {"MXFP4": (2880, 2880), "Q8_0": (2048, 1024), "Q6_K": (1024, 14336), "Q4_0": (2880, 768)}
 QWEN3 = (2048, 768)
 QKV = (4096, 512, 509)  # rows, the last no whole number of programs
-
-
-def randn(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def nan(*shape: int) -> Tensor:
-    return torch.full(shape, torch.nan, device=DEVICE)
-
-
-def ints(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 def record_of(fmt: str, down: str | None = None) -> RecordLayout:
@@ -70,13 +60,13 @@ def test_experts(fmt: str, tokens: int) -> None:
     slots, x = chosen(4 * tokens), 0.02 * randn(tokens, layout.hidden)
     weights, out = randn(len(slots), seed=3).abs(), nan(len(slots), layout.expert_hidden)
     want = out.double()
-    fast.expert_gate_up(records, layout, slots, weights, x, out)
-    naive.expert_gate_up(records, layout, slots, weights, x, want)
+    experts.expert_gate_up(records, layout, slots, weights, x, out)
+    naive_experts.expert_gate_up(records, layout, slots, weights, x, want)
     assert_close("gate_up", out, want, RATIO)
     inner, y = randn(*out.shape, seed=2), randn(*x.shape, seed=4)
     summed = y.double()
-    fast.expert_down(records, layout, slots, inner, y)
-    naive.expert_down(records, layout, slots, inner, summed)
+    experts.expert_down(records, layout, slots, inner, y)
+    naive_experts.expert_down(records, layout, slots, inner, summed)
     assert_close("down", y, summed, RATIO)
 
 
@@ -94,8 +84,8 @@ def test_movers_multiply_what_they_bring(fmt: str) -> None:
     out, whole = nan(4, layout.expert_hidden), nan(4, layout.expert_hidden)
     count, listed, to = ints(0), ints(0, 0, 0, 0), ints(0, 0, 0, 0)
     copies = Copies(count, to, scratch_for(DEVICE, MOVERS * MOVER_CHUNK), None, listed, rows.data_ptr(), rows.stride(0))
-    replay = captured(lambda: fast.expert_gate_up(records, layout, slots, weights, x, out, copies=copies))
-    fast.expert_gate_up(want, layout, slots, weights, x, whole)
+    replay = captured(lambda: experts.expert_gate_up(records, layout, slots, weights, x, out, copies=copies))
+    experts.expert_gate_up(want, layout, slots, weights, x, whole)
     for missing in ([1, 5, 0, 4], [4], [], [0, 1]):
         records.copy_(want)
         records[missing] = 0xFF
@@ -173,8 +163,8 @@ class Layer:
         fast.dense(self.x, [self.qkv], self.mixed, norm=self.norm, eps=1e-6, pdl=pdl)
         fast.dense(self.mixed, [self.o], self.x, residual=True, pdl=pdl)
         fast.dense(self.x, [self.gate], self.normed, norm=self.norm, eps=1e-6, pdl=pdl)
-        fast.expert_gate_up(self.records, self.layout, self.slots, self.weights, self.normed, self.inner, pdl=pdl)
-        fast.expert_down(self.records, self.layout, self.slots, self.inner, self.x, pdl=pdl)
+        experts.expert_gate_up(self.records, self.layout, self.slots, self.weights, self.normed, self.inner, pdl=pdl)
+        experts.expert_down(self.records, self.layout, self.slots, self.inner, self.x, pdl=pdl)
 
 
 @pytest.mark.parametrize("pdl", [False, True])

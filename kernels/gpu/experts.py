@@ -1,0 +1,275 @@
+"""The experts of one to eight tokens, straight from their slots; what is missing is multiplied as it comes.
+
+A launch for gate and up, one for down. The rows of the first are shared by all programs that run at once; while records
+are missing the first of these are movers, who bring a few rows of one out of pinned memory and multiply them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from offmoe.kernels.feed_forward import SILU, Glu
+from offmoe.kernels.gpu.dot import UNIT, fold, x_of
+from offmoe.kernels.gpu.gemv import FEWER_WARPS, WARPS, across, interpreted, planes, programs, rows_of, stream, tile
+from offmoe.kernels.gpu.launch import dependent
+from offmoe.kernels.gpu.norm_rope import clipped
+from offmoe.kernels.gpu.page_in import (
+    FIELDS,
+    MOVER_CHUNK,
+    MOVERS,
+    Copies,
+    Strips,
+    bring,
+    check,
+    copy_part,
+    described,
+    source_of,
+)
+from offmoe.kernels.gpu.striped import place
+from offmoe.kernels.planes import SlotLayout
+
+HEAVY = {"Q5_0", "Q5_K", "Q6_K", "Q8_0", "F8_E4M3", "F8_E4M3_BF16"}  # gate and up take 158 to 168 registers
+
+
+@triton.jit
+def pair_of(pid, programs, slots, weights, ids, targets, missing, pairs, PP: tl.constexpr,
+            LISTED: tl.constexpr, KP: tl.constexpr):  # fmt: skip
+    """The pair of this program (-1: there is none for it), its slot, weight and expert (0 where nobody asks for it),
+    how many programs share it, and which of them it is. Pairs in slots that the first `missing` targets fill are left
+    to the movers. All that may be needed is read at once: reading one after another costs 1 µs each."""
+    if targets is None:
+        each = programs // pairs
+        pair = tl.where(pid // each < pairs, pid // each, -1)
+        at = tl.maximum(pair, 0)
+        expert, slot = 0 if ids is None else tl.load(ids + at), tl.load(slots + at)
+        return tl.where(slot >= 0, pair, -1), slot, tl.load(weights + at), expert, each, pid % each
+    else:
+        j, c = tl.arange(0, PP), tl.arange(0, KP)
+        there = j < pairs
+        slot, weight = tl.load(slots + j, mask=there, other=-1), tl.load(weights + j, mask=there, other=0.0)
+        expert = tl.zeros((PP,), tl.int32) if ids is None else tl.load(ids + j, mask=there, other=0)
+        target = tl.load(targets + c, mask=c < LISTED, other=-1)
+        absent = (target[None, :] == slot[:, None]) & (c < missing)[None, :]
+        chosen = ((slot >= 0) & (tl.sum(absent.to(tl.int32), 1) == 0)).to(tl.int32)
+        each = programs // tl.maximum(tl.sum(chosen, 0), 1)
+        mine = (chosen != 0) & (tl.cumsum(chosen, 0) - 1 == pid // each)
+        pair = tl.sum(tl.where(mine, j + 1, 0), 0) - 1
+        slot, weight = tl.sum(tl.where(mine, slot, 0), 0), tl.sum(tl.where(mine, weight, 0.0), 0)
+        return pair, slot, weight, tl.sum(tl.where(mine, expert, 0), 0), each, pid % each
+
+
+@triton.jit
+def glu(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr):
+    """kernels.feed_forward.Glu; NaN stays NaN."""
+    if LIMIT > 0:
+        gate, up = tl.where(gate > LIMIT, LIMIT, gate), clipped(up, LIMIT)
+    slope = gate if ALPHA == 1 else gate * ALPHA
+    return gate * tl.sigmoid(slope) * (up if PLUS == 0 else up + PLUS)
+
+
+@triton.jit
+def bring_rows(source, record, stage, turn, ROWS: tl.constexpr, INNER: tl.constexpr, STRIPS: tl.constexpr,
+               CHUNK: tl.constexpr):  # fmt: skip
+    """The turn-th ROWS rows of gate and up, from address `source` into the slot at `record`."""
+    for strip in tl.static_range(len(STRIPS) // FIELDS):
+        bring_strip(source, record, stage, turn, ROWS, INNER, STRIPS, 1 + strip * FIELDS, CHUNK)
+    tl.debug_barrier()  # other threads read them
+
+
+@triton.jit
+def bring_strip(source, record, stage, turn, ROWS: tl.constexpr, INNER: tl.constexpr, RUNS: tl.constexpr,
+                AT: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    EACH: tl.constexpr = RUNS[AT + 3] * ROWS // INNER  # blocks
+    last = tl.minimum(turn * EACH + EACH, RUNS[AT + 3])
+    for block in range(turn * EACH, last, RUNS[AT + 5]):
+        copy_part(source, record, stage, block, tl.minimum(RUNS[AT + 5], last - block), RUNS, AT, CHUNK)
+
+
+@triton.jit
+def gate_up_rows(
+    record, weight, bias, x, out, first, end, H: tl.constexpr, INNER: tl.constexpr, R: tl.constexpr,
+    PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr,
+    FG: tl.constexpr, UG: tl.constexpr, WG: tl.constexpr,
+    G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
+    FU: tl.constexpr, UU: tl.constexpr, WU: tl.constexpr,
+    U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, U3: tl.constexpr,
+):  # fmt: skip
+    """Rows first … end of one pair, each PITCH rows behind the one before; bias [2, INNER] or None."""
+    ROW_G: tl.constexpr = H // WG * PITCH
+    ROW_U: tl.constexpr = H // WU * PITCH
+    r, g, u = tl.arange(0, R), tl.arange(0, UG), tl.arange(0, UU)
+    there_g, there_u = g < H // WG, u < H // WU
+    none_g, none_u = tl.zeros((UG,), tl.int32), tl.zeros((UU,), tl.int32)
+    xg = x_of(x, x, none_g, g * WG, there_g, FG, H, False)
+    xu = xg
+    if FU != FG:
+        xu = x_of(x, x, none_u, u * WU, there_u, FU, H, False)
+    row = first + r
+    gates = rows_of(record, none_g, g, there_g, row, end, ROW_G, FG, G0, G1, G2, G3)
+    ups = rows_of(record, none_u, u, there_u, row, end, ROW_U, FU, U0, U1, U2, U3)
+    for start in range(first, end, R):
+        row, ahead = start + r, start + R + r
+        next_gates = rows_of(record, none_g, g, there_g, ahead, end, ROW_G, FG, G0, G1, G2, G3)
+        next_ups = rows_of(record, none_u, u, there_u, ahead, end, ROW_U, FU, U0, U1, U2, U3)
+        gate, up = fold(gates, xg, FG), fold(ups, xu, FU)
+        if bias is not None:
+            gate += tl.load(bias + row, mask=row < end, other=0.0)
+            up += tl.load(bias + INNER + row, mask=row < end, other=0.0)
+        tl.store(out + place(row, INNER), glu(gate, up, ALPHA, LIMIT, PLUS) * weight, mask=row < end)
+        gates, ups = next_gates, next_ups
+
+
+@triton.jit
+def _gate_up(
+    records, stride, slots, weights, ids, bias, x, out, k, pairs,
+    sources, numbers, base, row_stride, count, targets, scratch,
+    MOVERS: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, DOWN: tl.constexpr, CHUNK: tl.constexpr,
+    LISTED: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,
+    PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr,
+    FG: tl.constexpr, UG: tl.constexpr, WG: tl.constexpr,
+    G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
+    FU: tl.constexpr, UU: tl.constexpr, WU: tl.constexpr,
+    U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, U3: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Where anything is missing, the first MOVERS programs, which start first, bring it and multiply ROWS rows at a
+    time; the others are divided among the pairs that are there."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # only now: _down reads the slots before it waits
+    pid, movers, missing = tl.program_id(0), 0, 0
+    if MOVERS > 0:
+        missing = tl.load(count)
+        movers = tl.where(missing > 0, MOVERS, 0)
+    moves = pid < movers
+    pair, slot, weight, expert, sharing, which = pair_of(
+        pid - movers, tl.num_programs(0) - movers, slots, weights, ids, targets, missing, pairs, PP, LISTED, KP
+    )
+    each = tl.cdiv(tl.cdiv(INNER, R), sharing) * R
+    first, end = which * each, tl.minimum(which * each + each, INNER)
+    TURNS: tl.constexpr = tl.cdiv(INNER, ROWS)  # of a record
+    turns = tl.where(moves, missing * TURNS, (pair >= 0).to(tl.int32))
+    for now in range(tl.where(moves, pid, 0), turns, tl.where(moves, MOVERS, 1)):
+        if MOVERS > 0:
+            if moves:
+                i, j = now // TURNS, tl.arange(0, PP)
+                slot = tl.load(targets + i)
+                mine = (j < pairs) & (tl.load(slots + j, mask=j < pairs, other=-1) == slot)
+                pair = tl.sum(tl.where(mine, j, 0), 0)
+                weight = tl.load(weights + pair)
+                if ids is not None:
+                    expert = tl.load(ids + pair)
+                first = now % TURNS * ROWS
+                end = tl.minimum(first + ROWS, INNER)
+                source = source_of(sources, numbers, base, row_stride, i)
+                bring_rows(source, records + slot.to(tl.int64) * stride, scratch + pid * CHUNK, now % TURNS, ROWS,
+                           INNER, STRIPS, CHUNK)  # fmt: skip
+        record = records + slot.to(tl.int64) * stride
+        gate_up_rows(record, weight, None if bias is None else bias + expert * (2 * INNER), x + (pair // k) * H,
+                     out + pair * INNER, first, end, H, INNER, R, PITCH, ALPHA, LIMIT, PLUS,
+                     FG, UG, WG, G0, G1, G2, G3, FU, UU, WU, U0, U1, U2, U3)  # fmt: skip
+    if MOVERS > 0:
+        if moves:
+            bring(pid, MOVERS, sources, numbers, base, row_stride, count, targets, scratch, records, stride, None, None,
+                  DOWN, CHUNK, False)  # fmt: skip
+
+
+def expert_gate_up(
+    records: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, x: Tensor, out: Tensor, *,
+    copies: Copies | None = None, glu: Glu = SILU, ids: Tensor | None = None, bias: Tensor | None = None,
+    pdl: bool = False,
+) -> None:  # fmt: skip
+    """weight · glu(gate x, up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P] float32,
+    x [T, H] striped → out [P, F] striped. `bias` [E, 2F] float32, of gate beside up, of experts `ids` [P] int32.
+
+    Pair p is of token p // (P / T); of one in slot -1 nothing is made, here or by expert_down. With `copies`,
+    for one token: its missing experts are brought into their slots first, whole records, and multiplied as they come.
+    """
+    assert x.is_contiguous() and out.is_contiguous() and records.stride(1) == 1
+    assert copies is None or len(x) == 1
+    gate, up, h, pairs = layout.gate, layout.up, x.shape[1], len(slots)
+    (ug, warps), (uu, warps_up) = across(gate.format, h), across(up.format, h)
+    warps = max(warps, warps_up)
+    heavy = not HEAVY.isdisjoint((gate.format, up.format))
+    most = programs(x.device, warps, heavy)
+    moving = moving_of(copies, records, layout, warps)
+    _gate_up[(max(most, pairs + moving["MOVERS"]),)](
+        records, records.stride(0), slots, weights, ids, bias, x, out, pairs // len(x), pairs,
+        *(copies.arguments if copies else [None] * 7), **moving,
+        H=h, INNER=gate.rows, PP=triton.next_power_of_2(pairs), R=tile(), PITCH=gate.pitch,
+        ALPHA=glu.alpha, LIMIT=glu.limit, PLUS=glu.plus,
+        FG=gate.format, UG=ug, WG=UNIT[gate.format], **planes("G", gate),
+        FU=up.format, UU=uu, WU=UNIT[up.format], **planes("U", up), num_warps=warps,
+        maxnreg=registers(FEWER_WARPS if heavy else WARPS), **dependent(pdl),
+    )  # fmt: skip
+
+
+def registers(warps: int) -> int:
+    """A lane's, so that so many warps run at once. Movers would like 30 more: what they hold beside the rows they
+    multiply lies on the stack, and is read once for every few rows."""
+    return 65536 // (32 * warps) // 8 * 8
+
+
+def moving_of(copies: Copies | None, records: Tensor, layout: SlotLayout, warps: int) -> dict[str, Any]:
+    """How many programs move, and what."""
+    if copies is None:
+        return {"MOVERS": 0, "STRIPS": None, "ROWS": 1, "DOWN": None, "CHUNK": 0, "LISTED": 0, "KP": 1}
+    movers, chunk = 1 if interpreted() else MOVERS // warps, MOVER_CHUNK * warps
+    check(copies, records, movers, chunk)
+    strips, listed = Strips.of(layout, chunk), len(copies.slots)
+    return {"MOVERS": movers, "STRIPS": described(strips.runs, chunk), "ROWS": strips.rows,
+            "DOWN": described(strips.down, chunk), "CHUNK": chunk, "LISTED": listed,
+            "KP": triton.next_power_of_2(listed)}  # fmt: skip
+
+
+@triton.jit
+def _down(
+    records, stride, slots, ids, weights, bias, inner, x, each,
+    K: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, R: tl.constexpr, U: tl.constexpr,
+    FORMAT: tl.constexpr, WIDTH: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, KP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (programs, tokens): the K experts of a token as one long row. Slots and records are older than the launch
+    before this one, or were there when it began: the first rows come while it runs."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    UNITS: tl.constexpr = INNER // WIDTH
+    t, u = tl.program_id(1), tl.arange(0, U)
+    pair, unit, there = t * K + u // UNITS, u % UNITS, u < K * UNITS
+    slot = tl.load(slots + pair, mask=there, other=-1).to(tl.int64)
+    origin, there = tl.maximum(slot, 0) * (stride // 4), slot >= 0
+    first = tl.program_id(0) * each
+    end = tl.minimum(first + each, H)
+    rows = first + tl.arange(0, R)
+    words = rows_of(records, origin, unit, there, rows, end, UNITS, FORMAT, P0, P1, P2, P3)
+    j = tl.arange(0, KP)
+    chosen = None if bias is None else tl.maximum(tl.load(ids + t * K + j, mask=j < K, other=0), 0)
+    shares = None if bias is None else tl.load(weights + t * K + j, mask=j < K, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    xs = x_of(inner, inner, pair * INNER, unit * WIDTH, there, FORMAT, INNER, False)
+    stream(records, origin, unit, there, words, xs, first, end, x + t * H, bias, chosen, shares, 0, 1.0, UNITS, R, H,
+           True, FORMAT, P0, P1, P2, P3)  # fmt: skip
+
+
+def expert_down(
+    records: Tensor, layout: SlotLayout, slots: Tensor, inner: Tensor, x: Tensor, *,
+    ids: Tensor | None = None, weights: Tensor | None = None, bias: Tensor | None = None, pdl: bool = False,
+) -> None:  # fmt: skip
+    """x [T, H] += Σ_j down_j inner[t, j], summed in float32 in one fixed order; `inner` is weighted already.
+
+    records [S, stride] uint8, slots [T · k] int32, inner [T · k, F] and x float32, striped. `bias` [E, H] float32 of
+    experts `ids` [T · k] int32 is added, times `weights` [T · k] float32.
+    """
+    assert x.is_contiguous() and inner.is_contiguous() and records.stride(1) == 1
+    down, k, rows = layout.down, len(slots) // len(x), tile()
+    units, warps = across(down.format, k * down.cols)
+    each = rows * triton.cdiv(down.rows, rows * programs(x.device, warps))
+    _down[(triton.cdiv(down.rows, each), len(x))](
+        records, records.stride(0), slots, ids, weights, bias, inner, x, each, K=k, H=down.rows, INNER=down.cols,
+        R=rows, U=units, FORMAT=down.format, WIDTH=UNIT[down.format], **planes("P", down),
+        KP=triton.next_power_of_2(k), num_warps=warps, **dependent(pdl),
+    )  # fmt: skip
