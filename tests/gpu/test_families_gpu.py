@@ -46,7 +46,7 @@ def in_bf16(path: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     file = path / "model.safetensors"
-    rounded = {name: t.bfloat16() if t.is_floating_point() else t for name, t in load_file(file).items()}
+    rounded = {name: t.bfloat16() if t.dtype == torch.float32 else t for name, t in load_file(file).items()}
     save_file(rounded, file)
     return path
 
