@@ -325,7 +325,10 @@ class DecodeStep:
             records, layout, b.slots, b.weights, b.normed, b.inner, copies=copies, glu=c.glu, ids=b.ids,
             bias=gate_up_bias, pdl=self.pdl and not joins,
         )  # fmt: skip
-        expert_down(records, layout, b.slots, b.inner, b.x, ids=b.ids, weights=b.weights, bias=down_bias, pdl=self.pdl)
+        expert_down(
+            records, layout, b.slots, b.inner, b.x, ids=b.ids, weights=b.weights, bias=down_bias,
+            count=copies.count if copies else None, pdl=self.pdl,
+        )  # fmt: skip
 
     def _join(self, layer: int, variant: Variant) -> bool:
         """Wait for lanes whose work this layer, or the token's end, needs; True if there was one."""

@@ -139,7 +139,7 @@ def products(fmt: str, pdl: bool) -> None:
     layout = slot_layout(record)
     records = torch.empty((2, -(-layout.nbytes // 256) * 256), dtype=torch.uint8)
     expert_gate_up(records, layout, ints(K), floats(K), floats(1, H), floats(K, F), copies=absent(), pdl=pdl)
-    expert_down(records, layout, ints(K), floats(K, F), floats(1, H), pdl=pdl)
+    expert_down(records, layout, ints(K), floats(K, F), floats(1, H), count=ints(1), pdl=pdl)
     parts = [(ints(form.nbytes, dtype=torch.uint8), form) for form in (matrix(fmt, 512, H), matrix("Q6_K", 512, H))]
     dense(floats(1, H), parts, floats(1, 1024), norm=floats(H), eps=1e-6, pdl=pdl)
     dense(floats(1, H), parts, floats(1, 1024), norm=floats(H), eps=1e-6, bias=floats(1024), pdl=pdl)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.feed_forward import SILU, Glu
+from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.gpu.dot import UNIT, fold, x_of
 from offmoe.kernels.gpu.gemv import FEWER_WARPS, WARPS, across, interpreted, planes, programs, rows_of, stream, tile
 from offmoe.kernels.gpu.launch import dependent
@@ -227,13 +228,15 @@ def moving_of(copies: Copies | None, records: Tensor, layout: SlotLayout, warps:
 
 @triton.jit
 def _down(
-    records, stride, slots, ids, weights, bias, inner, x, each,
+    records, stride, slots, ids, weights, bias, count, inner, x, each,
     K: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, R: tl.constexpr, U: tl.constexpr,
     FORMAT: tl.constexpr, WIDTH: tl.constexpr,
-    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, KP: tl.constexpr, PDL: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, KP: tl.constexpr, LATE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs, tokens): the K experts of a token as one long row. Slots and records are older than the launch
-    before this one, or were there when it began: the first rows come while it runs."""
+    """Grid (programs, tokens): the K experts of a token as one long row. Slots are older than the launch before this
+    one, and so are the records if nothing was missing: then the first rows come while it runs. LATE: 0 never, 1 if
+    something was missing, 2 always (Triton 3.6 does not compile the choice where scales are of tiles)."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     UNITS: tl.constexpr = INNER // WIDTH
@@ -244,12 +247,19 @@ def _down(
     first = tl.program_id(0) * each
     end = tl.minimum(first + each, H)
     rows = first + tl.arange(0, R)
-    words = rows_of(records, origin, unit, there, rows, end, UNITS, FORMAT, P0, P1, P2, P3)
+    missing = 0 if count is None else tl.load(count)
+    if LATE < 2:
+        words = rows_of(records, origin, unit, there & (missing == 0), rows, end, UNITS, FORMAT, P0, P1, P2, P3)
     j = tl.arange(0, KP)
     chosen = None if bias is None else tl.maximum(tl.load(ids + t * K + j, mask=j < K, other=0), 0)
     shares = None if bias is None else tl.load(weights + t * K + j, mask=j < K, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if LATE == 1:
+        if missing > 0:  # movers bring down last: it is whole only now
+            words = rows_of(records, origin, unit, there, rows, end, UNITS, FORMAT, P0, P1, P2, P3)
+    elif LATE == 2:
+        words = rows_of(records, origin, unit, there, rows, end, UNITS, FORMAT, P0, P1, P2, P3)
     xs = x_of(inner, inner, pair * INNER, unit * WIDTH, there, FORMAT, INNER, False)
     stream(records, origin, unit, there, words, xs, first, end, x + t * H, bias, chosen, shares, 0, 1.0, UNITS, R, H,
            True, FORMAT, P0, P1, P2, P3)  # fmt: skip
@@ -257,19 +267,22 @@ def _down(
 
 def expert_down(
     records: Tensor, layout: SlotLayout, slots: Tensor, inner: Tensor, x: Tensor, *,
-    ids: Tensor | None = None, weights: Tensor | None = None, bias: Tensor | None = None, pdl: bool = False,
+    ids: Tensor | None = None, weights: Tensor | None = None, bias: Tensor | None = None,
+    count: Tensor | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
     """x [T, H] += Σ_j down_j inner[t, j], summed in float32 in one fixed order; `inner` is weighted already.
 
     records [S, stride] uint8, slots [T · k] int32, inner [T · k, F] and x float32, striped. `bias` [E, H] float32 of
-    experts `ids` [T · k] int32 is added, times `weights` [T · k] float32.
+    experts `ids` [T · k] int32 is added, times `weights` [T · k] float32. `count` [1] int32: of `Copies` of the launch
+    before this one, if it had any.
     """
     assert x.is_contiguous() and inner.is_contiguous() and records.stride(1) == 1
     down, k, rows = layout.down, len(slots) // len(x), tile()
     units, warps = across(down.format, k * down.cols)
     each = rows * triton.cdiv(down.rows, rows * programs(x.device, warps))
     _down[(triton.cdiv(down.rows, each), len(x))](
-        records, records.stride(0), slots, ids, weights, bias, inner, x, each, K=k, H=down.rows, INNER=down.cols,
+        records, records.stride(0), slots, ids, weights, bias, count, inner, x, each, K=k, H=down.rows, INNER=down.cols,
         R=rows, U=units, FORMAT=down.format, WIDTH=UNIT[down.format], **planes("P", down),
-        KP=triton.next_power_of_2(k), num_warps=warps, **dependent(pdl),
+        KP=triton.next_power_of_2(k), LATE=0 if count is None else 2 if FORMATS[down.format].tile else 1,
+        num_warps=warps, **dependent(pdl),
     )  # fmt: skip

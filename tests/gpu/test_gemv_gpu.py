@@ -84,16 +84,26 @@ def test_movers_multiply_what_they_bring(fmt: str) -> None:
     out, whole = nan(4, layout.expert_hidden), nan(4, layout.expert_hidden)
     count, listed, to = ints(0), ints(0, 0, 0, 0), ints(0, 0, 0, 0)
     copies = Copies(count, to, scratch_for(DEVICE, MOVERS * MOVER_CHUNK), None, listed, rows.data_ptr(), rows.stride(0))
-    replay = captured(lambda: experts.expert_gate_up(records, layout, slots, weights, x, out, copies=copies))
+    y, summed, pdl = randn(1, layout.hidden, seed=4), randn(1, layout.hidden, seed=4), pdl_supported(DEVICE)
+
+    def launch() -> None:  # down starts early: what movers still bring it must not read
+        experts.expert_gate_up(records, layout, slots, weights, x, out, copies=copies, pdl=pdl)
+        experts.expert_down(records, layout, slots, out, y, count=count, pdl=pdl)
+
+    replay = captured(launch)
     experts.expert_gate_up(want, layout, slots, weights, x, whole)
+    experts.expert_down(want, layout, slots, whole, summed)
+    before = randn(1, layout.hidden, seed=4)
     for missing in ([1, 5, 0, 4], [4], [], [0, 1]):
         records.copy_(want)
         records[missing] = 0xFF
         count.fill_(len(missing))
         listed[: len(missing)] = to[: len(missing)] = ints(*missing)
         out.fill_(torch.nan)
+        y.copy_(before)
         replay()
         assert torch.equal(out, whole)
+        assert torch.equal(y, summed)
         for form in (layout.gate, layout.up, layout.down):
             assert torch.equal(unplane(records, form), unplane(want, form))
 
