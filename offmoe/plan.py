@@ -19,7 +19,7 @@ from offmoe.settings import Budget, Settings, format_size
 from offmoe.states import STATES, segment_nbytes, state_nbytes
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-DEFAULT_POLICY = "crf:h=16"
+DEFAULT_POLICY = "echo"
 DEFAULT_SCOPE = "layer"  # hits 1.6–3 points more than one global pool on traces of gpt-oss-20b and the demo model
 DEFAULT_CTX = 8192
 SHARE_OF_FREE = 0.6  # of free memory: the desktop goes on living
