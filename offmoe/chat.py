@@ -155,8 +155,9 @@ class Chat:
         name, _, value = argument.partition(" ")
         if value.strip():
             self.sampling = changed(self.sampling, name, value.strip())
-        shown = {name: field(name)} if name else vars(self.sampling)
-        self.ui.note(", ".join(f"{name}={getattr(self.sampling, name)}" for name in shown))
+        chosen = self.sampling.merged(self.engine.sampling)
+        shown = {name: field(name)} if name else vars(chosen)
+        self.ui.note(", ".join(f"{name}={getattr(chosen, name)}" for name in shown))
 
     def reasoning(self, mode: str) -> None:
         """[dim|fold|hide|show] how reasoning is shown; show: that of the last answer"""

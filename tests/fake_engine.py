@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from offmoe.errors import ContextFull, OffmoeError
+from offmoe.settings import SAMPLING_DEFAULTS
 from offmoe.stats import Roof, Stats
 
 CTX = 3  # messages that fit
@@ -36,6 +37,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.config = SimpleNamespace(vocab=100)
+        self.sampling = SAMPLING_DEFAULTS
         self.plan = SimpleNamespace(summary=lambda: "12 of 12 experts in slots")
         self.tokenizer = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text])
         self.notes: list[str] = []

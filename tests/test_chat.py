@@ -174,6 +174,12 @@ def test_set_changes_the_sampling() -> None:
     assert chat.sampling == Sampling(temperature=0.5, top_k=3, stop=("END",))
 
 
+def test_set_shows_what_holds() -> None:
+    """Also where nobody has chosen: the model's own, or offmoe's."""
+    _, ui = talk("/set temperature", "/set temperature 0.5", "/set temperature none")
+    assert ui.notes == ["temperature=0.7", "temperature=0.5", "temperature=0.7"]
+
+
 def test_reasoning_is_dim_folded_or_hidden_and_never_part_of_the_answer() -> None:
     _, dim = talk("well now => yes")
     assert (dim.answers, dim.thoughts) == ("yes \n", "well now \n\n")
