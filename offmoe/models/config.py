@@ -188,6 +188,11 @@ def first_dense(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
     return {"routed": tuple(range(dense, layers)), "dense_hidden": count(raw, "intermediate_size") if dense else 0}
 
 
+def shared_experts(raw: Mapping[str, Any], shared: int) -> dict[str, Any]:
+    """`shared` experts that every token passes, each as wide as a routed one."""
+    return {"shared": shared, "shared_hidden": shared * count(raw, "moe_intermediate_size")}
+
+
 def sliding_windows(raw: Mapping[str, Any], layers: int, default: Sequence[str]) -> tuple[int, ...]:
     """`windows`, of layer_types: every layer looks at all positions or at sliding_window of them."""
     kinds = raw.get("layer_types") or list(default)

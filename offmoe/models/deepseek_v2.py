@@ -6,13 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from offmoe.kernels.route import Rule
-from offmoe.models.config import count, first_dense, latent_attention, number
+from offmoe.models.config import count, first_dense, latent_attention, number, shared_experts
 from offmoe.models.family import Family
 
 
 def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
     """A group is as good as its best expert. A GGUF has no topk_method: there groups say that they count."""
-    shared = count(raw, "n_shared_experts", default=2)
     rule = replace(rule, scale=number(raw, "routed_scaling_factor", 1.0))
     if raw.get("topk_method", "group_limited_greedy") == "group_limited_greedy":
         rule = replace(rule, groups=count(raw, "n_group", default=1), kept=count(raw, "topk_group", default=1))
@@ -20,8 +19,7 @@ def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
         **latent_attention(raw),
         **first_dense(raw, layers),
         "rule": rule,
-        "shared": shared,
-        "shared_hidden": shared * count(raw, "moe_intermediate_size"),
+        **shared_experts(raw, count(raw, "n_shared_experts", default=2)),
     }
 
 

@@ -5,18 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from offmoe.kernels.route import Rule
-from offmoe.models.config import balanced_by_bias, count, first_dense, latent_attention
+from offmoe.models.config import balanced_by_bias, count, first_dense, latent_attention, shared_experts
 from offmoe.models.family import Family
 
 
 def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    shared = count(raw, "n_shared_experts", default=1)
     return {
         **latent_attention(raw),
         **first_dense(raw, layers),
         "rule": balanced_by_bias(raw, rule),
-        "shared": shared,
-        "shared_hidden": shared * count(raw, "moe_intermediate_size"),
+        **shared_experts(raw, count(raw, "n_shared_experts", default=1)),
     }
 
 

@@ -4,17 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from offmoe.kernels.route import Rule
-from offmoe.models.config import balanced_by_bias, count, first_dense, number
+from offmoe.models.config import balanced_by_bias, first_dense, number, shared_experts
 from offmoe.models.family import Family
 
 
 def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    shared = int(number(raw, "n_shared_experts", 0))
     return {
         **first_dense(raw, layers),
         "rule": balanced_by_bias(raw, rule),
-        "shared": shared,
-        "shared_hidden": shared * count(raw, "moe_intermediate_size"),
+        **shared_experts(raw, int(number(raw, "n_shared_experts", 0))),
     }
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from offmoe.kernels.route import Rule
-from offmoe.models.config import ModelConfig, count, first_dense, number
+from offmoe.models.config import ModelConfig, count, first_dense, number, shared_experts
 from offmoe.models.family import HF_NAMES, Family
 
 BIAS = "e_score_correction_bias"
@@ -26,12 +26,10 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    shared = int(number(raw, "n_shared_experts", 0))
     return {
         **first_dense(raw, layers),
         "rule": replace(rule, biased=True),
-        "shared": shared,
-        "shared_hidden": shared * count(raw, "moe_intermediate_size"),
+        **shared_experts(raw, int(number(raw, "n_shared_experts", 0))),
     }
 
 

@@ -1,0 +1,55 @@
+"""The static tensors of a decode step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offmoe.kernels.gpu import mla
+from offmoe.kernels.gpu.attention import partial_size
+from offmoe.kernels.ring import COUNTED
+from offmoe.models.config import ModelConfig
+
+MOST_EOS = 16
+
+
+class StepBuffers:
+    """Everything that a captured graph reads and writes beside weights, slots and cache."""
+
+    def __init__(self, config: ModelConfig, splits: int, device: torch.device) -> None:
+        c = config
+
+        def floats(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.x, self.normed, self.raw = floats(1, c.hidden), floats(1, c.hidden), floats(c.hidden)
+        d = c.delta
+        self.qkv = floats(1, max(c.projected, sum(d.projected) if d else 0))
+        self.mixed = floats(1, max(c.heads * c.value_dim, d.values if d else 0))
+        if c.latent:
+            self.query, self.absorbed = floats(1, c.heads * c.head_dim), floats(c.heads * c.latent.kv_rank)
+            self.partial = floats(mla.partial_size(c.heads, c.latent, splits, device))
+        else:
+            self.partial = floats(partial_size(c.heads, c.head_dim, splits))
+        self.router_logits, self.weights = floats(c.experts + 1), floats(c.top_k + 1)  # one more: the shared expert's
+        self.inner = floats(c.top_k, c.expert_hidden)
+        self.dense_inner, self.shared_inner = floats(1, c.dense_hidden), floats(1, c.shared_hidden)
+        self.only, self.one = ints(1), floats(1) + 1  # the slot and the weight of what every token passes
+        self.logits = floats(1, c.vocab)
+        self.ids, self.slots, self.hit = ints(c.top_k), ints(c.top_k), ints(c.top_k)
+        self.miss_count, self.miss_records, self.miss_slots = ints(1), ints(c.top_k), ints(c.top_k)
+        self.sources = torch.zeros(c.top_k, dtype=torch.int64, device=device)
+        self.log = ints(c.places * c.top_k)
+        self.counters = ints(COUNTED)
+        self.chosen, self.token, self.position, self.status = ints(1), ints(1), ints(1), ints(1)
+        self.steps, self.remaining = ints(1), ints(1)
+        self.attention_tickets, self.route_ticket, self.predict_ticket = ints(c.kv_heads), ints(1), ints(1)
+        self.predict_logits = floats(c.experts)
+        self.fetch_count = ints(c.places, 1)
+        self.fetch_records, self.fetch_slots = ints(c.places, c.top_k), ints(c.places, c.top_k)
+        self.params, self.seed = floats(5), torch.zeros(1, dtype=torch.int64, device=device)
+        self.seen = torch.zeros(c.vocab, dtype=torch.uint8, device=device)
+        self.eos = torch.full((MOST_EOS,), -2, dtype=torch.int32, device=device)
