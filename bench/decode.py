@@ -152,7 +152,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         began = time.perf_counter()
         emulated = Emulated.of(load.prefetch)
         prefetch = emulated.setting if emulated else load.prefetch
-        with Rig(path, args.shape, f"{load.cap}%", ctx, policy=load.policy, prefetch=prefetch) as rig:
+        with Rig(path, args.shape, f"{load.cap}%", ctx, policy=load.policy, prefetch=prefetch, kv=args.kv) as rig:
             print(f"# {rig.engine.plan.summary()}: ready in {time.perf_counter() - began:.1f} s", flush=True)
             rig.prefill(FILL, seed=0)  # every slot holds something
             names = args.routing.split(",")
@@ -170,6 +170,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--policies", default="crf:h=16")
     parser.add_argument("--prefetch", default=["none"], nargs="+")
     parser.add_argument("--context", default="128")
+    parser.add_argument("--kv", choices=["int8"], help="keys and values, instead of the activations' type")
     parser.add_argument("--tokens", type=int, default=400, help="timed")
     parser.add_argument("--warm", type=int, default=200, help="tokens before them")
     parser.add_argument("--quick", action="store_true", help="50 and 100 %%, realistic, fewer tokens: about a minute")
