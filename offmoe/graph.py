@@ -21,6 +21,7 @@ from torch import Tensor
 from offmoe.eager import NAN
 from offmoe.errors import OffmoeError
 from offmoe.guard import Guard
+from offmoe.kernels.gpu.launch import compiled_at_once
 from offmoe.kernels.ring import Row
 from offmoe.kvcache import KVCache
 from offmoe.meter import Meter
@@ -184,9 +185,11 @@ class Decoder:
         return not (self.plan.all_in_slots or self._store.ram.complete)
 
     def _capture(self, variant: Variant) -> None:
-        """Compile by launching once with the done flag up, which changes nothing; then record."""
+        """Compile, launch once with the done flag up, which changes nothing, then record."""
         with torch.cuda.stream(self._stream):
             with self.step.idle():
+                with compiled_at_once():
+                    self.step.launch(variant)
                 self.step.launch(variant)
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()

@@ -28,12 +28,21 @@ KERNELS = {*WIDE, "resolve._candidates", "route._predict", "embed._embed", "samp
 @pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """In a process of its own, for in this one Triton may be its interpreter; nothing comes out of an old cache."""
+    return run(tmp_path_factory.mktemp("triton"), "compiled.py", str(request.param))
+
+
+def run(cache: Path, script: str, *arguments: str) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-P", str(Path(__file__).with_name("compiled.py")), str(request.param)]
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, "-P", str(Path(__file__).with_name(script)), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_kernels_are_compiled_side_by_side_and_not_launched(tmp_path: Path) -> None:
+    (found,) = run(tmp_path, "at_once.py")
+    assert found == {"compiled": ["CompiledKernel", "CompiledKernel"], "untouched": True, "restored": True}
 
 
 def test_all_kernels_compile(made: list[dict[str, Any]]) -> None:
