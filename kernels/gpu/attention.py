@@ -20,7 +20,7 @@ from offmoe.kernels.gpu.striped import place
 from offmoe.kernels.kv import dequantise
 
 LEAST = 256  # positions that are not worth dividing: joining partial results costs 2 µs
-COMBINE = 8192  # values that the last program reads at once, splits times a head's width
+COMBINE = 8192  # values that the last program reads at once: query heads times splits times a head's width
 LOG2E = 1.4426950408889634
 LOG_2_E = tl.constexpr(LOG2E)
 
@@ -65,17 +65,14 @@ def fold(q, k, v, k_scale, v_scale, visible, top, total, mixed, to_log2, INT8: t
 
 
 @triton.jit
-def partial_of(partial, stats, row, active, splits, first, GROUP: tl.constexpr, D: tl.constexpr,
-               MANY: tl.constexpr, WIDE: tl.constexpr, there):  # fmt: skip
-    """What splits `first` … made of the query head in `row` of the group: values [MANY, WIDE], top and total [MANY].
-
-    L1 may hold old lines: read past it.
-    """
-    n, d = first + tl.arange(0, MANY), tl.arange(0, WIDE)
-    inside = (n < active) & there
-    at = n * GROUP + row
-    values = tl.load(partial + at[:, None] * D + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0,
-                     cache_modifier=".cg")  # fmt: skip
+def partial_of(partial, stats, step, rounds, active, GROUP: tl.constexpr, D: tl.constexpr,
+               J: tl.constexpr, MANY: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """What a step of `combine` takes: values [J, MANY, WIDE], top and total [J, MANY]. L1 may hold old lines: read
+    past it."""
+    row, n = step // rounds * J + tl.arange(0, J)[:, None], step % rounds * MANY + tl.arange(0, MANY)[None, :]
+    d, inside, at = tl.arange(0, WIDE), (n < active) & (row < GROUP), n * GROUP + row
+    values = tl.load(partial + at[:, :, None] * D + d[None, None, :], mask=inside[:, :, None] & (d < D)[None, None, :],
+                     other=0.0, cache_modifier=".cg")  # fmt: skip
     top = tl.load(stats + at * 2, mask=inside, other=-float("inf"), cache_modifier=".cg")
     return values, top, tl.load(stats + at * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
 
@@ -83,33 +80,33 @@ def partial_of(partial, stats, row, active, splits, first, GROUP: tl.constexpr, 
 @triton.jit
 def combine(
     partial, head, active, splits, gate, mixed,
-    GROUP: tl.constexpr, D: tl.constexpr, KV_HEADS: tl.constexpr, WIDE: tl.constexpr, MANY: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, KV_HEADS: tl.constexpr, WIDE: tl.constexpr, J: tl.constexpr,
+    MANY: tl.constexpr,
 ):  # fmt: skip
-    """Join a KV head's partial results: a query head at a time, MANY splits at once, the next under way meanwhile."""
+    """Join a KV head's partial results: J query heads at a time, MANY splits at once, the next under way meanwhile."""
     stats = partial + KV_HEADS * splits * GROUP * D + head * splits * GROUP * 2
     partial += head * splits * GROUP * D
     rounds = tl.cdiv(active, MANY)
-    d = tl.arange(0, WIDE)
-    top, total, result = -float("inf"), 0.0, tl.zeros((WIDE,), tl.float32)
-    values, tops, totals = partial_of(partial, stats, 0, active, splits, 0, GROUP, D, MANY, WIDE, True)
-    for i in range(GROUP * rounds):
-        after = i + 1
-        following, next_tops, next_totals = partial_of(
-            partial, stats, after // rounds, active, splits, after % rounds * MANY, GROUP, D, MANY, WIDE,
-            after < GROUP * rounds,
-        )  # fmt: skip
-        higher = tl.maximum(top, tl.max(tops, 0))
-        old, weights = tl.exp2(top - higher), tl.exp2(tops - higher)
-        total = total * old + tl.sum(weights * totals, 0)
-        result = result * old + tl.sum(values * weights[:, None], 0)
+    j, d = tl.arange(0, J)[:, None], tl.arange(0, WIDE)[None, :]
+    top, total = tl.full((J,), -float("inf"), tl.float32), tl.zeros((J,), tl.float32)
+    result = tl.zeros((J, WIDE), tl.float32)
+    values, tops, totals = partial_of(partial, stats, 0, rounds, active, GROUP, D, J, MANY, WIDE)
+    for i in range(tl.cdiv(GROUP, J) * rounds):
+        following, next_tops, next_totals = partial_of(partial, stats, i + 1, rounds, active, GROUP, D, J, MANY, WIDE)
+        higher = tl.maximum(top, tl.max(tops, 1))
+        old, weights = tl.exp2(top - higher), tl.exp2(tops - higher[:, None])
+        total = total * old + tl.sum(weights * totals, 1)
+        result = result * old[:, None] + tl.sum(values * weights[:, :, None], 1)
         top = higher
-        if after % rounds == 0:
-            at = (head * GROUP + i // rounds) * D + d
-            result = result / total
+        if (i + 1) % rounds == 0:
+            row = i // rounds * J + j
+            at, inside = (head * GROUP + row) * D + d, (row < GROUP) & (d < D)
+            result = result / total[:, None]
             if gate is not None:
-                result = result * tl.sigmoid(tl.load(gate + at, mask=d < D, other=0.0))
-            tl.store(mixed + place(at, KV_HEADS * GROUP * D), result, mask=d < D)
-            top, total, result = -float("inf"), 0.0, tl.zeros((WIDE,), tl.float32)
+                result = result * tl.sigmoid(tl.load(gate + at, mask=inside, other=0.0))
+            tl.store(mixed + place(at, KV_HEADS * GROUP * D), result, mask=inside)
+            top, total = tl.full((J,), -float("inf"), tl.float32), tl.zeros((J,), tl.float32)
+            result = tl.zeros((J, WIDE), tl.float32)
         values, tops, totals = following, next_tops, next_totals
 
 
@@ -131,7 +128,7 @@ def _decode(
     qkv, gate, keys, values, scales, position, table, q_norm, k_norm, sinks, mixed_out, partial, tickets,
     ctx, room, splits, least, clip, eps, to_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, J: tl.constexpr, MANY: tl.constexpr, STAGES: tl.constexpr,
     WINDOW: tl.constexpr, RING: tl.constexpr,
     NORM: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -251,17 +248,19 @@ def _decode(
     tl.store(stats + 1, total, mask=g < GROUP)
     tl.debug_barrier()  # all warps' stores come before the ticket
     if tl.atomic_add(tickets + head, 1, sem="acq_rel") == active - 1:
-        combine(partial, head, active, splits, gate, mixed_out, GROUP, D, KV_HEADS, WIDE, MANY)
+        combine(partial, head, active, splits, gate, mixed_out, GROUP, D, KV_HEADS, WIDE, J, MANY)
         tl.store(tickets + head, 0)
 
 
 def pick_splits(bucket: int, kv_heads: int, sms: int = 132) -> tuple[int, int]:
-    """(splits, split_size) for contexts up to `bucket`: about one program a multiprocessor.
+    """(splits, split_size) for contexts up to `bucket`: about one program a multiprocessor, a power of two a head
+    where that many are needed, for they are joined so many at once.
 
     A split is at least `split_size` long; where splits · split_size do not reach, the device makes them longer.
     So the splits for a model's whole context serve every length, with no second capture.
     """
-    return max(1, min(-(-bucket // LEAST), sms // kv_heads)), LEAST
+    most = max(1, sms // kv_heads)
+    return min(-(-bucket // LEAST), 1 << most.bit_length() - 1), LEAST
 
 
 def partial_size(heads: int, head_dim: int, splits: int) -> int:
@@ -304,12 +303,13 @@ def decode_attention(
     assert split_size % block == 0, f"split_size {split_size} is no multiple of {block}"
     assert room == ctx or max(window, block) <= room, f"a ring of {room} holds {window} and {block} positions"
     rows = max(16, triton.next_power_of_2(group + 2))
+    many = min(triton.next_power_of_2(splits), max(1, COMBINE // wide))
     _decode[(kv_heads, splits)](
         qkv, gate, keys, values, keys if scales is None else scales, position, rope_table, q_norm, k_norm, sinks,
         mixed, partial, tickets, ctx, room, splits, split_size, clip or 0.0, eps,
         (head_dim**-0.5 if scale is None else scale) * LOG2E,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, R=rope_table.shape[2], WIDE=wide, ROWS=rows, BLOCK=block,
-        MANY=max(1, min(triton.next_power_of_2(splits), COMBINE // wide)), STAGES=stages, WINDOW=window,
+        J=max(1, min(triton.next_power_of_2(group), COMBINE // (wide * many))), MANY=many, STAGES=stages, WINDOW=window,
         RING=room < ctx,
         NORM=norm_kind(q_norm, norm_full, norm_after), CLIP=bool(clip), INT8=scales is not None, DOT=dot_type(keys),
         num_warps=warps, **dependent(pdl),
