@@ -48,6 +48,8 @@ class FakeBench:
         return FakePlan("crf:h=16", SimpleNamespace(type=self.device), self.whole)
 
     def canonical(self, vram: str, policy: str | None, prefetch: str | None) -> Configuration:
+        if policy == "slru" and self.device == "cuda":
+            raise OffmoeError("policy 'slru' works on the CPU and in replay")
         return Configuration(vram, policy or "crf:h=16", prefetch or "none")
 
     def measure(self, configuration: Configuration, prompts: object, quota: int) -> tuple[Any, Trace]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from itertools import zip_longest
@@ -111,10 +112,7 @@ class Tuner:
     def _candidates(self, trace: Trace) -> list[Candidate]:
         """Policies that miss about as little as the default or less, fewest first; on a GPU also prefetchers."""
         self.say("replaying", self.spent)
-        misses = {}
-        for policy in POLICIES:
-            name = self.bench.canonical(self.default.vram, policy, None).policy
-            misses[name] = self._misses(trace, name)
+        misses = {name: self._misses(trace, name) for name in self._policies()}
         limit = PROMISING * misses.setdefault(self.default.policy, self._misses(trace, self.default.policy))
         names = sorted((name for name in misses if misses[name] <= limit), key=lambda name: misses[name])
         found = [Candidate(replace(self.default, policy=name), misses[name]) for name in names[:MOST]]
@@ -124,6 +122,14 @@ class Tuner:
             found = [one for pair in zip_longest(ahead, found) for one in pair if one]  # where time is short, of both
         once = {candidate.configuration: candidate for candidate in found}
         return [candidate for configuration, candidate in once.items() if configuration != self.default]
+
+    def _policies(self) -> list[str]:
+        """Of POLICIES those that this device runs: a graph has not all of them."""
+        names = []
+        for policy in POLICIES:
+            with suppress(OffmoeError):
+                names.append(self.bench.canonical(self.default.vram, policy, None).policy)
+        return names
 
     def _misses(self, trace: Trace, policy: str) -> float:
         simulator = Simulator(replace(self.plan, policy=policy), trace.meta["layers"], trace.meta["experts"])
