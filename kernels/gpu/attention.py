@@ -68,16 +68,23 @@ def fold(q, k, v, k_scale, v_scale, visible, top, total, mixed, to_log2, INT8: t
 
 
 @triton.jit
-def partial_of(partial, stats, step, rounds, active, GROUP: tl.constexpr, D: tl.constexpr,
-               J: tl.constexpr, MANY: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """What a step of `combine` takes: values [J, MANY, WIDE], top and total [J, MANY]. L1 may hold old lines: read
-    past it."""
-    row, n = step // rounds * J + tl.arange(0, J)[:, None], step % rounds * MANY + tl.arange(0, MANY)[None, :]
+def partial_of(partial, stats, row, n, active, GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr):
+    """What splits n [1, MANY] made of the query heads in rows [J, 1] of the group: values [J, MANY, WIDE], top and
+    total [J, MANY]. L1 may hold old lines: read past it."""
     d, inside, at = tl.arange(0, WIDE), (n < active) & (row < GROUP), n * GROUP + row
     values = tl.load(partial + at[:, :, None] * D + d[None, None, :], mask=inside[:, :, None] & (d < D)[None, None, :],
                      other=0.0, cache_modifier=".cg")  # fmt: skip
     top = tl.load(stats + at * 2, mask=inside, other=-float("inf"), cache_modifier=".cg")
     return values, top, tl.load(stats + at * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def joined(top, total, result, values, tops, totals):
+    """Some splits more of query heads: top, total [J], result [J, WIDE]; of them values [J, MANY, WIDE] …"""
+    higher = tl.maximum(top, tl.max(tops, 1))
+    old, weights = tl.exp2(top - higher), tl.exp2(tops - higher[:, None])
+    total = total * old + tl.sum(weights * totals, 1)
+    return higher, total, result * old[:, None] + tl.sum(values * weights[:, :, None], 1)
 
 
 @triton.jit
@@ -90,18 +97,17 @@ def combine(
     stats = partial + KV_HEADS * splits * GROUP * D + head * splits * GROUP * 2
     partial += head * splits * GROUP * D
     rounds = tl.cdiv(active, MANY)
-    j, d = tl.arange(0, J)[:, None], tl.arange(0, WIDE)[None, :]
+    j, n, d = tl.arange(0, J)[:, None], tl.arange(0, MANY)[None, :], tl.arange(0, WIDE)[None, :]
     top, total = tl.full((J,), -float("inf"), tl.float32), tl.zeros((J,), tl.float32)
     result = tl.zeros((J, WIDE), tl.float32)
-    values, tops, totals = partial_of(partial, stats, 0, rounds, active, GROUP, D, J, MANY, WIDE)
+    values, tops, totals = partial_of(partial, stats, j, n, active, GROUP, D, WIDE)
     for i in range(tl.cdiv(GROUP, J) * rounds):
-        following, next_tops, next_totals = partial_of(partial, stats, i + 1, rounds, active, GROUP, D, J, MANY, WIDE)
-        higher = tl.maximum(top, tl.max(tops, 1))
-        old, weights = tl.exp2(top - higher), tl.exp2(tops - higher[:, None])
-        total = total * old + tl.sum(weights * totals, 1)
-        result = result * old[:, None] + tl.sum(values * weights[:, :, None], 1)
-        top = higher
-        if (i + 1) % rounds == 0:
+        after = i + 1
+        following, next_tops, next_totals = partial_of(
+            partial, stats, after // rounds * J + j, after % rounds * MANY + n, active, GROUP, D, WIDE
+        )
+        top, total, result = joined(top, total, result, values, tops, totals)
+        if after % rounds == 0:
             row = i // rounds * J + j
             at, inside = (head * GROUP + row) * D + d, (row < GROUP) & (d < D)
             result = result / total[:, None]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offmoe.kernels.gpu.attention import LOG2E, dot_type, partial_of, to_l2
+from offmoe.kernels.gpu.attention import LOG2E, dot_type, joined, partial_of, to_l2
 from offmoe.kernels.gpu.dot import UNIT, fold, x_of
 from offmoe.kernels.gpu.gemv import Part, interpreted, multiprocessors, planes, rows_of, tile
 from offmoe.kernels.gpu.launch import dependent
@@ -38,16 +38,13 @@ def join(partial, mine, head, active, splits, HEADS: tl.constexpr, K: tl.constex
          MANY: tl.constexpr):  # fmt: skip
     """What the splits made of a head, into the program's own scratch [K], striped."""
     stats = partial + splits * HEADS * K
-    d = tl.arange(0, WIDE)
-    top, total, result = -float("inf"), 0.0, tl.zeros((WIDE,), tl.float32)
+    one, n, d = tl.arange(0, 1)[:, None], tl.arange(0, MANY)[None, :], tl.arange(0, WIDE)[None, :]
+    top, total = tl.full((1,), -float("inf"), tl.float32), tl.zeros((1,), tl.float32)
+    result = tl.zeros((1, WIDE), tl.float32)
     for first in range(0, active, MANY):
-        values, tops, totals = partial_of(partial, stats, head, active, splits, first, HEADS, K, MANY, WIDE, True)
-        higher = tl.maximum(top, tl.max(tops, 0))
-        old, weights = tl.exp2(top - higher), tl.exp2(tops - higher)
-        total = total * old + tl.sum(weights * totals, 0)
-        result = result * old + tl.sum(values * weights[:, None], 0)
-        top = higher
-    tl.store(mine + place(d, K), result / total, mask=d < K)
+        values, tops, totals = partial_of(partial, stats, head + one, first + n, active, HEADS, K, WIDE)
+        top, total, result = joined(top, total, result, values, tops, totals)
+    tl.store(mine + place(d, K), result / total[:, None], mask=d < K)
     tl.debug_barrier()  # all warps read it
 
 
