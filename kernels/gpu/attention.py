@@ -284,7 +284,8 @@ def tile_of(keys: Tensor, wide: int) -> int:
 @cache
 def own_memory(device: torch.device) -> int:
     """Bytes that a program may have of a multiprocessor's."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 49152))  # torch's stubs have not heard of it
 
 
 def partial_size(heads: int, head_dim: int, splits: int) -> int:
