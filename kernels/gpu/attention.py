@@ -79,6 +79,12 @@ def partial_of(partial, stats, row, n, active, GROUP: tl.constexpr, D: tl.conste
 
 
 @triton.jit
+def unjoined(J: tl.constexpr, WIDE: tl.constexpr):
+    """`joined` of no splits."""
+    return tl.full((J,), -float("inf"), tl.float32), tl.zeros((J,), tl.float32), tl.zeros((J, WIDE), tl.float32)
+
+
+@triton.jit
 def joined(top, total, result, values, tops, totals):
     """Some splits more of query heads: top, total [J], result [J, WIDE]; of them values [J, MANY, WIDE] …"""
     higher = tl.maximum(top, tl.max(tops, 1))
@@ -98,8 +104,7 @@ def combine(
     partial += head * splits * GROUP * D
     rounds = tl.cdiv(active, MANY)
     j, n, d = tl.arange(0, J)[:, None], tl.arange(0, MANY)[None, :], tl.arange(0, WIDE)[None, :]
-    top, total = tl.full((J,), -float("inf"), tl.float32), tl.zeros((J,), tl.float32)
-    result = tl.zeros((J, WIDE), tl.float32)
+    top, total, result = unjoined(J, WIDE)
     values, tops, totals = partial_of(partial, stats, j, n, active, GROUP, D, WIDE)
     for i in range(tl.cdiv(GROUP, J) * rounds):
         after = i + 1
@@ -114,8 +119,7 @@ def combine(
             if gate is not None:
                 result = result * tl.sigmoid(tl.load(gate + at, mask=inside, other=0.0))
             tl.store(mixed + place(at, KV_HEADS * GROUP * D), result, mask=inside)
-            top, total = tl.full((J,), -float("inf"), tl.float32), tl.zeros((J,), tl.float32)
-            result = tl.zeros((J, WIDE), tl.float32)
+            top, total, result = unjoined(J, WIDE)
         values, tops, totals = following, next_tops, next_totals
 
 

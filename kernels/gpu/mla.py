@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offmoe.kernels.gpu.attention import LOG2E, dot_type, joined, partial_of, to_l2
+from offmoe.kernels.gpu.attention import LOG2E, dot_type, joined, partial_of, to_l2, unjoined
 from offmoe.kernels.gpu.dot import UNIT, fold, x_of
 from offmoe.kernels.gpu.gemv import Part, interpreted, multiprocessors, planes, rows_of, tile
 from offmoe.kernels.gpu.launch import dependent
@@ -39,8 +39,7 @@ def join(partial, mine, head, active, splits, HEADS: tl.constexpr, K: tl.constex
     """What the splits made of a head, into the program's own scratch [K], striped."""
     stats = partial + splits * HEADS * K
     one, n, d = tl.arange(0, 1)[:, None], tl.arange(0, MANY)[None, :], tl.arange(0, WIDE)[None, :]
-    top, total = tl.full((1,), -float("inf"), tl.float32), tl.zeros((1,), tl.float32)
-    result = tl.zeros((1, WIDE), tl.float32)
+    top, total, result = unjoined(1, WIDE)
     for first in range(0, active, MANY):
         values, tops, totals = partial_of(partial, stats, head + one, first + n, active, HEADS, K, WIDE)
         top, total, result = joined(top, total, result, values, tops, totals)
