@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Format:
     bytes: int
     gguf_type: int | None  # ggml_type in a GGUF's tensor table
     unpack: Callable[[Tensor], Tensor] = field(repr=False, compare=False)  # uint8 [..., n, bytes] → [..., n, block]
-    apart: bool = False  # in a file all first bytes of a matrix's blocks come first, then the rest of each
+    apart: tuple[int, ...] = ()  # a matrix's blocks lie taken apart: the first so many bytes of each, then the next …
     tile: int = 0  # before all blocks: scales, row by row, each of so many rows and columns of weights …
     scale: torch.dtype = torch.float32  # … of this type
 
@@ -62,7 +63,13 @@ def in_tiles(raw: Tensor, form: Format, rows: int, cols: int) -> Tensor:
 def together(raw: Tensor, form: Format) -> Tensor:
     """Bytes [..., n * form.bytes] of a format that lies apart → blocks [..., n, form.bytes]."""
     n = raw.shape[-1] // form.bytes
-    return torch.cat((raw[..., :n, None], raw[..., n:].unflatten(-1, (n, -1))), -1)
+    planes = raw.split([n * size for size in form.apart], -1)
+    return torch.cat([plane.unflatten(-1, (n, -1)) for plane in planes], -1)
+
+
+def taken_apart(blocks: Tensor, form: Format) -> Tensor:
+    """The way back."""
+    return torch.cat([plane.flatten(-2) for plane in blocks.split(form.apart, -1)], -1)
 
 
 def reinterpret(raw: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,6 +103,11 @@ def fields(raw: Tensor, mask: int, *shifts: int) -> Tensor:
 def nibbles(raw: Tensor) -> Tensor:
     """Bytes [..., b] → int8 [..., 2 * b]: the low nibbles, then the high ones."""
     return fields(raw, NIBBLES, 0, 4).flatten(-2)
+
+
+def pairs(raw: Tensor) -> Tensor:
+    """Bytes [..., b] that hold two neighbours each → int8 [..., 2 * b]."""
+    return nibbles(raw).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
 def f32(blocks: Tensor) -> Tensor:
@@ -172,8 +184,7 @@ def mxfp4(blocks: Tensor) -> Tensor:
 
 def mxfp4_pairs(blocks: Tensor) -> Tensor:
     """The same, as gpt-oss's safetensors have it: a byte holds two neighbours."""
-    code = nibbles(blocks[..., 1:]).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-    return fp4(blocks[..., :1].int(), code)
+    return fp4(blocks[..., :1].int(), pairs(blocks[..., 1:]))
 
 
 def fp4(exponent: Tensor, code: Tensor) -> Tensor:
@@ -187,6 +198,24 @@ def fp4(exponent: Tensor, code: Tensor) -> Tensor:
 
 def f8_e4m3(blocks: Tensor) -> Tensor:
     return blocks.contiguous().view(torch.float8_e4m3fn).float()
+
+
+def int4(scale: torch.dtype, zeros: bool, blocks: Tensor) -> Tensor:
+    """(code - zero) * scale: a group's scale, its zero point (else 8) in the lower of 2 bytes, the codes.
+
+    Products of so few bits are exact in float32, so that `dtype` rounds as arithmetic in the scale's own type does.
+    """
+    codes = pairs(blocks[..., 4 if zeros else 2 :]).sub_(blocks[..., 2:3].view(torch.int8) if zeros else 8)
+    return codes.float().mul_(reinterpret(blocks[..., :2], scale).float())
+
+
+def int4_groups() -> Iterator[Format]:
+    """Of compressed-tensors' pack-quantized, AWQ and GPTQ, upright (checkpoint.upright), by group and type of scale."""
+    for group in (32, 64, 128):
+        for kind, scale in (("F16", torch.float16), ("BF16", torch.bfloat16)):
+            for zeros in (False, True):
+                name, planes = f"INT4_{group}_{kind}" + "_ZEROS" * zeros, (4 if zeros else 2, group // 2)
+                yield Format(name, group, sum(planes), None, partial(int4, scale, zeros), planes)
 
 
 FORMATS = {
@@ -203,9 +232,10 @@ FORMATS = {
         Format("Q5_K", 256, 176, 13, q5_k),
         Format("Q6_K", 256, 210, 14, q6_k),
         Format("MXFP4", 32, 17, 39, mxfp4),
-        Format("MXFP4_PAIRS", 32, 17, None, mxfp4_pairs, apart=True),
+        Format("MXFP4_PAIRS", 32, 17, None, mxfp4_pairs, apart=(1, 16)),
         Format("F8_E4M3", 128, 128, None, f8_e4m3, tile=128),  # quant_method fp8: weight_scale_inv of DeepSeek-V3 …
         Format("F8_E4M3_BF16", 128, 128, None, f8_e4m3, tile=128, scale=torch.bfloat16),  # … and of Qwen3
+        *int4_groups(),
     )
 }
 GGML = {name: form for name, form in FORMATS.items() if form.gguf_type is not None}  # what a GGUF may hold

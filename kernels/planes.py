@@ -29,9 +29,9 @@ PLANES: dict[str, tuple[int, ...]] = {
     "Q5_K": (176,),
     "Q6_K": (128, 64, 16, 2),
     "MXFP4": (1, 16),
-    "MXFP4_PAIRS": (1, 16),  # apart in the file already
     "F8_E4M3": (128,),  # behind the plane of the tiles' scales
     "F8_E4M3_BF16": (128,),
+    **{name: form.apart for name, form in FORMATS.items() if form.apart},
 }
 
 

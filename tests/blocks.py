@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offmoe.kernels.formats import FORMATS
-from offmoe.kernels.planes import SlotLayout, rearrange
+from offmoe.kernels.formats import FORMATS, taken_apart
+from offmoe.kernels.planes import PLANES, SlotLayout, rearrange
 from offmoe.kernels.record import RecordLayout
 
-# Where a block's float16 scales lie.
-SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q6_K": (208,)}
+# Where a block's scales of 2 bytes lie.
+SCALES = {name: (0,) for name in FORMATS if name.startswith("INT4")}
+SCALES |= {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q6_K": (208,)}
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# For the interpreter, which is slow: of 4-bit groups each size, type of scale and zeros or none, but not all together.
+INTERPRETED = [name for name in PLANES if not name.startswith("INT4")]
+INTERPRETED += ["INT4_32_BF16", "INT4_64_F16_ZEROS", "INT4_128_F16", "INT4_128_BF16_ZEROS"]
 EXTREMES = ("zero", "subnormal", "ones")
 
 
@@ -40,8 +44,10 @@ def random_matrix(fmt: str, rows: int, cols: int, n: int = 1, kind: str = "norma
     for at in SCALES.get(fmt, ()):
         scale = torch.rand((n, many, 1), generator=g) * 0.1 + 0.01
         scale *= {"normal": 1.0, "zero": 0.0, "subnormal": 5e-4, "ones": 1.0}[kind]
-        blocks[..., at : at + 2] = scale.half().view(torch.uint8)
-    return torch.cat((blocks[..., 0], blocks[..., 1:].flatten(1)), 1) if FORMATS[fmt].apart else raw
+        blocks[..., at : at + 2] = scale.to(torch.bfloat16 if "BF16" in fmt else torch.half).view(torch.uint8)
+    if fmt.endswith("_ZEROS"):
+        blocks[..., 2:4] &= torch.tensor([0 if kind == "ones" else 0x0F, 0])  # if 15, codes of 15 were 0
+    return taken_apart(blocks, FORMATS[fmt]) if FORMATS[fmt].apart else raw
 
 
 def in_tiles(raw: Tensor, fmt: str, rows: int, cols: int, kind: str, g: torch.Generator) -> Tensor:

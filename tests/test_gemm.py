@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import EXTREMES, filled_slots, random_matrix, random_records
+from blocks import EXTREMES, INTERPRETED, filled_slots, random_matrix, random_records
 from close import assert_close
 from torch import Tensor
 
 from offmoe.kernels import gemm as naive
 from offmoe.kernels.feed_forward import Glu
 from offmoe.kernels.formats import FORMATS, dequantise
-from offmoe.kernels.planes import PLANES, SlotLayout, matrix, rearrange_matrix, slot_layout
+from offmoe.kernels.planes import SlotLayout, matrix, rearrange_matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
 
 pytest.importorskip("triton")
@@ -79,7 +79,7 @@ def check_experts(fmt: str, down: str, dtype: torch.dtype, stacked: bool = False
     assert_close(f"{fmt} {down} {dtype}", out[~left], want[~left], RATIOS[dtype])
 
 
-@pytest.mark.parametrize("fmt", PLANES)
+@pytest.mark.parametrize("fmt", INTERPRETED)
 def test_experts(fmt: str) -> None:
     check_experts(fmt, fmt, torch.float32, fmt in ("Q8_0", "Q6_K", "MXFP4"))
 
@@ -160,7 +160,7 @@ def test_combine(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", ["normal", *EXTREMES])
-@pytest.mark.parametrize("fmt", PLANES)
+@pytest.mark.parametrize("fmt", INTERPRETED)
 def test_unpacked_bit_for_bit(fmt: str, kind: str) -> None:
     """37 rows, with columns to spare between them; from a row on of a larger matrix."""
     cols = 512 if FORMATS[fmt].block > 32 else 160

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from blocks import INTERPRETED
 from torch import Tensor
 
 from offmoe.kernels import page_in as naive
 from offmoe.kernels.formats import FORMATS
-from offmoe.kernels.planes import PLANES, SlotLayout, slot_layout, unplane
+from offmoe.kernels.planes import SlotLayout, slot_layout, unplane
 from offmoe.kernels.record import RecordLayout
 
 pytest.importorskip("triton")
@@ -62,7 +63,7 @@ def record_of(fmt: str, down: str, stacked: bool) -> RecordLayout:
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("fmt", PLANES)
+@pytest.mark.parametrize("fmt", INTERPRETED)
 def test_first_of_a_list(fmt: str, stacked: bool) -> None:
     """Two of three records; runs end within a chunk."""
     memory = Memory(record_of(fmt, fmt if stacked else "Q8_0", stacked))

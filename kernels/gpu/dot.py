@@ -28,10 +28,12 @@ from offmoe.kernels.gpu.dot_32 import (
     x_pairs,
 )
 from offmoe.kernels.gpu.dot_256 import fold_k, fold_q6_k, words_k, words_q6_k, x_k, x_q6_k
+from offmoe.kernels.gpu.dot_int4 import fold_int4, is_int4, words_int4
 from offmoe.kernels.gpu.striped import load_x, place
 
-# Weights a unit: a block of 256, or one of 32; 32 of a float format.
-UNIT = {name: 32 if form.tile else max(32, form.block) for name, form in FORMATS.items()}
+# Weights a unit: a block of 256; else 32.
+UNIT = {name: 256 if form.block == 256 else 32 for name, form in FORMATS.items()}
+SHARING = {name for name, form in FORMATS.items() if form.tile or 32 < form.block < 256}  # units share scales
 
 
 @triton.jit
@@ -69,7 +71,7 @@ def x_of(x, norm, base, start, there, FORMAT: tl.constexpr, K: tl.constexpr, NOR
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         at = place(start[:, None] + tl.arange(0, 32)[None, :], K)
         return (load_x(x, norm, base[:, None], at, there[:, None], NORM),)
-    elif FORMAT == "MXFP4_PAIRS":
+    elif FORMAT == "MXFP4_PAIRS" or is_int4(FORMAT):
         return x_pairs(x, norm, base, start, there, K, NORM)
     else:
         return x_32(x, norm, base, start, there, K, NORM)
@@ -93,6 +95,8 @@ def words_of(buffer, origin, at, mask, FORMAT: tl.constexpr,
         return words_f8(buffer, origin, at, mask, FORMAT, P0, P1, P2)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         return words_float(buffer, origin, at, mask, FORMAT, P0)
+    elif is_int4(FORMAT):
+        return words_int4(buffer, origin, at, mask, FORMAT, P0, P1)
     else:
         return words_small(buffer, origin, at, mask, FORMAT, P0, P1, P2)
 
@@ -110,5 +114,7 @@ def fold(words, xs, FORMAT: tl.constexpr):
         return tl.sum(fold_f8(words, xs, FORMAT), 1)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         return tl.sum(fold_float(words, xs, FORMAT), 1)
+    elif is_int4(FORMAT):
+        return tl.sum(fold_int4(words, xs, FORMAT), 1)
     else:
         return tl.sum(fold_small(words, xs, FORMAT), 1)

@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.feed_forward import SILU, Glu
-from offmoe.kernels.formats import FORMATS
-from offmoe.kernels.gpu.dot import UNIT, fold, x_of
+from offmoe.kernels.gpu.dot import SHARING, UNIT, fold, x_of
 from offmoe.kernels.gpu.gemv import FEWER_WARPS, WARPS, across, interpreted, planes, programs, rows_of, stream, tile
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.norm_rope import clipped
@@ -236,7 +235,7 @@ def _down(
 ):  # fmt: skip
     """Grid (programs, tokens): the K experts of a token as one long row. Slots are older than the launch before this
     one, and so are the records if nothing was missing: then the first rows come while it runs. LATE: 0 never, 1 if
-    something was missing, 2 always (Triton 3.6 does not compile the choice where scales are of tiles)."""
+    something was missing, 2 always (Triton 3.6 does not compile the choice where units share scales)."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     UNITS: tl.constexpr = INNER // WIDTH
@@ -283,6 +282,6 @@ def expert_down(
     _down[(triton.cdiv(down.rows, each), len(x))](
         records, records.stride(0), slots, ids, weights, bias, count, inner, x, each, K=k, H=down.rows, INNER=down.cols,
         R=rows, U=units, FORMAT=down.format, WIDTH=UNIT[down.format], **planes("P", down),
-        KP=triton.next_power_of_2(k), LATE=0 if count is None else 2 if FORMATS[down.format].tile else 1,
+        KP=triton.next_power_of_2(k), LATE=0 if count is None else 2 if down.format in SHARING else 1,
         num_warps=warps, **dependent(pdl),
     )  # fmt: skip

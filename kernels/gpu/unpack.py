@@ -13,6 +13,7 @@ from torch import Tensor
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.gpu.bits import half_of
 from offmoe.kernels.gpu.dot_256 import k_scales
+from offmoe.kernels.gpu.dot_int4 import has_zeros, head_of, is_int4, scale_of, sharing
 from offmoe.kernels.gpu.gemv import planes
 from offmoe.kernels.planes import Matrix
 
@@ -108,6 +109,25 @@ def tile_small(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
 
 
 @triton.jit
+def tile_int4(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+    """Two units of 32, of two groups or of one."""
+    UNITS: tl.constexpr = COLS // 32
+    GROUPS: tl.constexpr = UNITS // sharing(FORMAT)
+    u, h, i = step * 2 + tl.arange(0, 2), tl.arange(0, 2), tl.arange(0, 16)
+    m2 = there[:, None] & (u < UNITS)[None]
+    codes = (base + P1 + row * (UNITS * 16))[:, None, None] + (u * 16)[None, :, None] + i[None, None]
+    codes = tl.load(codes, mask=m2[:, :, None], other=0).to(tl.uint32)  # [R, 2, 16]
+    codes = codes[:, :, :, None] >> (4 * h)[None, None, None] & 15
+    head = head_of(base + P0, (row * GROUPS)[:, None] + (u // sharing(FORMAT))[None], m2, FORMAT)
+    scale = scale_of(head, FORMAT)[:, :, None, None]
+    if has_zeros(FORMAT):
+        values = (number(codes) - number(head >> 16)[:, :, None, None]) * scale
+    else:
+        values = (number(codes) - 8.0) * scale
+    return values
+
+
+@triton.jit
 def tile_q8_0(base, row, there, step, COLS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
     BLOCKS: tl.constexpr = COLS // 32
     b, i = step * 2 + tl.arange(0, 2), tl.arange(0, 32)
@@ -165,6 +185,8 @@ def tile(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
         values = tile_f8(base, row, there, step, FORMAT, COLS, P0, P1)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         values = tile_float(base, row, there, step, FORMAT, COLS, P0)
+    elif is_int4(FORMAT):
+        values = tile_int4(base, row, there, step, FORMAT, COLS, P0, P1)
     else:
         values = tile_small(base, row, there, step, FORMAT, COLS, P0, P1, P2)
     return tl.reshape(values, (row.shape[0], 64))
