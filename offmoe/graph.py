@@ -116,19 +116,20 @@ class Decoder:
         self._variant = replace(self._variant, emulated=predicted is not None)
 
     @property
-    def floor_s(self) -> float:
+    def floor_s(self) -> float | None:
         """Measured seconds of a step in which everything hits; after an answer, at the context that it left."""
         if self._floor is None:
             last = self.step.ring.row(self._read - 1).ids  # [layers, k]: resident, they were just used
             before, table, clock = self._variant, copy.deepcopy(self._store.table), self._store.clock
+            guard, self.guard = self.guard, None  # what a prediction brings would take the place of what hits
             self.force(np.broadcast_to(last, (FLOOR_STEPS + 2, *last.shape)).astype(np.int16))
             try:
                 steps = self.run(FLOOR_STEPS + 2)
             finally:
                 self.force(None)
-                self._variant, self._store.table, self._store.clock = before, table, clock
+                self.guard, self._variant, self._store.table, self._store.clock = guard, before, table, clock
             hits = steps.seconds[2:][steps.misses[2:] + steps.late[2:] == 0]
-            self._floor = float(np.median(hits)) if len(hits) else 0.0
+            self._floor = float(np.median(hits)) if len(hits) else None
         return self._floor
 
     def close(self) -> None:

@@ -116,6 +116,17 @@ def test_statistics_count_every_routed_record() -> None:
         assert stats.roof is not None
 
 
+def test_the_floor_is_known_beside_prefetching() -> None:
+    """It was 0: what is predicted of forced routing is wrong, and took the slots of what would have hit."""
+    with demo(vram="50%", prefetch="gate:d=1,p=0.02,n=4") as engine:
+        engine.store.ram.wait_complete()
+        greedy(engine, 64)
+        floor, token = engine.decoder.floor_s, 1 / engine.stats().decode_tok_s
+        assert floor is not None
+        assert 0.1 * token < floor < 2 * token
+        assert greedy(engine, 64)
+
+
 def test_a_dead_disk_is_an_error_and_the_next_answer_works(monkeypatch: pytest.MonkeyPatch) -> None:
     from offmoe import transfer
 
