@@ -32,16 +32,15 @@ class RecordLayout:
 
     parts: tuple[Part, ...]
     interleaved: bool = False  # of gate_up: the rows of gate and up take turns
-    transposed: bool = False  # every matrix lies column by column: [H, 2F] and [F, H]
 
     @classmethod
-    def of(cls, *parts: tuple[str, str, int, int], interleaved: bool = False, transposed: bool = False) -> RecordLayout:
+    def of(cls, *parts: tuple[str, str, int, int], interleaved: bool = False) -> RecordLayout:
         """From (name, format, rows, cols) in the order of the file."""
         laid, offset = [], 0
         for name, fmt, rows, cols in parts:
             laid.append(Part(name, fmt, rows, cols, offset))
             offset += laid[-1].nbytes
-        return cls(tuple(laid), interleaved, transposed)
+        return cls(tuple(laid), interleaved)
 
     @property
     def nbytes(self) -> int:
@@ -49,11 +48,11 @@ class RecordLayout:
 
     @property
     def hidden(self) -> int:
-        return self.parts[-1].cols if self.transposed else self.parts[-1].rows
+        return self.parts[-1].rows
 
     @property
     def expert_hidden(self) -> int:
-        return self.parts[-1].rows if self.transposed else self.parts[-1].cols
+        return self.parts[-1].cols
 
 
 def unpack(raw: Tensor, layout: RecordLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -69,10 +68,7 @@ def unpack(raw: Tensor, layout: RecordLayout, dtype: torch.dtype) -> tuple[Tenso
     flat = runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
     hidden, inner = layout.hidden, layout.expert_hidden
     gate_up, down = flat.split((2 * inner * hidden, hidden * inner), dim=1)
-    if layout.transposed:
-        gate_up, down = gate_up.unflatten(1, (hidden, -1)).mT, down.unflatten(1, (inner, hidden)).mT
-    else:
-        gate_up, down = gate_up.unflatten(1, (-1, hidden)), down.unflatten(1, (hidden, inner))
+    gate_up, down = gate_up.unflatten(1, (-1, hidden)), down.unflatten(1, (hidden, inner))
     if layout.interleaved:
         gate_up = torch.cat((gate_up[:, ::2], gate_up[:, 1::2]), dim=1)
     return gate_up, down

@@ -183,14 +183,9 @@ def expert_run(model: Model, role: str, layer: int, expert: int) -> Run:
     info = model.find(role, layer, expert) or model.find("gate_up", layer, expert)
     assert info is not None, f"{role} of layer {layer} was there when the model was described"
     layout = model.layouts[model.config.routed.index(layer)]
-    if layout.transposed or (layout.interleaved and role != "down"):
+    if layout.interleaved and role != "down":
         rows = info.shape[1]
-
-        def pick(matrix: Tensor) -> Tensor:
-            upright = matrix.mT if layout.transposed else matrix
-            return upright if role == "down" else rows_of(upright, role, layout.interleaved)
-
-        return Run(info, expert * rows, rows, pick)
+        return Run(info, expert * rows, rows, lambda matrix: rows_of(matrix, role, interleaved=True))
     count = model.config.hidden if role == "down" else model.config.expert_hidden
     first = expert * info.shape[1] if len(info.shape) == 3 else 0
     return Run(info, first + (count if role == "up" and info.shape[-2] == 2 * count else 0), count)

@@ -63,6 +63,7 @@ class RamTier:
         self._ranges = [
             [model.ranges(layer, expert) for expert in range(config.experts)] for layer in range(config.places)
         ]
+        self._turn, self._lying = model.turn, [model.lying(layer) for layer in range(config.places)]
         self._pin, self._k = pin, config.top_k
         self._pinning = Pinning(self.rows) if pin else None
         self._service: MissService | None = None
@@ -214,7 +215,8 @@ class RamTier:
 
     def _begin(self, layer: int, experts: Ints, rows: Ints, priority: int = URGENT) -> list[tuple[int, Read]]:
         for expert, row in zip(experts.tolist(), rows.tolist(), strict=True):
-            read = self._reads[row] = self._reader.read(self._ranges[layer][expert], self._bytes[row], priority)
+            turn = self._turn(layer, expert) if self._lying[layer] else None
+            read = self._reads[row] = self._reader.read(self._ranges[layer][expert], self._bytes[row], priority, turn)
             if self.whole:
                 read.done.add_done_callback(partial(self._finish, row, read))
         return [(row, self._reads[row]) for row in rows.tolist()]

@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import count
 from pathlib import Path
@@ -27,14 +28,22 @@ URGENT, BACKGROUND, STOP = 1, 2, 0
 CHUNK = 8 << 20  # bytes of one call, and of each thread's bounce buffer
 CLOSE_S = 5.0  # for a disk that gives nothing
 
+Turn = Callable[[NDArray[np.uint8], NDArray[np.uint8]], None]
+
 
 class Read:
-    """Ranges that will lie one after another in `target`; `done` yields the bytes taken from the disk."""
+    """Ranges that will lie one after another in `target`; `done` yields the bytes taken from the disk.
 
-    def __init__(self, ranges: list[ByteRange], target: NDArray[np.uint8], background: bool = False) -> None:
+    With a `turn` it is what `turn(raw, target)` makes of them.
+    """
+
+    def __init__(
+        self, ranges: list[ByteRange], target: NDArray[np.uint8], background: bool = False, turn: Turn | None = None
+    ) -> None:
         self.ranges = ranges
         self.background = background  # others may overtake it
         self.target = target
+        self.turn = turn
         self.done: Future[int] = Future()
         self._lock = threading.Lock()
         self._taken = False
@@ -60,9 +69,11 @@ class Reader:
         for thread in self._threads:
             thread.start()
 
-    def read(self, ranges: list[ByteRange], target: NDArray[np.uint8], priority: int = URGENT) -> Read:
+    def read(
+        self, ranges: list[ByteRange], target: NDArray[np.uint8], priority: int = URGENT, turn: Turn | None = None
+    ) -> Read:
         """Start reading; `target` [bytes] must outlive the read."""
-        read = Read(ranges, target, priority == BACKGROUND)
+        read = Read(ranges, target, priority == BACKGROUND, turn)
         self._queue.put((priority, next(self._order), read))
         return read
 
@@ -108,11 +119,19 @@ class Reader:
             read.done.set_exception(error)
 
     def _read(self, read: Read, bounce: Bounce) -> int:
+        if read.turn is None:
+            return self._read_into(read.target, read, bounce)
+        raw = np.empty(sum(wanted.nbytes for wanted in read.ranges), np.uint8)
+        moved = self._read_into(raw, read, bounce)
+        read.turn(raw, read.target)
+        return moved
+
+    def _read_into(self, target: NDArray[np.uint8], read: Read, bounce: Bounce) -> int:
         at = moved = 0
         for wanted in read.ranges:
             for offset in range(0, wanted.nbytes, CHUNK):
                 nbytes = min(CHUNK, wanted.nbytes - offset)
-                moved += self._read_chunk(wanted.file, read.target[at : at + nbytes], wanted.offset + offset, bounce)
+                moved += self._read_chunk(wanted.file, target[at : at + nbytes], wanted.offset + offset, bounce)
                 at += nbytes
                 if read.background:
                     self._let_pass(bounce)

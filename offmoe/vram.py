@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offmoe.errors import OffmoeError
 from offmoe.experts import Counters, ExpertStore, Ints
 from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
 from offmoe.kernels.gpu.page_in import CHUNK, WARPS, Copies, page_in, scratch_for
@@ -30,11 +29,6 @@ class VramStore(ExpertStore):
     """`records` [slots + batch, stride] uint8: the slots, and behind them a stage for what passes without staying."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
-        if any(layout.transposed for layout in model.layouts):
-            raise OffmoeError(
-                f"{model.checkpoint.path} keeps its experts column by column, which kernels on a GPU do not read: "
-                "`offmoe pack` writes them as a GGUF, row by row"
-            )
         super().__init__(model, plan)
         config = model.config
         self.device = plan.device

@@ -114,18 +114,16 @@ def deltanet(checkpoint: Checkpoint, config: ModelConfig, layer: int, tiled: boo
 
 def stacked(checkpoint: Checkpoint, model: Model, role: str, layer: int, kind: str = "") -> torch.Tensor:
     """[E, rows, cols], or of biases [E, rows]: of matrices by themselves, of a stack, or of one of gate and up."""
-    column_by_column = model.layouts[0].transposed and not kind
     found = [model.find(role + kind, layer, e) for e in range(model.config.experts)]
     if found[0] is None:
         info = model.find(f"gate_up{kind}", layer)
         assert info is not None
         both = checkpoint.tensor(info.name)
-        both = both.mT if column_by_column else both
         halves = (both[:, ::2], both[:, 1::2]) if model.family.interleaved_experts else both.chunk(2, dim=1)
         return halves[role == "up"]
     each = [checkpoint.tensor(info.name) for info in found if info is not None]
     if each[0].dim() == (2 if kind else 3):
-        return each[0].mT if column_by_column else each[0]
+        return each[0]
     return torch.stack(each)
 
 

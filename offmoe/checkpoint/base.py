@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from offmoe.checkpoint.upright import Turn
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS, dequantise
 
@@ -38,6 +39,20 @@ class TensorInfo:
     shape: tuple[int, ...]
     range: ByteRange
     scales: ByteRange | None = None  # of a format that lies apart: its first plane, and `range` is the rest
+    upright: Turn | None = None  # of a tensor whose matrices lie otherwise than `shape` and `format` say
+
+    @property
+    def matrices(self) -> int:
+        """It is a stack of so many."""
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+    def ranges(self, number: int = 0) -> list[ByteRange]:
+        """Where matrix `number` lies: one range, or two where scales lie apart."""
+        found = []
+        for whole in (self.scales, self.range) if self.scales else (self.range,):
+            nbytes = whole.nbytes // self.matrices
+            found.append(ByteRange(whole.file, whole.offset + number * nbytes, nbytes))
+        return found
 
 
 class DataFile:
@@ -111,10 +126,17 @@ class Checkpoint:
         return self.tensors[name]
 
     def read(self, name: str) -> Tensor:
-        """A tensor's bytes as they lie in the file, uint8 [nbytes]; scales come first where they lie apart."""
+        """A tensor's bytes in its format, uint8 [nbytes]; scales come first where they lie apart."""
         info = self.info(name)
+        if info.upright:
+            return torch.cat([self.matrix(info, number) for number in range(info.matrices)])
         own = self.read_range(info.range)
         return torch.cat((self.read_range(info.scales), own)) if info.scales else own
+
+    def matrix(self, info: TensorInfo, number: int) -> Tensor:
+        """The bytes of one matrix of a tensor in its format, uint8 [nbytes]."""
+        raw = torch.cat([self.read_range(r) for r in info.ranges(number)])
+        return torch.from_numpy(info.upright(raw.numpy(), info.name)) if info.upright else raw
 
     def read_range(self, r: ByteRange) -> Tensor:
         """uint8 [nbytes]. Safe from several threads. Raises OffmoeError on a short read."""
@@ -129,6 +151,10 @@ class Checkpoint:
     def rows(self, info: TensorInfo, first: int, count: int) -> Tensor:
         """Rows first … first + count of a tensor of shape [..., cols], dequantised: float32 [count, cols]."""
         form, cols = FORMATS[info.format], info.shape[-1]
+        if info.upright:
+            high = info.shape[-2]
+            whole = dequantise(self.matrix(info, first // high), form, high, cols)
+            return whole[first % high : first % high + count]
         if form.tile and info.scales:
             return self._tiled_rows(info, info.scales, first, count)
         parts = [(info.range, form.nbytes(1, cols))]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from offmoe.checkpoint import ByteRange, Checkpoint, TensorInfo, open_checkpoint
+from offmoe.checkpoint.upright import Bytes, Columns
 from offmoe.errors import OffmoeError
 from offmoe.kernels.deltanet import Delta
 from offmoe.kernels.formats import FORMATS
@@ -20,6 +22,7 @@ from offmoe.kernels.record import RecordLayout
 from offmoe.models.config import ModelConfig, from_gguf, from_hf
 from offmoe.models.family import GGUF_NAMES, Family, Names, Values, family_of
 from offmoe.models.held import HELD, held_rows, held_shape
+from offmoe.models.latent import FLOATS
 
 
 @dataclass(frozen=True)
@@ -81,19 +84,21 @@ class Model:
 
     def ranges(self, place: int, expert: int) -> list[ByteRange]:
         """Where the parts of a record lie, in the order of its layout."""
-        layer = self.config.routed[place]
-        return [r for part in self.layouts[place].parts for r in self.part_ranges(part.name, layer, expert)]
+        found = ((info, expert if info.matrices > 1 else 0) for info in self.parts(place, expert))
+        return [r for info, number in found for r in info.ranges(number)]
 
-    def part_ranges(self, role: str, layer: int, expert: int) -> list[ByteRange]:
-        """One, or two where scales lie apart."""
-        info = self.find(role, layer, expert)
-        assert info is not None, f"{role} of layer {layer} was there when the model was opened"
-        stacked = info.shape[0] if len(info.shape) == 3 else 1
-        ranges = []
-        for whole in (info.scales, info.range) if info.scales else (info.range,):
-            nbytes = whole.nbytes // stacked
-            ranges.append(ByteRange(whole.file, whole.offset + (expert * nbytes if stacked > 1 else 0), nbytes))
-        return ranges
+    def parts(self, place: int, expert: int) -> list[TensorInfo]:
+        """The tensors that a record lies in, in the order of its layout."""
+        found = [self.find(part.name, self.config.routed[place], expert) for part in self.layouts[place].parts]
+        return [info for info in found if info is not None]  # all were there when the model was opened
+
+    def lying(self, place: int) -> bool:
+        """Whether records are to be turned upright as they are read."""
+        return any(info.upright for info in self.parts(place, 0))
+
+    def turn(self, place: int, expert: int) -> Callable[[Bytes, Bytes], None]:
+        """What makes a record of the bytes in its ranges: `turn(raw, record)`."""
+        return partial(turn_record, self.parts(place, expert), self.layouts[place])
 
     def expert_biases(self, place: int) -> tuple[Tensor, Tensor]:
         """Of all experts of a place, float32: gate beside up [E, 2F], down [E, H]."""
@@ -111,6 +116,15 @@ class Model:
         return torch.cat((gate, up), dim=1), found["down_bias"]
 
 
+def turn_record(parts: Sequence[TensorInfo], layout: RecordLayout, raw: Bytes, record: Bytes) -> None:
+    """See Model.turn."""
+    at = 0
+    for info, part in zip(parts, layout.parts, strict=True):
+        lying = raw[at : (at := at + sum(r.nbytes for r in info.ranges()))]
+        upright = info.upright(lying, info.name) if info.upright else lying
+        record[part.offset : part.offset + part.nbytes] = upright
+
+
 def open_model(path: str | Path) -> Model:
     """Open a checkpoint and check that its tensors are those of its config. Raises OffmoeError."""
     checkpoint = open_checkpoint(path)
@@ -124,9 +138,22 @@ def open_model(path: str | Path) -> Model:
 def described(checkpoint: Checkpoint) -> Model:
     family, config = read_config(checkpoint)
     names = family.gguf_names if checkpoint.kind == "gguf" else family.names
+    if checkpoint.kind == "safetensors" and family.transposed_experts:
+        turn_experts(checkpoint, names, config)
     check_trunk(checkpoint, names, config)
     layouts = tuple(record_layout(checkpoint, family, names, config, layer) for layer in config.routed)
     return Model(checkpoint, family, config, names, layouts)
+
+
+def turn_experts(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
+    """Stacked experts of floats, [E, cols, rows] in the file, are [E, rows, cols] from here on."""
+    for role in ("gate_up", "down"):
+        for layer in config.routed:
+            info = find(checkpoint, names, role, layer, 0)
+            if info and len(info.shape) == 3 and info.format in FLOATS and not info.upright:
+                experts, cols, rows = info.shape
+                turn = Columns(rows, cols, FORMATS[info.format].bytes)
+                checkpoint.tensors[info.name] = replace(info, shape=(experts, rows, cols), upright=turn)
 
 
 def read_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
@@ -314,11 +341,8 @@ def record_layout(
     wide, narrow = (config.expert_hidden, config.hidden), (config.hidden, config.expert_hidden)
     shapes = {"gate": wide, "up": wide, "down": narrow}
     stacked = find(checkpoint, names, "gate_up", layer, 0)
-    transposed = stacked is not None and family.transposed_experts and not FORMATS[stacked.format].apart
     if stacked:
         shapes = {"gate_up": (2 * wide[0], wide[1]), "down": narrow}
-    if transposed:
-        shapes = {role: (shape[1], shape[0]) for role, shape in shapes.items()}
     parts = []
     for role, shape in shapes.items():
         first = find(checkpoint, names, role, layer, 0)
@@ -339,7 +363,7 @@ def record_layout(
                 "multiple of 16: offmoe cannot move such records yet"
             )
     interleaved = stacked is not None and family.interleaved_experts
-    return RecordLayout.of(*parts, interleaved=interleaved, transposed=transposed)
+    return RecordLayout.of(*parts, interleaved=interleaved)
 
 
 @dataclass(frozen=True)
