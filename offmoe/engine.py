@@ -86,7 +86,7 @@ class Engine:
             on_error.callback(self.store.close)
             self.trunk: Trunk | DeviceTrunk = trunk(model, plan.device, plan.dtype, plan.ctx)
             self.trunk.load_layers(lambda done, total: progress("weights", done, total))
-            self.kv = KVCache(model.config, plan.ctx, plan.device, plan.dtype, plan.kv == "int8")
+            self.kv = KVCache(model.config, plan.ctx, plan.device, plan.kv_dtype, plan.kv == "int8")
             if plan.all_in_slots:
                 self.store.preload(lambda done, total: progress("experts", done, total))
             elif plan.ram_rows >= model.records:

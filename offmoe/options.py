@@ -93,7 +93,7 @@ placement_options: Decorator = together(
     placing(
         "--dtype",
         type=click.Choice(["f32", "bf16", "f16"]),
-        help="Of activations, trunk and KV.",
+        help="Of activations, trunk and KV; bf16 keeps KV in f16 on a GPU.",
     ),
     placing(
         "--ctx",

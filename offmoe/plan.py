@@ -56,6 +56,11 @@ class Plan:
     prefetch: str  # canonical
 
     @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of keys and values: on a GPU float16 beside bfloat16, as many bytes and three bits more."""
+        return torch.float16 if (self.dtype, self.device.type) == (torch.bfloat16, "cuda") else self.dtype
+
+    @property
     def vram_bytes(self) -> int:
         """What the slots are charged: the record as it is in the file."""
         return self.slots * self.stride

@@ -167,8 +167,7 @@ def norm_rope_write(
     keys, values [kv_heads, room, D] and, in int8, scales [2, kv_heads, room], of which the first is of position
     `first`, are written at `positions` [T].
     The norms are as wide as their weights: [D] each head, [heads · D] all together; `norm_after`: of rotated heads.
-    Returns q [T, heads, D] in `out`
-    or in qkv's type.
+    Returns q [T, heads, D] in `out`, or in the cache's type and beside int8 in qkv's.
     """
     assert qkv.stride(1) == 1
     assert qkv.shape[1] == (heads + 2 * kv_heads) * head_dim
@@ -178,7 +177,8 @@ def norm_rope_write(
     assert rope_table.shape[2] <= head_dim
     assert rope_table.is_contiguous()
     assert rope_table.shape[2] % 2 == 0
-    q = torch.empty((len(qkv), heads, head_dim), device=qkv.device, dtype=qkv.dtype) if out is None else out
+    dtype = qkv.dtype if scales is not None else keys.dtype
+    q = torch.empty((len(qkv), heads, head_dim), device=qkv.device, dtype=dtype) if out is None else out
     blocks = triton.cdiv(heads, ROWS) + 2 * triton.cdiv(kv_heads, ROWS)
     full = q_norm is not None and q_norm.numel() == heads * head_dim and heads > 1
     _norm_rope_write[(len(qkv), blocks)](

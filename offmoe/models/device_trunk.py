@@ -151,7 +151,7 @@ class DeviceTrunk:
         kv.close(layer, chunk, start, len(x))
         mixed = prefill_attention(q, chunk.keys, chunk.values, start - chunk.first, chunk.scales,
                                   window=c.window(layer), sinks=w.sinks, scale=c.score_scale)  # fmt: skip
-        mixed = mixed.flatten(1)
+        mixed = mixed.flatten(1).to(self._dtype)
         if c.output_gated:
             mixed = mixed * qkv[:, : c.gate_rows].sigmoid()
         out = self._product(mixed, w.o)
