@@ -40,6 +40,7 @@ class Chat:
         self.sampling = sampling
         self.talk = Conversation(system)
         self.answers: list[Stats] = []
+        self.thinking: str | None = None  # as the model was told
         self.mode = reasoning  # how reasoning is shown
         self.thoughts = ""  # the last answer's reasoning
 
@@ -159,6 +160,13 @@ class Chat:
         shown = {name: field(name)} if name else vars(chosen)
         self.ui.note(", ".join(f"{name}={getattr(chosen, name)}" for name in shown))
 
+    def think(self, value: str) -> None:
+        """[on|off|WORD] show or set how much the model thinks; "none": as its template has it"""
+        if value:
+            self.engine.think(None if value == "none" else value)
+            self.thinking = None if value == "none" else value
+        self.ui.note(f"thinking: {self.thinking or 'as the template has it'}")
+
     def reasoning(self, mode: str) -> None:
         """[dim|fold|hide|show] how reasoning is shown; show: that of the last answer"""
         if mode == "show":
@@ -188,7 +196,8 @@ class Chat:
 COMMANDS: dict[str, Callable[[Chat, str], None]] = {
     f"/{method.__name__}": method
     for method in (
-        Chat.help, Chat.stats, Chat.reset, Chat.system, Chat.set, Chat.reasoning, Chat.save, Chat.load, Chat.exit,
+        Chat.help, Chat.stats, Chat.reset, Chat.system, Chat.set, Chat.think, Chat.reasoning, Chat.save, Chat.load,
+        Chat.exit,
     )
 }  # fmt: skip
 

@@ -31,16 +31,25 @@ class ChatTemplate:
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
         """`variables`: bos_token, eos_token and the like, as the template sees them."""
         self._setup = {"template": source, "variables": dict(variables)}
+        self.chosen: dict[str, Any] = {}  # further variables, as a person wants them
         self._worker: Worker | None = Worker(self._setup)
         # Whether it looks for reasoning beside a message's content, if only to drop it.
         self.reads_reasoning = READS_REASONING.search(source) is not None
+
+    @property
+    def variables(self) -> list[str]:
+        """The names of all that the template reads and does not set; of one that does not compile none."""
+        self._worker = self._worker or Worker(self._setup)
+        return self._worker.variables
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """The text of a conversation; OffmoeError with the template's own message when it refuses."""
         visible = [{key: value for key, value in m.items() if key != "tokens"} for m in messages]
         self._worker = self._worker or Worker(self._setup)
         try:
-            reply = self._worker.ask({"messages": visible, "add_generation_prompt": add_generation_prompt})
+            reply = self._worker.ask(
+                {**self.chosen, "messages": visible, "add_generation_prompt": add_generation_prompt}
+            )
         except BaseException:  # Ctrl-C too: an answer that nobody read would be taken for the next one's
             self.close()
             raise
@@ -93,13 +102,17 @@ class Worker:
             bufsize=0,
             start_new_session=True,  # Ctrl-C in the chat is not for it
         )
-        self._ready = False
+        self._variables: list[str] | None = None  # until it has compiled the template
         self._send(setup)
 
+    @property
+    def variables(self) -> list[str]:
+        if self._variables is None:
+            self._variables = [str(name) for name in self._receive(START_S)["variables"]]
+        return self._variables
+
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        if not self._ready:
-            self._receive(START_S)
-            self._ready = True
+        assert self.variables is not None  # it is ready
         self._send(request)
         return self._receive(RENDER_S)
 

@@ -31,6 +31,7 @@ from offmoe.options import (
     sampling_options,
     spare_existing,
     system_option,
+    think_option,
 )
 from offmoe.profile import use_profile
 from offmoe.report import section_tables
@@ -74,8 +75,9 @@ def cli(ctx: click.Context) -> None:
 @profile_option
 @sampling_options
 @system_option
+@think_option
 @reasoning_option
-def chat(model: str, system: str | None, reasoning: str, no_profile: bool, **chosen: Any) -> None:
+def chat(model: str, system: str | None, think: str | None, reasoning: str, no_profile: bool, **chosen: Any) -> None:
     """Talk to MODEL, by default the demo; /help lists the commands."""
     settings, sampling = parse(chosen)
     path = find_model(model)
@@ -86,7 +88,10 @@ def chat(model: str, system: str | None, reasoning: str, no_profile: bool, **cho
     with load(path, settings) as engine:
         for line in (f"{model} · {engine.plan.summary()}", *filter(None, [told]), *engine.notes):
             ui.note(line)
-        Chat(engine, ui, str(path.resolve()), sampling, system, reasoning).loop()
+        chat = Chat(engine, ui, str(path.resolve()), sampling, system, reasoning)
+        if think:
+            chat.think(think)
+        chat.loop()
 
 
 @cli.command(cls=Command, examples=RUN)
@@ -96,6 +101,7 @@ def chat(model: str, system: str | None, reasoning: str, no_profile: bool, **cho
 @profile_option
 @sampling_options
 @system_option
+@think_option
 @reasoning_option
 @raw_option
 @json_option
@@ -103,6 +109,7 @@ def run(
     model: str,
     prompt: str | None,
     system: str | None,
+    think: str | None,
     reasoning: str,
     raw: bool,
     as_json: bool,
@@ -112,12 +119,16 @@ def run(
     """One answer of MODEL to PROMPT, or to standard input."""
     if raw and system:
         raise click.UsageError("--raw leaves no place for --system.")
+    if raw and think:
+        raise click.UsageError("--raw leaves no place for --think: no template is used.")
     settings, sampling = parse(chosen)
     path, text = find_model(model), read_prompt(prompt)
     settings, told = (settings, None) if no_profile else use_profile(path, settings)
     if told:
         click.echo(clean(told), err=True)
     with load(path, settings) as engine:
+        if think:
+            engine.think(think)
         answer(engine, as_prompt(engine, text, system, raw), sampling, None if as_json else reasoning)
 
 

@@ -179,6 +179,12 @@ class Engine:
             raise OffmoeError(f"a token id lies outside the model's vocabulary of {self.config.vocab}")
         return ids
 
+    def think(self, value: str | None) -> None:
+        """Whether the model thinks before its answers to conversations, as Tokenizer.think has it."""
+        if self.tokenizer is None:
+            raise OffmoeError(f"{self.model.checkpoint.path} has no tokenizer: nothing tells it how much to think")
+        self.tokenizer.think(value)
+
     @torch.inference_mode()
     def prefill(self, ids: list[int]) -> Tensor:
         """Run what the KV cache does not hold of `ids`; logits [V] float32 after the last. Raises ContextFull."""

@@ -128,6 +128,9 @@ reasoning_option: Decorator = option(
     default=DIM,
     help="What the model thinks before it answers: dim, folded into a line, or hidden.",
 )
+think_option: Decorator = option(
+    "Conversation", "--think", metavar="on|off|WORD", help="Whether the model thinks, or how much: low, medium, high, …"
+)
 raw_option: Decorator = option("Conversation", "--raw", is_flag=True, help="PROMPT as it is, without a template.")
 profile_option: Decorator = option(
     "Placement", "--no-profile", is_flag=True, help="Without what `offmoe tune` found for MODEL here."

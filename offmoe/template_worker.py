@@ -16,7 +16,7 @@ sys.path.extend(sys.argv[1:])  # where the parent found them: -I hides user inst
 import jinja2
 import jinja2.debug  # imported by an error otherwise, perhaps without the memory for it
 import jinja2.ext
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -62,14 +62,16 @@ def strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def compiled(source: str) -> jinja2.Template:
+def compiled(source: str) -> tuple[jinja2.Template, list[str]]:
+    """The template, and the names of the variables that it may be given."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
-    return environment.from_string(source)
+    parsed = environment.parse(source)
+    return environment.from_string(parsed), sorted(meta.find_undeclared_variables(parsed))
 
 
 def render(template: jinja2.Template, variables: dict[str, Any]) -> str:
@@ -109,8 +111,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     setup = json.loads(sys.stdin.buffer.readline())
-    template, failure = guarded(lambda: compiled(setup["template"]))
-    reply({})
+    made, failure = guarded(lambda: compiled(setup["template"]))
+    template: Any = made[0] if made else None
+    reply({"variables": made[1] if made else []})
     for request in sys.stdin.buffer:
         variables = setup["variables"] | json.loads(request)
         text, error = (None, failure) if failure else guarded(lambda: render(template, variables))  # noqa: B023

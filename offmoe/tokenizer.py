@@ -13,6 +13,7 @@ from offmoe.chat_template import REASONING_KEYS, ChatTemplate
 from offmoe.errors import OffmoeError
 from offmoe.reasoning import find_format
 from offmoe.speech import Detokenizer, Speech, StopStrings
+from offmoe.thinking import thinking_variables
 from offmoe.vocab import Vocab, read_vocab
 
 if TYPE_CHECKING:
@@ -103,6 +104,15 @@ class Tokenizer:
         for mark, piece in zip(rest[::2], rest[1::2], strict=True):
             ids += [*marks[mark]["tokens"], *self._encode_after(piece)]
         return ids
+
+    def think(self, value: str | None) -> None:
+        """From now on in conversations: on, off, or a word such as low or high; None: what the template does alone.
+
+        Raises OffmoeError where the template knows no such thing.
+        """
+        if self._template is None:
+            raise OffmoeError("the model has no chat template: nothing tells it how much to think")
+        self._template.chosen = thinking_variables(value, self._template.variables)
 
     def _with_reasoning(self, template: ChatTemplate, message: Message) -> Mapping[str, Any]:
         """`message` as the template wants it: reasoning apart where it looks for that, else within the content."""

@@ -90,6 +90,11 @@ class Engine:
     def loading(self) -> str | None:
         return None
 
+    def think(self, value: str | None) -> None:
+        if value not in (None, "on", "off"):
+            raise OffmoeError(f"the template takes no {value!r}")
+        self.thinking = value
+
     def reset(self) -> None:
         self.resets += 1
 

@@ -136,7 +136,7 @@ def test_what_is_still_read_is_said_after_an_answer(monkeypatch: pytest.MonkeyPa
     assert ui.notes[1::2] == ["1 of 2 experts read", "2 of 2 experts read"]
 
 
-NAMES = ("help", "stats", "reset", "system", "set", "reasoning", "save", "load", "exit")
+NAMES = ("help", "stats", "reset", "system", "set", "think", "reasoning", "save", "load", "exit")
 
 
 def test_every_command_is_in_the_help() -> None:
@@ -156,6 +156,10 @@ def test_every_command_is_in_the_help() -> None:
         ("/set heat 1", "offmoe: /set knows no 'heat': known are temperature, top_k, top_p, min_p,"),
         ("/set top_k 1.5", "offmoe: top_k is '1.5': expected a number, or none"),
         ("/set top_p 7", "offmoe: top_p is 7.0: expected a number from 0 to 1"),
+        ("/think", "thinking: as the template has it"),
+        ("/think off", "thinking: off"),
+        ("/think none", "thinking: as the template has it"),
+        ("/think hard", "offmoe: the template takes no 'hard'"),
         ("/reasoning", "reasoning: dim"),
         ("/reasoning hide", "reasoning: hide"),
         ("/reasoning loud", "offmoe: reasoning is 'loud': expected dim, fold, hide or show"),
