@@ -72,6 +72,16 @@ def taken_apart(blocks: Tensor, form: Format) -> Tensor:
     return torch.cat([plane.flatten(-2) for plane in blocks.split(form.apart, -1)], -1)
 
 
+def whole_rows(raw: Tensor, form: Format, rows: int) -> Tensor:
+    """A matrix as it lies → [rows, row bytes], in which every row's blocks are together: so rows can be moved."""
+    return together(raw, form).view(rows, -1) if form.apart else raw.view(rows, -1)
+
+
+def as_it_lies(rows: Tensor, form: Format) -> Tensor:
+    """The way back, [bytes]."""
+    return taken_apart(rows.reshape(-1, form.bytes), form) if form.apart else rows.flatten()
+
+
 def reinterpret(raw: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes [..., n * itemsize] as `dtype` [..., n]; copied where torch cannot view them (unaligned)."""
     steps = (raw.storage_offset(), *raw.stride()[:-1])

@@ -266,7 +266,7 @@ SAFETENSORS: dict[str, tuple[Change, str]] = {
     "header length": (lambda data: struct.pack("<Q", HUGE) + data[8:], f"it claims a header of {HUGE} bytes, the file"),
     "header too short": (lambda data: struct.pack("<Q", 100) + data[8:], "its header: no valid JSON"),
     "header of text": (lambda data: struct.pack("<Q", 4) + b"true", "its header: expected a JSON object, found bool"),
-    "dtype": (header(lambda entry: entry.update(dtype="I64")), "has dtype 'I64': supported are F32, F16, BF16"),
+    "dtype": (header(lambda entry: entry.update(dtype="I16")), "has dtype 'I16': supported are F32, F16, BF16"),
     "8 bits": (header(lambda entry: entry.update(dtype="F8_E5M2")), "dtype 'F8_E5M2': supported are F32, F16, BF16"),
     "half the dtype": (header(lambda entry: entry.update(dtype="F16")), "33280 bytes at its data_offsets, and 16640"),
     "absurd shape": (header(lambda entry: entry.update(shape=[HUGE, HUGE])), "33280 bytes at its data_offsets, and 8"),

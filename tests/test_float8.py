@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused(change: Any, message: str, tmp_path: Path)
         open_model(path)
 
 
-@pytest.mark.parametrize("changes", [{"weight_block_size": None}, {"fmt": "e5m2"}, {"quant_method": "awq"}])
+@pytest.mark.parametrize("changes", [{"weight_block_size": None}, {"fmt": "e5m2"}, {"quant_method": "hqq"}])
 def test_another_quantisation_is_refused_by_name(changes: dict[str, Any], tmp_path: Path) -> None:
     path, _ = made(tmp_path)
     config = json.loads((path / "config.json").read_text())

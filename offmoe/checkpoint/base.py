@@ -38,8 +38,13 @@ class TensorInfo:
     format: str  # a key of offmoe.kernels.formats.FORMATS
     shape: tuple[int, ...]
     range: ByteRange
-    scales: ByteRange | None = None  # of a format that lies apart: its first plane, and `range` is the rest
+    scales: tuple[ByteRange, ...] = ()  # of a format that lies apart: what comes before `range`
     upright: Turn | None = None  # of a tensor whose matrices lie otherwise than `shape` and `format` say
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+        return sum(r.nbytes for r in (*self.scales, self.range))
 
     @property
     def matrices(self) -> int:
@@ -47,9 +52,9 @@ class TensorInfo:
         return self.shape[0] if len(self.shape) == 3 else 1
 
     def ranges(self, number: int = 0) -> list[ByteRange]:
-        """Where matrix `number` lies: one range, or two where scales lie apart."""
+        """Where matrix `number` lies: one range, or more where scales lie apart."""
         found = []
-        for whole in (self.scales, self.range) if self.scales else (self.range,):
+        for whole in (*self.scales, self.range):
             nbytes = whole.nbytes // self.matrices
             found.append(ByteRange(whole.file, whole.offset + number * nbytes, nbytes))
         return found
@@ -107,11 +112,13 @@ class Checkpoint:
         files: list[DataFile],
         tensors: dict[str, TensorInfo],
         metadata: dict[str, Any],
+        parts: dict[str, TensorInfo] | None = None,
     ) -> None:
         self.path = path
         self.kind = kind
         self.files = [file.path for file in files]  # what ByteRange.file indexes
         self.tensors = tensors
+        self.parts = parts or {}  # tensors of whole numbers, which are parts of others: see checkpoint.int4
         self.metadata = metadata  # a GGUF's key/values: str, int, float, bool or a list of these
         self._data = files
 
@@ -130,8 +137,7 @@ class Checkpoint:
         info = self.info(name)
         if info.upright:
             return torch.cat([self.matrix(info, number) for number in range(info.matrices)])
-        own = self.read_range(info.range)
-        return torch.cat((self.read_range(info.scales), own)) if info.scales else own
+        return torch.cat([self.read_range(r) for r in (*info.scales, info.range)])
 
     def matrix(self, info: TensorInfo, number: int) -> Tensor:
         """The bytes of one matrix of a tensor in its format, uint8 [nbytes]."""
@@ -155,14 +161,14 @@ class Checkpoint:
             high = info.shape[-2]
             whole = dequantise(self.matrix(info, first // high), form, high, cols)
             return whole[first % high : first % high + count]
-        if form.tile and info.scales:
-            return self._tiled_rows(info, info.scales, first, count)
-        parts = [(info.range, form.nbytes(1, cols))]
-        if info.scales:
-            scales = cols // form.block
-            parts = [(info.scales, scales), (info.range, parts[0][1] - scales)]
-        raw = [self.read_range(ByteRange(r.file, r.offset + first * size, count * size)) for r, size in parts]
-        return dequantise(raw[0] if len(raw) == 1 else torch.cat(raw), form, count, cols)
+        if form.tile:
+            return self._tiled_rows(info, info.scales[0], first, count)
+        sizes = form.apart or (form.bytes,)
+        raw = []
+        for r, size in zip((*info.scales, info.range), sizes, strict=True):
+            line = size * cols // form.block
+            raw.append(self.read_range(ByteRange(r.file, r.offset + first * line, count * line)))
+        return dequantise(torch.cat(raw), form, count, cols)
 
     def _tiled_rows(self, info: TensorInfo, scales: ByteRange, first: int, count: int) -> Tensor:
         """The same where rows share scales: whole tiles are read."""

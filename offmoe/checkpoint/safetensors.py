@@ -29,6 +29,8 @@ DTYPES = ("F32", "F16", "BF16")
 EIGHT = "F8_E4M3"
 SCALES, SCALED = "_scale_inv", {"F32": "F8_E4M3", "BF16": "F8_E4M3_BF16"}  # by the type of the scales
 BYTES = "U8"  # the blocks and scales of MXFP4
+INTEGERS = {"I32": 4, "I64": 8}  # parts of matrices in 4 bits
+SIZES = {**{name: FORMATS[name].bytes for name in DTYPES}, BYTES: 1, EIGHT: 1, **INTEGERS}
 
 
 def parse(file: DataFile, number: int) -> dict[str, TensorInfo]:
@@ -58,14 +60,14 @@ def tensor(file: DataFile, name: str, entry: Any, data: ByteRange) -> TensorInfo
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise damaged(f"is described by {shown(entry)}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in (*DTYPES, BYTES, EIGHT):
+    if not isinstance(dtype, str) or dtype not in SIZES:
         raise unsupported(file.path, name, dtype)
     if not naturals(shape) or 0 in shape or len(shape) > 4:
         raise damaged(f"has the shape {shown(shape)}, expected up to 4 numbers above 0")
     if not naturals(offsets) or len(offsets) != 2:
         raise damaged(f"has the data_offsets {shown(offsets)}, expected two")
     begin, end = offsets
-    nbytes = prod(shape) * (1 if dtype in (BYTES, EIGHT) else FORMATS[dtype].bytes)
+    nbytes = prod(shape) * SIZES[dtype]
     if end - begin != nbytes:
         raise damaged(f"takes {end - begin} bytes at its data_offsets, and {nbytes} by its dtype and shape")
     return TensorInfo(name, dtype, tuple(shape), ByteRange(data.file, data.offset + begin, nbytes))
@@ -86,7 +88,7 @@ def joined(directory: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorI
         scales = plain.get(f"{whole}_scales")
         if whole != name and scales is not None and blocks.shape == (*scales.shape, 16):
             shape = (*scales.shape[:-1], 32 * scales.shape[-1])
-            found[whole] = TensorInfo(whole, "MXFP4_PAIRS", shape, blocks.range, scales.range)
+            found[whole] = TensorInfo(whole, "MXFP4_PAIRS", shape, blocks.range, (scales.range,))
             del plain[name], plain[f"{whole}_scales"]
     for name in plain:
         raise unsupported(directory, name, BYTES)
@@ -106,7 +108,7 @@ def scaled(directory: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorI
                     f"{directory}: {shown(name + SCALES)} is {given}: expected a float32 or bfloat16 for "
                     f"every {tile} x {tile} weights, {list(wanted)}"
                 )
-            found[name] = replace(info, format=SCALED[scales.format], scales=scales.range)
+            found[name] = replace(info, format=SCALED[scales.format], scales=(scales.range,))
     return found
 
 
@@ -150,6 +152,7 @@ def open_safetensors(directory: Path) -> Checkpoint:
         files = [stack.enter_context(DataFile(directory / name)) for name in names]
         for number, (file, expected) in enumerate(zip(files, names.values(), strict=True)):
             tensors |= open_shard(file, number, expected)
-        tensors = joined(directory, tensors)
+        parts = {name: info for name, info in tensors.items() if info.format in INTEGERS}
+        tensors = joined(directory, {name: info for name, info in tensors.items() if name not in parts})
         stack.pop_all()
-    return Checkpoint(directory, "safetensors", files, tensors, {})
+    return Checkpoint(directory, "safetensors", files, tensors, {}, parts)

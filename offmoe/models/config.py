@@ -16,6 +16,7 @@ from offmoe.kernels.route import Rule
 from offmoe.models.fields import count as count  # families take them from here
 from offmoe.models.fields import flag as flag
 from offmoe.models.fields import number as number
+from offmoe.models.quantisation import packing_of
 from offmoe.models.rope import check_rope, gguf_scaling, positions, rope_parameters, scaling_of
 
 if TYPE_CHECKING:
@@ -245,8 +246,11 @@ def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
 
 
 def beyond_tensors(quantisation: Any) -> Any:
-    """None where the tensors say all that there is to know: float8 in tiles, activations as they are."""
+    """None where the tensors say all that there is to know: float8 in tiles, activations as they are. And where
+    models.quantisation knows what they are."""
     said = quantisation if isinstance(quantisation, Mapping) else {}
+    if packing_of(quantisation):
+        return None
     if (said.get("quant_method"), said.get("weight_block_size")) == ("fp8", [128, 128]):
         return None if said.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn") else quantisation
     return quantisation

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offmoe.kernels.deltanet import DeltaWeights
-from offmoe.kernels.formats import FORMATS
+from offmoe.kernels.formats import FORMATS, as_it_lies, whole_rows
 from offmoe.kernels.mla import HEADS_AT_ONCE, LATENT_EPS, Latent, expand
 from offmoe.kernels.norm_rope import rms_norm
 from offmoe.kernels.planes import Matrix, SlotLayout, matrix, rearrange, rearrange_matrix, slot_layout
@@ -301,7 +301,7 @@ class DeviceTrunk:
         shapes = {"gate": (inner, h), "up": (inner, h), "down": (h, inner)}
         raw = {name: self._raw(f"{kind}_{name}", layer) for name in shapes}
         layout = slot_layout(RecordLayout.of(*((name, raw[name][0], *shape) for name, shape in shapes.items())))
-        record = torch.cat([matrix.flatten() for _, matrix in raw.values()])
+        record = torch.cat([as_it_lies(rows, FORMATS[fmt]) for fmt, rows in raw.values()])
         return Resident(rearrange(record[None], layout).to(self._device), layout)
 
     def _float(self, role: str, layer: int = 0, keep: bool = False) -> Tensor:
@@ -321,7 +321,7 @@ class DeviceTrunk:
         for fmt, same in groupby(raw, key=lambda part: part[0]):
             rows = torch.cat([part[1] for part in same])
             form = matrix(fmt, len(rows), cols)
-            parts.append((rearrange_matrix(rows.flatten(), form).to(self._device), form))
+            parts.append((rearrange_matrix(as_it_lies(rows, FORMATS[fmt]), form).to(self._device), form))
         return tuple(parts)
 
     def _cols(self, role: str) -> int:
@@ -335,12 +335,14 @@ class DeviceTrunk:
     def _raw(self, role: str, layer: int) -> tuple[str, Tensor]:
         """Format and bytes [rows, row bytes] of one matrix; rotated pairs put into halves."""
         info, some = self._model.stored(role, layer)
-        if FORMATS[info.format].tile:  # rows that share scales cannot be moved: in bfloat16, which holds its 4 bits
+        form, high = FORMATS[info.format], math.prod(info.shape[:-1])
+        # Rows that share scales cannot be moved: in bfloat16, which holds float8's 4 bits. `embed` knows GGUF's only.
+        if form.tile or (role == "embed" and form.gguf_type is None):
             values = self._model.checkpoint.tensor(info.name, torch.bfloat16)
             info = replace(info, format="BF16")
-            raw = values.view(torch.uint8).view(math.prod(info.shape[:-1]), -1)
+            raw = values.view(torch.uint8).view(high, -1)
         else:
-            raw = self._model.checkpoint.read(info.name).view(math.prod(info.shape[:-1]), -1)
+            raw = whole_rows(self._model.checkpoint.read(info.name), form, high)
         raw = raw if some is None else raw[some]
         if role in ("q", "k") and self._model.interleaved:
             raw = uninterleaved(raw, self.config.heads if role == "q" else self.config.kv_heads)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offmoe.kernels.formats import dequantise
+from offmoe.kernels.formats import FORMATS, as_it_lies, dequantise
 from offmoe.kernels.mla import LATENT_EPS, Latent
 from offmoe.kernels.norm_rope import rms_norm, rope
 from offmoe.kernels.striped import stripe
@@ -62,7 +62,8 @@ def transposed(fmt: str, raw: Tensor, heads: int, z: Latent) -> tuple[str, Tenso
 
     Blocks cannot be transposed: what is quantised becomes float16.
     """
-    weight = dequantise(raw.reshape(heads, -1), fmt, z.plain, z.kv_rank, FLOATS.get(fmt, torch.float16))
+    lying = torch.stack([as_it_lies(rows, FORMATS[fmt]) for rows in raw])
+    weight = dequantise(lying, fmt, z.plain, z.kv_rank, FLOATS.get(fmt, torch.float16))
     turned = weight.transpose(1, 2).contiguous()
     return fmt if fmt in FLOATS else "F16", turned.view(torch.uint8).view(heads * z.kv_rank, -1)
 

@@ -17,12 +17,13 @@ from offmoe.errors import OffmoeError
 from offmoe.kernels.deltanet import Delta
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.mla import Latent
-from offmoe.kernels.planes import slot_layout
+from offmoe.kernels.planes import plane_sizes, slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.models.config import ModelConfig, from_gguf, from_hf
 from offmoe.models.family import GGUF_NAMES, Family, Names, Values, family_of
 from offmoe.models.held import HELD, held_rows, held_shape
 from offmoe.models.latent import FLOATS
+from offmoe.models.quantisation import assemble
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,10 @@ def open_model(path: str | Path) -> Model:
 def described(checkpoint: Checkpoint) -> Model:
     family, config = read_config(checkpoint)
     names = family.gguf_names if checkpoint.kind == "gguf" else family.names
-    if checkpoint.kind == "safetensors" and family.transposed_experts:
-        turn_experts(checkpoint, names, config)
+    if checkpoint.kind == "safetensors":
+        assemble(checkpoint, family.translated(checkpoint.json("config.json") or {}).get("quantization_config"))
+        if family.transposed_experts:
+            turn_experts(checkpoint, names, config)
     check_trunk(checkpoint, names, config)
     layouts = tuple(record_layout(checkpoint, family, names, config, layer) for layer in config.routed)
     return Model(checkpoint, family, config, names, layouts)
@@ -357,10 +360,11 @@ def record_layout(
                 f"layer {layer} keeps its {role} experts in {' and '.join(sorted(formats))}: expected one"
             )
         parts.append((role, formats.pop(), *shape))
-        if (odd := FORMATS[parts[-1][1]].scales_nbytes(*shape) % 16) and FORMATS[parts[-1][1]].tile:
+        form = FORMATS[parts[-1][1]]
+        if (form.tile or form.apart) and (odd := plane_sizes(form.name, *shape)[0] % 16):
             raise OffmoeError(
-                f"layer {layer} has {role} experts of {list(shape)} in float8, whose scales end {odd} bytes behind a "
-                "multiple of 16: offmoe cannot move such records yet"
+                f"layer {layer} has {role} experts of {list(shape)} in {form.name}, whose scales end {odd} bytes "
+                "behind a multiple of 16: offmoe cannot move such records yet"
             )
     interleaved = stacked is not None and family.interleaved_experts
     return RecordLayout.of(*parts, interleaved=interleaved)
@@ -391,6 +395,6 @@ def count_weights(model: Model) -> Weights:
         total=total,
         active=active,
         active_without_embedding=without_embedding,
-        trunk_bytes=sum(info.range.nbytes for info in trunk_tensors(model)) + 4 * bias_weights(model.config),
+        trunk_bytes=sum(info.nbytes for info in trunk_tensors(model)) + 4 * bias_weights(model.config),
         unpacked_bytes=sum(info.range.nbytes for info in trunk_tensors(model) if FORMATS[info.format].tile),
     )
