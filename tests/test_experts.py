@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import INTERPRETED, filled_slots, random_records
+from blocks import TESTED, filled_slots, random_records
 from close import assert_close
 from tensors import DEVICE, ints, nan, randn
 from torch import Tensor
@@ -56,7 +56,7 @@ def check_experts(fmt: str, down: str, kind: str, tokens: int, stacked: bool) ->
     assert_close("down", y, summed, RATIO)
 
 
-@pytest.mark.parametrize("fmt", INTERPRETED)
+@pytest.mark.parametrize("fmt", TESTED)
 def test_experts_of_two_tokens(fmt: str) -> None:
     check_experts(fmt, fmt, "normal", 2, fmt in ("Q8_0", "Q6_K", "MXFP4"))
 
@@ -75,7 +75,7 @@ def test_rows_come_with_their_scales() -> None:
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("fmt", INTERPRETED)
+@pytest.mark.parametrize("fmt", TESTED)
 def test_what_is_missing_is_brought_and_multiplied(fmt: str, stacked: bool) -> None:
     """Two experts of three, into slots that hold NaN; one that is not on the list any more stays out."""
     records, layout = slots_of(fmt, fmt, stacked=stacked)

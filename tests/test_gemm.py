@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import EXTREMES, INTERPRETED, filled_slots, random_matrix, random_records
+from blocks import EXTREMES, TESTED, filled_slots, random_matrix, random_records
 from close import assert_close
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def check_experts(fmt: str, down: str, dtype: torch.dtype, stacked: bool = False
     assert_close(f"{fmt} {down} {dtype}", out[~left], want[~left], RATIOS[dtype])
 
 
-@pytest.mark.parametrize("fmt", INTERPRETED)
+@pytest.mark.parametrize("fmt", TESTED)
 def test_experts(fmt: str) -> None:
     check_experts(fmt, fmt, torch.float32, fmt in ("Q8_0", "Q6_K", "MXFP4"))
 
@@ -160,7 +160,7 @@ def test_combine(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", ["normal", *EXTREMES])
-@pytest.mark.parametrize("fmt", INTERPRETED)
+@pytest.mark.parametrize("fmt", TESTED)
 def test_unpacked_bit_for_bit(fmt: str, kind: str) -> None:
     """37 rows, with columns to spare between them; from a row on of a larger matrix."""
     cols = 512 if FORMATS[fmt].block > 32 else 160

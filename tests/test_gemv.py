@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from blocks import EXTREMES, INTERPRETED, random_matrix
+from blocks import EXTREMES, TESTED, random_matrix
 from close import assert_close
 from tensors import DEVICE, nan, randn
 from torch import Tensor
@@ -19,7 +19,7 @@ RATIO = 2e-6
 
 
 @pytest.mark.parametrize("kind", EXTREMES)
-@pytest.mark.parametrize("fmt", INTERPRETED)
+@pytest.mark.parametrize("fmt", TESTED)
 def test_extreme_blocks(fmt: str, kind: str) -> None:
     """Sums in float64 of codes that are all alike, of scales that are subnormal, or 0."""
     cols = 512 if FORMATS[fmt].block > 32 else 160

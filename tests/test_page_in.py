@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import INTERPRETED
+from blocks import TESTED
 from torch import Tensor
 
 from offmoe.kernels import page_in as naive
@@ -63,7 +63,7 @@ def record_of(fmt: str, down: str, stacked: bool) -> RecordLayout:
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("fmt", INTERPRETED)
+@pytest.mark.parametrize("fmt", TESTED)
 def test_first_of_a_list(fmt: str, stacked: bool) -> None:
     """Two of three records; runs end within a chunk."""
     memory = Memory(record_of(fmt, fmt if stacked else "Q8_0", stacked))

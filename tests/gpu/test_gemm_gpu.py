@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from blocks import TESTED
 from close import assert_close
 from torch import Tensor
 
 from offmoe.kernels import gemm as naive
-from offmoe.kernels.planes import PLANES, SlotLayout, slot_layout
+from offmoe.kernels.planes import SlotLayout, slot_layout
 from offmoe.kernels.record import RecordLayout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -23,12 +24,12 @@ TYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("fmt", PLANES)
+@pytest.mark.parametrize("fmt", TESTED)
 def test_experts_in_every_type(fmt: str, dtype: torch.dtype) -> None:
     check_experts(fmt, fmt, dtype, fmt in ("Q8_0", "Q6_K"))
 
 
-@pytest.mark.parametrize("fmt", PLANES)
+@pytest.mark.parametrize("fmt", TESTED)
 def test_unpacked(fmt: str) -> None:
     test_unpacked_bit_for_bit(fmt, "normal")
 

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from blocks import EXTREMES, filled_slots, random_matrix, random_records
+from blocks import EXTREMES, TESTED, filled_slots, random_matrix, random_records
 from close import assert_close
 from tensors import DEVICE, ints, nan, randn
 from torch import Tensor
 
 from offmoe.kernels import experts as naive_experts
 from offmoe.kernels import gemv as naive
-from offmoe.kernels.planes import PLANES, Matrix, SlotLayout, matrix, rearrange, rearrange_matrix, slot_layout, unplane
+from offmoe.kernels.planes import Matrix, SlotLayout, matrix, rearrange, rearrange_matrix, slot_layout, unplane
 from offmoe.kernels.record import RecordLayout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -54,7 +54,7 @@ def chosen(pairs: int) -> Tensor:
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("fmt", PLANES)
+@pytest.mark.parametrize("fmt", TESTED)
 def test_experts(fmt: str, tokens: int) -> None:
     records, layout = slots_of(fmt)
     slots, x = chosen(4 * tokens), 0.02 * randn(tokens, layout.hidden)
@@ -70,7 +70,7 @@ def test_experts(fmt: str, tokens: int) -> None:
     assert_close("down", y, summed, RATIO)
 
 
-@pytest.mark.parametrize("fmt", PLANES)
+@pytest.mark.parametrize("fmt", TESTED)
 def test_movers_multiply_what_they_bring(fmt: str) -> None:
     """Captured, from pinned RAM, any number of misses: bit for bit what resident records give, and they stay."""
     records, layout = slots_of(fmt)
@@ -109,7 +109,7 @@ def test_movers_multiply_what_they_bring(fmt: str) -> None:
 
 
 @pytest.mark.parametrize("kind", EXTREMES)
-@pytest.mark.parametrize("fmt", PLANES)
+@pytest.mark.parametrize("fmt", TESTED)
 def test_extreme_blocks(fmt: str, kind: str) -> None:
     """A card that flushed subnormals would turn every code into 0."""
     buffer, form = part(fmt, 33, 2048, kind)
@@ -126,7 +126,15 @@ def test_extreme_blocks(fmt: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 8])
-@pytest.mark.parametrize("formats", [("Q4_K", "Q4_K", "Q6_K"), ("Q8_0", "BF16", "F16"), ("Q5_K", "Q5_0", "Q4_1")])
+@pytest.mark.parametrize(
+    "formats",
+    [
+        ("Q4_K", "Q4_K", "Q6_K"),
+        ("Q8_0", "BF16", "F16"),
+        ("Q5_K", "Q5_0", "Q4_1"),
+        ("INT4_128_F16_ZEROS", "INT4_32_BF16", "BF16"),
+    ],
+)
 def test_qkv_with_norm(formats: tuple[str, ...], tokens: int) -> None:
     parts = [part(fmt, rows, 2048, seed=rows) for fmt, rows in zip(formats, QKV, strict=True)]
     x, norm, out = 30 * randn(tokens, 2048), randn(2048, seed=5), nan(tokens, sum(QKV))

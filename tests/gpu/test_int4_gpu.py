@@ -1,0 +1,33 @@
+"""Files that lie column by column, on a real GPU: the captured graph against transformers on what their bytes mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from close import assert_close
+from teacher import graph_logits
+from test_int4 import CASES, IDS, logits_of, made
+from test_models import engine_of
+from tiny import reference, saved
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+def logits(path: Path, vram: str) -> torch.Tensor:
+    """After a prompt of 8 and each token behind; records come out of a RAM tier of a few rows."""
+    with engine_of(path, device="cuda", dtype="f32", vram=vram, ram=0) as engine:
+        return graph_logits(engine, IDS[:8], IDS[8:])
+
+
+@pytest.mark.parametrize("vram", ["60%", "100%"])
+@pytest.mark.parametrize("name", CASES)
+def test_int4(name: str, vram: str, tmp_path: Path) -> None:
+    path, model = made(tmp_path, name)
+    assert_close(name, logits(path, vram), logits_of(model)[7:], 1e-3)  # half of kv_b is turned in float16
+
+
+def test_stacked_floats(tmp_path: Path) -> None:
+    want = reference("gpt_oss", IDS)[0]
+    assert_close("gpt_oss", logits(saved("gpt_oss", tmp_path, fused=True), "60%"), want[7:], 1e-4)
