@@ -70,7 +70,7 @@ CASES = {
     "gptq_v2": Case("qwen2_moe", "gptq", -1, sym=False, version="gptq_v2"),
     "gptq, asymmetric": Case("qwen3_moe", "gptq", 64, sym=False),
     "packed": Case("qwen3_moe", "compressed-tensors", 32, sym=True, kind=torch.bfloat16),
-    "packed, asymmetric": Case("deepseek_v3", "compressed-tensors", -1, sym=False, kind=torch.bfloat16),
+    "packed, asymmetric": Case("deepseek_v3", "compressed-tensors", 32, sym=False, kind=torch.bfloat16),
 }
 IDS = torch.randint(3, 96, (20,), generator=torch.Generator().manual_seed(7)).tolist()
 
