@@ -28,7 +28,7 @@ from offmoe.device_table import device_table
 from offmoe.kernels.deltanet import Delta, DeltaWeights
 from offmoe.kernels.feed_forward import Glu
 from offmoe.kernels.gpu.advance import advance
-from offmoe.kernels.gpu.attention import decode_attention, partial_size, prefill_attention
+from offmoe.kernels.gpu.attention import decode_attention, partial_size
 from offmoe.kernels.gpu.deltanet import delta_chunk, delta_step
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.experts import expert_down, expert_gate_up
@@ -38,6 +38,7 @@ from offmoe.kernels.gpu.gemv import dense
 from offmoe.kernels.gpu.mla import decode_latents
 from offmoe.kernels.gpu.norm_rope import norm_rope_write, rms_norm
 from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, page_in, scratch_for
+from offmoe.kernels.gpu.prefill import prefill_attention
 from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route

@@ -19,6 +19,7 @@ from offmoe.kernels.striped import unstripe
 pytest.importorskip("triton")
 from offmoe.kernels.gpu import attention as fast
 from offmoe.kernels.gpu import norm_rope as fast_norm
+from offmoe.kernels.gpu.prefill import prefill_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F16, F32 = torch.float16, torch.float32
@@ -252,7 +253,7 @@ def test_a_chunk_is_the_twins(case: Case, start: int) -> None:
     keys, values, scales = case.cache(start + 9)
     sinks = case.sink_logits()
     q = q.to(F32 if case.int8 else case.dtype)
-    got = fast.prefill_attention(q, keys, values, start, scales, window=case.window, sinks=sinks)
+    got = prefill_attention(q, keys, values, start, scales, window=case.window, sinks=sinks)
     positions = start + torch.arange(9, device=DEVICE)
     keys, values = (contents(x, None if scales is None else scales[i]) for i, x in enumerate((keys, values)))
     keys, values = keys[:, : start + 9], values[:, : start + 9]

@@ -17,7 +17,7 @@ from offmoe.kernels.gpu.experts import HEAVY
 from offmoe.kernels.gpu.gemv import FEWER_WARPS, WARPS
 
 PRODUCTS = {"experts._gate_up", "experts._down", "gemv._dense"}
-WIDE = {*PRODUCTS, "page_in._page_in", "route._route", "attention._decode", "attention._prefill", "mla._attend",
+WIDE = {*PRODUCTS, "page_in._page_in", "route._route", "attention._decode", "prefill._prefill", "mla._attend",
         "deltanet._delta_step"}  # fmt: skip
 KERNELS = {*WIDE, "resolve._candidates", "route._predict", "embed._embed", "sample._sample", "advance._advance",
            "request._request", "foretell._remember", "foretell._compare", "foretell._foretell", "gemm._plan_tiles",

@@ -1,6 +1,6 @@
-"""Attention over the KV cache: one token in one launch (split-KV), and a prompt's chunk by torch's own kernels.
+"""Attention of one token over the KV cache, in one launch (split-KV); a prompt's chunk: `prefill.py`.
 
-The decode kernel is launched alike for every length: the length is a tensor on the device, and each KV head's
+The kernel is launched alike for every length: the length is a tensor on the device, and each KV head's
 positions are divided among `splits` programs there. What it reads before it waits for the kernel before it (position,
 rope row, norm weights, old keys and values) was written by an earlier graph launch: one graph holds one token.
 """
@@ -10,16 +10,13 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.norm_rope import clipped, full_factor, in_int8, norm_factor, norm_kind
 from offmoe.kernels.gpu.striped import place
-from offmoe.kernels.kv import dequantise
 
 LEAST = 256  # positions that are not worth dividing: joining partial results costs 2 µs
 COMBINE = 8192  # values that the last program reads at once: query heads times splits times a head's width
@@ -349,82 +346,3 @@ def dot_type(keys: Tensor) -> tl.dtype:
     """What products are taken in. int8 becomes bfloat16, which holds it exactly (the interpreter has it wrong)."""
     names = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
     return names.get(keys.dtype, tl.bfloat16 if keys.is_cuda else tl.float32)
-
-
-@triton.jit
-def _prefill(
-    q, keys, values, sinks, out, tokens, past, head_stride, to_log2,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, WINDOW: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """Grid (tokens / M, HEADS): what torch's kernels know nothing of, windows and sinks."""
-    head, d = tl.program_id(1), tl.arange(0, WIDE)
-    t = tl.program_id(0) * M + tl.arange(0, M)
-    here = past + t
-    at = (t.to(tl.int64) * HEADS + head)[:, None] * D + d[None, :]
-    inside = (t < tokens)[:, None] & (d < D)[None, :]
-    query = tl.load(q + at, mask=inside, other=0.0).to(DOT)
-    line = (head // GROUP).to(tl.int64) * head_stride
-    if sinks is not None:
-        top = tl.load(sinks + head) * LOG_2_E + tl.zeros((M,), tl.float32)
-        total = tl.full((M,), 1.0, tl.float32)
-    else:
-        top = tl.full((M,), -1e30, tl.float32)  # finite: a row may see nothing of a block
-        total = tl.zeros((M,), tl.float32)
-    mixed = tl.zeros((M, WIDE), tl.float32)
-    first = tl.program_id(0) * M + past
-    end = tl.minimum(first + M, past + tokens)
-    begin = tl.maximum(first - (WINDOW - 1), 0) // N * N if WINDOW > 0 else 0
-    for start in range(begin, end, N):
-        n = start + tl.arange(0, N)
-        source = line + n.to(tl.int64)[:, None] * D + d[None, :]
-        there = (n < end)[:, None] & (d < D)[None, :]
-        scores = tl.dot(query, tl.trans(tl.load(keys + source, mask=there, other=0.0)), input_precision="ieee")
-        seen = n[None, :] <= here[:, None]
-        if WINDOW > 0:
-            seen = seen & (n[None, :] > here[:, None] - WINDOW)
-        scores = tl.where(seen, scores * to_log2, -float("inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        old, p = tl.exp2(top - higher), tl.exp2(scores - higher[:, None])
-        total = total * old + tl.sum(p, 1)
-        value = tl.load(values + source, mask=there, other=0.0)
-        mixed = tl.dot(p.to(DOT), value, mixed * old[:, None], input_precision="ieee")
-        top = higher
-    tl.store(out + at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
-
-
-def prefill_attention(
-    q: Tensor, keys: Tensor, values: Tensor, start: int, scales: Tensor | None = None, *,
-    window: int = 0, sinks: Tensor | None = None, scale: float | None = None,
-) -> Tensor:  # fmt: skip
-    """q [T, heads, D] at places start … over keys, values [kv_heads, room, D] up to their own: [T, heads, D].
-
-    No [T, start + T] mask is made on a GPU. int8 keys and values are unpacked first, in q's type. `window` and
-    `sinks` [heads] float32 as in kernels.attention; beside them no `scale` (there) but D ** -0.5.
-    """
-    end = start + len(q)
-    k, v = keys[:, :end], values[:, :end]
-    if scales is not None:
-        k, v = (dequantise(x, scale[:, :end], q.dtype) for x, scale in zip((k, v), scales, strict=True))
-    if window or sinks is not None:
-        return seen_through_windows(q, k, v, start, window, sinks)
-    bias = causal_lower_right(len(q), end) if start else None
-    mixed = F.scaled_dot_product_attention(
-        q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0),
-        attn_mask=bias, is_causal=bias is None, enable_gqa=q.shape[1] != len(keys), scale=scale,
-    )  # fmt: skip
-    return mixed.squeeze(0).transpose(0, 1)
-
-
-def seen_through_windows(q: Tensor, k: Tensor, v: Tensor, start: int, window: int, sinks: Tensor | None) -> Tensor:
-    """The part of `prefill_attention` that is ours."""
-    (tokens, heads, d), out = q.shape, torch.empty_like(q)
-    assert q.is_contiguous()
-    assert k.stride() == v.stride()
-    assert k.stride()[1:] == (d, 1)
-    m, n = (16, 32) if q.dtype == torch.float32 else (128, 64)
-    _prefill[(triton.cdiv(tokens, m), heads)](
-        q, k, v, sinks, out, tokens, start, k.stride(0), d**-0.5 * LOG2E, HEADS=heads, GROUP=heads // len(k), D=d,
-        WIDE=triton.next_power_of_2(d), WINDOW=window, M=m, N=n, DOT=dot_type(k), num_warps=4 if d <= 64 else 8,
-    )  # fmt: skip
-    return out

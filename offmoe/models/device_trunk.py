@@ -129,9 +129,9 @@ class DeviceTrunk:
 
     def attend(self, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
         """Attention of the residual stream x [T, H], writing its keys and values; returns what to add to x."""
-        from offmoe.kernels.gpu.attention import prefill_attention
         from offmoe.kernels.gpu.deltanet import delta_chunk
         from offmoe.kernels.gpu.norm_rope import norm_rope_write
+        from offmoe.kernels.gpu.prefill import prefill_attention
 
         c, w = self.config, self.layers[layer]
         qkv = self._product(rms_norm(x, w.attn_norm, c.stream_eps, w.attn_norm_bias).to(self._dtype), w.qkv)
@@ -159,7 +159,7 @@ class DeviceTrunk:
 
     def _attend_latents(self, w: DeviceLatent, qkv: Tensor, cache: Tensor, positions: Tensor, start: int) -> Tensor:
         """qkv [T, q_rank or Q, and L + R], cache [ctx, L + R] → [T, heads · V]. Keys and values are expanded."""
-        from offmoe.kernels.gpu.attention import prefill_attention
+        from offmoe.kernels.gpu.prefill import prefill_attention
 
         c, z = self.config, self.config.latent
         assert z is not None, "its weights are there"

@@ -20,6 +20,7 @@ if torch.cuda.is_available():
     from offmoe.kernels.gpu import attention as fast
     from offmoe.kernels.gpu import norm_rope as fast_norm
     from offmoe.kernels.gpu.launch import pdl_supported
+    from offmoe.kernels.gpu.prefill import prefill_attention
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 EPS = 1e-6
@@ -204,7 +205,7 @@ def test_a_chunk_is_the_twins(name: str, dtype: torch.dtype, int8: bool, start: 
     shape = SHAPES[name]
     layer = Layer(shape, 1024, dtype, int8, (1, 256))
     q = randn(count, shape.heads, shape.dim, dtype=dtype)
-    got = fast.prefill_attention(q, layer.keys, layer.values, start, layer.scales)
+    got = prefill_attention(q, layer.keys, layer.values, start, layer.scales)
     keys, values = layer.contents(start + count)
     positions = start + torch.arange(count, device="cuda")
     assert_close("mixed", got, attention(q.float(), keys, values, positions), 1e-2)
@@ -217,7 +218,7 @@ def test_a_long_chunk_makes_no_mask() -> None:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    fast.prefill_attention(q, layer.keys, layer.values, 32768 - 4096)
+    prefill_attention(q, layer.keys, layer.values, 32768 - 4096)
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before < 120 << 20
 
