@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offmoe.kernels.norm_rope import rms_norm
+from offmoe.kernels.shortconv import short_convolution
 
 BLOCK = 64  # tokens that share a triangular system
 UNIT_EPS = 1e-6  # under the root of a key's or query's length
@@ -41,6 +42,11 @@ class Delta:
     def channels(self) -> int:
         """Of the convolution: q, k and v."""
         return 2 * self.keys + self.values
+
+    @property
+    def memory(self) -> tuple[int, ...]:
+        """The shape of what all heads carry along."""
+        return self.value_heads, self.key_dim, self.value_dim
 
     @property
     def projected(self) -> tuple[int, int, int, int]:
@@ -72,29 +78,14 @@ def delta_mix(projected: Tensor, w: DeltaWeights, memory: Tensor, recent: Tensor
     """
     d = w.shape
     x, z, b, a = projected.float().split(d.projected, dim=-1)
-    q, k, v = short_convolution(x, w.conv, recent, start).split((d.keys, d.keys, d.values), dim=-1)
+    mixed = F.silu(short_convolution(x, w.conv, recent, start))
+    q, k, v = mixed.split((d.keys, d.keys, d.values), dim=-1)
     q, k = (served(unit(t.unflatten(-1, (d.key_heads, -1))), w) for t in (q, k))
     v, z = (t.unflatten(-1, (d.value_heads, -1)) for t in (v, z))
     g, beta = w.decay * F.softplus(a + w.dt), b.sigmoid()
     rule = recurrent if len(x) == 1 else chunked
     out = rule(q * d.key_dim**-0.5, k, v, g, beta, memory)
     return (rms_norm(out, w.norm, w.eps) * F.silu(z)).flatten(1)
-
-
-def short_convolution(x: Tensor, weight: Tensor, recent: Tensor, start: int) -> Tensor:
-    """Every channel of x [T, C] over its last taps, then silu; the newest inputs stay in `recent` [taps, C]."""
-    taps, count = len(weight), len(x)
-    rows = torch.arange(start + 1, start + taps, device=x.device) % taps
-    padded = torch.cat((recent[rows], x))
-    newest(x, recent, start)
-    return F.silu(sum((padded[i : i + count] * weight[i] for i in range(taps)), start=torch.zeros_like(x)))
-
-
-def newest(x: Tensor, recent: Tensor, start: int) -> None:
-    """Of the inputs x [T, C] from position `start` on, keep the last in `recent` [taps, C]."""
-    end, taps = start + len(x), len(recent)
-    last = x[-taps:]
-    recent[torch.arange(end - len(last), end, device=x.device) % taps] = last.to(recent.dtype)
 
 
 def unit(x: Tensor) -> Tensor:

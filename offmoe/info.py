@@ -82,7 +82,9 @@ class ModelInfo:
     def _model_rows(self) -> Rows:
         c, w, sizes = self.model.config, self.weights, {layout.nbytes for layout in self.model.layouts}
         kinds = [f"{len(c.dense)} without experts"] if c.dense else []
-        kinds += [f"{len(c.delta_layers)} with a DeltaNet for attention"] if c.delta_layers else []
+        instead = "DeltaNet" if c.delta else "convolution"
+        kinds += [f"{len(c.keyless)} with a {instead} for attention"] if c.keyless else []
+
         told = f" ({', '.join(kinds)})" if kinds else ""
         record = " to ".join(format_size(size) for size in sorted({min(sizes), max(sizes)}))
         kept = f"{c.kv_heads} key-value heads"

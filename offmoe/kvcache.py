@@ -33,8 +33,8 @@ class KVCache:
     ) -> None:
         self.ctx = ctx
         self.tokens: list[int] = []  # whose keys and values are written
-        self.states = States(config, device) if config.delta else None
-        self._states = {layer: index for index, layer in enumerate(config.delta_layers)}
+        self.states = States(config, device) if config.mixer else None
+        self._states = {layer: index for index, layer in enumerate(config.keyless)}
         self._written = 0  # positions before it may have been written over what a window's layers kept
         self._windows = [config.window(layer) for layer in range(config.layers)]
         self._rooms = rooms(config, ctx)
@@ -172,7 +172,7 @@ def rooms(config: ModelConfig, ctx: int) -> list[int]:
     """Positions that each layer keeps."""
     windows = map(config.window, range(config.layers))
     whole = [min(ctx, window + SLACK) if window else ctx for window in windows]
-    return [0 if layer in config.delta_layers else room for layer, room in enumerate(whole)]
+    return [0 if layer in config.keyless else room for layer, room in enumerate(whole)]
 
 
 def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:

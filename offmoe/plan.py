@@ -170,14 +170,14 @@ def workspace_nbytes(model: Model, chunk: int, ctx: int, itemsize: int) -> int:
         a_token += 4 * c.kv_heads * c.head_dim * itemsize
     inner = max(c.dense_hidden, c.shared_hidden)
     a_token += 4 * inner * itemsize  # gate, up, its silu and their product
-    if c.delta:
-        a_token += (sum(c.delta.projected) + c.delta.values) * itemsize
-        heads = max(heads, sum(c.delta.projected))
+    if c.mixer:
+        a_token += (sum(c.mixer.projected) + c.mixer.values) * itemsize
+        heads = max(heads, sum(c.mixer.projected))
     unpacked = max(heads, c.hidden, inner) * max(c.hidden, c.heads * c.head_dim) * itemsize
     if c.latent:  # keys and values of some heads, expanded and padded
         wide, some = max(c.latent.key, c.latent.value), min(c.heads, HEADS_AT_ONCE)
         unpacked += some * ctx * 4 * wide * itemsize
-    segment = segment_nbytes(c.delta) if c.delta else 0
+    segment = segment_nbytes(c.mixer) if c.mixer else 0
     return chunk * a_token + segment + unpacked + BATCHES * batch_records(model) * model.slot_bytes + 16 * c.vocab
 
 

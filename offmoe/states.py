@@ -1,4 +1,4 @@
-"""What layers without keys and values carry from token to token: a memory a head and the newest inputs.
+"""What layers without keys and values carry from token to token: the newest inputs and, of a DeltaNet, a memory a head.
 
 Such a state cannot be rolled back. It is exact for one number of tokens, `at`; and for where a conversation usually
 turns off, a little before the end of a prompt (a template leaves a past answer's thoughts out), copies are kept.
@@ -14,10 +14,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from offmoe.kernels.deltanet import Delta, DeltaWeights, delta_mix
+from offmoe.kernels.keyless import Mixer, MixerWeights, mix
 from offmoe.models.config import ModelConfig
 
-Rule = Callable[[Tensor, DeltaWeights, Tensor, Tensor, int], Tensor]
+Rule = Callable[[Tensor, MixerWeights, Tensor, Tensor, int], Tensor]
 
 COPIES = 2
 STATES = 1 + COPIES
@@ -36,7 +36,7 @@ class Copy:
 
 
 class States:
-    """Of all such layers, float32: memory [layers, heads, K, V], recent [layers, taps, channels]."""
+    """Of all such layers, float32: memory [layers, heads, K, V] or [layers, 0], recent [layers, taps, channels]."""
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         def zeros() -> tuple[Tensor, Tensor]:
@@ -65,8 +65,8 @@ class States:
         if self._mark != NOWHERE:
             self._copies[-1].at, self._mark = self._mark, NOWHERE
 
-    def mix(self, index: int, projected: Tensor, weights: DeltaWeights, start: int, rule: Rule = delta_mix) -> Tensor:
-        """`rule`, delta_mix or its twin, of a chunk in layer `index`, a segment at a time: [T, values] in its type."""
+    def mix(self, index: int, projected: Tensor, weights: MixerWeights, start: int, rule: Rule = mix) -> Tensor:
+        """`rule`, mix or its twin, of a chunk in layer `index`, a segment at a time: [T, values] in its type."""
         out = projected.new_empty((len(projected), weights.shape.values))
         end = start + len(projected)
         stops = {*range(start, end, self._segment), end} | ({self._mark} if start <= self._mark < end else set())
@@ -116,16 +116,16 @@ class States:
 
 def shapes(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of memory and recent."""
-    d, layers = config.delta, len(config.delta_layers)
-    assert d, f"all layers of {config.model_type} have keys and values"
-    return (layers, d.value_heads, d.key_dim, d.value_dim), (layers, d.taps, d.channels)
+    m, layers = config.mixer, len(config.keyless)
+    assert m, f"all layers of {config.model_type} have keys and values"
+    return (layers, *m.memory), (layers, m.taps, m.channels)
 
 
 def state_nbytes(config: ModelConfig) -> int:
     """Of one state: what a token reads and writes."""
-    return sum(4 * prod(shape) for shape in shapes(config)) if config.delta else 0
+    return sum(4 * prod(shape) for shape in shapes(config)) if config.mixer else 0
 
 
-def segment_nbytes(delta: Delta) -> int:
+def segment_nbytes(mixer: Mixer) -> int:
     """That mixing a segment takes for a while on a GPU: its convolved inputs, and what the heads say, in float32."""
-    return SEGMENT * 4 * (delta.channels + delta.values)
+    return SEGMENT * 4 * (mixer.channels + mixer.values)

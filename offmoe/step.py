@@ -1,8 +1,8 @@
 """One decoded token as a sequence of launches: what the graph captures, and what tests run through the interpreter.
 
-A layer is six nodes: norm and qkv → attention, or a DeltaNet's step → output → norm, router, top-k and residency →
-gate and up, in which some programs bring what is missing and multiply it as it comes → down, summed into x. Latent
-attention is three nodes, or four. Shared experts are two nodes more; a layer without experts has norm and these two.
+A layer is six nodes: norm and qkv → attention, or what a layer without keys mixes by → output → norm, router, top-k and
+residency → gate and up, in which some programs bring what is missing and multiply it as it comes → down, summed into x.
+Latent attention is three nodes, or four. Shared experts are two nodes more; a layer without experts has norm and these.
 Nothing here allocates, waits or reads a tensor on the host.
 """
 
@@ -23,11 +23,11 @@ from offmoe.gate import Gate
 from offmoe.kernels.gpu import mla
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, pick_splits
-from offmoe.kernels.gpu.deltanet import delta_step
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.experts import expert_down, expert_gate_up
 from offmoe.kernels.gpu.foretell import Past, foretell
 from offmoe.kernels.gpu.gemv import dense
+from offmoe.kernels.gpu.keyless import mix_step
 from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.gpu.norm_rope import rms_norm
 from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, page_in, scratch_for
@@ -133,10 +133,10 @@ class DecodeStep:
         qkv, mixed = self._mixed(w)
         normed_dense(b.x, w.attn_norm_striped, w.attn_norm_bias_striped, c.stream_eps, b.normed, w.qkv, qkv,
                      w.qkv_bias, self.pdl and layer > 0)  # fmt: skip
-        if w.delta:
+        if w.mixer:
             states, index = self.kv.state_of(layer)
-            delta_step(qkv[0], w.delta, states.memory[index], states.recent[index], b.position, b.status, mixed[0],
-                       ctx=self.plan.ctx, pdl=self.pdl)  # fmt: skip
+            mix_step(qkv[0], w.mixer, states.memory[index], states.recent[index], b.position, b.status, mixed[0],
+                     ctx=self.plan.ctx, pdl=self.pdl)  # fmt: skip
         elif w.latent:
             self._attend_latents(layer, w.latent)
         else:

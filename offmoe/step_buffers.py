@@ -26,9 +26,9 @@ class StepBuffers:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self.x, self.normed, self.raw = floats(1, c.hidden), floats(1, c.hidden), floats(c.hidden)
-        d = c.delta
-        self.qkv = floats(1, max(c.projected, sum(d.projected) if d else 0))
-        self.mixed = floats(1, max(c.heads * c.value_dim, d.values if d else 0))
+        m = c.mixer
+        self.qkv = floats(1, max(c.projected, sum(m.projected) if m else 0))
+        self.mixed = floats(1, max(c.heads * c.value_dim, m.values if m else 0))
         if c.latent:
             self.query, self.absorbed = floats(1, c.heads * c.head_dim), floats(c.heads * c.latent.kv_rank)
             self.partial = floats(mla.partial_size(c.heads, c.latent, splits, device))

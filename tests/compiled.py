@@ -43,12 +43,14 @@ from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
 from offmoe.kernels.gpu.sample import Scratch, sample_step
+from offmoe.kernels.gpu.shortconv import conv_chunk, conv_step
 from offmoe.kernels.gpu.unpack import dequantise_into
 from offmoe.kernels.mla import Latent
 from offmoe.kernels.planes import matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.ring import COUNTED
 from offmoe.kernels.route import Rule
+from offmoe.kernels.shortconv import ConvWeights, ShortConv
 
 CPU = torch.device("cpu")
 H, F, LAYERS, EXPERTS, K = 2048, 768, 2, 128, 8
@@ -260,6 +262,12 @@ def delta(pdl: bool) -> None:
     )  # fmt: skip
 
 
+def convolution(pdl: bool) -> None:
+    w, recent = ConvWeights(ShortConv(H, 3), floats(3, H)), floats(3, H)
+    conv_step(floats(3 * H), w, recent, ints(1), ints(1), floats(H), ctx=4096, pdl=pdl)
+    conv_chunk(floats(100, 3 * H).bfloat16(), w, recent, 7)
+
+
 def latents(pdl: bool, heads: int, z: Latent, fmt: str) -> None:
     ctx, splits = 4096, 32
     parts = []
@@ -303,6 +311,7 @@ def main(capability: int) -> None:
         residency("echo", pdl)
         attention(pdl)
         delta(pdl)
+        convolution(pdl)
         latents(pdl, 16, Latent(0, 512, 128, 64, 128), "BF16")  # DeepSeek-V2-Lite
         latents(pdl, 20, Latent(768, 512, 192, 64, 256), "Q8_0")  # GLM-4.7-Flash
         ends(pdl)

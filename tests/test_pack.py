@@ -49,7 +49,7 @@ def expected(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """What the GGUF should hold, by GGUF names, in float32."""
     model = described(checkpoint)
     tensors: dict[str, torch.Tensor] = {}
-    for layer in model.config.delta_layers:
+    for layer in model.config.keyless if model.config.delta else ():
         tensors |= deltanet(checkpoint, model.config, layer, model.family.tiled_gguf)
     z, heads = model.config.latent, model.config.heads
     for role, shape in trunk_shapes(model.config, split=True).items():

@@ -43,7 +43,15 @@ LATER_YARN = {**DEEPSEEK["rope_scaling"], "mscale": 0.707, "mscale_all_dim": 0.7
 DEEPSEEK_V2 = {**DEEPSEEK, "model_type": "deepseek_v2", "scoring_func": "softmax", "norm_topk_prob": False,
                "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "vocab_size": 102400,
                "rope_scaling": LATER_YARN}  # fmt: skip
+LFM2_LAYERS = ["full_attention" if layer in (2, 6, 10, 14, 18, 21) else "conv" for layer in range(24)]
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "LFM2-8B-A1B": {
+        "model_type": "lfm2_moe", "hidden_size": 2048, "intermediate_size": 7168, "moe_intermediate_size": 1792,
+        "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 8, "num_experts": 32,
+        "num_experts_per_tok": 4, "num_dense_layers": 2, "norm_topk_prob": True, "use_expert_bias": True,
+        "routed_scaling_factor": 1.0, "conv_L_cache": 3, "conv_bias": False, "layer_types": LFM2_LAYERS,
+        "norm_eps": 1e-5, "rope_theta": 1e6, "vocab_size": 65536, "max_position_embeddings": 128000,
+        "tie_embedding": True},
     "DeepSeek-V3": DEEPSEEK,
     "DeepSeek-V2": {
         **DEEPSEEK_V2, "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536,
@@ -196,13 +204,14 @@ STATED = {
     "Hunyuan-A13B": (80.0, 13.0, "all"),
     "Phi-3.5-MoE": (41.9, 6.6, "all"),
     "Granite-3.1-3B-A800M": (3.3, 0.8, "neither"),
+    "LFM2-8B-A1B": (8.3, 1.5, "all"),
     "DeepSeek-V3": (671.0, 37.0, "no embedding"),
     "DeepSeek-V2": (236.0, 21.0, "no embedding"),
     "DeepSeek-V2-Lite": (15.7, 2.4, "no embedding"),
     "Kimi-K2-Instruct-0905": (1040.0, 32.0, "no embedding"),  # 1.04 trillion in arXiv 2507.20534
     "GLM-4.7-Flash": (30.0, 3.0, "neither"),
 }
-CUT = {"DeepSeek-V2-Lite": 0.06, "GLM-4.7-Flash": 0.5}  # active figures stated in fewer digits: 2.45 as 2.4; A3B
+CUT = {"DeepSeek-V2-Lite": 0.06, "LFM2-8B-A1B": 0.06, "GLM-4.7-Flash": 0.5}  # active figures cut: 2.45 as 2.4; A3B
 # Makers who left the rest of their figures out: total and active of all, and the decimals that they give.
 FLOORED = {"ERNIE-4.5-21B-A3B": (21.0, 3.0, 0)}
 
@@ -255,6 +264,12 @@ CONVERTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "Qwen3.6-35B-A3B": ({
         **GGUF_LINEAR, "block_count": 41, "nextn_predict_layers": 1, "expert_used_count": 8, "expert_count": 256,
         "vocab_size": 248320, "rope.dimension_sections": [11, 11, 10, 0]}, ("output.weight",)),
+    "LFM2-8B-A1B": ({
+        "block_count": 24, "embedding_length": 2048, "feed_forward_length": 7168, "attention.head_count": 32,
+        "attention.head_count_kv": [8 if kind == "full_attention" else 0 for kind in LFM2_LAYERS],
+        "rope.freq_base": 1e6, "attention.layer_norm_rms_epsilon": 1e-5, "expert_used_count": 4, "expert_count": 32,
+        "expert_feed_forward_length": 1792, "leading_dense_block_count": 2, "expert_gating_func": 2,
+        "shortconv.l_cache": 3, "vocab_size": 65536, "context_length": 128000}, ()),
     "GLM-4.5-Air": ({
         "block_count": 47, "nextn_predict_layers": 1, "embedding_length": 4096, "feed_forward_length": 10944,
         "attention.head_count": 96, "attention.head_count_kv": 8, "attention.key_length": 128,
@@ -333,6 +348,20 @@ def test_a_gguf_says_what_the_config_says(name: str) -> None:
 def test_a_deltanet_that_is_not_implemented_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(OffmoeError, match=message):
         from_hf({**PUBLISHED["Qwen3-Next-80B-A3B"], **change}, family_of("model_type", "qwen3_next"))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"conv_bias": True}, "lfm2_moe: conv_bias is True, and offmoe implements False"),
+    ({"conv_L_cache": 1}, "conv_L_cache is 1: expected at least 2"),
+    ({"layer_types": None}, "layer_types is None: expected 24 times conv or full_attention"),
+    ({"layer_types": ["conv", "mamba"] * 12}, "lfm2_moe: layer_types is 'mamba', and offmoe implements"),
+    ({"layer_types": ["conv"] * 24}, "layer_types has no full_attention: offmoe needs one"),
+    ({"num_key_value_heads": [0, 8, 4] * 8}, "head_count_kv is .*: expected 0 or one other number a layer"),
+    ({"use_expert_bias": 1}, "use_expert_bias = 1: expected true or false"),
+])  # fmt: skip
+def test_convolutions_that_are_not_implemented_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(OffmoeError, match=message):
+        from_hf({**PUBLISHED["LFM2-8B-A1B"], **change}, family_of("model_type", "lfm2_moe"))
 
 
 def test_a_text_config_that_is_no_table_is_refused() -> None:

@@ -154,7 +154,7 @@ def test_echo_hears_every_token(family: str, scope: str, tmp_path: Path) -> None
         assert (heard.foretold == told.foretell()).all()
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "lfm2_moe"])
 def test_an_idle_launch_changes_nothing(family: str, tmp_path: Path) -> None:
     """As a graph is captured, perhaps between a prompt and its first token."""
     with step_of(saved(family, tmp_path), vram="60%") as step:

@@ -107,6 +107,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
                    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128,
                    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7], "short_mscale": 1.2, "long_mscale": 1.2,
                    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0]}},
+    "lfm2_moe": {"moe_intermediate_size": 32, "intermediate_size": 96, "num_experts": 8, "num_experts_per_tok": 3,
+                 "num_dense_layers": 1, "num_hidden_layers": 4, "rope_theta": 1e6, "initializer_range": 0.1,
+                 "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "lfm2_moe-unbiased": {"moe_intermediate_size": 32, "intermediate_size": 64, "num_experts": 6,
+                          "num_experts_per_tok": 2, "num_dense_layers": 2, "num_hidden_layers": 4, "conv_L_cache": 4,
+                          "use_expert_bias": False, "norm_topk_prob": False, "routed_scaling_factor": 1.5,
+                          "layer_types": ["full_attention", "conv", "conv", "conv"], "tie_word_embeddings": False,
+                          "initializer_range": 0.1},
     "olmoe-clipped": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "clip_qkv": 1.0},
 }  # fmt: skip
 
@@ -129,7 +137,7 @@ def tiny(family: str) -> Any:
         if "bias" in name or "sinks" in name:  # as do zeros a bias
             torch.nn.init.normal_(parameter, 0.0, 0.5)
     for name, buffer in model.named_buffers():
-        if "correction_bias" in name:
+        if "correction_bias" in name or "expert_bias" in name:
             torch.nn.init.normal_(buffer, 0.0, 0.2)
     if family.startswith("gpt_oss"):
         mxfp4.round_experts(model)

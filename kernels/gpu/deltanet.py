@@ -12,26 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offmoe.kernels.deltanet import UNIT_EPS, DeltaWeights, newest
+from offmoe.kernels.deltanet import UNIT_EPS, DeltaWeights
 from offmoe.kernels.gpu.launch import dependent
+from offmoe.kernels.gpu.shortconv import past
 from offmoe.kernels.gpu.striped import place
+from offmoe.kernels.shortconv import newest
 
 TINY = tl.constexpr(UNIT_EPS)
 ROWS = 16  # tokens of a program that only reads and writes
 COLUMNS = 8  # of a head's memory that a warp carries through a prompt: 128 rows of them are 32 registers a lane
-
-
-@triton.jit
-def past(recent, conv, first, here, D: tl.constexpr, WIDE: tl.constexpr, TAPS: tl.constexpr, C: tl.constexpr):
-    """Of channels first … first + D: the earlier taps, multiplied and summed, and the present one's weight."""
-    d = tl.arange(0, WIDE)
-    inside = d < D
-    total = tl.zeros((WIDE,), tl.float32)
-    for i in tl.static_range(TAPS - 1):
-        row = (here + i + 1) % TAPS  # of position here - (TAPS - 1 - i)
-        x = tl.load(recent + row * C + first + d, mask=inside, other=0.0)
-        total += x * tl.load(conv + i * C + first + d, mask=inside, other=0.0)
-    return total, tl.load(conv + (TAPS - 1) * C + first + d, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -70,9 +59,9 @@ def _delta_step(
     inside = (i < K)[:, None] & (j < V)[None, :]
     cell = memory + head * (K * V) + i[:, None] * V + j[None, :]
     s = tl.load(cell, mask=inside, other=0.0)
-    q_past, q_weight = past(recent, conv, at_q, here, K, WK, TAPS, C)
-    k_past, k_weight = past(recent, conv, at_k, here, K, WK, TAPS, C)
-    v_past, v_weight = past(recent, conv, at_v, here, V, WV, TAPS, C)
+    q_past, q_weight = past(recent, conv, at_q + i, i < K, here, TAPS, C)
+    k_past, k_weight = past(recent, conv, at_k + i, i < K, here, TAPS, C)
+    v_past, v_weight = past(recent, conv, at_v + j, j < V, here, TAPS, C)
     gain = tl.load(norm + j, mask=j < V, other=0.0)
     rate, shift = tl.load(decay + head), tl.load(dt + head)
     if PDL:

@@ -10,12 +10,14 @@ from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
 from offmoe.kernels.deltanet import Delta
 from offmoe.kernels.feed_forward import SILU, Glu
+from offmoe.kernels.keyless import Mixer
 from offmoe.kernels.mla import Latent
 from offmoe.kernels.rope import PLAIN, Scaling
 from offmoe.kernels.route import Rule
 from offmoe.models.fields import count as count  # families take them from here
 from offmoe.models.fields import flag as flag
 from offmoe.models.fields import number as number
+from offmoe.models.keyless import FULL as FULL
 from offmoe.models.quantisation import packing_of
 from offmoe.models.rope import check_rope, gguf_scaling, positions, rope_parameters, scaling_of
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from offmoe.models.family import Family
 
 MOST_LAYERS = 4096
-FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
+SLIDING = "sliding_attention"  # a kind of layer
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class ModelConfig:
     shared_gated: bool = False  # times the sigmoid of a row of its own
     qkv_bias: bool = False
     output_gated: bool = False  # each head's output times the sigmoid of a row for each of its values
-    delta: Delta | None = None  # of the layers without keys and values
-    delta_layers: tuple[int, ...] = ()
+    mixer: Mixer | None = None  # of the layers without keys and values
+    keyless: tuple[int, ...] = ()  # these layers
     head_bias: bool = False
     norm_bias: bool = False  # the norms of the residual stream are LayerNorms
     rope: Scaling = PLAIN
@@ -74,6 +76,11 @@ class ModelConfig:
     expert_bias: bool = False
     glu: Glu = SILU  # of the routed experts
     latent: Latent | None = None  # of multi-head latent attention; then head_dim is a key's, and kv_heads is 1
+
+    @property
+    def delta(self) -> Delta | None:
+        """The mixer, where it is a DeltaNet."""
+        return self.mixer if isinstance(self.mixer, Delta) else None
 
     @property
     def value_dim(self) -> int:
@@ -126,7 +133,7 @@ class ModelConfig:
     @property
     def attended(self) -> tuple[int, ...]:
         """The layers with keys and values."""
-        return tuple(layer for layer in range(self.layers) if layer not in self.delta_layers)
+        return tuple(layer for layer in range(self.layers) if layer not in self.keyless)
 
     def window(self, layer: int) -> int:
         """Positions that a token of `layer` sees, itself among them; 0: all before it."""
@@ -309,6 +316,7 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "linear_num_value_heads": key("ssm.time_step_rank"),
         "linear_value_head_dim": shared_out(key("ssm.inner_size"), key("ssm.time_step_rank")),
         "full_attention_interval": key("full_attention_interval"),
+        "conv_L_cache": key("shortconv.l_cache"),
         "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
         "expert_gating_func": key("expert_gating_func"),
         "tie_word_embeddings": "output.weight" not in tensors,

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offmoe.kernels.deltanet import DeltaWeights
 from offmoe.kernels.formats import FORMATS, as_it_lies, whole_rows
+from offmoe.kernels.keyless import MixerWeights
 from offmoe.kernels.mla import HEADS_AT_ONCE, LATENT_EPS, Latent, expand
 from offmoe.kernels.norm_rope import rms_norm
 from offmoe.kernels.planes import Matrix, SlotLayout, matrix, rearrange, rearrange_matrix, slot_layout
@@ -26,9 +26,10 @@ from offmoe.kernels.rope import rope_table
 from offmoe.kernels.route import select
 from offmoe.kernels.striped import stripe, unstripe
 from offmoe.kvcache import KVCache
+from offmoe.models.keyless import mixer_output, mixer_weights
 from offmoe.models.latent import FLOATS, head_rows, positioned, rows_of, transposed
 from offmoe.models.model import Model
-from offmoe.models.trunk import delta_weights, projections, uninterleaved
+from offmoe.models.trunk import projections, uninterleaved
 
 Part = tuple[Tensor, Matrix]  # bytes in slot layout, and what they are
 
@@ -69,7 +70,7 @@ class DeviceLayer:
     router_bias: Tensor | None  # [E]
     beside: Resident | None  # shared experts; where there is no router, the layer's only feed-forward part
     qkv_bias: Tensor | None  # [Q + 2K]
-    delta: DeltaWeights | None  # of a layer without keys; then qkv are the rows of Delta.projected and o is [H, values]
+    mixer: MixerWeights | None  # of a layer without keys; then qkv are the rows of Mixer.projected and o is [H, values]
     o_bias: Tensor | None  # [H]
     attn_norm_bias: Tensor | None  # [H], and striped ones
     attn_norm_bias_striped: Tensor | None
@@ -83,7 +84,7 @@ class DeviceLayer:
         values = [getattr(part, field.name) for part in (self, self.latent) if part for field in fields(part)]
         parts = [part[0] for value in values if isinstance(value, tuple) for part in value]
         parts += [self.beside.records] if self.beside else []
-        parts += self.delta.tensors() if self.delta else []
+        parts += self.mixer.tensors() if self.mixer else []
         return parts + [value for value in values if isinstance(value, Tensor)]
 
 
@@ -129,15 +130,15 @@ class DeviceTrunk:
 
     def attend(self, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
         """Attention of the residual stream x [T, H], writing its keys and values; returns what to add to x."""
-        from offmoe.kernels.gpu.deltanet import delta_chunk
+        from offmoe.kernels.gpu.keyless import mix_chunk
         from offmoe.kernels.gpu.norm_rope import norm_rope_write
         from offmoe.kernels.gpu.prefill import prefill_attention
 
         c, w = self.config, self.layers[layer]
         qkv = self._product(rms_norm(x, w.attn_norm, c.stream_eps, w.attn_norm_bias).to(self._dtype), w.qkv)
-        if w.delta:
+        if w.mixer:
             states, index = kv.state_of(layer)
-            return self._product(states.mix(index, qkv, w.delta, start, delta_chunk), w.o)
+            return self._product(states.mix(index, qkv, w.mixer, start, mix_chunk), w.o)
         if w.qkv_bias is not None:
             qkv += w.qkv_bias
         positions = self._positions[start : start + len(x)]
@@ -243,8 +244,8 @@ class DeviceTrunk:
 
     def _load_layer(self, layer: int) -> DeviceLayer:
         c, routed = self.config, layer in self.config.routed
-        linear = layer in c.delta_layers
-        normed = c.qk_norm != "none" and not linear
+        mixer = c.mixer if layer in c.keyless else None
+        normed = c.qk_norm != "none" and not mixer
         beside = "dense" if not routed else "shared" if c.shared else None
         return DeviceLayer(
             attn_norm=(attn_norm := self._float("attn_norm", layer)),
@@ -252,7 +253,7 @@ class DeviceTrunk:
             qkv=self._parts(*projections(c, layer), layer=layer),
             q_norm=self._float("q_norm", layer) if normed else None,
             k_norm=self._float("k_norm", layer) if normed else None,
-            o=self._parts("delta_o" if linear else "o", layer=layer),
+            o=self._parts(mixer_output(mixer) if mixer else "o", layer=layer),
             ffn_norm=(ffn_norm := self._float("ffn_norm", layer)),
             ffn_norm_striped=stripe(ffn_norm),
             router=self._router(layer) if routed else None,
@@ -263,7 +264,7 @@ class DeviceTrunk:
             ffn_norm_bias=(ffn_bias := self._float("ffn_norm_bias", layer) if c.norm_bias else None),
             ffn_norm_bias_striped=None if ffn_bias is None else stripe(ffn_bias),
             qkv_bias=torch.cat([self._float(f"{role}_bias", layer) for role in "qkv"]) if c.qkv_bias else None,
-            delta=delta_weights(self._model, partial(self._float, layer=layer)) if linear else None,
+            mixer=mixer_weights(self._model, partial(self._float, layer=layer)) if mixer else None,
             o_bias=self._float("o_bias", layer) if c.o_bias else None,
             sinks=self._float("sinks", layer) if c.sinks else None,
             router_offset=self._float("router_offset", layer) if routed and c.router_offset else None,
@@ -328,8 +329,8 @@ class DeviceTrunk:
         c = self.config
         if role == "q_b" and c.latent:
             return c.latent.q_rank
-        if role == "delta_o" and c.delta:
-            return c.delta.values
+        if c.mixer and role == mixer_output(c.mixer):
+            return c.mixer.values
         return c.heads * c.value_dim if role == "o" else c.hidden
 
     def _raw(self, role: str, layer: int) -> tuple[str, Tensor]:

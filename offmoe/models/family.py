@@ -20,7 +20,7 @@ MODULES = (
     "qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe", "gpt_oss",
     "deepseek_v3", "deepseek_v2", "kimi_k2", "glm4_moe_lite",
     "ernie4_5_moe", "dots1", "minimax_m2", "hunyuan_v1_moe", "granitemoe", "phimoe",
-    "qwen3_next", "qwen3_5_moe",
+    "qwen3_next", "qwen3_5_moe", "lfm2_moe",
 )  # fmt: skip
 
 Names = Mapping[str, tuple[str, ...]]  # role → templates over layer {l} and expert {e}; the first that exists counts
@@ -138,6 +138,9 @@ GGUF_NAMES: Names = {
     "delta_decay": ("blk.{l}.ssm_a",),
     "delta_norm": ("blk.{l}.ssm_norm.weight",),
     "delta_o": ("blk.{l}.ssm_out.weight",),
+    "conv_in": ("blk.{l}.shortconv.in_proj.weight",),
+    "conv_taps": ("blk.{l}.shortconv.conv.weight",),
+    "conv_o": ("blk.{l}.shortconv.out_proj.weight",),
 }
 
 Values = Callable[[Tensor], Tensor]

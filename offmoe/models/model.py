@@ -14,7 +14,6 @@ from torch import Tensor
 from offmoe.checkpoint import ByteRange, Checkpoint, TensorInfo, open_checkpoint
 from offmoe.checkpoint.upright import Bytes, Columns
 from offmoe.errors import OffmoeError
-from offmoe.kernels.deltanet import Delta
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.mla import Latent
 from offmoe.kernels.planes import plane_sizes, slot_layout
@@ -22,6 +21,7 @@ from offmoe.kernels.record import RecordLayout
 from offmoe.models.config import ModelConfig, from_gguf, from_hf
 from offmoe.models.family import GGUF_NAMES, Family, Names, Values, family_of
 from offmoe.models.held import HELD, held_rows, held_shape
+from offmoe.models.keyless import mixer_shapes
 from offmoe.models.latent import FLOATS
 from offmoe.models.quantisation import assemble
 
@@ -220,8 +220,8 @@ def trunk_shapes(config: ModelConfig, split: bool = False) -> dict[str, tuple[in
         shapes |= feed_forward_shapes("shared", config.hidden, config.shared_hidden)
     if config.shared_gated:
         shapes["shared_router"] = (1, config.hidden)
-    if config.delta:
-        shapes |= delta_shapes(config.delta, config.hidden)
+    if config.mixer:
+        shapes |= mixer_shapes(config.mixer, config.hidden)
     return shapes
 
 
@@ -255,26 +255,14 @@ def feed_forward_shapes(kind: str, hidden: int, inner: int) -> dict[str, tuple[i
     return {f"{kind}_gate": (inner, hidden), f"{kind}_up": (inner, hidden), f"{kind}_down": (hidden, inner)}
 
 
-def delta_shapes(d: Delta, hidden: int) -> dict[str, tuple[int, ...]]:
-    rows = dict(zip(("delta_qkv", "delta_z", "delta_b", "delta_a"), d.projected, strict=True))
-    return {
-        **{role: (count, hidden) for role, count in rows.items()},
-        "delta_conv": (d.channels, d.taps),
-        "delta_dt": (d.value_heads,),
-        "delta_decay": (d.value_heads,),
-        "delta_norm": (d.value_dim,),
-        "delta_o": (hidden, d.values),
-    }
-
-
 def layers_of(role: str, config: ModelConfig) -> Sequence[int]:
     """The layers in which a tensor plays `role`; only 0 where it belongs to none."""
     if "{l}" not in GGUF_NAMES[role][0]:
         return (0,)
     if role.startswith("dense"):
         return config.dense
-    if role.startswith("delta"):
-        return config.delta_layers
+    if role.startswith(("delta", "conv")):
+        return config.keyless
     if role.partition("_")[0] in ("q", "k", "v", "o"):
         return config.attended
     return config.routed if role.startswith(("router", "shared")) else range(config.layers)

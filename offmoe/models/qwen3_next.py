@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
 from offmoe.kernels.deltanet import Delta
 from offmoe.kernels.route import Rule
 from offmoe.models.config import FULL, ModelConfig, count, sparse_layers
 from offmoe.models.family import GGUF_NAMES, Family
+from offmoe.models.keyless import keyless_layers
 
 LINEAR = "linear_attention"  # a kind of layer
 GGUF = {**GGUF_NAMES, "ffn_norm": ("blk.{l}.post_attention_norm.weight",)}
@@ -41,8 +41,8 @@ def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
         "shared_hidden": count(raw, "shared_expert_intermediate_size"),
         "shared_gated": True,
         "output_gated": True,
-        "delta": delta,
-        "delta_layers": linear_layers(raw, layers),
+        "mixer": delta,
+        "keyless": linear_layers(raw, layers),
     }
 
 
@@ -51,11 +51,7 @@ def linear_layers(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     kinds, every = raw.get("layer_types"), count(raw, "full_attention_interval", default=4)
     if kinds is None:
         kinds = [LINEAR if (layer + 1) % every else FULL for layer in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in (FULL, LINEAR) for kind in kinds):
-        raise OffmoeError(f"layer_types is {shown(kinds)}: expected {layers} times {LINEAR} or {FULL}")
-    if FULL not in kinds:
-        raise OffmoeError(f"layer_types has no {FULL}: offmoe needs one")
-    return tuple(layer for layer, kind in enumerate(kinds) if kind == LINEAR)
+    return keyless_layers(kinds, layers, LINEAR)
 
 
 def from_one(weight: Tensor) -> Tensor:
@@ -68,7 +64,7 @@ def below_zero(logarithm: Tensor) -> Tensor:
 
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
     """Raises OffmoeError where the layers with keys are not every so many."""
-    d, linear = config.delta, config.delta_layers
+    d, linear = config.delta, config.keyless
     assert d
     every = linear_every(config)
     if every is None:

@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offmoe.kernels.attention import attention
-from offmoe.kernels.deltanet import DeltaWeights
 from offmoe.kernels.feed_forward import swiglu_experts
+from offmoe.kernels.keyless import MixerWeights
 from offmoe.kernels.mla import LATENT_EPS, Latent, latent_attention
 from offmoe.kernels.norm_rope import rms_norm, rope
 from offmoe.kernels.rope import rope_table
 from offmoe.kernels.route import select
 from offmoe.kvcache import KVCache
 from offmoe.models.config import ModelConfig
+from offmoe.models.keyless import mixer_inputs, mixer_output, mixer_weights
 from offmoe.models.latent import head_rows, positioned, rows_of
 from offmoe.models.model import Model
 
@@ -52,7 +53,7 @@ class LayerWeights:
     beside: tuple[Tensor, Tensor] | None  # gate beside up [H, 2F], down [F, H]: shared experts, or a dense layer's
     shared_router: Tensor | None  # [H, 1]
     qkv_bias: Tensor | None  # [Q + 2K]
-    delta: DeltaWeights | None  # of a layer without keys; then qkv is [H, sum of Delta.projected] and o [values, H]
+    mixer: MixerWeights | None  # of a layer without keys; then qkv is [H, sum of Mixer.projected] and o [values, H]
     attn_norm_bias: Tensor | None  # [H]
     ffn_norm_bias: Tensor | None  # [H]
     o_bias: Tensor | None  # [H]
@@ -62,7 +63,7 @@ class LayerWeights:
 
     def tensors(self) -> list[Tensor]:
         values = [*vars(self).values(), *(self.beside or ()), *(vars(self.latent).values() if self.latent else ())]
-        values += self.delta.tensors() if self.delta else []
+        values += self.mixer.tensors() if self.mixer else []
         return [value for value in values if isinstance(value, Tensor)]
 
 
@@ -103,8 +104,8 @@ class Trunk:
     def attend(self, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
         """Attention of the residual stream x [T, H], writing its keys and values; returns what to add to x."""
         c, w = self.config, self.layers[layer]
-        if w.delta:
-            return self._delta(w, w.delta, layer, x, kv, start)
+        if w.mixer:
+            return self._mix(w, w.mixer, layer, x, kv, start)
         positions = self._positions[start : start + len(x)]
         qkv = rms_norm(x, w.attn_norm, c.stream_eps, w.attn_norm_bias) @ w.qkv
         if w.qkv_bias is not None:
@@ -130,10 +131,10 @@ class Trunk:
         out = (mixed * gate.sigmoid() if c.output_gated else mixed) @ w.o
         return out if w.o_bias is None else out + w.o_bias
 
-    def _delta(self, w: LayerWeights, d: DeltaWeights, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
+    def _mix(self, w: LayerWeights, m: MixerWeights, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
         """The same of a layer without keys: its state goes on."""
         states, index = kv.state_of(layer)
-        return states.mix(index, rms_norm(x, w.attn_norm, self.config.stream_eps) @ w.qkv, d, start) @ w.o
+        return states.mix(index, rms_norm(x, w.attn_norm, self.config.stream_eps) @ w.qkv, m, start) @ w.o
 
     def _attend_latents(
         self, layer: int, w: LatentWeights, qkv: Tensor, kv: KVCache, positions: Tensor, bucket: int
@@ -191,22 +192,22 @@ class Trunk:
 
     def _load_layer(self, layer: int) -> LayerWeights:
         c, routed = self.config, layer in self.config.routed
-        linear = layer in c.delta_layers
-        normed = c.qk_norm != "none" and not linear
+        mixer = c.mixer if layer in c.keyless else None
+        normed = c.qk_norm != "none" and not mixer
         beside = "dense" if not routed else "shared" if c.shared else None
         return LayerWeights(
             attn_norm=self._load("attn_norm", layer),
             qkv=factor(torch.cat([self._load(role, layer) for role in projections(c, layer)])),
             q_norm=self._load("q_norm", layer) if normed else None,
             k_norm=self._load("k_norm", layer) if normed else None,
-            o=factor(self._load("delta_o" if linear else "o", layer)),
+            o=factor(self._load(mixer_output(mixer) if mixer else "o", layer)),
             ffn_norm=self._load("ffn_norm", layer),
             router=factor(self._load("router", layer)) if routed else None,
             router_bias=self._load("router_bias", layer, torch.float32) if routed and c.rule.biased else None,
             beside=self._load_feed_forward(beside, layer) if beside else None,
             shared_router=self._load("shared_router", layer).view(-1, 1) if routed and c.shared_gated else None,
             qkv_bias=torch.cat([self._load(f"{r}_bias", layer) for r in "qkv"]) if c.qkv_bias else None,
-            delta=delta_weights(self._model, partial(self._load, layer=layer, dtype=torch.float32)) if linear else None,
+            mixer=mixer_weights(self._model, partial(self._load, layer=layer, dtype=torch.float32)) if mixer else None,
             o_bias=self._load("o_bias", layer) if c.o_bias else None,
             attn_norm_bias=self._load("attn_norm_bias", layer) if c.norm_bias else None,
             ffn_norm_bias=self._load("ffn_norm_bias", layer) if c.norm_bias else None,
@@ -249,19 +250,7 @@ class Trunk:
 
 def projections(config: ModelConfig, layer: int) -> tuple[str, ...]:
     """The roles whose rows, one under another, take a layer's input in."""
-    if layer in config.delta_layers:
-        return ("delta_qkv", "delta_z", "delta_b", "delta_a")
-    return config.projections
-
-
-def delta_weights(model: Model, load: Callable[[str], Tensor]) -> DeltaWeights:
-    """`load` gives a role of the layer in float32."""
-    d = model.config.delta
-    assert d is not None
-    conv = load("delta_conv").view(d.channels, d.taps).t().contiguous()
-    tiled = model.checkpoint.kind == "gguf" and model.family.tiled_gguf
-    norm, eps = load("delta_norm"), model.config.norm_eps
-    return DeltaWeights(d, conv, load("delta_decay"), load("delta_dt"), norm, eps, tiled)
+    return mixer_inputs(config.mixer) if config.mixer and layer in config.keyless else config.projections
 
 
 def factor(weight: Tensor) -> Tensor:
