@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,19 @@ NIBBLES, CRUMBS, BITS = (0x0101010101010101 * ones for ones in (0xF, 0x3, 0x1))
 
 
 @dataclass(frozen=True)
+class Scales:
+    """What stands before all blocks of a matrix: scales, row by row, each of so many rows and columns of weights."""
+
+    rows: int
+    cols: int  # 0: all of a row
+    dtype: torch.dtype = torch.float32
+
+    def count(self, rows: int, cols: int) -> tuple[int, int]:
+        """Of a [rows, cols] matrix: how many below one another, and beside."""
+        return -(-rows // self.rows), -(-cols // self.cols) if self.cols else 1
+
+
+@dataclass(frozen=True)
 class Format:
     """A block of `block` weights takes `bytes` bytes; a row is a whole number of blocks."""
 
@@ -20,10 +34,10 @@ class Format:
     block: int
     bytes: int
     gguf_type: int | None  # ggml_type in a GGUF's tensor table
-    unpack: Callable[[Tensor], Tensor] = field(repr=False, compare=False)  # uint8 [..., n, bytes] → [..., n, block]
+    # uint8 [..., n, bytes] → [..., n, block]; where there are `scales`, the second argument is each block's [..., n, 1]
+    unpack: Callable[..., Tensor] = field(repr=False, compare=False)
     apart: tuple[int, ...] = ()  # a matrix's blocks lie taken apart: the first so many bytes of each, then the next …
-    tile: int = 0  # before all blocks: scales, row by row, each of so many rows and columns of weights …
-    scale: torch.dtype = torch.float32  # … of this type
+    scales: Scales | None = None
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes of a [rows, cols] matrix. Raises ValueError where cols is no multiple of `block`."""
@@ -32,8 +46,18 @@ class Format:
         return rows * (cols // self.block) * self.bytes + self.scales_nbytes(rows, cols)
 
     def scales_nbytes(self, rows: int, cols: int) -> int:
-        """Of the tiles' scales."""
-        return self.scale.itemsize * -(-rows // self.tile) * -(-cols // self.tile) if self.tile else 0
+        """Of what stands before the blocks."""
+        return self.scales.dtype.itemsize * math.prod(self.scales.count(rows, cols)) if self.scales else 0
+
+    def lines(self, cols: int) -> tuple[int, ...]:
+        """Bytes of a row of `cols` weights in each of the pieces that a matrix is taken apart into."""
+        beside = (self.scales_nbytes(1, cols),) if self.scales else ()
+        return (*beside, *(cols // self.block * size for size in self.apart or (self.bytes,)))
+
+    @property
+    def tiled(self) -> bool:
+        """Rows share scales, and cannot be moved alone."""
+        return self.scales is not None and self.scales.rows > 1
 
 
 def dequantise(raw: Tensor, fmt: str | Format, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,19 +69,18 @@ def dequantise(raw: Tensor, fmt: str | Format, rows: int, cols: int, dtype: torc
     form = FORMATS[fmt] if isinstance(fmt, str) else fmt
     if raw.shape[-1] != form.nbytes(rows, cols):
         raise ValueError(f"{form.name} [{rows}, {cols}] is {form.nbytes(rows, cols)} bytes, got {raw.shape[-1]}")
-    if form.tile:
-        return in_tiles(raw, form, rows, cols).to(dtype)
-    blocks = together(raw, form) if form.apart else split(raw, rows * cols // form.block, form.bytes)
-    return form.unpack(blocks).to(dtype).reshape(*raw.shape[:-1], rows, cols)
-
-
-def in_tiles(raw: Tensor, form: Format, rows: int, cols: int) -> Tensor:
-    """Scales and blocks [..., bytes] → float32 [..., rows, cols]."""
     start = form.scales_nbytes(rows, cols)
-    scales = reinterpret(raw[..., :start], form.scale).float().unflatten(-1, (-1, -(-cols // form.tile)))
-    weights = form.unpack(raw[..., start:].unflatten(-1, (-1, form.bytes))).view(*raw.shape[:-1], rows, cols)
-    spread = scales.repeat_interleave(form.tile, -1)[..., :cols]
-    return weights * spread.repeat_interleave(form.tile, -2)[..., :rows, :]
+    rest = raw[..., start:]
+    blocks = together(rest, form) if form.apart else split(rest, rows * cols // form.block, form.bytes)
+    beside = (scales_of(raw[..., :start], form, form.scales, rows, cols),) if form.scales else ()
+    return form.unpack(blocks, *beside).to(dtype).reshape(*raw.shape[:-1], rows, cols)
+
+
+def scales_of(raw: Tensor, form: Format, scales: Scales, rows: int, cols: int) -> Tensor:
+    """Bytes [..., n] → each block's scale, float32 [..., blocks, 1]; a block lies within one."""
+    values = reinterpret(raw, scales.dtype).float().unflatten(-1, scales.count(rows, cols))
+    values = values.repeat_interleave((scales.cols or cols) // form.block, -1)
+    return values.repeat_interleave(scales.rows, -2)[..., :rows, :].flatten(-2)[..., None]
 
 
 def together(raw: Tensor, form: Format) -> Tensor:
@@ -74,12 +97,17 @@ def taken_apart(blocks: Tensor, form: Format) -> Tensor:
 
 def whole_rows(raw: Tensor, form: Format, rows: int) -> Tensor:
     """A matrix as it lies → [rows, row bytes], in which every row's blocks are together: so rows can be moved."""
-    return together(raw, form).view(rows, -1) if form.apart else raw.view(rows, -1)
+    start = rows * form.scales.dtype.itemsize if form.scales else 0
+    blocks = (together(raw[start:], form) if form.apart else raw[start:]).view(rows, -1)
+    return torch.cat((raw[:start].view(rows, -1), blocks), 1) if start else blocks
 
 
 def as_it_lies(rows: Tensor, form: Format) -> Tensor:
     """The way back, [bytes]."""
-    return taken_apart(rows.reshape(-1, form.bytes), form) if form.apart else rows.flatten()
+    start = form.scales.dtype.itemsize if form.scales else 0
+    scales, blocks = rows[:, :start].flatten(), rows[:, start:]
+    lying = taken_apart(blocks.reshape(-1, form.bytes), form) if form.apart else blocks.flatten()
+    return torch.cat((scales, lying)) if start else lying
 
 
 def reinterpret(raw: Tensor, dtype: torch.dtype) -> Tensor:
@@ -206,8 +234,20 @@ def fp4(exponent: Tensor, code: Tensor) -> Tensor:
     return magnitude.mul_(sign).float().mul_(scale.view(torch.float32))
 
 
-def f8_e4m3(blocks: Tensor) -> Tensor:
-    return blocks.contiguous().view(torch.float8_e4m3fn).float()
+def f8_e4m3(blocks: Tensor, scale: Tensor) -> Tensor:
+    return reinterpret(blocks, torch.float8_e4m3fn).float().mul_(scale)
+
+
+def nvfp4(divided: bool, blocks: Tensor, scale: Tensor) -> Tensor:
+    """Twice 16 weights of e2m1, two neighbours in a byte, behind the e4m3 scales of both, which are multiplied with the
+    row's first (NVFP4QTensor.dequantize of NVIDIA's Model Optimizer) or divided by it (dequantize of
+    compressed-tensors)."""
+    small = reinterpret(blocks[..., :2], torch.float8_e4m3fn).float()
+    small = small.div_(scale) if divided else small.mul_(scale)
+    # its bits are an e2m1's sign, and low exponent and high mantissa of a float16: 2^-14 times the value
+    codes = pairs(blocks[..., 2:]).to(torch.int16)
+    halves = ((codes & 8) << 12 | (codes & 7) << 9).view(torch.float16).float() * 2.0**14
+    return split(halves, 2, 16).mul_(small[..., None]).flatten(-2)
 
 
 def int4(scale: torch.dtype, zeros: bool, blocks: Tensor) -> Tensor:
@@ -243,8 +283,11 @@ FORMATS = {
         Format("Q6_K", 256, 210, 14, q6_k),
         Format("MXFP4", 32, 17, 39, mxfp4),
         Format("MXFP4_PAIRS", 32, 17, None, mxfp4_pairs, apart=(1, 16)),
-        Format("F8_E4M3", 128, 128, None, f8_e4m3, tile=128),  # quant_method fp8: weight_scale_inv of DeepSeek-V3 …
-        Format("F8_E4M3_BF16", 128, 128, None, f8_e4m3, tile=128, scale=torch.bfloat16),  # … and of Qwen3
+        Format("F8_E4M3", 128, 128, None, f8_e4m3, scales=Scales(128, 128)),  # quant_method fp8: of DeepSeek-V3 …
+        Format("F8_E4M3_BF16", 128, 128, None, f8_e4m3, scales=Scales(128, 128, torch.bfloat16)),  # … and of Qwen3
+        Format("F8_E4M3_ROW", 32, 32, None, f8_e4m3, scales=Scales(1, 0)),
+        Format("NVFP4", 32, 18, None, partial(nvfp4, False), apart=(2, 16), scales=Scales(1, 0)),
+        Format("NVFP4_DIVIDED", 32, 18, None, partial(nvfp4, True), apart=(2, 16), scales=Scales(1, 0)),
         *int4_groups(),
     )
 }

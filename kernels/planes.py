@@ -29,8 +29,9 @@ PLANES: dict[str, tuple[int, ...]] = {
     "Q5_K": (176,),
     "Q6_K": (128, 64, 16, 2),
     "MXFP4": (1, 16),
-    "F8_E4M3": (128,),  # behind the plane of the tiles' scales
+    "F8_E4M3": (128,),  # behind the plane of the scales
     "F8_E4M3_BF16": (128,),
+    "F8_E4M3_ROW": (32,),
     **{name: form.apart for name, form in FORMATS.items() if form.apart},
 }
 
@@ -55,8 +56,8 @@ class Matrix:
 
     @property
     def constants(self) -> tuple[int, ...]:
-        """What kernels take as P0 … P3: the planes; where scales are of tiles, the units of 32 weights a row too."""
-        known = (*self.planes, self.cols // 32) if FORMATS[self.format].tile else self.planes
+        """What kernels take as P0 … P3: the planes; with scales before all, the units of 32 weights a row too."""
+        known = (*self.planes, self.cols // 32) if FORMATS[self.format].scales else self.planes
         return (*known, 0, 0, 0)[:4]
 
     @property
@@ -66,12 +67,11 @@ class Matrix:
 
     def rows_from(self, start: int, rows: int, pitch: int = 1) -> Matrix:
         """Some of its rows, every `pitch`-th, in the same planes."""
-        form, skip = FORMATS[self.format], start * self.row_blocks
-        if form.tile:
-            assert (start % form.tile, pitch) == (0, 1), f"row {start} lies within a tile of {self.format}"
-            scales = form.scales_nbytes(start, self.cols)
-            return replace(self, rows=rows, planes=(self.planes[0] + scales, self.planes[1] + skip * form.bytes))
-        planes = tuple(at + skip * size for at, size in zip(self.planes, PLANES[self.format], strict=True))
+        form = FORMATS[self.format]
+        if form.scales and form.tiled:
+            assert (start % form.scales.rows, pitch) == (0, 1), f"row {start} lies within a tile of {self.format}"
+        skipped = plane_sizes(self.format, start, self.cols)
+        planes = tuple(at + size for at, size in zip(self.planes, skipped, strict=True))
         return replace(self, rows=rows, planes=planes, pitch=pitch)
 
 
@@ -114,9 +114,9 @@ def aligned(nbytes: int) -> int:
 
 
 def plane_sizes(fmt: str, rows: int, cols: int) -> tuple[int, ...]:
-    """Bytes of the planes of a matrix; scales of tiles come first."""
+    """Bytes of the planes of a matrix; scales before all blocks come first."""
     form, blocks = FORMATS[fmt], rows * cols // FORMATS[fmt].block
-    scales = (form.scales_nbytes(rows, cols),) if form.tile else ()
+    scales = (form.scales_nbytes(rows, cols),) if form.scales else ()
     return (*scales, *(blocks * size for size in PLANES[fmt]))
 
 
@@ -150,7 +150,7 @@ def slot_layout(layout: RecordLayout) -> SlotLayout:
 
 def runs_of(fmt: str, source: int, form: Matrix) -> list[Run]:
     """What a matrix is moved in; planes that are apart in the file already, word by word."""
-    if not FORMATS[fmt].apart and not FORMATS[fmt].tile:
+    if not FORMATS[fmt].apart and not FORMATS[fmt].scales:
         return [Run(fmt, source, form.blocks, form.planes)]
     runs = []
     for size, place in zip(plane_sizes(fmt, form.rows, form.cols), form.planes, strict=True):
@@ -171,7 +171,7 @@ def rearrange(raw: Tensor, layout: SlotLayout) -> Tensor:
 def rearrange_matrix(raw: Tensor, form: Matrix) -> Tensor:
     """One matrix as it lies in the file, uint8 [bytes] → a buffer of its own [form.nbytes]."""
     buffer = torch.zeros((1, form.nbytes), dtype=torch.uint8, device=raw.device)
-    if not FORMATS[form.format].tile:
+    if not FORMATS[form.format].scales:
         into_planes(raw.view(1, -1), form.format, form.planes, buffer)
         return buffer[0]
     sizes = plane_sizes(form.format, form.rows, form.cols)
@@ -190,14 +190,14 @@ def into_planes(raw: Tensor, fmt: str, planes: tuple[int, ...], target: Tensor) 
 
 def unplane(slots: Tensor, form: Matrix) -> Tensor:
     """A matrix out of slots uint8 [n, …], back in the file's order: uint8 [n, rows · row bytes]."""
-    if FORMATS[form.format].tile:
+    fmt, parts, lines = FORMATS[form.format], [], (form.rows - 1) * form.pitch + 1
+    if fmt.tiled:
         sizes = plane_sizes(form.format, form.rows, form.cols)
         return torch.cat([slots[:, at : at + size] for at, size in zip(form.planes, sizes, strict=True)], dim=1)
-    parts, lines = [], (form.rows - 1) * form.pitch + 1
-    for at, size in zip(form.planes, PLANES[form.format], strict=True):
-        row = form.row_blocks * size
+    for at, row in zip(form.planes, plane_sizes(form.format, 1, form.cols), strict=True):
         rows = slots[:, at : at + lines * row].unflatten(1, (lines, row))[:, :: form.pitch]
-        parts.append(rows.reshape(len(slots), form.blocks, size))
-    if FORMATS[form.format].apart:
-        return torch.cat([part.flatten(1) for part in parts], dim=1)
-    return torch.cat(parts, dim=2).flatten(1)
+        parts.append(rows.flatten(1))
+    if fmt.apart or fmt.scales:
+        return torch.cat(parts, dim=1)
+    blocks = (part.unflatten(1, (form.blocks, -1)) for part in parts)
+    return torch.cat(list(blocks), dim=2).flatten(1)

@@ -62,7 +62,7 @@ def unpack(raw: Tensor, layout: RecordLayout, dtype: torch.dtype) -> tuple[Tenso
         run = list(parts)
         end = run[-1].offset + run[-1].nbytes
         rows, cols = 1, sum(part.rows * part.cols for part in run)
-        if FORMATS[fmt].tile:
+        if FORMATS[fmt].scales:
             rows, cols = run[0].rows, run[0].cols
         runs.append(dequantise(raw[:, run[0].offset : end], fmt, rows, cols, dtype).flatten(1))
     flat = runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
@@ -77,4 +77,4 @@ def unpack(raw: Tensor, layout: RecordLayout, dtype: torch.dtype) -> tuple[Tenso
 def together(part: Part) -> tuple[str, int]:
     """What parts have in common that are unpacked in one call: neighbours of one format, whose blocks follow."""
     form = FORMATS[part.format]
-    return part.format, part.offset if form.apart or form.tile else 0
+    return part.format, part.offset if form.apart or form.scales else 0

@@ -32,8 +32,8 @@ def random_matrix(fmt: str, rows: int, cols: int, n: int = 1, kind: str = "norma
         sizes = {"normal": 1.0, "zero": 0.0, "subnormal": 1e-6, "ones": 1e4}
         values = torch.randn((n, rows * cols), generator=g) * sizes[kind]
         return values.to(FLOATS[fmt]).view(torch.uint8)
-    if FORMATS[fmt].tile:
-        return in_tiles(raw, fmt, rows, cols, kind, g)
+    if FORMATS[fmt].scales:
+        return with_scales(raw, fmt, rows, cols, kind, g)
     blocks = raw.view(n, -1, FORMATS[fmt].bytes)
     many = blocks.shape[1]
     if fmt.startswith("MXFP4"):
@@ -50,17 +50,22 @@ def random_matrix(fmt: str, rows: int, cols: int, n: int = 1, kind: str = "norma
     return taken_apart(blocks, FORMATS[fmt]) if FORMATS[fmt].apart else raw
 
 
-def in_tiles(raw: Tensor, fmt: str, rows: int, cols: int, kind: str, g: torch.Generator) -> Tensor:
-    """float8: no code is NaN; "subnormal": the codes are, and scales of float32 nearly."""
+def with_scales(raw: Tensor, fmt: str, rows: int, cols: int, kind: str, g: torch.Generator) -> Tensor:
+    """float8 and NVFP4: no e4m3 is NaN; "subnormal": they are, and scales of float32 nearly. One may be divided by."""
+    scales = FORMATS[fmt].scales
+    assert scales
     start = FORMATS[fmt].scales_nbytes(rows, cols)
-    codes = raw[:, start:]
+    eights = start + (rows * cols // 16 if fmt.startswith("NVFP4") else rows * cols)
+    codes = raw[:, start:eights]
     if kind == "subnormal":
-        codes = codes & 0x87
+        codes &= 0x87
     codes[(codes & 0x7F) == 0x7F] = 0x7E
-    scale = FORMATS[fmt].scale
-    values = torch.rand((len(raw), start // scale.itemsize), generator=g) * 0.02 + 0.002
+    values = torch.rand((len(raw), start // scales.dtype.itemsize), generator=g) * 0.02 + 0.002
     values *= {"normal": 1.0, "zero": 0.0, "subnormal": 1e-30, "ones": 1.0}[kind]
-    return torch.cat((values.to(scale).view(torch.uint8), codes), 1)
+    if fmt.endswith("_DIVIDED"):
+        values = 1 / values
+    raw[:, :start] = values.to(scales.dtype).view(torch.uint8)
+    return raw
 
 
 def random_records(layout: RecordLayout, n: int, kind: str = "normal", seed: int = 0) -> Tensor:

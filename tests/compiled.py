@@ -301,6 +301,7 @@ def main(capability: int) -> None:
         products("MXFP4", pdl)
         products("Q6_K", pdl)
         products("F8_E4M3", pdl)
+        products("NVFP4", pdl)
         products("INT4_128_F16_ZEROS", pdl)
         products("INT4_32_BF16", pdl)
         gpt_oss(pdl)

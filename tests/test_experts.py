@@ -27,7 +27,7 @@ RATIO = 2e-6
 def record_of(fmt: str, down: str, stacked: bool) -> RecordLayout:
     """96 and 160 weights a row where blocks are of 32."""
     large = max(FORMATS[fmt].block, FORMATS[down].block) > 32
-    h, f = (512 if FORMATS[fmt].tile else 256, 256) if large else (160, 96)
+    h, f = (512 if FORMATS[fmt].tiled else 256, 256) if large else (160, 96)
     if stacked:
         return RecordLayout.of(("gate_up", fmt, 2 * f, h), ("down", down, h, f))
     return RecordLayout.of(("gate", fmt, f, h), ("up", fmt, f, h), ("down", down, h, f))

@@ -31,7 +31,7 @@ def randn(*shape: int, seed: int = 1) -> Tensor:
 def layout_of(fmt: str, down: str, stacked: bool = False) -> tuple[SlotLayout, RecordLayout]:
     """96 and 160 weights a row, no whole number of tiles, where blocks are of 32."""
     h, f = (256, 256) if max(FORMATS[fmt].block, FORMATS[down].block) > 32 else (160, 96)
-    h = 512 if FORMATS[fmt].tile else h
+    h = 512 if FORMATS[fmt].tiled else h
     record = RecordLayout.of(("gate", fmt, f, h), ("up", fmt, f, h), ("down", down, h, f))
     if stacked:
         record = RecordLayout.of(("gate_up", fmt, 2 * f, h), ("down", down, h, f))
@@ -164,7 +164,7 @@ def test_combine(dtype: torch.dtype) -> None:
 def test_unpacked_bit_for_bit(fmt: str, kind: str) -> None:
     """37 rows, with columns to spare between them; from a row on of a larger matrix."""
     cols = 512 if FORMATS[fmt].block > 32 else 160
-    first = FORMATS[fmt].tile or 5
+    first = 128 if FORMATS[fmt].tiled else 5
     raw = random_matrix(fmt, first + 37, cols, kind=kind)[0]
     whole = matrix(fmt, first + 37, cols)
     buffer, form = rearrange_matrix(raw, whole).to(DEVICE), whole.rows_from(first, 37)

@@ -49,7 +49,8 @@ def test_blocks_and_scales_may_lie_in_different_shards(tmp_path: Path) -> None:
 TENSORS: dict[str, tuple[Any, str]] = {
     "no scales": (lambda t: t.pop(f"{GATE_UP}_scales"), "gate_up_proj_blocks' has dtype 'U8': supported are F32"),
     "no blocks": (lambda t: t.pop(f"{GATE_UP}_blocks"), "gate_up_proj_scales' has dtype 'U8': supported are F32"),
-    "other scales": (lambda t: t.update({f"{GATE_UP}_scales": torch.zeros(6, 64, 3, dtype=torch.uint8)}), "dtype 'U8'"),
+    "other scales": (lambda t: t.update({f"{GATE_UP}_scales": torch.zeros(6, 64, 3, dtype=torch.uint8)}),
+                     r"gate_up_proj_scales' is U8 \[6, 64, 3\]: expected U8 \[6, 64, 2\]"),
     "no sinks": (lambda t: t.pop("model.layers.2.self_attn.sinks"), "has no tensor model.layers.2.self_attn.sinks"),
     "no expert bias": (lambda t: t.pop(f"{GATE_UP}_bias"), f"has no tensor {GATE_UP}_bias"),
     "wide down bias": (lambda t: t.update({"model.layers.0.mlp.experts.down_proj_bias": torch.zeros(6, 65)}),
@@ -71,7 +72,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "kind of a layer": ({"layer_types": ["sliding_attention", "chunked_attention"] * 2}, "layer_types is 'chunked_att"),
     "kinds of too few": ({"layer_types": ["full_attention"]}, "gives 1 layer_types: expected one for each of 4 layers"),
     "no window": ({"sliding_window": None}, "has no sliding_window"),
-    "quantisation": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is .*fp8.*mxfp4"),
+    "quantisation": ({"quantization_config": {"quant_method": "hqq"}}, "quant_method is 'hqq', and .*mxfp4"),
     "no bias": ({"attention_bias": False}, "attention_bias is False, and offmoe implements True"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and offmoe implements 'silu'"),
     "limit": ({"swiglu_limit": "seven"}, "swiglu_limit = 'seven': expected a number"),

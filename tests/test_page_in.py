@@ -56,7 +56,7 @@ class Memory:
 
 def record_of(fmt: str, down: str, stacked: bool) -> RecordLayout:
     h, f = (256, 256) if max(FORMATS[fmt].block, FORMATS[down].block) > 32 else (160, 96)
-    h = 512 if FORMATS[fmt].tile else h
+    h = 512 if FORMATS[fmt].tiled else h
     if stacked:
         return RecordLayout.of(("gate_up", fmt, 2 * f, h), ("down", down, h, f))
     return RecordLayout.of(("gate", fmt, f, h), ("up", fmt, f, h), ("down", down, h, f))

@@ -72,7 +72,7 @@ def test_rows_are_views(fmt: str) -> None:
     buffer = rearrange_matrix(raw[0], form)
     assert len(buffer) == form.nbytes
     assert torch.equal(unplane(buffer[None], form), raw)
-    if FORMATS[fmt].tile:  # rows share scales
+    if FORMATS[fmt].tiled:  # rows share scales
         return
     some = form.rows_from(2, 2)
     want = dequantise(raw, fmt, rows, cols)

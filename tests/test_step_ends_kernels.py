@@ -28,7 +28,7 @@ def file_bytes(fmt: str, rows: int, cols: int) -> Tensor:
 
 
 # See DeviceTrunk._raw.
-EMBEDDED = [name for name, form in FORMATS.items() if not form.tile and not name.startswith("INT4")]
+EMBEDDED = [name for name, form in FORMATS.items() if not form.scales and not name.startswith("INT4")]
 
 
 @pytest.mark.parametrize("fmt", EMBEDDED)

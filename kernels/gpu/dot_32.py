@@ -1,4 +1,4 @@
-"""Blocks of 32: Q4_0, Q4_1, Q5_0, MXFP4 in both orders and Q8_0; as many weights of F8_E4M3."""
+"""Blocks of 32: Q4_0, Q4_1, Q5_0, MXFP4 in both orders and Q8_0."""
 
 from __future__ import annotations
 
@@ -51,6 +51,18 @@ def fp4(word, SIGN: tl.constexpr, MAGNITUDE: tl.constexpr):
 
 
 @triton.jit
+def words_fp4(quants, a, h):
+    """Words of e2m1 codes [R, U, 4] times x [U, 4], a for the low nibbles of its bytes and h for the high ones, over
+    2^-63."""
+    # fmt: off
+    return (fp4(quants, 28, 22) * (a[0] * 2.0**63)[None] + fp4(quants, 20, 14) * (a[1] * 2.0**63)[None]
+            + fp4(quants, 12, 6) * (a[2] * 2.0**63)[None] + fp4(quants, 4, -2) * (a[3] * 2.0**63)[None]
+            + fp4(quants, 24, 18) * (h[0] * 2.0**63)[None] + fp4(quants, 16, 10) * (h[1] * 2.0**63)[None]
+            + fp4(quants, 8, 2) * (h[2] * 2.0**63)[None] + fp4(quants, 0, -6) * (h[3] * 2.0**63)[None])
+    # fmt: on
+
+
+@triton.jit
 def words_small(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
                 P2: tl.constexpr):  # fmt: skip
     """Blocks of 32 in nibbles [R, U, 4]; their scale [R, U]; minimum or fifth bits [R, U], where there are."""
@@ -77,12 +89,7 @@ def fold_small(words, xs, FORMAT: tl.constexpr):
     quants, a, h, x_sum = words[0], xs[0], xs[1], xs[2][None]
     zero = tl.zeros(quants.shape, tl.float32)
     if FORMAT == "MXFP4" or FORMAT == "MXFP4_PAIRS":
-        # fmt: off
-        total = (fp4(quants, 28, 22) * (a[0] * 2.0**63)[None] + fp4(quants, 20, 14) * (a[1] * 2.0**63)[None]
-                 + fp4(quants, 12, 6) * (a[2] * 2.0**63)[None] + fp4(quants, 4, -2) * (a[3] * 2.0**63)[None]
-                 + fp4(quants, 24, 18) * (h[0] * 2.0**63)[None] + fp4(quants, 16, 10) * (h[1] * 2.0**63)[None]
-                 + fp4(quants, 8, 2) * (h[2] * 2.0**63)[None] + fp4(quants, 0, -6) * (h[3] * 2.0**63)[None])
-        # fmt: on
+        total = words_fp4(quants, a, h)
         exponent = words[1].to(tl.uint32)
         scale = tl.where(exponent == 0, 0x00400000, exponent << 23).to(tl.float32, bitcast=True)
         return tl.sum(total, 2) * 2.0**63 * scale
@@ -118,45 +125,3 @@ def fold_q8_0(words, xs):
     total = dot_bytes(tl.zeros(words[0].shape, tl.float32), words[0] ^ 0x80808080, a[0], a[1], a[2], a[3])
     total = dot_bytes(total, words[1] ^ 0x80808080, h[0], h[1], h[2], h[3])
     return words[2].to(tl.float32) * (tl.sum(total, 2) * BACK - (128 * xs[2])[None])
-
-
-@triton.jit
-def words_f8(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-             UNITS: tl.constexpr):  # fmt: skip
-    """Twice four words of codes [R, U, 4], and the scale of their tile [R, U]; UNITS units a row."""
-    words = buffer.to(tl.pointer_type(tl.uint32))
-    spot = (origin[None, :] + P1 // 4 + at * 8)[:, :, None] + tl.arange(0, 4)[None, None, :]
-    m, tile = mask[:, :, None], at // UNITS // 128 * ((UNITS + 3) // 4) + at % UNITS // 4
-    first, second = tl.load(words + spot, mask=m, other=0), tl.load(words + spot + 4, mask=m, other=0)
-    if FORMAT == "F8_E4M3":
-        scales = buffer.to(tl.pointer_type(tl.float32)) + origin[None, :] + P0 // 4 + tile
-        return first, second, tl.load(scales, mask=mask, other=0.0)
-    else:
-        scales = buffer.to(tl.pointer_type(tl.uint16)) + origin[None, :] * 2 + P0 // 2 + tile
-        return first, second, tl.load(scales, mask=mask, other=0)
-
-
-@triton.jit
-def fp8(word, SIGN: tl.constexpr, MAGNITUDE: tl.constexpr):
-    """An e4m3 code as the float32 of 2^-120 times its value; its NaN as 480."""
-    if MAGNITUDE >= 0:
-        magnitude = word << MAGNITUDE
-    else:
-        magnitude = word >> -MAGNITUDE
-    return (word << SIGN & 0x80000000 | magnitude & 0x07F00000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def four_f8(word, x):
-    """The four codes of each word times four of x, over 2^-60."""
-    return (fp8(word, 24, 20) * (x[0] * 2.0**60)[None] + fp8(word, 16, 12) * (x[1] * 2.0**60)[None]
-            + fp8(word, 8, 4) * (x[2] * 2.0**60)[None] + fp8(word, 0, -4) * (x[3] * 2.0**60)[None])  # fmt: skip
-
-
-@triton.jit
-def fold_f8(words, xs, FORMAT: tl.constexpr):
-    """[R, U]."""
-    scale = words[2]
-    if FORMAT == "F8_E4M3_BF16":  # by its bits: the interpreter has bfloat16 wrong
-        scale = (words[2].to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return tl.sum(four_f8(words[0], xs[0]) + four_f8(words[1], xs[1]), 2) * 2.0**60 * scale

@@ -32,7 +32,8 @@ from offmoe.kernels.gpu.page_in import (
 from offmoe.kernels.gpu.striped import place
 from offmoe.kernels.planes import SlotLayout
 
-HEAVY = {"Q5_0", "Q5_K", "Q6_K", "Q8_0", "F8_E4M3", "F8_E4M3_BF16"}  # gate and up take 158 to 168 registers
+# Their gate and up take 158 to 168 registers.
+HEAVY = {"Q5_0", "Q5_K", "Q6_K", "Q8_0", "F8_E4M3", "F8_E4M3_BF16", "F8_E4M3_ROW", "NVFP4", "NVFP4_DIVIDED"}
 
 
 @triton.jit

@@ -263,7 +263,8 @@ class Strips:
                 strips.append(Run(run.format, run.source + part * run.nbytes // parts, blocks, planes))
             if not of_gate and not of_up:
                 down.append(run)
-        rows = max(1, FORMATS[layout.gate.format].tile, FORMATS[layout.up.format].tile)  # their scales come with them
+        tiled = (FORMATS[form.format].scales for form in (layout.gate, layout.up))
+        rows = max([1, *(scales.rows for scales in tiled if scales)])  # their scales come with them
         while any(run.blocks * rows % (inner * step_of(run)) for run in strips):
             rows *= 2
         while rows < inner and all(run.nbytes * rows * 2 <= inner * (chunk - 16) for run in strips):

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.gpu.bits import half_of
+from offmoe.kernels.gpu.dot_32 import fp4
 from offmoe.kernels.gpu.dot_256 import k_scales
 from offmoe.kernels.gpu.dot_int4 import has_zeros, head_of, is_int4, scale_of, sharing
+from offmoe.kernels.gpu.dot_scaled import divides, fp8, in_tiles, is_f8, is_nvfp4, scale_at
 from offmoe.kernels.gpu.gemv import planes
 from offmoe.kernels.planes import Matrix
 
@@ -144,14 +146,28 @@ def tile_f8(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr, P0
     k = step * 64 + tl.arange(0, 64)
     mask = there[:, None] & (k < COLS)[None]
     code = tl.load((base + P1 + row * COLS)[:, None] + k[None], mask=mask, other=0).to(tl.uint32)
-    value = ((code & 0x80) << 24 | (code & 0x7F) << 20).to(tl.float32, bitcast=True) * 2.0**120
-    at = row // 128 * ((COLS + 127) // 128) + step // 2
-    if FORMAT == "F8_E4M3":
-        scale = tl.load((base + P0).to(tl.pointer_type(tl.float32)) + at, mask=there, other=0.0)
+    at = row // 128 * ((COLS + 127) // 128) + step // 2 if in_tiles(FORMAT) else row
+    return fp8(code, 24, 20) * 2.0**120 * scale_at(base + P0, at, there, FORMAT)[:, None]
+
+
+@triton.jit
+def tile_nvfp4(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
+               P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr):  # fmt: skip
+    """Four sixteens; the last tile of a row may hold two."""
+    SIXTEENS: tl.constexpr = COLS // 16
+    s, h, i = step * 4 + tl.arange(0, 4), tl.arange(0, 2), tl.arange(0, 8)
+    m2 = there[:, None] & (s < SIXTEENS)[None]
+    codes = (base + P2 + row * (SIXTEENS * 8))[:, None, None] + (s * 8)[None, :, None] + i[None, None]
+    codes = tl.load(codes, mask=m2[:, :, None], other=0).to(tl.uint32)[:, :, :, None]  # [R, 4, 8, 1]
+    codes = codes >> (4 * h)[None, None, None] & 15
+    small = tl.load((base + P1 + row * SIXTEENS)[:, None] + s[None], mask=m2, other=0).to(tl.uint32)
+    small = fp8(small, 24, 20) * 2.0**120
+    scale = scale_at(base + P0, row, there, FORMAT)[:, None]
+    if divides(FORMAT):
+        small = tl.div_rn(small, scale)
     else:
-        bits = tl.load((base + P0).to(tl.pointer_type(tl.uint16)) + at, mask=there, other=0)
-        scale = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return value * scale[:, None]
+        small = small * scale
+    return fp4(codes, 28, 22) * 2.0**126 * small[:, :, None, None]
 
 
 @triton.jit
@@ -181,8 +197,10 @@ def tile(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
         values = tile_q6_k(base, row, there, step, COLS, P0, P1, P2, P3)
     elif FORMAT == "Q8_0":
         values = tile_q8_0(base, row, there, step, COLS, P0, P1)
-    elif FORMAT == "F8_E4M3" or FORMAT == "F8_E4M3_BF16":
+    elif is_f8(FORMAT):
         values = tile_f8(base, row, there, step, FORMAT, COLS, P0, P1)
+    elif is_nvfp4(FORMAT):
+        values = tile_nvfp4(base, row, there, step, FORMAT, COLS, P0, P1, P2)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         values = tile_float(base, row, there, step, FORMAT, COLS, P0)
     elif is_int4(FORMAT):

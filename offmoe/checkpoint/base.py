@@ -118,7 +118,7 @@ class Checkpoint:
         self.kind = kind
         self.files = [file.path for file in files]  # what ByteRange.file indexes
         self.tensors = tensors
-        self.parts = parts or {}  # tensors of whole numbers, which are parts of others: see checkpoint.int4
+        self.parts = parts or {}  # parts of matrices that are several tensors: see models.quantisation
         self.metadata = metadata  # a GGUF's key/values: str, int, float, bool or a list of these
         self._data = files
 
@@ -161,19 +161,17 @@ class Checkpoint:
             high = info.shape[-2]
             whole = dequantise(self.matrix(info, first // high), form, high, cols)
             return whole[first % high : first % high + count]
-        if form.tile:
-            return self._tiled_rows(info, info.scales[0], first, count)
-        sizes = form.apart or (form.bytes,)
+        if form.scales and form.tiled:
+            return self._tiled_rows(info, form.scales.rows, first, count)
         raw = []
-        for r, size in zip((*info.scales, info.range), sizes, strict=True):
-            line = size * cols // form.block
+        for r, line in zip((*info.scales, info.range), form.lines(cols), strict=True):
             raw.append(self.read_range(ByteRange(r.file, r.offset + first * line, count * line)))
         return dequantise(torch.cat(raw), form, count, cols)
 
-    def _tiled_rows(self, info: TensorInfo, scales: ByteRange, first: int, count: int) -> Tensor:
-        """The same where rows share scales: whole tiles are read."""
-        form, (rows, cols) = FORMATS[info.format], info.shape
-        tile, line = form.tile, form.scales_nbytes(1, cols)
+    def _tiled_rows(self, info: TensorInfo, tile: int, first: int, count: int) -> Tensor:
+        """The same where so many rows share scales: whole tiles are read."""
+        form, (rows, cols), scales = FORMATS[info.format], info.shape, info.scales[0]
+        line = form.scales_nbytes(1, cols)
         start, end = first // tile * tile, min(rows, -(-(first + count) // tile) * tile)
         above = ByteRange(scales.file, scales.offset + start // tile * line, -(-(end - start) // tile) * line)
         codes = ByteRange(info.range.file, info.range.offset + start * cols, (end - start) * cols)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from contextlib import ExitStack
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,8 @@ from offmoe.kernels.formats import FORMATS
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_LIMIT = 16 << 20  # about 100,000 tensors in one file; as Python objects 10 times that
 DTYPES = ("F32", "F16", "BF16")
-EIGHT = "F8_E4M3"
-SCALES, SCALED = "_scale_inv", {"F32": "F8_E4M3", "BF16": "F8_E4M3_BF16"}  # by the type of the scales
-BYTES = "U8"  # the blocks and scales of MXFP4
-INTEGERS = {"I32": 4, "I64": 8}  # parts of matrices in 4 bits
-SIZES = {**{name: FORMATS[name].bytes for name in DTYPES}, BYTES: 1, EIGHT: 1, **INTEGERS}
+PARTS = {"F8_E4M3": 1, "U8": 1, "I32": 4, "I64": 8}  # of which matrices are put together
+SIZES = {**{name: FORMATS[name].bytes for name in DTYPES}, **PARTS}
 
 
 def parse(file: DataFile, number: int) -> dict[str, TensorInfo]:
@@ -75,41 +71,9 @@ def tensor(file: DataFile, name: str, entry: Any, data: ByteRange) -> TensorInfo
 
 def unsupported(path: Path, name: str, dtype: object) -> OffmoeError:
     return OffmoeError(
-        f"{path}: tensor {shown(name)} has dtype {shown(dtype)}: supported are {', '.join((*DTYPES, EIGHT))}"
+        f"{path}: tensor {shown(name)} has dtype {shown(dtype)}: supported are {', '.join(DTYPES)}, and other types "
+        "where matrices of a known quantisation have them"
     )
-
-
-def joined(directory: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """gpt-oss's NAME_blocks [E, R, G, 16] and NAME_scales [E, R, G] are one tensor NAME [E, R, 32 G] of MXFP4."""
-    found = {name: info for name, info in tensors.items() if info.format != BYTES}
-    plain = {name: info for name, info in tensors.items() if info.format == BYTES}
-    for name, blocks in list(plain.items()):
-        whole = name.removesuffix("_blocks")
-        scales = plain.get(f"{whole}_scales")
-        if whole != name and scales is not None and blocks.shape == (*scales.shape, 16):
-            shape = (*scales.shape[:-1], 32 * scales.shape[-1])
-            found[whole] = TensorInfo(whole, "MXFP4_PAIRS", shape, blocks.range, (scales.range,))
-            del plain[name], plain[f"{whole}_scales"]
-    for name in plain:
-        raise unsupported(directory, name, BYTES)
-    return scaled(directory, found)
-
-
-def scaled(directory: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """NAME [R, C] of float8 and NAME_scale_inv [R / 128, C / 128] float32 or bfloat16 are one tensor NAME."""
-    tile = FORMATS[EIGHT].tile
-    found = {name: info for name, info in tensors.items() if not name.endswith(SCALES)}
-    for name, info in found.items():
-        if info.format == EIGHT:
-            scales, wanted = tensors.get(name + SCALES), tuple(-(-n // tile) for n in info.shape)
-            if scales is None or scales.format not in SCALED or scales.shape != wanted or len(wanted) != 2:
-                given = f"{scales.format} {list(scales.shape)}" if scales else "missing"
-                raise OffmoeError(
-                    f"{directory}: {shown(name + SCALES)} is {given}: expected a float32 or bfloat16 for "
-                    f"every {tile} x {tile} weights, {list(wanted)}"
-                )
-            found[name] = replace(info, format=SCALED[scales.format], scales=(scales.range,))
-    return found
 
 
 def naturals(value: object) -> bool:
@@ -152,7 +116,7 @@ def open_safetensors(directory: Path) -> Checkpoint:
         files = [stack.enter_context(DataFile(directory / name)) for name in names]
         for number, (file, expected) in enumerate(zip(files, names.values(), strict=True)):
             tensors |= open_shard(file, number, expected)
-        parts = {name: info for name, info in tensors.items() if info.format in INTEGERS}
-        tensors = joined(directory, {name: info for name, info in tensors.items() if name not in parts})
         stack.pop_all()
-    return Checkpoint(directory, "safetensors", files, tensors, {}, parts)
+    parts = {name: info for name, info in tensors.items() if info.format in PARTS}
+    floats = {name: info for name, info in tensors.items() if info.format not in PARTS}
+    return Checkpoint(directory, "safetensors", files, floats, {}, parts)

@@ -232,6 +232,7 @@ def latent_attention(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
+    packing_of(raw.get("quantization_config"))
     rope = rope_parameters(raw)
     kinds = raw.get("layer_types") or []
     if not isinstance(kinds, list):
@@ -242,7 +243,6 @@ def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
         "layer_types": next((kind for kind in kinds if kind not in known), known[0]),
         "partial_rotary_factor": rope["partial_rotary_factor"],
         "rope_type": rope["rope_type"],
-        "quantization_config": beyond_tensors(raw.get("quantization_config")),
     }
     for field, allowed in family.implemented.items():
         if allowed and asked.get(field, allowed[0]) not in allowed:
@@ -250,17 +250,6 @@ def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
                 f"{family.model_type}: {field} is {shown(asked[field])}, and offmoe implements "
                 f"{' or '.join(repr(value) for value in allowed)}: this model cannot be run yet"
             )
-
-
-def beyond_tensors(quantisation: Any) -> Any:
-    """None where the tensors say all that there is to know: float8 in tiles, activations as they are. And where
-    models.quantisation knows what they are."""
-    said = quantisation if isinstance(quantisation, Mapping) else {}
-    if packing_of(quantisation):
-        return None
-    if (said.get("quant_method"), said.get("weight_block_size")) == ("fp8", [128, 128]):
-        return None if said.get("fmt", "e4m3") in ("e4m3", "float8_e4m3fn") else quantisation
-    return quantisation
 
 
 def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str, Any]) -> ModelConfig:

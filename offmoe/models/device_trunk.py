@@ -338,7 +338,7 @@ class DeviceTrunk:
         info, some = self._model.stored(role, layer)
         form, high = FORMATS[info.format], math.prod(info.shape[:-1])
         # Rows that share scales cannot be moved: in bfloat16, which holds float8's 4 bits. `embed` knows GGUF's only.
-        if form.tile or (role == "embed" and form.gguf_type is None):
+        if form.tiled or (role == "embed" and form.gguf_type is None):
             values = self._model.checkpoint.tensor(info.name, torch.bfloat16)
             info = replace(info, format="BF16")
             raw = values.view(torch.uint8).view(high, -1)

@@ -201,7 +201,6 @@ class Family:
             "n_group": (1, 0, None),
             "kv_lora_rank": (None,),
             "expert_gating_func": (1, 0),
-            "quantization_config": (None,),
         }
         object.__setattr__(self, "implemented", {**everywhere, **self.implemented})
 

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from offmoe.checkpoint.base import shown
-from offmoe.errors import OffmoeError
 from offmoe.kernels.feed_forward import Glu
 from offmoe.kernels.route import Rule
 from offmoe.models.config import FULL, SLIDING, flag, number, sliding_windows
@@ -17,7 +15,6 @@ MLP = "model.layers.{l}.mlp"
 
 
 def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    check_quantisation(raw.get("quantization_config"))
     return {
         # the published yarn does not round its bounds, which a GGUF does not say
         "rope": replace(scaling_of(raw), truncate=flag(rope_parameters(raw), "truncate", False)),
@@ -30,11 +27,6 @@ def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
         "expert_bias": True,
         "glu": Glu(number(raw, "swiglu_alpha", 1.702), number(raw, "swiglu_limit", 7.0), 1.0),
     }
-
-
-def check_quantisation(config: object) -> None:
-    if config is not None and (not isinstance(config, Mapping) or config.get("quant_method") != "mxfp4"):
-        raise OffmoeError(f"gpt_oss: quantization_config is {shown(config)}, and offmoe implements quant_method mxfp4")
 
 
 FAMILY = Family(
@@ -60,6 +52,5 @@ FAMILY = Family(
         "attention_bias": (True, None),
         "layer_types": (FULL, SLIDING),
         "sliding_window": (),
-        "quantization_config": (),
     },
 )

@@ -349,10 +349,10 @@ def record_layout(
             )
         parts.append((role, formats.pop(), *shape))
         form = FORMATS[parts[-1][1]]
-        if (form.tile or form.apart) and (odd := plane_sizes(form.name, *shape)[0] % 16):
+        if (form.scales or form.apart) and (odd := [n for n in plane_sizes(form.name, *shape) if n % 16]):
             raise OffmoeError(
-                f"layer {layer} has {role} experts of {list(shape)} in {form.name}, whose scales end {odd} bytes "
-                "behind a multiple of 16: offmoe cannot move such records yet"
+                f"layer {layer} has {role} experts of {list(shape)} in {form.name}, whose scales end {odd[0] % 16} "
+                "bytes behind a multiple of 16: offmoe cannot move such records yet"
             )
     interleaved = stacked is not None and family.interleaved_experts
     return RecordLayout.of(*parts, interleaved=interleaved)
@@ -384,5 +384,5 @@ def count_weights(model: Model) -> Weights:
         active=active,
         active_without_embedding=without_embedding,
         trunk_bytes=sum(info.nbytes for info in trunk_tensors(model)) + 4 * bias_weights(model.config),
-        unpacked_bytes=sum(info.range.nbytes for info in trunk_tensors(model) if FORMATS[info.format].tile),
+        unpacked_bytes=sum(info.range.nbytes for info in trunk_tensors(model) if FORMATS[info.format].tiled),
     )

@@ -12,15 +12,25 @@ from offmoe.checkpoint import Checkpoint
 from offmoe.checkpoint.base import shown
 from offmoe.checkpoint.int4 import Packing, Parts, check_small
 from offmoe.checkpoint.safetensors import unsupported
+from offmoe.checkpoint.scaled import Scaled
 from offmoe.errors import OffmoeError
 
 Table = Mapping[str, Any]
 
 
 def packing_of(config: object) -> Packing | None:
-    """None: there is no config, or it is not of codes of 4 bits in groups. Raises OffmoeError, by field and value."""
-    method = config.get("quant_method") if isinstance(config, Mapping) else None
-    return METHODS[method](config) if isinstance(config, Mapping) and method in METHODS else None
+    """Of codes of 4 bits in groups; None: what there is besides, the tensors say themselves. Raises OffmoeError, by
+    field and value, where the config asks for what is not implemented."""
+    if config is None:
+        return None
+    said: Table = config if isinstance(config, Mapping) else {"quant_method": config}
+    method = said.get("quant_method", said.get("quant_library"))
+    if not isinstance(method, str) or method not in METHODS:
+        raise OffmoeError(
+            f"quantization_config: quant_method is {shown(method)}, and offmoe implements {', '.join(METHODS)}: "
+            "this model cannot be run yet"
+        )
+    return METHODS[method](said)
 
 
 def assemble(checkpoint: Checkpoint, config: object) -> None:
@@ -29,10 +39,10 @@ def assemble(checkpoint: Checkpoint, config: object) -> None:
     Zero points and columns' groups, where the config says that they say nothing, are looked at here for all but the
     experts behind a layer's first: these 18,000 small reads of a large model are made as its records are.
     """
-    packing = packing_of(config)
+    packing, scaled = packing_of(config), Scaled(checkpoint)
     parts = Parts(checkpoint, packing) if packing else None
-    found = list(parts.matrices()) if parts else []
-    used = parts.used if parts else set()
+    found = [*scaled.matrices(), *(parts.matrices() if parts else ())]
+    used = scaled.used | (parts.used if parts else set())
     for name, info in checkpoint.parts.items():
         if name not in used:
             raise unsupported(checkpoint.path, name, info.format)
@@ -63,23 +73,68 @@ def gptq(config: Table) -> Packing:
     return Packing("gptq", group_size(config, "gptq"), zeros=not config["sym"], plus=int(first))
 
 
-def pack_quantized(config: Table) -> Packing:
-    """compressed-tensors' format of that name."""
+def fp8(config: Table) -> None:
+    """DeepSeek-V3's and Qwen3's, and that of transformers with a scale for all of a matrix."""
+    demand(config, "fp8", weight_block_size=([128, 128], None), fmt=("e4m3", "float8_e4m3fn", None))
+
+
+def mxfp4(config: Table) -> None:
+    """gpt-oss's."""
+
+
+def modelopt(config: Table) -> None:
+    """Of NVIDIA's Model Optimizer (modelopt.torch.export)."""
+    algorithms = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4")
+    demand(config, "modelopt", quant_algo=(*algorithms, "MIXED_PRECISION"), group_size=(16, None))
+    layers = config.get("quantized_layers") or {}
+    for layer in layers.values() if isinstance(layers, Mapping) else [layers]:
+        if not isinstance(layer, Mapping):
+            raise refused("modelopt", "quantized_layers", layer, "a quant_algo for each")
+        demand(layer, "modelopt", quant_algo=algorithms, group_size=(16, None))
+
+
+def compressed_tensors(config: Table) -> Packing | None:
+    """Of llm-compressor; a group of modules may have a format of its own."""
     method = "compressed-tensors"
-    demand(config, method, format=("pack-quantized",), sparsity_config=(None, {}), transform_config=(None, {}))
+    demand(config, method, sparsity_config=(None, {}), transform_config=(None, {}))
     groups = config.get("config_groups")
-    schemes = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
-    if not schemes or not isinstance(schemes[0], Mapping) or any(scheme != schemes[0] for scheme in schemes):
-        raise refused(method, "config_groups", groups, "the same weights in all groups")
-    weights: Table = schemes[0]
+    groups = list(groups.values()) if isinstance(groups, Mapping) else []
+    if not groups or not all(isinstance(g, Mapping) and isinstance(g.get("weights"), Mapping) for g in groups):
+        raise refused(method, "config_groups", config.get("config_groups"), "groups of modules with their weights")
+    formats = {group.get("format") or config.get("format") for group in groups}
+    if formats == {"pack-quantized"}:
+        return pack_quantized([group["weights"] for group in groups])
+    for group in groups:
+        name, weights = group.get("format") or config.get("format"), group["weights"]
+        if name not in WEIGHTS:
+            raise refused(method, "format", name, "pack-quantized for all modules, or " + " or ".join(WEIGHTS))
+        demand(weights, method, type=("float",), symmetric=(True, None), dynamic=(False, None), **WEIGHTS[name])
+    return None
+
+
+def pack_quantized(schemes: list[Table]) -> Packing:
+    """compressed-tensors' format of that name."""
+    method, weights = "compressed-tensors", schemes[0]
+    if any(scheme != weights for scheme in schemes):
+        raise refused(method, "config_groups", schemes, "the same weights in all groups")
     demand(weights, method, num_bits=(4,), type=("int", None), symmetric=(True, False, None), dynamic=(False, None),
            strategy=("group", "channel"), actorder=(None, False, "weight", "static"))  # fmt: skip
     group = -1 if weights["strategy"] == "channel" else group_size(weights, method)
     return Packing(method, group, zeros=weights.get("symmetric") is False)
 
 
-METHODS: dict[object, Callable[[Table], Packing]] = {
-    "awq": awq, "gptq": gptq, "compressed-tensors": pack_quantized,
+FLOAT8: dict[str, tuple[object, ...]] = {
+    "num_bits": (8,), "strategy": ("channel", "tensor", "block"), "block_structure": ([128, 128], None),
+}  # fmt: skip
+WEIGHTS: dict[str, dict[str, tuple[object, ...]]] = {  # of compressed-tensors' formats of floats
+    "float-quantized": FLOAT8,
+    "naive-quantized": FLOAT8,
+    "nvfp4-pack-quantized": {"num_bits": (4,), "strategy": ("tensor_group",), "group_size": (16,)},
+    "mxfp4-pack-quantized": {"num_bits": (4,), "strategy": ("group",), "group_size": (32,)},
+}
+METHODS: dict[str, Callable[[Table], Packing | None]] = {
+    "fp8": fp8, "mxfp4": mxfp4, "modelopt": modelopt, "modelopt_fp4": modelopt, "awq": awq, "gptq": gptq,
+    "compressed-tensors": compressed_tensors,
 }  # fmt: skip
 
 
