@@ -17,12 +17,12 @@ from offmoe.kernels.striped import stripe, unstripe
 
 def expert_gate_up(
     records: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, x: Tensor, out: Tensor, *,
-    glu: Glu = SILU, ids: Tensor | None = None, bias: Tensor | None = None,
+    glu: Glu = SILU, ids: Tensor | None = None, bias: Tensor | None = None, before: bool = False,
 ) -> None:  # fmt: skip
     """weight · glu(gate x, up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P],
     x [T, H] striped → out [P, F] striped. `bias` [E, 2F], of gate beside up, of experts `ids` [P].
 
-    Pair p is of token p // (P / T); one in slot -1 is none.
+    Pair p is of token p // (P / T); one in slot -1 is none. before: glu(weight · gate x, weight · up x) instead.
     """
     of_token = unstripe(x).to(out.dtype).repeat_interleave(len(slots) // len(x), dim=0)
     for pair, slot in enumerate(slots.tolist()):
@@ -32,7 +32,8 @@ def expert_gate_up(
         both = torch.stack((gate @ of_token[pair], up @ of_token[pair]))
         if bias is not None and ids is not None:
             both += bias[ids[pair]].view(both.shape)
-        out[pair] = stripe(glu(*both) * weights[pair].to(out.dtype))
+        weight = weights[pair].to(out.dtype)
+        out[pair] = stripe(glu(*(both * weight)) if before else glu(*both) * weight)
 
 
 def expert_down(

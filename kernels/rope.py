@@ -34,6 +34,25 @@ class Scaling:
 PLAIN = Scaling()
 
 
+@dataclass(frozen=True)
+class Temper:
+    """Queries are multiplied by 1 + scale · ln(1 + ⌊(position + 1) / floor⌋), so that attention stays sharp over a long
+    context (Llama 4; arXiv 2501.19399)."""
+
+    floor: int
+    scale: float
+
+    def table(self, ctx: int, device: torch.device) -> Tensor:
+        """Of every position [ctx] float32."""
+        steps = torch.floor((torch.arange(ctx).float() + 1) / self.floor)
+        return (1 + self.scale * torch.log1p(steps)).to(device)
+
+
+def unturned_table(ctx: int, device: torch.device) -> Tensor:
+    """A `rope_table` that leaves all as it is; two columns, for none is no tensor of a kernel's."""
+    return torch.stack((torch.ones(ctx, 2), torch.zeros(ctx, 2))).to(device)
+
+
 def inverse_frequencies(dim: int, theta: float, ctx: int, scaling: Scaling = PLAIN) -> Tensor:
     """Radians a position of every pair, float32 [dim / 2], for a context of `ctx` positions.
 
@@ -52,7 +71,7 @@ def inverse_frequencies(dim: int, theta: float, ctx: int, scaling: Scaling = PLA
         return inverse / torch.tensor(s.long if ctx > s.original else s.short)
     if s.kind == "llama3":
         turns = s.original * inverse / (2 * math.pi)
-        kept = ((turns - s.slow) / (s.fast - s.slow)).clamp(0, 1)
+        kept = ((turns - s.slow) / (s.fast - s.slow or 1e-6)).clamp(0, 1)
         return inverse / s.factor * (1 - kept) + inverse * kept
     return inverse
 

@@ -58,6 +58,7 @@ class ExpertStore(ABC):
         self.biases = [(wide.to(plan.device, dtype), narrow.to(plan.device, dtype)) for wide, narrow in read]
         self.reader = Reader(model.checkpoint.files)
         self.ram = RamTier(model, plan.ram_rows, plan.stride, plan.policy, plan.device.type == "cuda", self.reader)
+        self._weighted_input = model.config.weighted_input
         self.routed: Routed | None = None  # told every layer's ids [T, k] and weights, to record a trace
         self.prompt: list[int] = []  # the tokens of a prompt while it is run, empty while decoding
         self.clock = 0  # tokens so far
@@ -79,6 +80,10 @@ class ExpertStore(ABC):
         The k products of a token are summed in float32 in the router's order, and what an expert makes of a token
         does not depend on where the expert lay: so the sum is the same to the bit whatever was resident.
         """
+
+    def weighted(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """x and weights as they go on where a weight scales what its one expert takes in."""
+        return (x * weights.to(x.dtype), torch.ones_like(weights)) if self._weighted_input else (x, weights)
 
     @abstractmethod
     def preload(self, progress: Callable[[int, int], None]) -> None:

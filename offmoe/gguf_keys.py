@@ -41,7 +41,7 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
             f"{family.model_type} cannot be packed: llama.cpp routes the architecture {family.arch} by another rule, "
             "and would answer differently"
         )
-    if config.dense and config.dense != tuple(range(len(config.dense))):
+    if family.dense_first and config.dense != tuple(range(len(config.dense))):
         raise OffmoeError(
             f"{family.model_type} with experts in the layers {config.routed} cannot be packed: "
             "in a GGUF only the first layers are without"
@@ -55,11 +55,6 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
         raise OffmoeError(
             f"{family.model_type} with {config.glu} cannot be packed: the GGUF architecture {family.arch} always means "
             f"{GPT_OSS}"
-        )
-    if any(config.window(layer) != config.window(0) * (layer % 2 == 0) for layer in range(config.layers)):
-        raise OffmoeError(
-            f"{family.model_type} with windows of {config.windows} cannot be packed: in a GGUF every second layer, "
-            "beginning with the first, looks at one"
         )
     keys: dict[str, Any] = {
         "block_count": config.layers,
@@ -82,9 +77,7 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
         keys["expert_shared_feed_forward_length"] = config.shared_hidden
     elif config.shared:
         keys["expert_shared_count"] = config.shared
-    if config.windows:
-        keys["attention.sliding_window"] = config.window(0)
-    if config.dense:
+    if config.dense and family.dense_first:
         keys["leading_dense_block_count"] = len(config.dense)
     if config.rule.scores == "sigmoid" or config.latent:
         keys["expert_gating_func"] = 2 if config.rule.scores == "sigmoid" else 1

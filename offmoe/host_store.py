@@ -38,6 +38,7 @@ class HostStore(ExpertStore):
         host_ids = ids.numpy()
         if self.routed:
             self.routed(layer, host_ids, weights)
+        x, weights = self.weighted(x, weights)
         k = host_ids.shape[1]
         experts, uses, pairs = grouped(host_ids.ravel())
         products: list[Tensor] = []

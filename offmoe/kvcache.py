@@ -36,6 +36,7 @@ class KVCache:
         self.states = States(config, device) if config.mixer else None
         self._states = {layer: index for index, layer in enumerate(config.keyless)}
         self._written = 0  # positions before it may have been written over what a window's layers kept
+        self._chunked = config.chunked
         self._windows = [config.window(layer) for layer in range(config.layers)]
         self._rooms = rooms(config, ctx)
         z = config.latent
@@ -88,7 +89,8 @@ class KVCache:
         keys, values, scales, room = *self.layer(layer), self.scales(layer), self._rooms[layer]
         if room == self.ctx:
             return Chunk(keys, values, scales, 0)
-        first = max(0, start - self._windows[layer] + 1)
+        window = self._windows[layer]
+        first = start // window * window if self._chunked else max(0, start - window + 1)
         before = torch.arange(first, start, device=keys.device) % room
 
         def staged(kept: Tensor) -> Tensor:

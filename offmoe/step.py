@@ -151,13 +151,14 @@ class DecodeStep:
     def _attend_heads(self, layer: int) -> None:
         b, c, w = self.buffers, self.config, self.trunk.layers[layer]
         qkv, mixed = self._mixed(w)
-        keys, values = self.kv.layer(layer)
+        (keys, values), (table, temper) = self.kv.layer(layer), self.trunk.rope_of(layer)
         decode_attention(
-            qkv[0, c.gate_rows :], keys, values, b.position, self.trunk.rope, mixed[0], b.partial, b.attention_tickets,
+            qkv[0, c.gate_rows :], keys, values, b.position, table, mixed[0], b.partial, b.attention_tickets,
             heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
-            norm_full=c.qk_norm == "full", norm_after=c.qk_norm == "after", clip=c.clip_qkv, eps=c.norm_eps,
+            norm_full=c.qk_norm == "full", norm_after=c.norm_after, clip=c.clip_qkv, eps=c.norm_eps,
             splits=self.splits, split_size=self.split_size, scales=self.kv.scales(layer), scale=c.score_scale,
-            window=c.window(layer), sinks=w.sinks, gate=qkv[0, : c.gate_rows] if c.output_gated else None, pdl=self.pdl,
+            window=c.window(layer), chunked=c.chunked, sinks=w.sinks, temper=temper,
+            gate=qkv[0, : c.gate_rows] if c.output_gated else None, pdl=self.pdl,
         )  # fmt: skip
 
     def _attend_latents(self, layer: int, w: DeviceLatent) -> None:
@@ -280,7 +281,7 @@ class DecodeStep:
         joins = self._join(layer, variant)
         expert_gate_up(
             records, layout, b.slots, b.weights, b.normed, b.inner, copies=copies, glu=c.glu, ids=b.ids,
-            bias=gate_up_bias, pdl=self.pdl and not joins,
+            bias=gate_up_bias, before=c.weighted_input, pdl=self.pdl and not joins,
         )  # fmt: skip
         expert_down(
             records, layout, b.slots, b.inner, b.x, ids=b.ids, weights=b.weights, bias=down_bias,

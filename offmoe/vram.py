@@ -60,6 +60,7 @@ class VramStore(ExpertStore):
         host_ids = ids.cpu().numpy()  # waits for the router: about 0.1 ms a layer
         if self.routed:
             self.routed(layer, host_ids, weights)
+        x, weights = self.weighted(x, weights)
         counts = np.bincount(host_ids[host_ids >= 0], minlength=self.table.experts)
         experts = np.flatnonzero(counts)
         resident = self.table.slot_of[layer * self.table.experts + experts]  # before any is evicted

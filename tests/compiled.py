@@ -268,6 +268,25 @@ def convolution(pdl: bool) -> None:
     conv_chunk(floats(100, 3 * H).bfloat16(), w, recent, 7)
 
 
+def llama4(pdl: bool) -> None:
+    """Of Scout: chunks of attention, tempered queries of layers that rotate nothing, weights that come before."""
+    heads, kv_heads, dim, ctx, splits = 40, 8, 128, 16384, 16
+    keys, ones = torch.zeros((kv_heads, 9216, dim), dtype=torch.bfloat16), floats(dim)
+    for window, turned, norm, temper in ((8192, dim, ones, None), (0, 2, None, floats(ctx))):
+        kept = keys if window else torch.zeros((kv_heads, ctx, dim), dtype=torch.bfloat16)
+        decode_attention(
+            floats((heads + 2 * kv_heads) * dim), kept, kept, ints(1), floats(2, ctx, turned), floats(heads * dim),
+            floats(partial_size(heads, dim, splits)), ints(kv_heads), heads=heads, kv_heads=kv_heads, head_dim=dim,
+            q_norm=norm, k_norm=norm, norm_full=False, norm_after=True, clip=None, eps=1e-5, splits=splits,
+            window=window, chunked=True, temper=temper, pdl=pdl,
+        )  # fmt: skip
+    prefill_attention(torch.zeros((64, heads, dim), dtype=torch.bfloat16), keys, keys, 8190, window=8192, chunked=True)
+    layout = slot_layout(RecordLayout.of(("gate_up", "BF16", 2 * F, H), ("down", "BF16", H, F)))
+    records = torch.empty((2, -(-layout.nbytes // 256) * 256), dtype=torch.uint8)
+    expert_gate_up(records, layout, ints(1), floats(1), floats(1, H), floats(1, F), copies=absent(), before=True,
+                   pdl=pdl)  # fmt: skip
+
+
 def latents(pdl: bool, heads: int, z: Latent, fmt: str) -> None:
     ctx, splits = 4096, 32
     parts = []
@@ -313,6 +332,7 @@ def main(capability: int) -> None:
         attention(pdl)
         delta(pdl)
         convolution(pdl)
+        llama4(pdl)
         latents(pdl, 16, Latent(0, 512, 128, 64, 128), "BF16")  # DeepSeek-V2-Lite
         latents(pdl, 20, Latent(768, 512, 192, 64, 256), "Q8_0")  # GLM-4.7-Flash
         ends(pdl)

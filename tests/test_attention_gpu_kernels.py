@@ -13,7 +13,7 @@ from torch import Tensor
 from offmoe.kernels import kv as naive_kv
 from offmoe.kernels.attention import attention
 from offmoe.kernels.norm_rope import rms_norm, rope
-from offmoe.kernels.rope import rope_table
+from offmoe.kernels.rope import Temper, rope_table
 from offmoe.kernels.striped import unstripe
 
 pytest.importorskip("triton")
@@ -43,6 +43,8 @@ class Case:
     window: int = 0
     room: int = 0  # positions that the cache holds; 0: all
     sinks: bool = False
+    chunked: bool = False
+    temper: bool = False  # queries are multiplied, by position
 
     @property
     def width(self) -> int:
@@ -62,6 +64,9 @@ class Case:
     def sink_logits(self) -> Tensor | None:
         """Of the size of scores: some heads give most to the sink."""
         return 3 * randn(self.heads, seed=77) if self.sinks else None
+
+    def tempers(self) -> Tensor | None:
+        return Temper(5, 0.5).table(self.ctx, DEVICE) if self.temper else None
 
     def ring(self, cache: Tensor | None, filled: int) -> Tensor | None:
         """[…, ctx, …] → what is left of it in a ring, on its third dimension or its second."""
@@ -120,11 +125,13 @@ def expected(case: Case, qkv: Tensor, here: int) -> tuple[Tensor, Tensor, Tensor
     keys, values, scales = case.cache(here)
     positions = torch.tensor([here], device=DEVICE)
     q, k, v = naive_qkv(case, qkv[None], positions)
+    q = q if (tempers := case.tempers()) is None else q * tempers[here]
     keys, values = (contents(x, None if scales is None else scales[i]) for i, x in enumerate((keys, values)))
     k, v = stored(case, k[0]), stored(case, v[0])
     keys[:, here], values[:, here] = k, v
     keys, values = keys[:, : here + 1], values[:, : here + 1]
-    return attention(q, keys, values, positions, case.window, case.sink_logits(), case.scale).flatten(), k, v
+    return attention(q, keys, values, positions, case.window, case.sink_logits(), case.scale,
+                     case.chunked).flatten(), k, v  # fmt: skip
 
 
 def decode(case: Case, qkv: Tensor, here: int, splits: int, split_size: int, **options: Any) -> tuple[Tensor, ...]:
@@ -140,7 +147,8 @@ def decode(case: Case, qkv: Tensor, here: int, splits: int, split_size: int, **o
         DEVICE), mixed, partial, tickets, heads=case.heads, kv_heads=case.kv_heads, head_dim=case.dim,
         q_norm=q_norm, k_norm=k_norm, norm_full=case.norm == "full", norm_after=case.norm == "after",
         clip=case.clip, eps=case.eps, scale=case.scale,
-        splits=splits, split_size=split_size, scales=scales, window=case.window, sinks=case.sink_logits(), **options,
+        splits=splits, split_size=split_size, scales=scales, window=case.window, chunked=case.chunked,
+        sinks=case.sink_logits(), temper=case.tempers(), **options,
     )  # fmt: skip
     assert not tickets.any(), "tickets are not back at 0"
     spot = here % keys.shape[1]
@@ -162,6 +170,8 @@ CASES = {
     "window and sinks in a ring": Case(window=9, room=48, sinks=True, norm="none", ctx=200),
     "ring of int8": Case(window=30, room=48, int8=True, ctx=200),
     "window as wide as its ring": Case(window=32, room=32, sinks=True, dtype=F16, ctx=200),
+    "chunk": Case(window=9, chunked=True),
+    "chunk in a ring, tempered": Case(window=30, room=48, chunked=True, temper=True, norm="none", ctx=200),
     "int8": Case(int8=True),
     "int8, clip": Case(int8=True, norm="none", clip=0.5, heads=2, kv_heads=2),
 }
@@ -246,6 +256,7 @@ def test_rms_norm_is_the_twins(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("start", [0, 1, 20])
 @pytest.mark.parametrize("case", [
     Case(), replace(Case(), int8=True), replace(Case(), kv_heads=4), Case(sinks=True), Case(window=5),
+    Case(window=5, chunked=True), Case(window=7, chunked=True, sinks=True, int8=True),
     Case(window=5, sinks=True, int8=True), Case(window=12, sinks=True, dtype=F16, dim=20, heads=3, kv_heads=1),
 ])  # fmt: skip
 def test_a_chunk_is_the_twins(case: Case, start: int) -> None:
@@ -253,11 +264,11 @@ def test_a_chunk_is_the_twins(case: Case, start: int) -> None:
     keys, values, scales = case.cache(start + 9)
     sinks = case.sink_logits()
     q = q.to(F32 if case.int8 else case.dtype)
-    got = prefill_attention(q, keys, values, start, scales, window=case.window, sinks=sinks)
+    got = prefill_attention(q, keys, values, start, scales, window=case.window, chunked=case.chunked, sinks=sinks)
     positions = start + torch.arange(9, device=DEVICE)
     keys, values = (contents(x, None if scales is None else scales[i]) for i, x in enumerate((keys, values)))
     keys, values = keys[:, : start + 9], values[:, : start + 9]
-    want = attention(q.float(), keys, values, positions, case.window, sinks)
+    want = attention(q.float(), keys, values, positions, case.window, sinks, chunked=case.chunked)
     assert_close("mixed", got, want, 2e-3 if q.dtype == F16 else 1e-5)
 
 

@@ -158,3 +158,16 @@ def test_a_clamp_hides_no_nan() -> None:
     out, x = torch.zeros(1, layout.expert_hidden, device=DEVICE), nan(1, layout.hidden)
     fast.expert_gate_up(records, layout, ints(0), randn(1), x, out, glu=CLAMPED)
     assert out.isnan().all()
+
+
+@pytest.mark.parametrize("fmt", ["BF16", "Q4_K"])
+def test_a_weight_may_scale_what_its_expert_takes_in(fmt: str) -> None:
+    records, layout = slots_of(fmt, fmt)
+    slots, x, weights = ints(2, 0), 0.05 * randn(2, layout.hidden), 0.5 + randn(2, seed=3).abs()
+    out = nan(2, layout.expert_hidden)
+    want, scaled = out.double(), out.double()
+    for twin, into in ((fast, out), (naive, want)):
+        twin.expert_gate_up(records, layout, slots, weights, x, into, before=True)
+    naive.expert_gate_up(records, layout, slots, torch.ones_like(weights), x.double() * weights[:, None], scaled)
+    assert_close("gate_up", out, want, RATIO)
+    assert_close("by hand", want, scaled, 1e-6)

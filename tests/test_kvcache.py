@@ -37,6 +37,17 @@ def test_logits_behind_many_windows(engine: Engine) -> None:
     assert engine.kv.layer(1)[0].shape == (2, 256, 32)
 
 
+def test_logits_behind_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of attention, of seven positions each, cut across those of a prompt."""
+    monkeypatch.setattr(kvcache, "SLACK", 5)
+    want, _ = reference("llama4_text-chunked", IDS)
+    model = open_model(saved("llama4_text-chunked", tmp_path))
+    with Engine(model, Settings.of(device="cpu", ctx=CTX, chunk=10)) as engine:
+        assert rooms(engine.config, CTX) == [12, 12, 256, 12]
+        rows = [engine.prefill(IDS[:100])] + [engine.step(token) for token in IDS[100:]]
+        assert_close("logits", torch.stack(rows), want[99:], 1e-5)
+
+
 @pytest.mark.parametrize(
     ("written", "common", "reused"),
     [(80, 80, 80), (80, 59, 59), (80, 58, 0), (80, 30, 0), (80, 0, 0), (60, 39, 39), (60, 38, 0)],

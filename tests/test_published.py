@@ -44,7 +44,22 @@ DEEPSEEK_V2 = {**DEEPSEEK, "model_type": "deepseek_v2", "scoring_func": "softmax
                "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "vocab_size": 102400,
                "rope_scaling": LATER_YARN}  # fmt: skip
 LFM2_LAYERS = ["full_attention" if layer in (2, 6, 10, 14, 18, 21) else "conv" for layer in range(24)]
+LLAMA4 = {
+    "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
+    "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
+    "num_experts_per_tok": 1, "vocab_size": 202048, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "attention_chunk_size": 8192, "attention_bias": False, "attn_temperature_tuning": True, "floor_scale": 8192,
+    "attn_scale": 0.1, "tie_word_embeddings": False, "router_jitter_noise": 0.0, "moe_layers": None,
+    "no_rope_layers": [int((layer + 1) % 4 != 0) for layer in range(48)]}  # fmt: skip
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "Llama-4-Scout-17B-16E": {"model_type": "llama4", "image_token_index": 200092, "text_config": {
+        **LLAMA4, "model_type": "llama4_text", "num_local_experts": 16, "interleave_moe_layer_step": 1,
+        "use_qk_norm": True, "max_position_embeddings": 10485760, "rope_scaling": {
+            "factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0, "rope_type": "llama3",
+            "original_max_position_embeddings": 8192}}},
+    "Llama-4-Maverick-17B-128E": {"model_type": "llama4", "text_config": {
+        **LLAMA4, "model_type": "llama4_text", "num_local_experts": 128, "interleave_moe_layer_step": 2,
+        "use_qk_norm": False, "max_position_embeddings": 1048576, "rope_scaling": None}},
     "LFM2-8B-A1B": {
         "model_type": "lfm2_moe", "hidden_size": 2048, "intermediate_size": 7168, "moe_intermediate_size": 1792,
         "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 8, "num_experts": 32,
@@ -205,6 +220,8 @@ STATED = {
     "Phi-3.5-MoE": (41.9, 6.6, "all"),
     "Granite-3.1-3B-A800M": (3.3, 0.8, "neither"),
     "LFM2-8B-A1B": (8.3, 1.5, "all"),
+    "Llama-4-Scout-17B-16E": (109.0, 17, "all"),
+    "Llama-4-Maverick-17B-128E": (400.0, 17, "all"),
     "DeepSeek-V3": (671.0, 37.0, "no embedding"),
     "DeepSeek-V2": (236.0, 21.0, "no embedding"),
     "DeepSeek-V2-Lite": (15.7, 2.4, "no embedding"),
@@ -264,6 +281,12 @@ CONVERTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "Qwen3.6-35B-A3B": ({
         **GGUF_LINEAR, "block_count": 41, "nextn_predict_layers": 1, "expert_used_count": 8, "expert_count": 256,
         "vocab_size": 248320, "rope.dimension_sections": [11, 11, 10, 0]}, ("output.weight",)),
+    "Llama-4-Maverick-17B-128E": ({
+        "block_count": 48, "embedding_length": 5120, "feed_forward_length": 16384, "attention.head_count": 40,
+        "attention.head_count_kv": 8, "attention.key_length": 128, "attention.value_length": 128,
+        "rope.freq_base": 500000.0, "rope.dimension_count": 128, "attention.layer_norm_rms_epsilon": 1e-5,
+        "expert_used_count": 1, "expert_count": 128, "expert_feed_forward_length": 8192,
+        "interleave_moe_layer_step": 2, "vocab_size": 202048, "context_length": 1048576}, ("output.weight",)),
     "LFM2-8B-A1B": ({
         "block_count": 24, "embedding_length": 2048, "feed_forward_length": 7168, "attention.head_count": 32,
         "attention.head_count_kv": [8 if kind == "full_attention" else 0 for kind in LFM2_LAYERS],
@@ -348,6 +371,24 @@ def test_a_gguf_says_what_the_config_says(name: str) -> None:
 def test_a_deltanet_that_is_not_implemented_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(OffmoeError, match=message):
         from_hf({**PUBLISHED["Qwen3-Next-80B-A3B"], **change}, family_of("model_type", "qwen3_next"))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"num_experts_per_tok": 2}, "llama4: num_experts_per_tok is 2, and offmoe implements 1"),
+    ({"no_rope_layers": [1, 1, 2, 0] * 12}, "no_rope_layers is .*: expected 0 or 1 for each of 48 layers"),
+    ({"layer_types": ["full_attention"] * 47}, "expected 'full_attention' or 'chunked_attention' for each of 48"),
+    ({"layer_types": ["sliding_attention"] * 48}, "layer_types is 'sliding_attention', and offmoe implements"),
+    ({"attention_chunk_size": 0}, "attention_chunk_size = 0: expected a whole number of at least 1"),
+    ({"moe_layers": [0, 48]}, "moe_layers is .*: expected layers of 0 to 47"),
+    ({"interleave_moe_layer_step": 49}, "none of the 48 layers has experts"),
+    ({"attention_bias": True}, "attention_bias is True, and offmoe implements False"),
+    ({"attn_temperature_tuning": 4}, "attn_temperature_tuning = 4: expected true or false"),
+    ({"floor_scale": 0.5}, "floor_scale = 0.5: expected a whole number"),
+])  # fmt: skip
+def test_a_llama4_that_is_not_implemented_is_refused(change: dict[str, Any], message: str) -> None:
+    raw = PUBLISHED["Llama-4-Scout-17B-16E"]
+    with pytest.raises(OffmoeError, match=message):
+        from_hf({**raw, "text_config": {**raw["text_config"], **change}}, family_of("model_type", "llama4"))
 
 
 @pytest.mark.parametrize(("change", "message"), [

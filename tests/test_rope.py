@@ -131,7 +131,7 @@ def test_the_positions_that_scaling_adds_are_offered(name: str, count: int) -> N
     ({**YARN, "factor": "4"}, "factor = '4': expected a number"),
     ({"rope_type": "longrope", "factor": 4.0, "short_factor": [0.0], "long_factor": [1.0]}, r"short_factor = \[0.0\]"),
     ({**SCALINGS["longrope"], "long_factor": [1.0]}, "long_factor has 1 numbers: expected one for each of 32 pairs"),
-    ({**SCALINGS["llama3"], "high_freq_factor": 1.0}, "high_freq_factor is 1 and low_freq_factor 1"),
+    ({**SCALINGS["llama3"], "high_freq_factor": 0.5}, "high_freq_factor is 0.5 and low_freq_factor 1"),
 ])  # fmt: skip
 def test_numbers_that_mean_nothing_are_refused(scaling: dict[str, Any], message: str) -> None:
     with pytest.raises(OffmoeError, match=message):

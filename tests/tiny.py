@@ -115,6 +115,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
                           "use_expert_bias": False, "norm_topk_prob": False, "routed_scaling_factor": 1.5,
                           "layer_types": ["full_attention", "conv", "conv", "conv"], "tie_word_embeddings": False,
                           "initializer_range": 0.1},
+    "llama4_text": {"intermediate_size": 32, "intermediate_size_mlp": 96, "num_local_experts": 8, "head_dim": 32,
+                    "num_hidden_layers": 4, "interleave_moe_layer_step": 2},
+    "llama4_text-chunked": {"intermediate_size": 64, "intermediate_size_mlp": 64, "num_local_experts": 6,
+                            "num_hidden_layers": 4, "moe_layers": [0, 2, 3], "head_dim": 16, "attention_chunk_size": 7,
+                            "no_rope_layer_interval": 3, "floor_scale": 5, "attn_scale": 0.5, "rope_parameters": {
+                                "rope_type": "llama3", "rope_theta": 500000.0, "factor": 16.0, "low_freq_factor": 1.0,
+                                "high_freq_factor": 1.0, "original_max_position_embeddings": 32}},
     "olmoe-clipped": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "clip_qkv": 1.0},
 }  # fmt: skip
 
@@ -167,8 +174,13 @@ def reference_routing(
     """Logits [T, V] and of every layer with experts the ids and weights [T, k] that its own router chose."""
     model = model or tiny(family)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def heard(_module: Any, _inputs: Any, out: Any) -> None:
+        weights, ids = out[1:] if len(out) == 3 else out[0].max(-1, keepdim=True)  # Llama 4's: zeros but for one
+        seen.append((ids, weights))
+
     hooks = [
-        module.register_forward_hook(lambda _module, _inputs, out: seen.append((out[2], out[1])))
+        module.register_forward_hook(heard)
         for module in model.modules()
         if type(module).__name__.endswith(("Router", "V1Gate"))
     ]

@@ -26,6 +26,17 @@ LOG_2_E = tl.constexpr(LOG2E)
 
 
 @triton.jit
+def oldest_seen(here, WINDOW: tl.constexpr, CHUNKED: tl.constexpr):
+    """The first position that a query at `here` sees."""
+    if WINDOW == 0:
+        return here * 0
+    elif CHUNKED:
+        return here // WINDOW * WINDOW
+    else:
+        return tl.maximum(here - (WINDOW - 1), 0)
+
+
+@triton.jit
 def around(start, room, COUNT: tl.constexpr, RING: tl.constexpr):
     """Where positions start … start + COUNT lie; in a ring of at least COUNT they go on at its beginning."""
     if RING:
@@ -135,11 +146,11 @@ def to_l2(base, start, last, room, ROW: tl.constexpr, COUNT: tl.constexpr, RING:
 
 @triton.jit
 def _decode(
-    qkv, gate, keys, values, scales, position, table, q_norm, k_norm, sinks, mixed_out, partial, tickets,
+    qkv, gate, keys, values, scales, position, table, temper, q_norm, k_norm, sinks, mixed_out, partial, tickets,
     ctx, room, splits, least, clip, eps, to_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, J: tl.constexpr, MANY: tl.constexpr, STAGES: tl.constexpr,
-    WINDOW: tl.constexpr, RING: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNKED: tl.constexpr, RING: tl.constexpr,
     NORM: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (KV_HEADS, splits). The first R values of a head are rotated. A tile's rows: the group's query heads, their
@@ -152,7 +163,7 @@ def _decode(
     GROUP: tl.constexpr = HEADS // KV_HEADS
     head, split = tl.program_id(0), tl.program_id(1)
     here = tl.load(position).to(tl.int32)
-    oldest = tl.maximum(here - (WINDOW - 1), 0) if WINDOW > 0 else 0
+    oldest = oldest_seen(here, WINDOW, CHUNKED)
     size = tl.maximum(least, tl.cdiv(tl.cdiv(here - oldest + 1, splits), BLOCK) * BLOCK)
     active = tl.minimum((here - oldest) // size + 1, splits)
     start = oldest + split * size
@@ -180,6 +191,8 @@ def _decode(
             weight_other = tl.load(q_norm + q_row + other, mask=is_q & (d < D), other=0.0)
             weight_other += tl.load(k_norm + k_row + other, mask=is_k & (d < D), other=0.0)
     g = tl.arange(0, ROWS)
+    if temper is not None:
+        sharper = tl.load(temper + tl.minimum(here, ctx - 1))
     if sinks is not None:
         sink = tl.load(sinks + head * GROUP + g, mask=g < GROUP, other=-float("inf")) * LOG_2_E
     k, k_scale = load_block(k_base, k_scales, start, end, room, D, WIDE, BLOCK, INT8, RING)
@@ -205,6 +218,8 @@ def _decode(
     x = x * cos + tl.where(d < R // 2, -1.0, 1.0) * y * sin
     if NORM == 3:
         x = tl.where(is_v, x, x * norm_factor(x, D, eps)[:, None] * weight)
+    if temper is not None:
+        x = tl.where(is_q, x * sharper, x)
     q = x.to(DOT)
     k_new = tl.sum(tl.where(is_k, x, 0.0), 0)[None, :]
     v_new = tl.sum(tl.where(is_v, x, 0.0), 0)[None, :]
@@ -299,16 +314,16 @@ def decode_attention(
     partial: Tensor, tickets: Tensor, *,
     heads: int, kv_heads: int, head_dim: int, q_norm: Tensor | None, k_norm: Tensor | None, norm_full: bool,
     clip: float | None, eps: float, splits: int, split_size: int = LEAST, scales: Tensor | None = None,
-    scale: float | None = None, norm_after: bool = False, window: int = 0, sinks: Tensor | None = None,
-    gate: Tensor | None = None,
+    scale: float | None = None, norm_after: bool = False, window: int = 0, chunked: bool = False,
+    sinks: Tensor | None = None, temper: Tensor | None = None, gate: Tensor | None = None,
     pdl: bool = False, block: int | None = None, warps: int = 4, stages: int = 3,
 ) -> None:  # fmt: skip
     """One token at `position` [1]: q, k, v [(heads + 2 kv_heads) · D] float32 → mixed [heads · D] float32, striped.
 
     Norm, clip, rotation as in kernels.norm_rope; k and v are written into keys, values [kv_heads, room, D] at
     `position` % room (int8: with scales [2, kv_heads, room]), unless it is ctx, where nothing fits any more; room is
-    ctx or, with a `window`, at least that. `sinks` [heads] float32 and `window` as in kernels.attention. `gate`
-    [heads · D]: its sigmoid is multiplied with mixed.
+    ctx or, with a `window`, at least that. `sinks` [heads] float32, `window` and `chunked` as in kernels.attention.
+    `temper` [ctx] float32: what queries are multiplied by. `gate` [heads · D]: its sigmoid is multiplied with mixed.
     `partial` [partial_size(…)] float32 is scratch; `tickets` [kv_heads] int32 are 0 before and after.
     Scores are multiplied by `scale`, D ** -0.5 where it is None.
     The result depends on splits · split_size, not on the order in which programs run.
@@ -331,14 +346,13 @@ def decode_attention(
     rows = max(16, triton.next_power_of_2(group + 2))
     many = min(triton.next_power_of_2(splits), max(1, COMBINE // wide))
     _decode[(kv_heads, splits)](
-        qkv, gate, keys, values, keys if scales is None else scales, position, rope_table, q_norm, k_norm, sinks,
-        mixed, partial, tickets, ctx, room, splits, split_size, clip or 0.0, eps,
+        qkv, gate, keys, values, keys if scales is None else scales, position, rope_table, temper, q_norm, k_norm,
+        sinks, mixed, partial, tickets, ctx, room, splits, split_size, clip or 0.0, eps,
         (head_dim**-0.5 if scale is None else scale) * LOG2E,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, R=rope_table.shape[2], WIDE=wide, ROWS=rows, BLOCK=block,
         J=max(1, min(triton.next_power_of_2(group), COMBINE // (wide * many))), MANY=many, STAGES=stages, WINDOW=window,
-        RING=room < ctx,
-        NORM=norm_kind(q_norm, norm_full, norm_after), CLIP=bool(clip), INT8=scales is not None, DOT=dot_type(keys),
-        num_warps=warps, **dependent(pdl),
+        CHUNKED=chunked, RING=room < ctx, NORM=norm_kind(q_norm, norm_full, norm_after), CLIP=bool(clip),
+        INT8=scales is not None, DOT=dot_type(keys), num_warps=warps, **dependent(pdl),
     )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def bring_strip(source, record, stage, turn, ROWS: tl.constexpr, INNER: tl.const
 @triton.jit
 def gate_up_rows(
     record, weight, bias, x, out, first, end, H: tl.constexpr, INNER: tl.constexpr, R: tl.constexpr,
-    PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr,
+    PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, BEFORE: tl.constexpr,
     FG: tl.constexpr, UG: tl.constexpr, WG: tl.constexpr,
     G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
     FU: tl.constexpr, UU: tl.constexpr, WU: tl.constexpr,
@@ -120,7 +120,11 @@ def gate_up_rows(
         if bias is not None:
             gate += tl.load(bias + row, mask=row < end, other=0.0)
             up += tl.load(bias + INNER + row, mask=row < end, other=0.0)
-        tl.store(out + place(row, INNER), glu(gate, up, ALPHA, LIMIT, PLUS) * weight, mask=row < end)
+        if BEFORE:
+            gate, up, after = gate * weight, up * weight, 1.0
+        else:
+            after = weight
+        tl.store(out + place(row, INNER), glu(gate, up, ALPHA, LIMIT, PLUS) * after, mask=row < end)
         gates, ups = next_gates, next_ups
 
 
@@ -130,7 +134,7 @@ def _gate_up(
     sources, numbers, base, row_stride, count, targets, scratch,
     MOVERS: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, DOWN: tl.constexpr, CHUNK: tl.constexpr,
     LISTED: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,
-    PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr,
+    PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, BEFORE: tl.constexpr,
     FG: tl.constexpr, UG: tl.constexpr, WG: tl.constexpr,
     G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
     FU: tl.constexpr, UU: tl.constexpr, WU: tl.constexpr,
@@ -170,7 +174,7 @@ def _gate_up(
                            INNER, STRIPS, CHUNK)  # fmt: skip
         record = records + slot.to(tl.int64) * stride
         gate_up_rows(record, weight, None if bias is None else bias + expert * (2 * INNER), x + (pair // k) * H,
-                     out + pair * INNER, first, end, H, INNER, R, PITCH, ALPHA, LIMIT, PLUS,
+                     out + pair * INNER, first, end, H, INNER, R, PITCH, ALPHA, LIMIT, PLUS, BEFORE,
                      FG, UG, WG, G0, G1, G2, G3, FU, UU, WU, U0, U1, U2, U3)  # fmt: skip
     if MOVERS > 0:
         if moves:
@@ -181,13 +185,14 @@ def _gate_up(
 def expert_gate_up(
     records: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, x: Tensor, out: Tensor, *,
     copies: Copies | None = None, glu: Glu = SILU, ids: Tensor | None = None, bias: Tensor | None = None,
-    pdl: bool = False,
+    before: bool = False, pdl: bool = False,
 ) -> None:  # fmt: skip
     """weight · glu(gate x, up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P] float32,
     x [T, H] striped → out [P, F] striped. `bias` [E, 2F] float32, of gate beside up, of experts `ids` [P] int32.
 
     Pair p is of token p // (P / T); of one in slot -1 nothing is made, here or by expert_down. With `copies`,
     for one token: its missing experts are brought into their slots first, whole records, and multiplied as they come.
+    before: glu(weight · gate x, weight · up x) instead.
     """
     assert x.is_contiguous() and out.is_contiguous() and records.stride(1) == 1
     assert copies is None or len(x) == 1
@@ -201,7 +206,7 @@ def expert_gate_up(
         records, records.stride(0), slots, weights, ids, bias, x, out, pairs // len(x), pairs,
         *(copies.arguments if copies else [None] * 7), **moving,
         H=h, INNER=gate.rows, PP=triton.next_power_of_2(pairs), R=tile(), PITCH=gate.pitch,
-        ALPHA=glu.alpha, LIMIT=glu.limit, PLUS=glu.plus,
+        ALPHA=glu.alpha, LIMIT=glu.limit, PLUS=glu.plus, BEFORE=before,
         FG=gate.format, UG=ug, WG=UNIT[gate.format], **planes("G", gate),
         FU=up.format, UU=uu, WU=UNIT[up.format], **planes("U", up), num_warps=warps,
         maxnreg=registers(FEWER_WARPS if heavy else WARPS), **dependent(pdl),

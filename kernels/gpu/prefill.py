@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from offmoe.kernels.gpu.attention import LOG2E, LOG_2_E, dot_type
+from offmoe.kernels.gpu.attention import LOG2E, LOG_2_E, dot_type, oldest_seen
 from offmoe.kernels.kv import dequantise
 
 
@@ -17,7 +17,7 @@ from offmoe.kernels.kv import dequantise
 def _prefill(
     q, keys, values, sinks, out, tokens, past, head_stride, to_log2,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, WINDOW: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr,
+    CHUNKED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens / M, HEADS): what torch's kernels know nothing of, windows and sinks."""
     head, d = tl.program_id(1), tl.arange(0, WIDE)
@@ -36,7 +36,7 @@ def _prefill(
     mixed = tl.zeros((M, WIDE), tl.float32)
     first = tl.program_id(0) * M + past
     end = tl.minimum(first + M, past + tokens)
-    begin = tl.maximum(first - (WINDOW - 1), 0) // N * N if WINDOW > 0 else 0
+    begin = oldest_seen(first, WINDOW, CHUNKED) // N * N
     for start in range(begin, end, N):
         n = start + tl.arange(0, N)
         source = line + n.to(tl.int64)[:, None] * D + d[None, :]
@@ -44,7 +44,7 @@ def _prefill(
         scores = tl.dot(query, tl.trans(tl.load(keys + source, mask=there, other=0.0)), input_precision="ieee")
         seen = n[None, :] <= here[:, None]
         if WINDOW > 0:
-            seen = seen & (n[None, :] > here[:, None] - WINDOW)
+            seen = seen & (n[None, :] >= oldest_seen(here, WINDOW, CHUNKED)[:, None])
         scores = tl.where(seen, scores * to_log2, -float("inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         old, p = tl.exp2(top - higher), tl.exp2(scores - higher[:, None])
@@ -57,19 +57,19 @@ def _prefill(
 
 def prefill_attention(
     q: Tensor, keys: Tensor, values: Tensor, start: int, scales: Tensor | None = None, *,
-    window: int = 0, sinks: Tensor | None = None, scale: float | None = None,
+    window: int = 0, chunked: bool = False, sinks: Tensor | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """q [T, heads, D] at places start … over keys, values [kv_heads, room, D] up to their own: [T, heads, D].
 
-    No [T, start + T] mask is made on a GPU. int8 keys and values are unpacked first, in q's type. `window` and
-    `sinks` [heads] float32 as in kernels.attention; beside them no `scale` (there) but D ** -0.5.
+    No [T, start + T] mask is made on a GPU. int8 keys and values are unpacked first, in q's type. `window`, `chunked`
+    and `sinks` [heads] float32 as in kernels.attention; beside them no `scale` (there) but D ** -0.5.
     """
     end = start + len(q)
     k, v = keys[:, :end], values[:, :end]
     if scales is not None:
         k, v = (dequantise(x, scale[:, :end], q.dtype) for x, scale in zip((k, v), scales, strict=True))
-    if window or sinks is not None:
-        return seen_through_windows(q, k, v, start, window, sinks)
+    if (0 < window < end) or sinks is not None:
+        return seen_through_windows(q, k, v, start, window, chunked, sinks)
     bias = causal_lower_right(len(q), end) if start else None
     mixed = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0),
@@ -78,7 +78,9 @@ def prefill_attention(
     return mixed.squeeze(0).transpose(0, 1)
 
 
-def seen_through_windows(q: Tensor, k: Tensor, v: Tensor, start: int, window: int, sinks: Tensor | None) -> Tensor:
+def seen_through_windows(
+    q: Tensor, k: Tensor, v: Tensor, start: int, window: int, chunked: bool, sinks: Tensor | None
+) -> Tensor:
     """The part of `prefill_attention` that is ours."""
     (tokens, heads, d), out = q.shape, torch.empty_like(q)
     assert q.is_contiguous()
@@ -87,6 +89,7 @@ def seen_through_windows(q: Tensor, k: Tensor, v: Tensor, start: int, window: in
     m, n = (16, 32) if q.dtype == torch.float32 else (128, 64)
     _prefill[(triton.cdiv(tokens, m), heads)](
         q, k, v, sinks, out, tokens, start, k.stride(0), d**-0.5 * LOG2E, HEADS=heads, GROUP=heads // len(k), D=d,
-        WIDE=triton.next_power_of_2(d), WINDOW=window, M=m, N=n, DOT=dot_type(k), num_warps=4 if d <= 64 else 8,
+        WIDE=triton.next_power_of_2(d), WINDOW=window, CHUNKED=chunked, M=m, N=n, DOT=dot_type(k),
+        num_warps=4 if d <= 64 else 8,
     )  # fmt: skip
     return out

@@ -12,7 +12,7 @@ from offmoe.kernels.deltanet import Delta
 from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.keyless import Mixer
 from offmoe.kernels.mla import Latent
-from offmoe.kernels.rope import PLAIN, Scaling
+from offmoe.kernels.rope import PLAIN, Scaling, Temper
 from offmoe.kernels.route import Rule
 from offmoe.models.fields import count as count  # families take them from here
 from offmoe.models.fields import flag as flag
@@ -49,7 +49,7 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     rotary: int  # values of a head that are rotated, the first
-    qk_norm: str  # none, head (over each head), after (so, of rotated heads) or full (over all heads together)
+    qk_norm: str  # none, head (over each head), after (so, of rotated heads), unit (so, by no weights) or full (of all)
     rule: Rule  # of the router
     clip_qkv: float | None
     tied: bool  # the output head is the embedding
@@ -70,11 +70,15 @@ class ModelConfig:
     attention_scale: float = 0.0  # of q · k; 0: 1 / √D
     logit_divisor: float = 1.0
     windows: tuple[int, ...] = ()  # by layer: positions that attention sees, 0: all; nothing: all in every layer
+    chunked: bool = False  # a window is a chunk: a token sees its own, from the chunk's first position on
+    unturned: tuple[int, ...] = ()  # layers that rotate nothing
+    temper: Temper | None = None  # of their queries
     sinks: bool = False  # a logit a head that takes its share of attention and gives nothing
     o_bias: bool = False
     router_offset: bool = False  # added to the router's logits
     expert_bias: bool = False
     glu: Glu = SILU  # of the routed experts
+    weighted_input: bool = False  # an expert's weight is multiplied with what it takes in, not with what it gives
     latent: Latent | None = None  # of multi-head latent attention; then head_dim is a key's, and kv_heads is 1
 
     @property
@@ -115,6 +119,11 @@ class ModelConfig:
     @property
     def stream_eps(self) -> float:
         return self.norm_eps / self.residual_scale**2
+
+    @property
+    def norm_after(self) -> bool:
+        """Whether heads are normed after they are rotated."""
+        return self.qk_norm in ("after", "unit")
 
     @property
     def places(self) -> int:
@@ -306,6 +315,7 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "linear_value_head_dim": shared_out(key("ssm.inner_size"), key("ssm.time_step_rank")),
         "full_attention_interval": key("full_attention_interval"),
         "conv_L_cache": key("shortconv.l_cache"),
+        "interleave_moe_layer_step": key("interleave_moe_layer_step"),
         "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
         "expert_gating_func": key("expert_gating_func"),
         "tie_word_embeddings": "output.weight" not in tensors,

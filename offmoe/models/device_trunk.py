@@ -22,14 +22,14 @@ from offmoe.kernels.mla import HEADS_AT_ONCE, LATENT_EPS, Latent, expand
 from offmoe.kernels.norm_rope import rms_norm
 from offmoe.kernels.planes import Matrix, SlotLayout, matrix, rearrange, rearrange_matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
-from offmoe.kernels.rope import rope_table
+from offmoe.kernels.rope import rope_table, unturned_table
 from offmoe.kernels.route import select
 from offmoe.kernels.striped import stripe, unstripe
 from offmoe.kvcache import KVCache
 from offmoe.models.keyless import mixer_output, mixer_weights
 from offmoe.models.latent import FLOATS, head_rows, positioned, rows_of, transposed
 from offmoe.models.model import Model
-from offmoe.models.trunk import projections, uninterleaved
+from offmoe.models.trunk import has_head_norm, projections, uninterleaved
 
 Part = tuple[Tensor, Matrix]  # bytes in slot layout, and what they are
 
@@ -105,7 +105,13 @@ class DeviceTrunk:
             self.head_bias = self._float("head_bias") / self.config.logit_divisor
         self.head = (self.embedding,) if self.config.tied else self._parts("head")
         self.rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device, self.config.rope)
+        self._unturned = unturned_table(ctx, device) if self.config.unturned else self.rope
+        self._temper = self.config.temper.table(ctx, device) if self.config.temper else None
         self._positions = torch.arange(ctx, device=device)
+
+    def rope_of(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        """The table that turns a layer's heads, and what its queries are multiplied by then [ctx]."""
+        return (self._unturned, self._temper) if layer in self.config.unturned else (self.rope, None)
 
     def load_layers(self, progress: Callable[[int, int], None]) -> None:
         """Read the layers one after another; `progress(done, layers)`."""
@@ -144,14 +150,17 @@ class DeviceTrunk:
         positions = self._positions[start : start + len(x)]
         if w.latent:
             return self._product(self._attend_latents(w.latent, qkv, kv.latents(layer), positions, start), w.o)
-        chunk = kv.open(layer, start, len(x))
-        q = norm_rope_write(qkv[:, c.gate_rows :], chunk.keys, chunk.values, positions, self.rope, heads=c.heads,
+        chunk, (table, temper) = kv.open(layer, start, len(x)), self.rope_of(layer)
+        q = norm_rope_write(qkv[:, c.gate_rows :], chunk.keys, chunk.values, positions, table, heads=c.heads,
                             kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
                             eps=c.norm_eps, scales=chunk.scales, first=chunk.first,
-                            norm_after=c.qk_norm == "after")  # fmt: skip
+                            norm_after=c.norm_after)  # fmt: skip
+        if temper is not None:
+            q = (q * temper[positions].view(-1, 1, 1)).to(q.dtype)
         kv.close(layer, chunk, start, len(x))
         mixed = prefill_attention(q, chunk.keys, chunk.values, start - chunk.first, chunk.scales,
-                                  window=c.window(layer), sinks=w.sinks, scale=c.score_scale)  # fmt: skip
+                                  window=c.window(layer), chunked=c.chunked, sinks=w.sinks,
+                                  scale=c.score_scale)  # fmt: skip
         mixed = mixed.flatten(1).to(self._dtype)
         if c.output_gated:
             mixed = mixed * qkv[:, : c.gate_rows].sigmoid()
@@ -245,14 +254,13 @@ class DeviceTrunk:
     def _load_layer(self, layer: int) -> DeviceLayer:
         c, routed = self.config, layer in self.config.routed
         mixer = c.mixer if layer in c.keyless else None
-        normed = c.qk_norm != "none" and not mixer
         beside = "dense" if not routed else "shared" if c.shared else None
         return DeviceLayer(
             attn_norm=(attn_norm := self._float("attn_norm", layer)),
             attn_norm_striped=stripe(attn_norm),
             qkv=self._parts(*projections(c, layer), layer=layer),
-            q_norm=self._float("q_norm", layer) if normed else None,
-            k_norm=self._float("k_norm", layer) if normed else None,
+            q_norm=self._head_norm("q_norm", layer),
+            k_norm=self._head_norm("k_norm", layer),
             o=self._parts(mixer_output(mixer) if mixer else "o", layer=layer),
             ffn_norm=(ffn_norm := self._float("ffn_norm", layer)),
             ffn_norm_striped=stripe(ffn_norm),
@@ -270,6 +278,11 @@ class DeviceTrunk:
             router_offset=self._float("router_offset", layer) if routed and c.router_offset else None,
             latent=self._load_latent(layer, c.latent) if c.latent else None,
         )
+
+    def _head_norm(self, role: str, layer: int) -> Tensor | None:
+        if self.config.qk_norm == "unit" and layer not in self.config.unturned:
+            return torch.ones(self.config.head_dim, device=self._device)
+        return self._float(role, layer) if has_head_norm(self.config, layer) else None
 
     def _load_latent(self, layer: int, z: Latent) -> DeviceLatent:
         heads = self.config.heads

@@ -20,7 +20,7 @@ MODULES = (
     "qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe", "gpt_oss",
     "deepseek_v3", "deepseek_v2", "kimi_k2", "glm4_moe_lite",
     "ernie4_5_moe", "dots1", "minimax_m2", "hunyuan_v1_moe", "granitemoe", "phimoe",
-    "qwen3_next", "qwen3_5_moe", "lfm2_moe",
+    "qwen3_next", "qwen3_5_moe", "lfm2_moe", "llama4",
 )  # fmt: skip
 
 Names = Mapping[str, tuple[str, ...]]  # role → templates over layer {l} and expert {e}; the first that exists counts
@@ -179,6 +179,7 @@ class Family:
     tiled_gguf: bool = False  # llama.cpp orders the value heads of this arch so, see kernels.deltanet
     translated: Translated = dict  # a config of its own dialect in the field names that all share
     gguf_keys: GgufKeys = no_keys  # that llama.cpp wants of this arch beside those of all
+    dense_first: bool = True  # a GGUF of this arch says how many layers without experts come first, and has no others
     interleaved_experts: bool = False  # in safetensors: stacked gate and up take turns, row by row
     transposed_experts: bool = False  # in safetensors: stacked experts of floats lie column by column
     fields: Fields = plain  # fields of ModelConfig beyond what all families share, out of a config of so many layers

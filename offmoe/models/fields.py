@@ -41,6 +41,14 @@ def flag(raw: Mapping[str, Any], name: str, default: bool) -> bool:
     return default if value is None else value
 
 
+def text_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of the language model stand in a table of their own, where the model also sees or hears."""
+    text = raw.get("text_config", {})
+    if not isinstance(text, Mapping):
+        raise OffmoeError("text_config in the model's config is no table")
+    return {**raw, **text}
+
+
 def numbers(raw: Mapping[str, Any], name: str) -> tuple[float, ...]:
     """A list of numbers above 0."""
     values = raw.get(name)

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from offmoe.errors import OffmoeError
 from offmoe.kernels.feed_forward import Glu
 from offmoe.kernels.route import Rule
-from offmoe.models.config import FULL, SLIDING, flag, number, sliding_windows
+from offmoe.models.config import FULL, SLIDING, ModelConfig, flag, number, sliding_windows
 from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family
 from offmoe.models.rope import rope_parameters, scaling_of
 
@@ -29,6 +30,16 @@ def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
     }
 
 
+def gguf_keys(config: ModelConfig) -> dict[str, Any]:
+    """Raises OffmoeError where other layers look at a window."""
+    if any(config.window(layer) != config.window(0) * (layer % 2 == 0) for layer in range(config.layers)):
+        raise OffmoeError(
+            f"gpt_oss with windows of {config.windows} cannot be packed: in a GGUF every second layer, "
+            "beginning with the first, looks at one"
+        )
+    return {"attention.sliding_window": config.window(0)}
+
+
 FAMILY = Family(
     model_type="gpt_oss",
     arch="gpt-oss",
@@ -47,6 +58,7 @@ FAMILY = Family(
     gguf_names={**GGUF_NAMES, "ffn_norm": ("blk.{l}.post_attention_norm.weight",)},
     interleaved_experts=True,
     transposed_experts=True,
+    gguf_keys=gguf_keys,
     fields=fields,
     implemented={
         "attention_bias": (True, None),

@@ -229,7 +229,7 @@ def attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     rows = {"q": q + config.gate_rows, "k": kv, "v": kv}  # a head's query, then its gate
     shapes: dict[str, tuple[int, ...]] = {role: (count, config.hidden) for role, count in rows.items()}
-    if config.qk_norm != "none":
+    if config.qk_norm not in ("none", "unit"):
         norms = (config.head_dim, config.head_dim) if config.qk_norm in ("head", "after") else (q, kv)
         shapes |= {"q_norm": norms[:1], "k_norm": norms[1:]}
     if config.qkv_bias:

@@ -1,21 +1,12 @@
 """Qwen3.5 and 3.6 MoE (35B-A3B, 122B-A10B, 397B-A17B): the layers of Qwen3-Next, its projections apart, inside a model
 that also sees. Its language model is run: for text the positions of the three axes are one."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from offmoe.errors import OffmoeError
 from offmoe.models import qwen3_next
 from offmoe.models.config import ModelConfig
 from offmoe.models.family import HF_NAMES
-
-
-def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of the language model stand in a table of their own, where the file is not of that alone."""
-    text = raw.get("text_config", {})
-    if not isinstance(text, Mapping):
-        raise OffmoeError("text_config in the model's config is no table")
-    return {**raw, **text}
+from offmoe.models.fields import text_fields
 
 
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
@@ -35,5 +26,5 @@ FAMILY = qwen3_next.sibling(
     gguf_names=qwen3_next.GGUF,
     gguf_keys=gguf_keys,
     tiled_gguf=True,
-    translated=translated,
+    translated=text_fields,
 )

@@ -99,9 +99,9 @@ def check_rope(scaling: Scaling, rotary: int, theta: float) -> None:
         raise OffmoeError(f"rope_theta is {theta:g}: expected at least 1{', and more for yarn' * (theta == 1)}")
     if scaling.kind == "dynamic" and rotary == 2:
         raise OffmoeError("rope_type is 'dynamic' for 2 values of a head: expected more")
-    if scaling.kind == "llama3" and scaling.fast <= scaling.slow:
+    if scaling.kind == "llama3" and scaling.fast < scaling.slow:
         raise OffmoeError(
-            f"high_freq_factor is {scaling.fast:g} and low_freq_factor {scaling.slow:g}: expected a larger first"
+            f"high_freq_factor is {scaling.fast:g} and low_freq_factor {scaling.slow:g}: expected no smaller first"
         )
     for name, factors in (("short_factor", scaling.short), ("long_factor", scaling.long)):
         if scaling.kind == "longrope" and len(factors) != rotary // 2:

@@ -18,7 +18,7 @@ from offmoe.kernels.feed_forward import swiglu_experts
 from offmoe.kernels.keyless import MixerWeights
 from offmoe.kernels.mla import LATENT_EPS, Latent, latent_attention
 from offmoe.kernels.norm_rope import rms_norm, rope
-from offmoe.kernels.rope import rope_table
+from offmoe.kernels.rope import rope_table, unturned_table
 from offmoe.kernels.route import select
 from offmoe.kvcache import KVCache
 from offmoe.models.config import ModelConfig
@@ -82,6 +82,8 @@ class Trunk:
         if self.config.tied:
             self._embed = self._head.t()
         self._rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device, self.config.rope)
+        self._unturned = unturned_table(ctx, device) if self.config.unturned else self._rope
+        self._temper = self.config.temper.table(ctx, device).to(dtype) if self.config.temper else None
         self._positions = torch.arange(ctx, device=device)
 
     def load_layers(self, progress: Callable[[int, int], None]) -> None:
@@ -114,20 +116,23 @@ class Trunk:
             return self._attend_latents(layer, w.latent, qkv, kv, positions, kv.bucket(start + len(x))) @ w.o
         gate, qkv = qkv.split((c.gate_rows, qkv.shape[1] - c.gate_rows), dim=-1)
         q, k, v = qkv.split((c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim), dim=-1)
-        if c.qk_norm != "after":
+        if not c.norm_after:
             q, k = self._normed(q, w.q_norm), self._normed(k, w.k_norm)
         q, k, v = self._clipped(q, k, v)
-        turned = rope(torch.cat((q, k), dim=-1).unflatten(-1, (-1, c.head_dim)), self._rope, positions)
+        table = self._unturned if layer in c.unturned else self._rope
+        turned = rope(torch.cat((q, k), dim=-1).unflatten(-1, (-1, c.head_dim)), table, positions)
         q, k = turned.split((c.heads, c.kv_heads), dim=1)
-        if c.qk_norm == "after":
+        if c.norm_after:
             q, k = (self._normed(x.flatten(1), w).view_as(x) for x, w in ((q, w.q_norm), (k, w.k_norm)))
+        if self._temper is not None and layer in c.unturned:
+            q = q * self._temper[positions].view(-1, 1, 1)
         chunk = kv.open(layer, start, len(x))
         places = positions - chunk.first
         chunk.keys.index_copy_(1, places, k.transpose(0, 1))
         chunk.values.index_copy_(1, places, v.unflatten(-1, (-1, c.head_dim)).transpose(0, 1))
         kv.close(layer, chunk, start, len(x))
         keys, values = (cache[:, : kv.bucket(start + len(x) - chunk.first)] for cache in (chunk.keys, chunk.values))
-        mixed = attention(q, keys, values, places, c.window(layer), w.sinks, c.score_scale).flatten(1)
+        mixed = attention(q, keys, values, places, c.window(layer), w.sinks, c.score_scale, c.chunked).flatten(1)
         out = (mixed * gate.sigmoid() if c.output_gated else mixed) @ w.o
         return out if w.o_bias is None else out + w.o_bias
 
@@ -193,13 +198,12 @@ class Trunk:
     def _load_layer(self, layer: int) -> LayerWeights:
         c, routed = self.config, layer in self.config.routed
         mixer = c.mixer if layer in c.keyless else None
-        normed = c.qk_norm != "none" and not mixer
         beside = "dense" if not routed else "shared" if c.shared else None
         return LayerWeights(
             attn_norm=self._load("attn_norm", layer),
             qkv=factor(torch.cat([self._load(role, layer) for role in projections(c, layer)])),
-            q_norm=self._load("q_norm", layer) if normed else None,
-            k_norm=self._load("k_norm", layer) if normed else None,
+            q_norm=self._head_norm("q_norm", layer),
+            k_norm=self._head_norm("k_norm", layer),
             o=factor(self._load(mixer_output(mixer) if mixer else "o", layer)),
             ffn_norm=self._load("ffn_norm", layer),
             router=factor(self._load("router", layer)) if routed else None,
@@ -215,6 +219,11 @@ class Trunk:
             router_offset=self._load("router_offset", layer) if routed and c.router_offset else None,
             latent=self._load_latent(layer, c.latent) if c.latent else None,
         )
+
+    def _head_norm(self, role: str, layer: int) -> Tensor | None:
+        if self.config.qk_norm == "unit" and layer not in self.config.unturned:
+            return torch.ones(self.config.head_dim, device=self._device, dtype=self._dtype)
+        return self._load(role, layer) if has_head_norm(self.config, layer) else None
 
     def _load_latent(self, layer: int, z: Latent) -> LatentWeights:
         if self._model.split:
@@ -246,6 +255,11 @@ class Trunk:
         if (rows := rows_of(role, self.config)) is not None:
             weight = weight[rows]
         return weight.to(self._device)
+
+
+def has_head_norm(config: ModelConfig, layer: int) -> bool:
+    """Whether a layer has weights that q and k are normed by."""
+    return config.qk_norm not in ("none", "unit") and layer not in config.keyless
 
 
 def projections(config: ModelConfig, layer: int) -> tuple[str, ...]:

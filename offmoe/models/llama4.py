@@ -1,0 +1,128 @@
+"""Llama 4 (Scout 109B-A17B, Maverick 400B-A17B), text only: of every four layers three rotate and see a chunk of 8,192
+positions, the fourth does neither and sharpens its queries. One expert a token, whose weight, a sigmoid, scales what it
+takes in, beside a shared one."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from offmoe.checkpoint.base import shown
+from offmoe.errors import OffmoeError
+from offmoe.kernels.rope import Temper
+from offmoe.kernels.route import Rule
+from offmoe.models.config import FULL, ModelConfig, count, flag, number
+from offmoe.models.family import HF_NAMES, Family
+from offmoe.models.fields import text_fields
+
+CHUNKED = "chunked_attention"  # a kind of layer
+CHUNK, EVERY, TEMPER = 8192, 4, Temper(8192, 0.1)  # of the published models; llama.cpp has them fixed
+UNNORMED = 128  # experts of the model whose heads are not normed: so llama.cpp tells it
+BLOCK = "model.layers.{l}.feed_forward"
+NAMES = {
+    **HF_NAMES,
+    "router": (BLOCK + ".router.weight",),
+    "gate_up": (BLOCK + ".experts.gate_up_proj",),
+    "down": (BLOCK + ".experts.down_proj",),
+    **{f"dense_{part}": (f"{BLOCK}.{part}_proj.weight",) for part in ("gate", "up", "down")},
+    **{f"shared_{part}": (f"{BLOCK}.shared_expert.{part}_proj.weight",) for part in ("gate", "up", "down")},
+}
+
+
+def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config gives the experts' width under the name that others have for a dense layer's. A GGUF has its own name
+    for it, and says neither whether heads are normed nor how many experts a layer shares."""
+    raw = text_fields(raw)
+    if "moe_intermediate_size" in raw:
+        return {**raw, "use_qk_norm": raw.get("num_experts") != UNNORMED}
+    widths = {
+        "moe_intermediate_size": raw.get("intermediate_size"),
+        "intermediate_size": raw.get("intermediate_size_mlp"),
+    }
+    return {**raw, **widths}
+
+
+def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
+    routed = routed_layers(raw, layers)
+    turned = each_layer(raw, "no_rope_layers", layers, (0, 1)) or [
+        int((layer + 1) % count(raw, "no_rope_layer_interval", default=EVERY) != 0) for layer in range(layers)
+    ]
+    kinds = each_layer(raw, "layer_types", layers, (FULL, CHUNKED)) or [CHUNKED if turns else FULL for turns in turned]
+    chunk = count(raw, "attention_chunk_size", default=CHUNK)
+    tempers = flag(raw, "attn_temperature_tuning", True)
+    return {
+        "rule": replace(rule, scores="sigmoid", renormalise=False),
+        "routed": routed,
+        "dense_hidden": count(raw, "intermediate_size") if len(routed) < layers else 0,
+        "shared": 1,
+        "shared_hidden": count(raw, "moe_intermediate_size"),
+        "weighted_input": True,
+        "qk_norm": "unit" if flag(raw, "use_qk_norm", True) else "none",
+        "windows": tuple(chunk if kind == CHUNKED else 0 for kind in kinds) if CHUNKED in kinds else (),
+        "chunked": CHUNKED in kinds,
+        "unturned": tuple(layer for layer, turns in enumerate(turned) if not turns),
+        "temper": Temper(count(raw, "floor_scale", default=TEMPER.floor), number(raw, "attn_scale", TEMPER.scale))
+        if tempers else None,
+    }  # fmt: skip
+
+
+def each_layer(raw: Mapping[str, Any], name: str, layers: int, among: tuple[Any, ...]) -> list[Any]:
+    """A list with one of `among` for each layer; empty where it is not given."""
+    values = raw.get(name) or []
+    if not isinstance(values, list) or len(values) not in (0, layers) or not all(value in among for value in values):
+        raise OffmoeError(
+            f"{name} is {shown(values)}: expected {among[0]!r} or {among[1]!r} for each of {layers} layers"
+        )
+    return values
+
+
+def routed_layers(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """By a list, or every so many."""
+    step, listed = count(raw, "interleave_moe_layer_step", default=1), raw.get("moe_layers")
+    if listed is None:
+        return tuple(range(step - 1, layers, step))
+    if not isinstance(listed, list) or not all(type(layer) is int and 0 <= layer < layers for layer in listed):
+        raise OffmoeError(f"moe_layers is {shown(listed)}: expected layers of 0 to {layers - 1}")
+    return tuple(sorted(set(listed)))
+
+
+def gguf_keys(config: ModelConfig) -> dict[str, Any]:
+    """Raises OffmoeError where the model is not one of those that llama.cpp has in mind."""
+    c, still = config, tuple(range(EVERY - 1, config.layers, EVERY))
+    windows = tuple(0 if layer in still else CHUNK for layer in range(c.layers))
+    step = c.routed[0] + 1
+    said = {
+        "no_rope_layers": c.unturned == still,
+        "attention_chunk_size": (c.windows or (0,) * c.layers) == windows,
+        "attn_temperature_tuning": c.temper == TEMPER or not still,
+        "use_qk_norm": (c.qk_norm == "unit") == (c.experts != UNNORMED),
+        "moe_layers": c.routed == tuple(range(step - 1, c.layers, step)),
+    }
+    if wrong := [name for name, fits in said.items() if not fits]:
+        raise OffmoeError(
+            f"llama4 with its {wrong[0]} cannot be packed: a GGUF has no key for it, and llama.cpp means another"
+        )
+    return {"interleave_moe_layer_step": step}
+
+
+FAMILY = Family(
+    model_type="llama4",
+    arch="llama4",
+    published="Llama-4-Scout-17B-16E-Instruct",
+    qk_norm="unit",
+    renormalise=False,
+    names={role: (*names, *(f"language_model.{name}" for name in names)) for role, names in NAMES.items()},
+    rope_theta=500_000.0,
+    interleaved=True,
+    transposed_experts=True,
+    dense_first=False,
+    translated=translated,
+    gguf_keys=gguf_keys,
+    fields=fields,
+    implemented={
+        "layer_types": (CHUNKED, FULL),
+        "num_experts_per_tok": (1,),
+        "sliding_window": (None, CHUNK),
+        "expert_gating_func": (2, 1, 0),
+        "n_shared_experts": (),
+    },
+)
