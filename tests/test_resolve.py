@@ -9,6 +9,7 @@ import formulas
 import numpy as np
 import pytest
 import torch
+from close import assert_close
 from traces import synthetic
 
 pytest.importorskip("triton")
@@ -165,6 +166,34 @@ def test_the_same_victims(policy: str, scope: str, slots: int) -> None:
     same(residency, device, policy)
     assert device.count("hits") + device.count("misses") == 13 * 16
     assert device.count("uploaded") == 2 * device.count("misses")
+
+
+@pytest.mark.parametrize("rule", [
+    Rule(top_k=16, renormalise=True), Rule("sigmoid", top_k=16), Rule("sigmoid", biased=True, top_k=16, scale=2.0),
+    Rule(top_k=16, top_p=0.99, renormalise=True),
+])  # fmt: skip
+def test_a_token_may_ask_for_every_expert(rule: Rule) -> None:
+    """Of a pool of little more than a layer: each layer takes the place of the one before; a top-p's cap may be all."""
+    residency = Residency(4, 16, 18, make_policy("lru", 64), "global")
+    device = Device(device_table(residency, reach(residency, 16, 0), DEVICE), 4, 16, 16, torch.empty(0))
+    push(residency, device.table, 1)
+    bias = torch.linspace(-0.2, 0.2, 16, device=DEVICE) if rule.biased else None
+    for token in (1, 2):
+        device.table.clock[0], device.step[0] = token, token
+        for layer in range(4):
+            device.find()
+            device.route(layer, forced=None, rule=rule, bias=bias)
+            ids, weights = select(device.logits[None], rule, bias)
+            assert torch.equal(device.ids, ids[0].int())
+            assert_close("weights", device.weights, weights[0], 1e-6)
+            asked = ids[0, ids[0] >= 0].numpy()
+            access = residency.access(layer, asked, token)
+            residency.landed(access.slots[~access.hit])
+            assert device.slots[: len(asked)].tolist() == access.slots.tolist()
+            assert int(device.miss_count) == (~access.hit).sum()
+            assert rule.top_p < 1 or int(device.miss_count) == 16
+            assert len(asked) > 1
+    same(residency, device, "lru")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ if torch.cuda.is_available():
 from offmoe import kvcache
 from offmoe.cache.policies.echo import Echo
 from offmoe.engine import Engine, feed_forward
+from offmoe.errors import OffmoeError
 from offmoe.kernels.ring import ABORTED, DONE
 from offmoe.kvcache import KVCache
 from offmoe.models.device_trunk import DeviceTrunk
@@ -187,6 +189,20 @@ def test_steps_behind_the_end_leave_the_state(tmp_path: Path) -> None:
         b.status.fill_(ABORTED)
         step.pull()
         assert states.at == NOWHERE
+
+
+def test_a_token_may_take_every_expert(tmp_path: Path) -> None:
+    path = saved("qwen3_moe", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 8}))
+    want, _ = reference("qwen3_moe", IDS, type(tiny("qwen3_moe")).from_pretrained(path))
+    with engine_of(path, ctx=32, chunk=2) as engine:
+        logits, _ = decoded(engine, IDS, prompt=3)
+        assert_close("on the CPU", logits, want[2:], 1e-5)
+    with step_of(path) as step:
+        assert_close("the step", run(step, Variant()), want, 1e-5)
+    with pytest.raises(OffmoeError, match="a token is routed to 24 records and needs them all"):
+        engine_of(path, vram="95%")
 
 
 def test_a_token_may_take_fewer_experts_than_the_cap(tmp_path: Path) -> None:
