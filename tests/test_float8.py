@@ -82,6 +82,18 @@ def test_it_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
 
 
+def test_compressed_tensors_name_tiles_otherwise(tmp_path: Path) -> None:
+    path, _ = made(tmp_path, kind=torch.bfloat16)
+    tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+    before = open_model(path)
+    save_file({name.removesuffix("_inv"): value for name, value in tensors.items()}, path / "model.safetensors")
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+    said = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": weights}},
+            "format": "float-quantized"}  # fmt: skip
+    (path / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
+    assert open_model(path).layouts == before.layouts
+
+
 def test_what_a_gpu_holds_is_counted(tmp_path: Path) -> None:
     from offmoe.models.model import count_weights
 

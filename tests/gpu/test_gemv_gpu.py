@@ -133,6 +133,7 @@ def test_extreme_blocks(fmt: str, kind: str) -> None:
         ("Q8_0", "BF16", "F16"),
         ("Q5_K", "Q5_0", "Q4_1"),
         ("INT4_128_F16_ZEROS", "INT4_32_BF16", "BF16"),
+        ("NVFP4", "F8_E4M3_ROW", "NVFP4_DIVIDED"),
     ],
 )
 def test_qkv_with_norm(formats: tuple[str, ...], tokens: int) -> None:
@@ -208,7 +209,7 @@ def test_a_graph_ends_as_launches_in_turn_do(pdl: bool) -> None:
 
 
 @pytest.mark.parametrize("addressed", [False, True])
-@pytest.mark.parametrize(("fmt", "down"), [("Q4_K", "Q6_K"), ("MXFP4", "MXFP4"), ("Q8_0", "Q8_0"), ("BF16", "Q5_0")])
+@pytest.mark.parametrize(("fmt", "down"), [("Q4_K", "Q6_K"), ("MXFP4", "MXFP4"), ("NVFP4", "Q8_0"), ("BF16", "Q5_0")])
 def test_records_arrive_whole(fmt: str, down: str, addressed: bool) -> None:
     """From pinned RAM or VRAM, captured, again and again over other slots; a count of 0 changes nothing."""
     record = record_of(fmt, down)
