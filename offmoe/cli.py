@@ -6,8 +6,6 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ from offmoe import __version__
 from offmoe.answer import Answer
 from offmoe.download import find_model
 from offmoe.errors import OffmoeError
+from offmoe.garbage import collecting_no_garbage
 from offmoe.options import (
     Command,
     LazyGroup,
@@ -192,18 +191,9 @@ def load(path: Path, settings: Settings) -> Engine:
     with collecting_no_garbage(), progress_bar("loading") as progress:
         from offmoe.engine import Engine
 
-        return Engine.load(str(path), progress, **vars(settings))
-
-
-@contextmanager
-def collecting_no_garbage() -> Iterator[None]:
-    """While much is made and nothing thrown away: a sixth of the time that importing torch takes."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
+        engine = Engine.load(str(path), progress, **vars(settings))
+        gc.freeze()  # what is there now stays
+        return engine
 
 
 def read_prompt(prompt: str | None) -> str:

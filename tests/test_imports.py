@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"offmoe": ROOT / "offmoe", "offmoe.cache": ROOT / "cache", "offmoe.kernels": ROOT / "kernels"}
 # Of modules in offmoe/ itself; the rest of them stand between the engine and the models.
 SCREEN = {"__main__", "answer", "cli", "chat", "conversation", "doctor", "info", "lab", "options", "report", "terminal"}
-GROUND = {"errors", "settings", "stats", "memory", "download"}
+GROUND = {"errors", "garbage", "settings", "stats", "memory", "download"}
 
 
 def modules() -> dict[str, ast.Module]:

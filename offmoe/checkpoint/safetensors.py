@@ -77,7 +77,7 @@ def unsupported(path: Path, name: str, dtype: object) -> OffmoeError:
 
 
 def naturals(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and {*map(type, value)} <= {int} and min(value, default=0) >= 0
 
 
 def shards(directory: Path) -> dict[str, list[str]]:
@@ -88,13 +88,20 @@ def shards(directory: Path) -> dict[str, list[str]]:
         raise OffmoeError(f"{path} has no weight_map: expected tensor names with the file that holds each")
     names: dict[str, list[str]] = {}
     for name, shard in weights.items():
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or {"/", "\\", "\0"} & set(shard):
-            raise OffmoeError(f"{path} points to {shown(shard)}: expected a .safetensors file beside it")
+        if not isinstance(shard, str):
+            raise elsewhere(path, shard)
         names.setdefault(shard, []).append(name)
+    for shard in names:
+        if not shard.endswith(".safetensors") or {"/", "\\", "\0"} & set(shard):
+            raise elsewhere(path, shard)
     missing = sorted(shard for shard in names if not (directory / shard).exists())
     if missing:
         raise OffmoeError(f"{directory} misses {len(missing)} of {len(names)} shards: {some(map(shown, missing))}")
     return names
+
+
+def elsewhere(index: Path, shard: object) -> OffmoeError:
+    return OffmoeError(f"{index} points to {shown(shard)}: expected a .safetensors file beside it")
 
 
 def open_shard(file: DataFile, number: int, expected: list[str] | None) -> dict[str, TensorInfo]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from offmoe.checkpoint import ByteRange, Checkpoint, TensorInfo, open_checkpoint
 from offmoe.checkpoint.upright import Bytes, Columns
 from offmoe.errors import OffmoeError
+from offmoe.garbage import collecting_no_garbage
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.mla import Latent
 from offmoe.kernels.planes import plane_sizes, slot_layout
@@ -128,12 +129,13 @@ def turn_record(parts: Sequence[TensorInfo], layout: RecordLayout, raw: Bytes, r
 
 def open_model(path: str | Path) -> Model:
     """Open a checkpoint and check that its tensors are those of its config. Raises OffmoeError."""
-    checkpoint = open_checkpoint(path)
-    try:
-        return described(checkpoint)
-    except BaseException:
-        checkpoint.close()
-        raise
+    with collecting_no_garbage():
+        checkpoint = open_checkpoint(path)
+        try:
+            return described(checkpoint)
+        except BaseException:
+            checkpoint.close()
+            raise
 
 
 def described(checkpoint: Checkpoint) -> Model:
@@ -184,8 +186,10 @@ def is_split(checkpoint: Checkpoint, names: Names) -> bool:
 
 
 def find(checkpoint: Checkpoint, names: Names, role: str, layer: int, expert: int) -> TensorInfo | None:
-    candidates = (template.format(l=layer, e=expert) for template in names.get(role, ()))
-    return next((checkpoint.tensors[name] for name in candidates if name in checkpoint.tensors), None)
+    for template in names.get(role, ()):
+        if info := checkpoint.tensors.get(template.format(l=layer, e=expert)):
+            return info
+    return None
 
 
 def trunk_shapes(config: ModelConfig, split: bool = False) -> dict[str, tuple[int, ...]]:
