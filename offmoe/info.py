@@ -87,7 +87,7 @@ class ModelInfo:
 
         told = f" ({', '.join(kinds)})" if kinds else ""
         record = " to ".join(format_size(size) for size in sorted({min(sizes), max(sizes)}))
-        kept = f"{c.kv_heads} key-value heads"
+        kept = f"{' or '.join(str(h.kv_heads) for h in c.kinds_of_heads)} key-value heads"
         if c.latent:
             kept = f"a latent of {c.latent.width} values a position"
         return [

@@ -40,14 +40,15 @@ class KVCache:
         self._windows = [config.window(layer) for layer in range(config.layers)]
         self._rooms = rooms(config, ctx)
         z = config.latent
-        shapes = [(config.kv_heads, room, z.width if z else config.head_dim) for room in self._rooms]
+        heads = [config.heads_of(layer) for layer in range(config.layers)]
+        shapes = [(h.kv_heads, room, z.width if z else h.head_dim) for h, room in zip(heads, self._rooms, strict=True)]
 
         def reserved() -> list[Tensor]:
             return [zeros(shape, device, torch.int8 if int8 else dtype) for shape in shapes]
 
         self._keys = reserved()
         self._values = [keys[..., : z.kv_rank] for keys in self._keys] if z else reserved()
-        self._scales = [zeros((2, config.kv_heads, room), device, torch.float32) for room in self._rooms if int8]
+        self._scales = [zeros((2, *shape[:2]), device, torch.float32) for shape in shapes if int8]
 
     def state_of(self, layer: int) -> tuple[States, int]:
         """Of a layer without keys, and its number among these."""
@@ -188,5 +189,6 @@ def kv_nbytes(config: ModelConfig, ctx: int, itemsize: int, int8: bool = False) 
     """Of keys and values of `ctx` positions."""
     if config.latent:
         return config.layers * ctx * config.latent.width * itemsize
-    a_head = config.head_dim + 4 if int8 else config.head_dim * itemsize
-    return 2 * sum(rooms(config, ctx)) * config.kv_heads * a_head
+    heads = (config.heads_of(layer) for layer in range(config.layers))
+    position = [h.kv_heads * (h.head_dim + 4) if int8 else h.keys * itemsize for h in heads]
+    return 2 * sum(room * nbytes for room, nbytes in zip(rooms(config, ctx), position, strict=True))

@@ -143,7 +143,7 @@ def output(model: Model, role: str, layer: int, wanted: Format) -> Output:
         return half(model, c.latent, role, layer, Output(name, trunk_shapes(c, split=True)[role], wanted, []))
     whole = model.find(role, layer)
     info, rows = (whole, None) if whole else model.stored(role, layer)
-    shape = trunk_shapes(c).get(role, info.shape)
+    shape = trunk_shapes(c, layer=layer).get(role, info.shape)
     return Output(name, shape, wanted, [Run(info, 0, prod(info.shape[:-1]), turned(model, role, rows))])
 
 

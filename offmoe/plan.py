@@ -167,13 +167,13 @@ def workspace_nbytes(model: Model, chunk: int, ctx: int, itemsize: int) -> int:
     heads = c.projected + (2 * c.heads * c.head_dim if c.latent else 0)
     a_token = c.hidden * (12 + 4 * itemsize) + heads * 4 * itemsize + c.top_k * (c.hidden + c.expert_hidden) * itemsize
     if any(c.windows):  # a chunk's keys and values, before they go into a ring
-        a_token += 4 * c.kv_heads * c.head_dim * itemsize
+        a_token += 4 * max(h.keys for h in c.kinds_of_heads) * itemsize
     inner = max(c.dense_hidden, c.shared_hidden)
     a_token += 4 * inner * itemsize  # gate, up, its silu and their product
     if c.mixer:
         a_token += (sum(c.mixer.projected) + c.mixer.values) * itemsize
         heads = max(heads, sum(c.mixer.projected))
-    unpacked = max(heads, c.hidden, inner) * max(c.hidden, c.heads * c.head_dim) * itemsize
+    unpacked = max(heads, c.hidden, inner) * max(c.hidden, *(h.queries for h in c.kinds_of_heads)) * itemsize
     if c.latent:  # keys and values of some heads, expanded and padded
         wide, some = max(c.latent.key, c.latent.value), min(c.heads, HEADS_AT_ONCE)
         unpacked += some * ctx * 4 * wide * itemsize

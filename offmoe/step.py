@@ -72,9 +72,11 @@ class DecodeStep:
         self.device = device
         self.pdl = pdl_supported(device)
         sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        picked = mla.pick_splits(plan.ctx, c.heads, sms) if c.latent else pick_splits(plan.ctx, c.kv_heads, sms)
-        self.splits, self.split_size = picked
-        self.buffers = StepBuffers(c, self.splits, device)
+        self.splits = {
+            h: mla.pick_splits(plan.ctx, h.heads, sms) if c.latent else pick_splits(plan.ctx, h.kv_heads, sms)
+            for h in c.kinds_of_heads
+        }
+        self.buffers = StepBuffers(c, {h: splits for h, (splits, _) in self.splits.items()}, device)
         self.gate = Gate.of(plan.prefetch).within(store.table, c.top_k)
         self.table = device_table(store.table, reach(store.table, c.top_k, self.gate.most), device)
         self.routed = c.places * c.top_k  # records a step, at most
@@ -149,30 +151,32 @@ class DecodeStep:
         return self.buffers.qkv[:, :rows], self.buffers.mixed[:, :cols]
 
     def _attend_heads(self, layer: int) -> None:
-        b, c, w = self.buffers, self.config, self.trunk.layers[layer]
+        b, c, w, h = self.buffers, self.config, self.trunk.layers[layer], self.config.heads_of(layer)
         qkv, mixed = self._mixed(w)
         (keys, values), (table, temper) = self.kv.layer(layer), self.trunk.rope_of(layer)
+        splits, split_size = self.splits[h]
         decode_attention(
             qkv[0, c.gate_rows :], keys, values, b.position, table, mixed[0], b.partial, b.attention_tickets,
-            heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
+            heads=h.heads, kv_heads=h.kv_heads, head_dim=h.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
             norm_full=c.qk_norm == "full", norm_after=c.norm_after, clip=c.clip_qkv, eps=c.norm_eps,
-            splits=self.splits, split_size=self.split_size, scales=self.kv.scales(layer), scale=c.score_scale,
+            splits=splits, split_size=split_size, scales=self.kv.scales(layer), scale=c.score_scale,
             window=c.window(layer), chunked=c.chunked, sinks=w.sinks, temper=temper,
             gate=qkv[0, : c.gate_rows] if c.output_gated else None, pdl=self.pdl,
         )  # fmt: skip
 
     def _attend_latents(self, layer: int, w: DeviceLatent) -> None:
         """Three launches, four where queries have a latent of their own."""
-        b, c, z = self.buffers, self.config, self.config.latent
+        b, c, z, h = self.buffers, self.config, self.config.latent, self.config.heads_of(layer)
         assert z is not None, "its weights are there"
+        splits, split_size = self.splits[h]
         query = b.qkv
         if w.q_b:
             dense(b.qkv[:, : z.q_rank], w.q_b, b.query, norm=w.q_a_norm, eps=LATENT_EPS, pdl=self.pdl)
             query = b.query
         mla.decode_latents(
-            query[0, : c.heads * z.key], b.qkv[0, -z.width :], self.kv.latents(layer), b.position, self.trunk.rope,
+            query[0, : c.heads * z.key], b.qkv[0, -z.width :], self.kv.latents(layer), b.position, self.trunk.ropes[h],
             w.kv_a_norm, w.k_b[0], w.v_b[0], b.mixed[0], b.absorbed, b.partial, heads=c.heads, latent=z,
-            scale=c.score_scale, splits=self.splits, split_size=self.split_size, pdl=self.pdl,
+            scale=c.score_scale, splits=splits, split_size=split_size, pdl=self.pdl,
         )  # fmt: skip
 
     def _dense(self, layer: int) -> None:

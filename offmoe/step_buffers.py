@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from offmoe.kernels.gpu import mla
 from offmoe.kernels.gpu.attention import partial_size
 from offmoe.kernels.ring import COUNTED
-from offmoe.models.config import ModelConfig
+from offmoe.models.config import Heads, ModelConfig
 
 MOST_EOS = 16
 
@@ -16,8 +18,8 @@ MOST_EOS = 16
 class StepBuffers:
     """Everything that a captured graph reads and writes beside weights, slots and cache."""
 
-    def __init__(self, config: ModelConfig, splits: int, device: torch.device) -> None:
-        c = config
+    def __init__(self, config: ModelConfig, splits: Mapping[Heads, int], device: torch.device) -> None:
+        c, kinds = config, splits.items()
 
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
@@ -28,12 +30,13 @@ class StepBuffers:
         self.x, self.normed, self.raw = floats(1, c.hidden), floats(1, c.hidden), floats(c.hidden)
         m = c.mixer
         self.qkv = floats(1, max(c.projected, sum(m.projected) if m else 0))
-        self.mixed = floats(1, max(c.heads * c.value_dim, m.values if m else 0))
+        attended = c.heads * c.value_dim if c.latent else max(h.queries for h, _ in kinds)
+        self.mixed = floats(1, max(attended, m.values if m else 0))
         if c.latent:
             self.query, self.absorbed = floats(1, c.heads * c.head_dim), floats(c.heads * c.latent.kv_rank)
-            self.partial = floats(mla.partial_size(c.heads, c.latent, splits, device))
+            self.partial = floats(max(mla.partial_size(h.heads, c.latent, n, device) for h, n in kinds))
         else:
-            self.partial = floats(partial_size(c.heads, c.head_dim, splits))
+            self.partial = floats(max(partial_size(h.heads, h.head_dim, n) for h, n in kinds))
         self.router_logits, self.weights = floats(c.experts + 1), floats(c.top_k + 1)  # one more: the shared expert's
         self.inner = floats(c.top_k, c.expert_hidden)
         self.dense_inner, self.shared_inner = floats(1, c.dense_hidden), floats(1, c.shared_hidden)
@@ -46,7 +49,11 @@ class StepBuffers:
         self.counters = ints(COUNTED)
         self.chosen, self.token, self.position, self.status = ints(1), ints(1), ints(1), ints(1)
         self.steps, self.remaining = ints(1), ints(1)
-        self.attention_tickets, self.route_ticket, self.predict_ticket = ints(c.kv_heads), ints(1), ints(1)
+        self.attention_tickets, self.route_ticket, self.predict_ticket = (
+            ints(max(h.kv_heads for h, _ in kinds)),
+            ints(1),
+            ints(1),
+        )
         self.predict_logits = floats(c.experts)
         self.fetch_count = ints(c.places, 1)
         self.fetch_records, self.fetch_slots = ints(c.places, c.top_k), ints(c.places, c.top_k)

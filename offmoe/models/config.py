@@ -29,6 +29,28 @@ SLIDING = "sliding_attention"  # a kind of layer
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Of a layer's attention."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary: int  # values of a head that are rotated, the first
+    rope_theta: float
+    rope: Scaling
+    turned: bool = True
+
+    @property
+    def queries(self) -> int:
+        """Values of all heads' queries together."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder of layers that are attention and a feed-forward part: routed experts, in some layers a dense one.
 
@@ -69,6 +91,7 @@ class ModelConfig:
     residual_scale: float = 1.0  # of what a layer adds to the residual stream
     attention_scale: float = 0.0  # of q · k; 0: 1 / √D
     logit_divisor: float = 1.0
+    far: Heads | None = None  # of the layers that see all positions, where those with a window have others
     windows: tuple[int, ...] = ()  # by layer: positions that attention sees, 0: all; nothing: all in every layer
     chunked: bool = False  # a window is a chunk: a token sees its own, from the chunk's first position on
     unturned: tuple[int, ...] = ()  # layers that rotate nothing
@@ -100,10 +123,10 @@ class ModelConfig:
 
     @property
     def projected(self) -> int:
-        """Rows of these matrices."""
+        """Rows of these matrices, at most."""
         if self.latent:
             return (self.latent.q_rank or self.heads * self.head_dim) + self.latent.width
-        return (self.heads + 2 * self.kv_heads) * self.head_dim + self.gate_rows
+        return max(h.queries + 2 * h.keys for h in self.kinds_of_heads) + self.gate_rows
 
     @property
     def score_scale(self) -> float:
@@ -147,6 +170,16 @@ class ModelConfig:
     def window(self, layer: int) -> int:
         """Positions that a token of `layer` sees, itself among them; 0: all before it."""
         return self.windows[layer] if self.windows else 0
+
+    def heads_of(self, layer: int) -> Heads:
+        if self.far and not self.window(layer):
+            return self.far
+        turned = layer not in self.unturned
+        return Heads(self.heads, self.kv_heads, self.head_dim, self.rotary, self.rope_theta, self.rope, turned)
+
+    @property
+    def kinds_of_heads(self) -> tuple[Heads, ...]:
+        return tuple(dict.fromkeys(self.heads_of(layer) for layer in self.attended))
 
     def place_of(self, layer: int) -> int | None:
         return self.routed.index(layer) if layer in self.routed else None

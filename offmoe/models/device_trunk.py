@@ -22,14 +22,13 @@ from offmoe.kernels.mla import HEADS_AT_ONCE, LATENT_EPS, Latent, expand
 from offmoe.kernels.norm_rope import rms_norm
 from offmoe.kernels.planes import Matrix, SlotLayout, matrix, rearrange, rearrange_matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
-from offmoe.kernels.rope import rope_table, unturned_table
 from offmoe.kernels.route import select
 from offmoe.kernels.striped import stripe, unstripe
 from offmoe.kvcache import KVCache
 from offmoe.models.keyless import mixer_output, mixer_weights
 from offmoe.models.latent import FLOATS, head_rows, positioned, rows_of, transposed
 from offmoe.models.model import Model
-from offmoe.models.trunk import has_head_norm, projections, uninterleaved
+from offmoe.models.trunk import has_head_norm, projections, rope_tables, uninterleaved
 
 Part = tuple[Tensor, Matrix]  # bytes in slot layout, and what they are
 
@@ -104,14 +103,14 @@ class DeviceTrunk:
         if self.config.head_bias:
             self.head_bias = self._float("head_bias") / self.config.logit_divisor
         self.head = (self.embedding,) if self.config.tied else self._parts("head")
-        self.rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device, self.config.rope)
-        self._unturned = unturned_table(ctx, device) if self.config.unturned else self.rope
+        self.ropes = rope_tables(self.config, ctx, device)
         self._temper = self.config.temper.table(ctx, device) if self.config.temper else None
         self._positions = torch.arange(ctx, device=device)
 
     def rope_of(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """The table that turns a layer's heads, and what its queries are multiplied by then [ctx]."""
-        return (self._unturned, self._temper) if layer in self.config.unturned else (self.rope, None)
+        heads = self.config.heads_of(layer)
+        return self.ropes[heads], None if heads.turned else self._temper
 
     def load_layers(self, progress: Callable[[int, int], None]) -> None:
         """Read the layers one after another; `progress(done, layers)`."""
@@ -150,9 +149,9 @@ class DeviceTrunk:
         positions = self._positions[start : start + len(x)]
         if w.latent:
             return self._product(self._attend_latents(w.latent, qkv, kv.latents(layer), positions, start), w.o)
-        chunk, (table, temper) = kv.open(layer, start, len(x)), self.rope_of(layer)
-        q = norm_rope_write(qkv[:, c.gate_rows :], chunk.keys, chunk.values, positions, table, heads=c.heads,
-                            kv_heads=c.kv_heads, head_dim=c.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
+        chunk, h, (table, temper) = kv.open(layer, start, len(x)), c.heads_of(layer), self.rope_of(layer)
+        q = norm_rope_write(qkv[:, c.gate_rows :], chunk.keys, chunk.values, positions, table, heads=h.heads,
+                            kv_heads=h.kv_heads, head_dim=h.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
                             eps=c.norm_eps, scales=chunk.scales, first=chunk.first,
                             norm_after=c.norm_after)  # fmt: skip
         if temper is not None:
@@ -177,7 +176,7 @@ class DeviceTrunk:
         if w.q_a_norm is not None:
             query = self._product(unstripe(rms_norm(query, w.q_a_norm, LATENT_EPS).to(self._dtype)), w.q_b)
         query = torch.cat((unstripe(query[:, : c.heads * z.plain]), query[:, c.heads * z.plain :]), dim=1)
-        plain, turned, rows = positioned(query, fresh, w.kv_a_norm, self.rope, positions, c.heads, z)
+        plain, turned, rows = positioned(query, fresh, w.kv_a_norm, self.ropes[c.heads_of(0)], positions, c.heads, z)
         end = start + len(rows)
         cache[start:end] = rows
         queries, known = torch.cat((plain, turned), dim=2), cache[:end].to(self._dtype)
@@ -327,7 +326,7 @@ class DeviceTrunk:
 
     def _parts(self, *roles: str, layer: int = 0) -> tuple[Part, ...]:
         """The matrices of these roles, one over another, as they lie in the file but for their planes."""
-        return self._laid([self._raw(role, layer) for role in roles], self._cols(roles[0]))
+        return self._laid([self._raw(role, layer) for role in roles], self._cols(roles[0], layer))
 
     def _laid(self, raw: list[tuple[str, Tensor]], cols: int) -> tuple[Part, ...]:
         """From formats and bytes [rows, row bytes]."""
@@ -338,13 +337,15 @@ class DeviceTrunk:
             parts.append((rearrange_matrix(as_it_lies(rows, FORMATS[fmt]), form).to(self._device), form))
         return tuple(parts)
 
-    def _cols(self, role: str) -> int:
+    def _cols(self, role: str, layer: int) -> int:
         c = self.config
         if role == "q_b" and c.latent:
             return c.latent.q_rank
         if c.mixer and role == mixer_output(c.mixer):
             return c.mixer.values
-        return c.heads * c.value_dim if role == "o" else c.hidden
+        if role != "o":
+            return c.hidden
+        return c.heads * c.value_dim if c.latent else c.heads_of(layer).queries
 
     def _raw(self, role: str, layer: int) -> tuple[str, Tensor]:
         """Format and bytes [rows, row bytes] of one matrix; rotated pairs put into halves."""
@@ -359,7 +360,8 @@ class DeviceTrunk:
             raw = whole_rows(self._model.checkpoint.read(info.name), form, high)
         raw = raw if some is None else raw[some]
         if role in ("q", "k") and self._model.interleaved:
-            raw = uninterleaved(raw, self.config.heads if role == "q" else self.config.kv_heads)
+            heads = self.config.heads_of(layer)
+            raw = uninterleaved(raw, heads.heads if role == "q" else heads.kv_heads)
         if (rows := rows_of(role, self.config, striped=True)) is not None:
             raw = raw[rows]
         return info.format, raw

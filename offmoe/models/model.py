@@ -19,7 +19,7 @@ from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.mla import Latent
 from offmoe.kernels.planes import plane_sizes, slot_layout
 from offmoe.kernels.record import RecordLayout
-from offmoe.models.config import ModelConfig, from_gguf, from_hf
+from offmoe.models.config import Heads, ModelConfig, from_gguf, from_hf
 from offmoe.models.family import GGUF_NAMES, Family, Names, Values, family_of
 from offmoe.models.held import HELD, held_rows, held_shape
 from offmoe.models.keyless import mixer_shapes
@@ -192,18 +192,19 @@ def find(checkpoint: Checkpoint, names: Names, role: str, layer: int, expert: in
     return None
 
 
-def trunk_shapes(config: ModelConfig, split: bool = False) -> dict[str, tuple[int, ...]]:
-    """Role → shape of everything that is no routed expert; `layers_of` says in which layers. split: kv_b is."""
+def trunk_shapes(config: ModelConfig, split: bool = False, layer: int = 0) -> dict[str, tuple[int, ...]]:
+    """Role → shape, in `layer`, of everything that is no routed expert; `layers_of` says where. split: kv_b is."""
+    heads = config.heads_of(layer)
     shapes: dict[str, tuple[int, ...]] = {
         "embed": (config.vocab, config.hidden),
         "final_norm": (config.hidden,),
         "head": (config.vocab, config.hidden),
         "attn_norm": (config.hidden,),
-        "o": (config.hidden, config.heads * config.value_dim),
+        "o": (config.hidden, config.heads * config.value_dim if config.latent else heads.queries),
         "ffn_norm": (config.hidden,),
         "router": (config.experts, config.hidden),
     }
-    shapes |= latent_shapes(config, config.latent, split) if config.latent else attention_shapes(config)
+    shapes |= latent_shapes(config, config.latent, split) if config.latent else attention_shapes(config, heads)
     if config.tied:
         del shapes["head"]
     if config.o_bias:
@@ -229,12 +230,12 @@ def trunk_shapes(config: ModelConfig, split: bool = False) -> dict[str, tuple[in
     return shapes
 
 
-def attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+def attention_shapes(config: ModelConfig, heads: Heads) -> dict[str, tuple[int, ...]]:
+    q, kv = heads.queries, heads.keys
     rows = {"q": q + config.gate_rows, "k": kv, "v": kv}  # a head's query, then its gate
     shapes: dict[str, tuple[int, ...]] = {role: (count, config.hidden) for role, count in rows.items()}
     if config.qk_norm not in ("none", "unit"):
-        norms = (config.head_dim, config.head_dim) if config.qk_norm in ("head", "after") else (q, kv)
+        norms = (heads.head_dim, heads.head_dim) if config.qk_norm in ("head", "after") else (q, kv)
         shapes |= {"q_norm": norms[:1], "k_norm": norms[1:]}
     if config.qkv_bias:
         shapes |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
@@ -272,9 +273,16 @@ def layers_of(role: str, config: ModelConfig) -> Sequence[int]:
     return config.routed if role.startswith(("router", "shared")) else range(config.layers)
 
 
+def trunk_roles(config: ModelConfig, split: bool = False) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """(role, layer, shape) of everything that is no routed expert."""
+    shapes = {config.heads_of(layer): trunk_shapes(config, split, layer) for layer in range(config.layers)}
+    for role in next(iter(shapes.values())):
+        yield from ((role, layer, shapes[config.heads_of(layer)][role]) for layer in layers_of(role, config))
+
+
 def trunk_weights(config: ModelConfig) -> int:
     """Parameters of everything that is no routed expert."""
-    return sum(len(layers_of(role, config)) * prod(shape) for role, shape in trunk_shapes(config).items())
+    return sum(prod(shape) for _, _, shape in trunk_roles(config))
 
 
 def bias_weights(config: ModelConfig) -> int:
@@ -284,16 +292,14 @@ def bias_weights(config: ModelConfig) -> int:
 
 def trunk_tensors(model: Model) -> Iterator[TensorInfo]:
     """Everything that is used and no routed expert; files may hold more (layers that predict several tokens)."""
-    roles = ((r, layer) for r in trunk_shapes(model.config, model.split) for layer in layers_of(r, model.config))
-    found = (model.stored(role, layer)[0] for role, layer in roles)
+    found = (model.stored(role, layer)[0] for role, layer, _ in trunk_roles(model.config, model.split))
     yield from {info.name: info for info in found}.values()
 
 
 def check_trunk(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
-    for role, shape in trunk_shapes(config, is_split(checkpoint, names)).items():
-        for layer in layers_of(role, config):
-            there = holder(checkpoint, names, role, layer)
-            expect(checkpoint, names, there, layer, 0, shape if there == role else held_shape(there, config))
+    for role, layer, shape in trunk_roles(config, is_split(checkpoint, names)):
+        there = holder(checkpoint, names, role, layer)
+        expect(checkpoint, names, there, layer, 0, shape if there == role else held_shape(there, config))
     if config.expert_bias:
         for layer in config.routed:
             for role, shape in bias_shapes(names, config).items():

@@ -21,7 +21,7 @@ from offmoe.kernels.norm_rope import rms_norm, rope
 from offmoe.kernels.rope import rope_table, unturned_table
 from offmoe.kernels.route import select
 from offmoe.kvcache import KVCache
-from offmoe.models.config import ModelConfig
+from offmoe.models.config import Heads, ModelConfig
 from offmoe.models.keyless import mixer_inputs, mixer_output, mixer_weights
 from offmoe.models.latent import head_rows, positioned, rows_of
 from offmoe.models.model import Model
@@ -81,8 +81,7 @@ class Trunk:
         self._head = factor(self._embed if self.config.tied else self._load("head"))  # [H, V]
         if self.config.tied:
             self._embed = self._head.t()
-        self._rope = rope_table(ctx, self.config.rotary, self.config.rope_theta, device, self.config.rope)
-        self._unturned = unturned_table(ctx, device) if self.config.unturned else self._rope
+        self._ropes = rope_tables(self.config, ctx, device)
         self._temper = self.config.temper.table(ctx, device).to(dtype) if self.config.temper else None
         self._positions = torch.arange(ctx, device=device)
 
@@ -114,22 +113,22 @@ class Trunk:
             qkv += w.qkv_bias
         if w.latent:
             return self._attend_latents(layer, w.latent, qkv, kv, positions, kv.bucket(start + len(x))) @ w.o
+        h = c.heads_of(layer)
         gate, qkv = qkv.split((c.gate_rows, qkv.shape[1] - c.gate_rows), dim=-1)
-        q, k, v = qkv.split((c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim), dim=-1)
+        q, k, v = qkv.split((h.queries, h.keys, h.keys), dim=-1)
         if not c.norm_after:
             q, k = self._normed(q, w.q_norm), self._normed(k, w.k_norm)
         q, k, v = self._clipped(q, k, v)
-        table = self._unturned if layer in c.unturned else self._rope
-        turned = rope(torch.cat((q, k), dim=-1).unflatten(-1, (-1, c.head_dim)), table, positions)
-        q, k = turned.split((c.heads, c.kv_heads), dim=1)
+        turned = rope(torch.cat((q, k), dim=-1).unflatten(-1, (-1, h.head_dim)), self._ropes[h], positions)
+        q, k = turned.split((h.heads, h.kv_heads), dim=1)
         if c.norm_after:
             q, k = (self._normed(x.flatten(1), w).view_as(x) for x, w in ((q, w.q_norm), (k, w.k_norm)))
-        if self._temper is not None and layer in c.unturned:
+        if self._temper is not None and not h.turned:
             q = q * self._temper[positions].view(-1, 1, 1)
         chunk = kv.open(layer, start, len(x))
         places = positions - chunk.first
         chunk.keys.index_copy_(1, places, k.transpose(0, 1))
-        chunk.values.index_copy_(1, places, v.unflatten(-1, (-1, c.head_dim)).transpose(0, 1))
+        chunk.values.index_copy_(1, places, v.unflatten(-1, (-1, h.head_dim)).transpose(0, 1))
         kv.close(layer, chunk, start, len(x))
         keys, values = (cache[:, : kv.bucket(start + len(x) - chunk.first)] for cache in (chunk.keys, chunk.values))
         mixed = attention(q, keys, values, places, c.window(layer), w.sinks, c.score_scale, c.chunked).flatten(1)
@@ -150,7 +149,9 @@ class Trunk:
         query, fresh = qkv.split((qkv.shape[1] - z.width, z.width), dim=1)
         if w.q_b is not None and w.q_a_norm is not None:
             query = rms_norm(query, w.q_a_norm, LATENT_EPS) @ w.q_b
-        plain, turned, rows = positioned(query, fresh, w.kv_a_norm, self._rope, positions, c.heads, z)
+        plain, turned, rows = positioned(
+            query, fresh, w.kv_a_norm, self._ropes[c.heads_of(layer)], positions, c.heads, z
+        )
         cache = kv.write_latents(layer, rows, positions, bucket)
         return latent_attention(plain, turned, cache, w.k_b, w.v_b, positions, c.score_scale).flatten(1)
 
@@ -251,7 +252,8 @@ class Trunk:
         weight = weight if rows is None else weight[rows]
         weight = meant(weight).to(dtype) if meant else weight
         if role in ("q", "k") and self._model.interleaved:
-            weight = uninterleaved(weight, self.config.heads if role == "q" else self.config.kv_heads)
+            heads = self.config.heads_of(layer)
+            weight = uninterleaved(weight, heads.heads if role == "q" else heads.kv_heads)
         if (rows := rows_of(role, self.config)) is not None:
             weight = weight[rows]
         return weight.to(self._device)
@@ -260,6 +262,14 @@ class Trunk:
 def has_head_norm(config: ModelConfig, layer: int) -> bool:
     """Whether a layer has weights that q and k are normed by."""
     return config.qk_norm not in ("none", "unit") and layer not in config.keyless
+
+
+def rope_tables(config: ModelConfig, ctx: int, device: torch.device) -> dict[Heads, Tensor]:
+    """Of every kind of heads."""
+    return {
+        h: rope_table(ctx, h.rotary, h.rope_theta, device, h.rope) if h.turned else unturned_table(ctx, device)
+        for h in config.kinds_of_heads
+    }
 
 
 def projections(config: ModelConfig, layer: int) -> tuple[str, ...]:
