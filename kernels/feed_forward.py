@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,21 +13,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Glu:
-    """gate · sigmoid(alpha · gate) · (up + plus), gate at most `limit` and up within ± limit before; 0: no limit."""
+    """gate · sigmoid(alpha · (gate + cubic · gate³)) · (up + plus), gate at most `limit` and up within ± limit before;
+    0: no limit."""
 
     alpha: float = 1.0
     limit: float = 0.0
     plus: float = 0.0
+    cubic: float = 0.0
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
         if self == SILU:
             return F.silu(gate) * up
         if self.limit:
             gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        return gate * torch.sigmoid(self.alpha * gate) * (up + self.plus)
+        slope = gate + self.cubic * gate**3 if self.cubic else gate
+        return gate * torch.sigmoid(self.alpha * slope) * (up + self.plus)
 
 
 SILU = Glu()
+GELU = Glu(alpha=(8 / math.pi) ** 0.5, cubic=0.044715)  # by tanh (arXiv 1606.08415): 1 + tanh(y) = 2 sigmoid(2 y)
 
 Biases = Sequence[tuple[Tensor, Tensor]]  # of every expert: of gate beside up [2F], of down [H]
 

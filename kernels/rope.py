@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PROPORTIONAL = "proportional"  # Gemma 4's, of its own config
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -29,6 +30,7 @@ class Scaling:
     truncate: bool = True  # yarn: the bounds of the ramp between are whole numbers
     short: tuple[float, ...] = ()  # longrope, a factor a pair: for contexts up to `original` …
     long: tuple[float, ...] = ()  # … and for longer ones
+    share: float = 1.0  # proportional: of a head's pairs so many are turned, as if all were, and the others stay
 
 
 PLAIN = Scaling()
@@ -62,6 +64,8 @@ def inverse_frequencies(dim: int, theta: float, ctx: int, scaling: Scaling = PLA
     if s.kind == "dynamic":
         theta *= (s.factor * max(ctx, s.original) / s.original - (s.factor - 1)) ** (dim / (dim - 2))
     inverse = theta ** -(torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    if s.kind == PROPORTIONAL:
+        inverse[int(s.share * dim // 2) :] = 0
     if s.kind == "linear":
         return inverse / s.factor
     if s.kind == "yarn":

@@ -24,6 +24,7 @@ class Rule:
     renormalise: bool = False  # the k weights sum to one
     scale: float = 1.0
     jitter: float = 0.0  # of a mixer
+    scaled: bool = False  # by a factor of each expert's own, last
 
     def __str__(self) -> str:
         steps = [
@@ -36,11 +37,14 @@ class Rule:
         steps += ["top-k" if self.top_p >= 1 else f"top-p {self.top_p:g}, at most k"] + (
             ["renormalised"] if self.renormalise else []
         )
+        steps += ["a factor of each expert's"] if self.scaled else []
         return ", ".join(steps + ([f"times {self.scale:g}"] if self.scale != 1 else []))
 
 
-def select(logits: Tensor, rule: Rule, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Router logits [T, E], bias [E] → ids [T, k], the first chosen first, and weights [T, k] float32.
+def select(
+    logits: Tensor, rule: Rule, bias: Tensor | None = None, factors: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Router logits [T, E], bias and factors [E] → ids [T, k], the first chosen first, and weights [T, k] float32.
 
     Places that a top-p leaves empty have id -1 and weight 0.
     """
@@ -56,6 +60,8 @@ def select(logits: Tensor, rule: Rule, bias: Tensor | None = None) -> tuple[Tens
         ids, weights = ids.masked_fill(empty, -1), weights.masked_fill(empty, 0)
     if rule.renormalise:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + TINY)
+    if factors is not None:
+        weights = weights * factors[ids]
     return ids, weights if rule.scale == 1 else weights * rule.scale
 
 

@@ -22,6 +22,7 @@ from offmoe.eager import EagerDecoder
 from offmoe.errors import ContextFull, OffmoeError
 from offmoe.experts import ExpertStore
 from offmoe.host_store import HostStore
+from offmoe.kernels.sandwich import fed
 from offmoe.kvcache import KVCache
 from offmoe.meter import Meter
 from offmoe.models.model import Model, open_model
@@ -218,7 +219,7 @@ class Engine:
                 x = x + self.trunk.attend(layer, x, self.kv, start)
                 if self.watch and layer in self.config.routed:
                     self.watch(self.config.routed.index(layer), x)
-                x = x + feed_forward(self.trunk, self.store, layer, x)
+                x = feed_forward(self.trunk, self.store, layer, x)
             return self.trunk.logits(x[-1:])[0]
 
     def _answer(self, ids: list[int], sampling: Sampling, submitted: float) -> Iterator[Piece]:
@@ -283,14 +284,16 @@ def pieces(speech: Speech | None, token: int) -> Iterator[Piece]:
 
 
 def feed_forward(trunk: Trunk | DeviceTrunk, store: ExpertStore, layer: int, x: Tensor) -> Tensor:
-    """What to add to the residual stream x [T, H] behind the attention of `layer`."""
-    place = trunk.config.place_of(layer)
+    """The residual stream behind `layer`, from x [T, H] behind its attention."""
+    place, norms = trunk.config.place_of(layer), trunk.layers[layer].sandwich
     if place is None:
-        return trunk.dense(layer, x)
+        return x + trunk.dense(layer, x)
     normed, experts, weights = trunk.route(layer, x)
-    shared = trunk.shared(layer, normed)
+    shared = trunk.shared(layer, x, normed)
     routed = store.apply(place, normed, experts, weights)
-    return routed if shared is None else routed + shared
+    if norms and shared is not None:
+        return fed(x, shared, routed, norms, trunk.config.stream_eps)
+    return x + (routed if shared is None else routed + shared)
 
 
 def sampling_defaults(checkpoint: Checkpoint) -> Sampling:

@@ -3,6 +3,7 @@
 A layer is six nodes: norm and qkv → attention, or what a layer without keys mixes by → output → norm, router, top-k and
 residency → gate and up, in which some programs bring what is missing and multiply it as it comes → down, summed into x.
 Latent attention is three nodes, or four. Shared experts are two nodes more; a layer without experts has norm and these.
+Norms around the parts are two more.
 Nothing here allocates, waits or reads a tensor on the host.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from offmoe.device_table import device_table, lose, pull, push, reach
 from offmoe.gate import Gate
-from offmoe.kernels.gpu import mla
+from offmoe.kernels.gpu import mla, sandwich
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, pick_splits
 from offmoe.kernels.gpu.embed import embed
@@ -143,7 +144,9 @@ class DecodeStep:
             self._attend_latents(layer, w.latent)
         else:
             self._attend_heads(layer)
-        dense(mixed, w.o, b.x, bias=w.o_bias, residual=True, pdl=self.pdl)
+        dense(mixed, w.o, b.given if w.sandwich else b.x, bias=w.o_bias, residual=True, pdl=self.pdl)
+        if w.sandwich_striped:
+            sandwich.attended(b.x, b.given, w.sandwich_striped, c.stream_eps, b.beside_in, b.beside, b.added, self.pdl)
 
     def _mixed(self, w: DeviceLayer) -> tuple[Tensor, Tensor]:
         """As much of the buffers as the layer's two products have rows and columns."""
@@ -160,7 +163,7 @@ class DecodeStep:
             heads=h.heads, kv_heads=h.kv_heads, head_dim=h.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
             norm_full=c.qk_norm == "full", norm_after=c.norm_after, clip=c.clip_qkv, eps=c.norm_eps,
             splits=splits, split_size=split_size, scales=self.kv.scales(layer), scale=c.score_scale,
-            window=c.window(layer), chunked=c.chunked, sinks=w.sinks, temper=temper,
+            window=c.window(layer), chunked=c.chunked, sinks=w.sinks, temper=temper, value_norm=c.value_norm,
             gate=qkv[0, : c.gate_rows] if c.output_gated else None, pdl=self.pdl,
         )  # fmt: skip
 
@@ -183,15 +186,15 @@ class DecodeStep:
         """The feed-forward part of a layer without experts."""
         b, w = self.buffers, self.trunk.layers[layer]
         rms_norm(b.x, w.ffn_norm_striped, self.config.stream_eps, b.normed, w.ffn_norm_bias_striped)
-        self._beside_experts(w, b.one, b.dense_inner)
+        self._beside_experts(w, b.one, b.normed, b.dense_inner, b.x)
 
-    def _beside_experts(self, w: DeviceLayer, weight: Tensor, inner: Tensor) -> None:
-        """x += weight [1] · what every token passes makes of `normed`."""
+    def _beside_experts(self, w: DeviceLayer, weight: Tensor, given: Tensor, inner: Tensor, out: Tensor) -> None:
+        """out += weight [1] · what every token passes makes of `given`."""
         b = self.buffers
         assert w.beside is not None
         records, layout = w.beside.records, w.beside.layout
-        expert_gate_up(records, layout, b.only, weight, b.normed, inner, pdl=self.pdl)
-        expert_down(records, layout, b.only, inner, b.x, pdl=self.pdl)
+        expert_gate_up(records, layout, b.only, weight, given, inner, glu=self.config.glu, pdl=self.pdl)
+        expert_down(records, layout, b.only, inner, out, pdl=self.pdl)
 
     def _layer(self, place: int) -> DeviceLayer:
         """Of a layer with experts; from here on layers are counted among these."""
@@ -211,7 +214,7 @@ class DecodeStep:
         route(
             b.x[0], w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.places,
             rule=c.rule, bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped,
-            logits=b.router_logits, normed=b.normed[0],
+            factors=w.router_factors, apart=c.sandwich, logits=b.router_logits, normed=b.normed[0],
             ticket=b.route_ticket, ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
             miss_records=b.miss_records, miss_slots=b.miss_slots, status=b.status, counters=b.counters, log=b.log,
             step=b.steps, units=self._units[layer], forced=self._forced if variant.forced else None,
@@ -254,7 +257,8 @@ class DecodeStep:
             self._routed.wait()
             predict(
                 b.raw, w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.places, rule=c.rule,
-                bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped, least=self.gate.least,
+                bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped,
+                apart=c.sandwich, least=self.gate.least,
                 most=self.gate.most,
                 logits=b.predict_logits, ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
                 fetch_records=b.fetch_records[layer], fetch_slots=b.fetch_slots[layer], status=b.status,
@@ -280,7 +284,8 @@ class DecodeStep:
         records, layout = store.records, store.layouts[layer]
         gate_up_bias, down_bias = store.biases[layer] if store.biases else (None, None)
         if w.beside:
-            self._beside_experts(w, b.weights[c.top_k :] if c.shared_gated else b.one, b.shared_inner)
+            given, out = (b.beside_in, b.beside) if w.sandwich else (b.normed, b.x)
+            self._beside_experts(w, b.weights[c.top_k :] if c.shared_gated else b.one, given, b.shared_inner, out)
         copies = None if self.plan.all_in_slots else self._copies(variant)
         joins = self._join(layer, variant)
         expert_gate_up(
@@ -288,9 +293,11 @@ class DecodeStep:
             bias=gate_up_bias, before=c.weighted_input, pdl=self.pdl and not joins,
         )  # fmt: skip
         expert_down(
-            records, layout, b.slots, b.inner, b.x, ids=b.ids, weights=b.weights, bias=down_bias,
-            count=copies.count if copies else None, pdl=self.pdl,
+            records, layout, b.slots, b.inner, b.added if w.sandwich else b.x, ids=b.ids, weights=b.weights,
+            bias=down_bias, count=copies.count if copies else None, pdl=self.pdl,
         )  # fmt: skip
+        if w.sandwich_striped:
+            sandwich.fed(b.x, b.beside, b.added, w.sandwich_striped, c.stream_eps, self.pdl)
 
     def _join(self, layer: int, variant: Variant) -> bool:
         """Wait for lanes whose work this layer, or the token's end, needs; True if there was one."""

@@ -28,6 +28,9 @@ class StepBuffers:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self.x, self.normed, self.raw = floats(1, c.hidden), floats(1, c.hidden), floats(c.hidden)
+        if c.sandwich:  # what attention, the shared expert and the routed ones add, before norms
+            self.given, self.beside, self.added = floats(1, c.hidden), floats(1, c.hidden), floats(1, c.hidden)
+            self.beside_in = floats(1, c.hidden)
         m = c.mixer
         self.qkv = floats(1, max(c.projected, sum(m.projected) if m else 0))
         attended = c.heads * c.value_dim if c.latent else max(h.queries for h, _ in kinds)

@@ -27,6 +27,7 @@ from offmoe.cache.residency import Residency
 from offmoe.device_table import device_table
 from offmoe.kernels.deltanet import Delta, DeltaWeights
 from offmoe.kernels.feed_forward import Glu
+from offmoe.kernels.gpu import sandwich
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size
 from offmoe.kernels.gpu.deltanet import delta_chunk, delta_step
@@ -50,14 +51,15 @@ from offmoe.kernels.planes import matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.ring import COUNTED
 from offmoe.kernels.route import Rule
+from offmoe.kernels.sandwich import Sandwich
 from offmoe.kernels.shortconv import ConvWeights, ShortConv
 
 CPU = torch.device("cpu")
 H, F, LAYERS, EXPERTS, K = 2048, 768, 2, 128, 8
 RULE = Rule(top_k=K, renormalise=True)
 GROUPED = Rule("sigmoid", biased=True, groups=8, kept=4, group_best=2, top_k=K, top_p=0.9, renormalise=True, scale=2.5)
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int16: "*i16",
-         torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8",
+         torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
@@ -223,12 +225,13 @@ def residency(policy: str, pdl: bool, rule: Rule = RULE) -> None:
         slots=ints(K), hit=ints(K), miss_count=ints(1), miss_records=ints(K), miss_slots=ints(K), status=ints(1),
         counters=ints(COUNTED), log=ints(LAYERS * K), step=ints(1), units=1 << 17, raw=floats(H), pdl=pdl,
         fetched=(ints(1), ints(K)), forced=ids if policy == "lru" else None,
+        factors=floats(EXPERTS) if rule.scaled else None, apart=rule.scaled,
     )  # fmt: skip
     predict(
         floats(H), floats(H), 1e-6, floats(rows, H).bfloat16(), table, 1, layers=LAYERS, rule=rule, least=0.05,
         most=2, bias=bias, shift=shift, logits=floats(EXPERTS), ticket=ints(1), held=ints(K), fetch_count=ints(1),
         fetch_records=ints(K), fetch_slots=ints(K), status=ints(1), counters=ints(COUNTED), step=ints(1), units=1 << 17,
-        pdl=pdl, emulated=ids if policy == "lru" else None,
+        pdl=pdl, emulated=ids if policy == "lru" else None, apart=rule.scaled,
     )  # fmt: skip
 
 
@@ -260,6 +263,26 @@ def delta(pdl: bool) -> None:
         q_norm=floats(dim), k_norm=floats(dim), norm_full=False, clip=None, eps=1e-6, splits=splits,
         gate=floats(heads * dim), pdl=pdl,
     )  # fmt: skip
+
+
+def gemma(pdl: bool) -> None:
+    """Norms around the parts, heads of either kind of layer, a capped head."""
+    h, heads, ctx, splits = 2816, 16, 4096, 16
+    norms = Sandwich(*(floats(h) for _ in range(5)), floats(1))
+    sandwich.attended(floats(h), floats(h), norms, 1e-6, floats(h), floats(h), floats(h), pdl)
+    sandwich.fed(floats(h), floats(h), floats(h), norms, 1e-6, pdl)
+    for kv_heads, dim, window, room in ((8, 256, 1024, 2048), (2, 512, 0, ctx)):
+        keys = torch.zeros((kv_heads, room, dim), dtype=torch.float16)
+        decode_attention(
+            floats((heads + 2 * kv_heads) * dim), keys, keys, ints(1), floats(2, ctx, dim), floats(heads * dim),
+            floats(partial_size(heads, dim, splits)), ints(kv_heads), heads=heads, kv_heads=kv_heads, head_dim=dim,
+            q_norm=floats(dim), k_norm=floats(dim), norm_full=False, clip=None, eps=1e-6, splits=splits, scale=1.0,
+            window=window, value_norm=True, pdl=pdl,
+        )  # fmt: skip
+        prefill_attention(floats(100, heads, dim).half(), keys, keys, 0, window=window, scale=1.0)
+    form = matrix("Q6_K", 1024, 2816)
+    part = (ints(form.nbytes, dtype=torch.uint8), form)
+    dense(floats(1, h), [part], floats(1, 1024), norm=floats(h), eps=1e-6, cap=30.0, pdl=pdl)
 
 
 def convolution(pdl: bool) -> None:
@@ -331,6 +354,8 @@ def main(capability: int) -> None:
         residency("echo", pdl)
         attention(pdl)
         delta(pdl)
+        gemma(pdl)
+        residency("crf", pdl, Rule(top_k=K, renormalise=True, scaled=True))
         convolution(pdl)
         llama4(pdl)
         latents(pdl, 16, Latent(0, 512, 128, 64, 128), "BF16")  # DeepSeek-V2-Lite

@@ -22,8 +22,8 @@ WIDE = {*PRODUCTS, "page_in._page_in", "route._route", "attention._decode", "pre
 KERNELS = {*WIDE, "resolve._candidates", "route._predict", "embed._embed", "sample._sample", "advance._advance",
            "request._request", "foretell._remember", "foretell._compare", "foretell._foretell", "gemm._plan_tiles",
            "gemm._gate_up", "gemm._down", "gemm._combine", "unpack._unpack", "norm_rope._norm_rope_write",
-           "norm_rope._rms_norm", "mla._heads", "deltanet._convolve", "deltanet._recur", "deltanet._gate",
-           "shortconv._conv_step", "shortconv._conv_chunk"}  # fmt: skip
+           "norm_rope._rms_norm", "sandwich._attended", "sandwich._fed", "mla._heads", "deltanet._convolve",
+           "deltanet._recur", "deltanet._gate", "shortconv._conv_step", "shortconv._conv_chunk"}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])

@@ -44,7 +44,7 @@ def prefill(path: Path, chunk: int, batch: int, **settings: Any) -> torch.Tensor
         x = trunk.embed(torch.tensor(ids))
         for layer in range(model.config.layers):
             x = x + trunk.attend(layer, x, kv, at)
-            x = x + feed_forward(trunk, store, layer, x)
+            x = feed_forward(trunk, store, layer, x)
         rows.append(trunk.logits(x))
     store.check()
     store.close()

@@ -90,7 +90,11 @@ def test_logits_are_those_of_transformers(family: str, scope: str, tmp_path: Pat
         assert_close("logits", run(step, Variant()), want, 1e-5)
 
 
-@pytest.mark.parametrize(("family", "kv"), [("gpt_oss", "same"), ("gpt_oss", "int8"), ("llama4_text-chunked", "same")])
+@pytest.mark.parametrize(
+    ("family", "kv"),
+    [("gpt_oss", "same"), ("gpt_oss", "int8"), ("llama4_text-chunked", "same"), ("gemma4_text", "same"),
+     ("gemma4_text", "int8")],
+)  # fmt: skip
 def test_a_ring_that_has_gone_around(family: str, kv: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt in chunks, one longer than the ring of 68 or 71, then tokens whose windows lie across its end."""
     monkeypatch.setattr(kvcache, "SLACK", 64)
@@ -102,7 +106,7 @@ def test_a_ring_that_has_gone_around(family: str, kv: str, tmp_path: Path, monke
             x, start = step.trunk.embed(torch.tensor(chunk)), len(step.kv.tokens)
             for layer in range(step.config.layers):
                 x = x + step.trunk.attend(layer, x, step.kv, start)
-                x = x + feed_forward(step.trunk, step.store, layer, x)
+                x = feed_forward(step.trunk, step.store, layer, x)
             step.kv.tokens += chunk
         assert_close("the prompt's", step.trunk.logits(x), want[90:110], 0.1 if kv == "int8" else 1e-5)
         got = run(step, Variant())
@@ -123,7 +127,7 @@ def test_a_gguf_of_latent_attention_gives_the_same_logits(fmt: str | None, ratio
 
 
 @pytest.mark.parametrize("prefetch", ["none", "gate:d=1,p=0,n=2", "gate:d=2,p=0,n=1"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "glm4_moe-groups", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "glm4_moe-groups", "gpt_oss", "gemma4_text"])
 def test_prefetching_changes_no_logit(family: str, prefetch: str, tmp_path: Path) -> None:
     """Layers ahead are counted among those with experts."""
     want, _ = reference(family, IDS)

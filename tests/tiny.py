@@ -122,6 +122,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
                             "no_rope_layer_interval": 3, "floor_scale": 5, "attn_scale": 0.5, "rope_parameters": {
                                 "rope_type": "llama3", "rope_theta": 500000.0, "factor": 16.0, "low_freq_factor": 1.0,
                                 "high_freq_factor": 1.0, "original_max_position_embeddings": 32}},
+    "gemma4_text": {"moe_intermediate_size": 32, "intermediate_size": 96, "num_experts": 8, "top_k_experts": 3,
+                    "num_hidden_layers": 4, "head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1,
+                    "attention_k_eq_v": True, "sliding_window": 6, "enable_moe_block": True,
+                    "hidden_size_per_layer_input": 0, "final_logit_softcapping": 3.0, "initializer_range": 0.1,
+                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]},
     "olmoe-clipped": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "clip_qkv": 1.0},
 }  # fmt: skip
 
@@ -143,7 +148,11 @@ def tiny(family: str) -> Any:
             torch.nn.init.normal_(parameter, float(parameter.data.mean()), 0.2)  # some count from 1
         if "bias" in name or "sinks" in name:  # as do zeros a bias
             torch.nn.init.normal_(parameter, 0.0, 0.5)
+        if name.endswith(("router.scale", "per_expert_scale")):
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
     for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.8)
         if "correction_bias" in name or "expert_bias" in name:
             torch.nn.init.normal_(buffer, 0.0, 0.2)
     if family.startswith("gpt_oss"):

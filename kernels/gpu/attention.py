@@ -151,7 +151,8 @@ def _decode(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, J: tl.constexpr, MANY: tl.constexpr, STAGES: tl.constexpr,
     WINDOW: tl.constexpr, CHUNKED: tl.constexpr, RING: tl.constexpr,
-    NORM: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, VNORM: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (KV_HEADS, splits). The first R values of a head are rotated. A tile's rows: the group's query heads, their
     key, their value, padding. Position p lies at p % room.
@@ -211,7 +212,7 @@ def _decode(
             factor = norm_factor(x, D, eps)[:, None]
         else:
             factor = tl.where(is_q, full_factor(qkv, eps, HEADS * D), full_factor(qkv + HEADS * D, eps, KV_HEADS * D))
-        x = tl.where(is_v, x, x * factor * weight)
+        x = tl.where(is_v, x * factor if VNORM else x, x * factor * weight)
         y = y * factor * weight_other
     if CLIP:
         x, y = clipped(x, clip), clipped(y, clip)
@@ -315,15 +316,16 @@ def decode_attention(
     heads: int, kv_heads: int, head_dim: int, q_norm: Tensor | None, k_norm: Tensor | None, norm_full: bool,
     clip: float | None, eps: float, splits: int, split_size: int = LEAST, scales: Tensor | None = None,
     scale: float | None = None, norm_after: bool = False, window: int = 0, chunked: bool = False,
-    sinks: Tensor | None = None, temper: Tensor | None = None, gate: Tensor | None = None,
+    sinks: Tensor | None = None, temper: Tensor | None = None, gate: Tensor | None = None, value_norm: bool = False,
     pdl: bool = False, block: int | None = None, warps: int = 4, stages: int = 3,
 ) -> None:  # fmt: skip
     """One token at `position` [1]: q, k, v [(heads + 2 kv_heads) · D] float32 → mixed [heads · D] float32, striped.
 
-    Norm, clip, rotation as in kernels.norm_rope; k and v are written into keys, values [kv_heads, room, D] at
-    `position` % room (int8: with scales [2, kv_heads, room]), unless it is ctx, where nothing fits any more; room is
-    ctx or, with a `window`, at least that. `sinks` [heads] float32, `window` and `chunked` as in kernels.attention.
-    `temper` [ctx] float32: what queries are multiplied by. `gate` [heads · D]: its sigmoid is multiplied with mixed.
+    Norm (`value_norm`: a value is divided by its RMS, beside norms of each head), clip, rotation as in
+    kernels.norm_rope; k and v are written into keys, values [kv_heads, room, D] at `position` % room (int8: with
+    scales [2, kv_heads, room]), unless it is ctx, where nothing fits any more; room is ctx or, with a `window`, at
+    least that. `sinks` [heads] float32, `window` and `chunked` as in kernels.attention. `temper` [ctx] float32: what
+    queries are multiplied by. `gate` [heads · D]: its sigmoid is multiplied with mixed.
     `partial` [partial_size(…)] float32 is scratch; `tickets` [kv_heads] int32 are 0 before and after.
     Scores are multiplied by `scale`, D ** -0.5 where it is None.
     The result depends on splits · split_size, not on the order in which programs run.
@@ -340,7 +342,8 @@ def decode_attention(
     assert rope_table.shape[2] % 2 == 0
     assert partial.numel() >= partial_size(heads, head_dim, splits)
     assert tickets.numel() >= kv_heads
-    block = block or tile_of(keys, wide)
+    assert not value_norm or norm_kind(q_norm, norm_full, norm_after) == 1
+    block, warps = block or tile_of(keys, wide), max(warps, wide // 64)
     assert split_size % block == 0, f"split_size {split_size} is no multiple of {block}"
     assert room == ctx or max(window, block) <= room, f"a ring of {room} holds {window} and {block} positions"
     rows = max(16, triton.next_power_of_2(group + 2))
@@ -351,8 +354,8 @@ def decode_attention(
         (head_dim**-0.5 if scale is None else scale) * LOG2E,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, R=rope_table.shape[2], WIDE=wide, ROWS=rows, BLOCK=block,
         J=max(1, min(triton.next_power_of_2(group), COMBINE // (wide * many))), MANY=many, STAGES=stages, WINDOW=window,
-        CHUNKED=chunked, RING=room < ctx, NORM=norm_kind(q_norm, norm_full, norm_after), CLIP=bool(clip),
-        INT8=scales is not None, DOT=dot_type(keys), num_warps=warps, **dependent(pdl),
+        CHUNKED=chunked, RING=room < ctx, NORM=norm_kind(q_norm, norm_full, norm_after), VNORM=value_norm,
+        CLIP=bool(clip), INT8=scales is not None, DOT=dot_type(keys), num_warps=warps, **dependent(pdl),
     )  # fmt: skip
 
 

@@ -64,11 +64,12 @@ def pair_of(pid, programs, slots, weights, ids, targets, missing, pairs, PP: tl.
 
 
 @triton.jit
-def glu(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr):
+def glu(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, CUBIC: tl.constexpr):
     """kernels.feed_forward.Glu; NaN stays NaN."""
     if LIMIT > 0:
         gate, up = tl.where(gate > LIMIT, LIMIT, gate), clipped(up, LIMIT)
-    slope = gate if ALPHA == 1 else gate * ALPHA
+    slope = gate if CUBIC == 0 else gate + CUBIC * gate * gate * gate
+    slope = slope if ALPHA == 1 else slope * ALPHA
     return gate * tl.sigmoid(slope) * (up if PLUS == 0 else up + PLUS)
 
 
@@ -93,7 +94,8 @@ def bring_strip(source, record, stage, turn, ROWS: tl.constexpr, INNER: tl.const
 @triton.jit
 def gate_up_rows(
     record, weight, bias, x, out, first, end, H: tl.constexpr, INNER: tl.constexpr, R: tl.constexpr,
-    PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, BEFORE: tl.constexpr,
+    PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, CUBIC: tl.constexpr,
+    BEFORE: tl.constexpr,
     FG: tl.constexpr, UG: tl.constexpr, WG: tl.constexpr,
     G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
     FU: tl.constexpr, UU: tl.constexpr, WU: tl.constexpr,
@@ -124,7 +126,7 @@ def gate_up_rows(
             gate, up, after = gate * weight, up * weight, 1.0
         else:
             after = weight
-        tl.store(out + place(row, INNER), glu(gate, up, ALPHA, LIMIT, PLUS) * after, mask=row < end)
+        tl.store(out + place(row, INNER), glu(gate, up, ALPHA, LIMIT, PLUS, CUBIC) * after, mask=row < end)
         gates, ups = next_gates, next_ups
 
 
@@ -134,7 +136,8 @@ def _gate_up(
     sources, numbers, base, row_stride, count, targets, scratch,
     MOVERS: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, DOWN: tl.constexpr, CHUNK: tl.constexpr,
     LISTED: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,
-    PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, BEFORE: tl.constexpr,
+    PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, CUBIC: tl.constexpr,
+    BEFORE: tl.constexpr,
     FG: tl.constexpr, UG: tl.constexpr, WG: tl.constexpr,
     G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
     FU: tl.constexpr, UU: tl.constexpr, WU: tl.constexpr,
@@ -174,7 +177,7 @@ def _gate_up(
                            INNER, STRIPS, CHUNK)  # fmt: skip
         record = records + slot.to(tl.int64) * stride
         gate_up_rows(record, weight, None if bias is None else bias + expert * (2 * INNER), x + (pair // k) * H,
-                     out + pair * INNER, first, end, H, INNER, R, PITCH, ALPHA, LIMIT, PLUS, BEFORE,
+                     out + pair * INNER, first, end, H, INNER, R, PITCH, ALPHA, LIMIT, PLUS, CUBIC, BEFORE,
                      FG, UG, WG, G0, G1, G2, G3, FU, UU, WU, U0, U1, U2, U3)  # fmt: skip
     if MOVERS > 0:
         if moves:
@@ -206,7 +209,7 @@ def expert_gate_up(
         records, records.stride(0), slots, weights, ids, bias, x, out, pairs // len(x), pairs,
         *(copies.arguments if copies else [None] * 7), **moving,
         H=h, INNER=gate.rows, PP=triton.next_power_of_2(pairs), R=tile(), PITCH=gate.pitch,
-        ALPHA=glu.alpha, LIMIT=glu.limit, PLUS=glu.plus, BEFORE=before,
+        ALPHA=glu.alpha, LIMIT=glu.limit, PLUS=glu.plus, CUBIC=glu.cubic, BEFORE=before,
         FG=gate.format, UG=ug, WG=UNIT[gate.format], **planes("G", gate),
         FU=up.format, UU=uu, WU=UNIT[up.format], **planes("U", up), num_warps=warps,
         maxnreg=registers(FEWER_WARPS if heavy else WARPS), **dependent(pdl),
@@ -267,7 +270,7 @@ def _down(
         words = rows_of(records, origin, unit, there, rows, end, UNITS, FORMAT, P0, P1, P2, P3)
     xs = x_of(inner, inner, pair * INNER, unit * WIDTH, there, FORMAT, INNER, False)
     stream(records, origin, unit, there, words, xs, first, end, x + t * H, bias, chosen, shares, 0, 1.0, UNITS, R, H,
-           True, FORMAT, P0, P1, P2, P3)  # fmt: skip
+           True, 0, FORMAT, P0, P1, P2, P3)  # fmt: skip
 
 
 def expert_down(

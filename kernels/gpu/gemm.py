@@ -137,7 +137,7 @@ def record_at(address):
 def _gate_up(
     x, order, experts, starts, ends, addresses, bias, inner, k,
     H: tl.constexpr, INNER: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SWAP: tl.constexpr,
-    PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr,
+    PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, CUBIC: tl.constexpr,
     FG: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
     FU: tl.constexpr, U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, U3: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +162,7 @@ def _gate_up(
     if bias is not None:
         gate = biased(gate, bias + expert * (2 * INNER), row, there, SWAP)
         up = biased(up, bias + expert * (2 * INNER) + INNER, row, there, SWAP)
-    value = glu(gate, up, ALPHA, LIMIT, PLUS).to(inner.dtype.element_ty)
+    value = glu(gate, up, ALPHA, LIMIT, PLUS, CUBIC).to(inner.dtype.element_ty)
     if SWAP:
         value = tl.trans(value)
     tl.store(inner + pair[:, None] * INNER + row[None], value, mask=held[:, None] & there[None])
@@ -222,7 +222,7 @@ def expert_mlp(
     n, (wide, narrow) = len(tiles.experts), biases or (None, None)
     _gate_up[(triton.cdiv(f, first.rows), n)](
         x, *listed, wide, inner, k, H=h, INNER=f, M=tiles.block, N=first.rows, SWAP=first.swap,
-        PITCH=layout.gate.pitch, ALPHA=glu.alpha, LIMIT=glu.limit, PLUS=glu.plus,
+        PITCH=layout.gate.pitch, ALPHA=glu.alpha, LIMIT=glu.limit, PLUS=glu.plus, CUBIC=glu.cubic,
         FG=layout.gate.format, **planes("G", layout.gate), FU=layout.up.format, **planes("U", layout.up),
         num_warps=first.warps, num_stages=first.stages,
     )  # fmt: skip

@@ -80,8 +80,15 @@ def constant_of(bias, ids, shares, at, inside, N: tl.constexpr):
 
 
 @triton.jit
+def capped(x, CAP: tl.constexpr):
+    """CAP · tanh(x / CAP); 0: x."""
+    return x if CAP == 0 else CAP * (2 * tl.sigmoid(x * (2 / CAP)) - 1)
+
+
+@triton.jit
 def stream(buffer, origin, unit, there, words, xs, first, end, out, bias, ids, shares, shift, scale,
-           UNITS: tl.constexpr, R: tl.constexpr, N: tl.constexpr, RESIDUAL: tl.constexpr, FORMAT: tl.constexpr,
+           UNITS: tl.constexpr, R: tl.constexpr, N: tl.constexpr, RESIDUAL: tl.constexpr, CAP: tl.constexpr,
+           FORMAT: tl.constexpr,
            P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
     """Rows first … end, of which the first R are in `words`, times x and `scale`, into `out` from row `shift` on.
 
@@ -103,14 +110,15 @@ def stream(buffer, origin, unit, there, words, xs, first, end, out, bias, ids, s
         elif bias is not None:
             tl.store(out + at, fold(words, xs, FORMAT) * scale + constant, mask=inside)
         else:
-            tl.store(out + at, fold(words, xs, FORMAT) * scale, mask=inside)
+            tl.store(out + at, capped(fold(words, xs, FORMAT) * scale, CAP), mask=inside)
         words, constant = following, next_constant
 
 
 @triton.jit
 def part(buffer, pid, x, norm, out, bias, shift, eps, each,
          ROWS: tl.constexpr, U: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
-         WIDE: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, FORMAT: tl.constexpr,
+         WIDE: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CAP: tl.constexpr,
+         FORMAT: tl.constexpr,
          P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Weights never change: the first rows come while the kernel before this one still runs."""
     UNITS: tl.constexpr = K // WIDTH
@@ -127,14 +135,14 @@ def part(buffer, pid, x, norm, out, bias, shift, eps, each,
         v = tl.load(x + i, mask=i < K, other=0.0)
         inverse = tl.rsqrt(tl.sum(v * v, 0) / K + eps)
     stream(buffer, origin, u, there, words, xs, first, end, out, bias, None, None, shift, inverse, UNITS, R, N,
-           RESIDUAL, FORMAT, P0, P1, P2, P3)  # fmt: skip
+           RESIDUAL, CAP, FORMAT, P0, P1, P2, P3)  # fmt: skip
 
 
 @triton.jit
 def _dense(
     x, norm, out, bias, b0, b1, b2, eps, each,
     K: tl.constexpr, WIDE: tl.constexpr, N: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
-    F0: tl.constexpr, ROWS0: tl.constexpr, U0: tl.constexpr, WIDTH0: tl.constexpr,
+    CAP: tl.constexpr, F0: tl.constexpr, ROWS0: tl.constexpr, U0: tl.constexpr, WIDTH0: tl.constexpr,
     F1: tl.constexpr, ROWS1: tl.constexpr, U1: tl.constexpr, WIDTH1: tl.constexpr,
     F2: tl.constexpr, ROWS2: tl.constexpr, U2: tl.constexpr, WIDTH2: tl.constexpr,
     A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr,
@@ -149,28 +157,30 @@ def _dense(
     second = tl.cdiv(ROWS0, each)
     third = second + tl.cdiv(ROWS1, each)
     if pid < second:
-        part(b0, pid, x, norm, out, bias, 0, eps, each, ROWS0, U0, WIDTH0, R, K, WIDE, N, NORM, RESIDUAL, F0,
+        part(b0, pid, x, norm, out, bias, 0, eps, each, ROWS0, U0, WIDTH0, R, K, WIDE, N, NORM, RESIDUAL, CAP, F0,
              A0, A1, A2, A3, PDL)  # fmt: skip
     if ROWS1 > 0:
         if (pid >= second) & (pid < third):
             part(b1, pid - second, x, norm, out, bias, ROWS0, eps, each, ROWS1, U1, WIDTH1, R, K, WIDE, N, NORM,
-                 RESIDUAL, F1, B0, B1, B2, B3, PDL)  # fmt: skip
+                 RESIDUAL, CAP, F1, B0, B1, B2, B3, PDL)  # fmt: skip
     if ROWS2 > 0:
         if pid >= third:
             part(b2, pid - third, x, norm, out, bias, ROWS0 + ROWS1, eps, each, ROWS2, U2, WIDTH2, R, K, WIDE, N, NORM,
-                 RESIDUAL, F2, C0, C1, C2, C3, PDL)  # fmt: skip
+                 RESIDUAL, CAP, F2, C0, C1, C2, C3, PDL)  # fmt: skip
 
 
 def dense(
     x: Tensor, parts: Sequence[Part], out: Tensor, *,
     norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None, residual: bool = False,
-    pdl: bool = False,
+    cap: float = 0.0, pdl: bool = False,
 ) -> None:  # fmt: skip
     """x [T, K] float32, striped, times the transpose of up to three matrices, rows one after another: out [T, N].
 
     norm [K], striped: x is RMS-normed with it first. residual: `out` is the residual stream, striped, and is added
-    to; else it is in natural order. `bias` [N] float32, in natural order, is added.
+    to; else it is in natural order. `bias` [N] float32, in natural order, is added. `cap` c: c · tanh(out / c), of a
+    product with neither.
     """
+    assert not cap or not (residual or bias is not None)
     assert 1 <= len(parts) <= 3 and out.is_contiguous() and x.is_contiguous()
     k, n, rows = x.shape[1], sum(form.rows for _, form in parts), tile()
     assert out.shape == (len(x), n) and all(form.cols == k for _, form in parts)
@@ -186,7 +196,7 @@ def dense(
         settings |= {f"{'ABC'[i]}{j}": at for j, at in enumerate(form.constants)}
     _dense[(count, len(x))](
         x, norm, out, bias, *(buffer for buffer, _ in parts), eps, each, K=k, WIDE=triton.next_power_of_2(k), N=n,
-        R=rows, NORM=norm is not None, RESIDUAL=residual, **settings, num_warps=warps, **dependent(pdl),
+        R=rows, NORM=norm is not None, RESIDUAL=residual, CAP=cap, **settings, num_warps=warps, **dependent(pdl),
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def in_int8(x):
 def _norm_rope_write(
     qkv, q_out, keys, values, scales, positions, table, q_norm, k_norm, ctx, room, first_kept, stride, clip, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr,
+    ROWS: tl.constexpr, NORM: tl.constexpr, VNORM: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, blocks of q's heads, then of k's, then of v's)."""
     Q_BLOCKS: tl.constexpr = (HEADS + ROWS - 1) // ROWS
@@ -106,6 +106,8 @@ def _norm_rope_write(
         row = first + tl.arange(0, ROWS)
         inside = (row < KV_HEADS)[:, None] & (d < D)[None, :]
         v = tl.load(base + (HEADS + KV_HEADS + row[:, None]) * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        if VNORM:
+            v = v * norm_factor(v, D, eps)[:, None]
         if CLIP:
             v = clipped(v, clip)
         write_rows(v, values, scales + KV_HEADS * room, first, position - first_kept, room, KV_HEADS, D, WIDE, ROWS,
@@ -160,13 +162,14 @@ def norm_rope_write(
     qkv: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rope_table: Tensor, *,
     heads: int, kv_heads: int, head_dim: int, q_norm: Tensor | None, k_norm: Tensor | None,
     clip: float | None, eps: float, scales: Tensor | None = None, out: Tensor | None = None, first: int = 0,
-    norm_after: bool = False,
+    norm_after: bool = False, value_norm: bool = False,
 ) -> Tensor:  # fmt: skip
     """q, k, v of T tokens [T, (heads + 2 kv_heads) · D]: norm, clip, rotate; k and v go into the cache.
 
     keys, values [kv_heads, room, D] and, in int8, scales [2, kv_heads, room], of which the first is of position
     `first`, are written at `positions` [T].
     The norms are as wide as their weights: [D] each head, [heads · D] all together; `norm_after`: of rotated heads.
+    `value_norm`: each head's value is divided by its RMS.
     Returns q [T, heads, D] in `out`, or in the cache's type and beside int8 in qkv's.
     """
     assert qkv.stride(1) == 1
@@ -186,6 +189,7 @@ def norm_rope_write(
         rope_table.shape[1], keys.shape[1], first, qkv.stride(0), clip or 0.0, eps,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, R=rope_table.shape[2],
         WIDE=triton.next_power_of_2(head_dim), ROWS=ROWS,
-        NORM=norm_kind(q_norm, full, norm_after), CLIP=bool(clip), INT8=scales is not None, num_warps=4,
+        NORM=norm_kind(q_norm, full, norm_after), VNORM=value_norm, CLIP=bool(clip),
+        INT8=scales is not None, num_warps=4,
     )  # fmt: skip
     return q

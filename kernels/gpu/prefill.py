@@ -62,14 +62,14 @@ def prefill_attention(
     """q [T, heads, D] at places start … over keys, values [kv_heads, room, D] up to their own: [T, heads, D].
 
     No [T, start + T] mask is made on a GPU. int8 keys and values are unpacked first, in q's type. `window`, `chunked`
-    and `sinks` [heads] float32 as in kernels.attention; beside them no `scale` (there) but D ** -0.5.
+    and `sinks` [heads] float32 as in kernels.attention. torch has no flash attention of heads wider than 256.
     """
     end = start + len(q)
     k, v = keys[:, :end], values[:, :end]
     if scales is not None:
         k, v = (dequantise(x, scale[:, :end], q.dtype) for x, scale in zip((k, v), scales, strict=True))
-    if (0 < window < end) or sinks is not None:
-        return seen_through_windows(q, k, v, start, window, chunked, sinks)
+    if (0 < window < end) or sinks is not None or q.shape[2] > 256:
+        return seen_through_windows(q, k, v, start, window, chunked, sinks, scale)
     bias = causal_lower_right(len(q), end) if start else None
     mixed = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0),
@@ -79,17 +79,19 @@ def prefill_attention(
 
 
 def seen_through_windows(
-    q: Tensor, k: Tensor, v: Tensor, start: int, window: int, chunked: bool, sinks: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, start: int, window: int, chunked: bool, sinks: Tensor | None, scale: float | None
 ) -> Tensor:
     """The part of `prefill_attention` that is ours."""
     (tokens, heads, d), out = q.shape, torch.empty_like(q)
     assert q.is_contiguous()
     assert k.stride() == v.stride()
     assert k.stride()[1:] == (d, 1)
-    m, n = (16, 32) if q.dtype == torch.float32 else (128, 64)
+    wide, scale = triton.next_power_of_2(d), d**-0.5 if scale is None else scale
+    # A tile of queries and two of keys and values, in the 99 KB that a desktop card's multiprocessor has.
+    m, n = (16, 32) if q.dtype == torch.float32 else (128, 64) if wide <= 128 else (64, 32) if wide == 256 else (32, 16)
     _prefill[(triton.cdiv(tokens, m), heads)](
-        q, k, v, sinks, out, tokens, start, k.stride(0), d**-0.5 * LOG2E, HEADS=heads, GROUP=heads // len(k), D=d,
-        WIDE=triton.next_power_of_2(d), WINDOW=window, CHUNKED=chunked, M=m, N=n, DOT=dot_type(k),
-        num_warps=4 if d <= 64 else 8,
+        q, k, v, sinks, out, tokens, start, k.stride(0), scale * LOG2E, HEADS=heads, GROUP=heads // len(k), D=d,
+        WIDE=wide, WINDOW=window, CHUNKED=chunked, M=m, N=n, DOT=dot_type(k), num_warps=4 if d <= 64 else 8,
+        num_stages=3 if wide <= 128 else 2,
     )  # fmt: skip
     return out

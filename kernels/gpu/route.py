@@ -56,9 +56,10 @@ class Table:
 @triton.jit
 def router_logits(
     x, weight, gain, shift, offset, logits, normed, raw, eps, rows, H: tl.constexpr, WIDE: tl.constexpr,
-    EACH: tl.constexpr, WRITE: tl.constexpr,
+    EACH: tl.constexpr, APART: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
-    """Of the program's rows, weight [EACH, WIDE]; the first leaves the normed x behind, and x as it was."""
+    """Of the program's rows, weight [EACH, WIDE]; the first leaves the normed x behind, and x as it was. APART: the
+    gain is the experts' alone."""
     i = tl.arange(0, WIDE)
     inside = i < H
     value = tl.load(x + i, mask=inside, other=0.0)
@@ -66,9 +67,13 @@ def router_logits(
     if shift is not None:
         y = tl.where(inside, value - tl.sum(value, 0) / H, 0.0)
     scale = tl.rsqrt(tl.sum(y * y, 0) / H + eps)
-    y = y * gain
-    dot = tl.sum(weight.to(tl.float32) * y[None, :], 1) * scale
-    y = y * scale
+    if APART:
+        dot = tl.sum(weight.to(tl.float32) * y[None, :], 1) * scale
+        y = y * gain * scale
+    else:
+        y = y * gain
+        dot = tl.sum(weight.to(tl.float32) * y[None, :], 1) * scale
+        y = y * scale
     if shift is not None:
         bias = tl.load(shift + i, mask=inside, other=0.0)
         dot += tl.sum(weight.to(tl.float32) * bias[None, :], 1)
@@ -207,16 +212,19 @@ def places(ids, EP: tl.constexpr, KP: tl.constexpr):
         "router",
         "bias",
         "offset",
+        "factors",
     ],
 )
 def _route(
-    x, norm, shift, router, offset, bias, logits, normed, raw, ticket, eps, experts, k: tl.constexpr, top_p, scale,
+    x, norm, shift, router, offset, bias, factors, logits, normed, raw, ticket, eps, experts, k: tl.constexpr, top_p,
+    scale,
     jitter, layer, layers, forced, forced_rows, step, ids, weights,
     slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock, candidate_row,
     status, slots, hit, miss_count, miss_records, miss_slots, fetch_count, fetch_slots, counters, log, units,
     H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
     SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, GP: tl.constexpr,
-    VARIES: tl.constexpr, RENORMALISE: tl.constexpr, SHARED: tl.constexpr, FORCED: tl.constexpr, C: tl.constexpr,
+    VARIES: tl.constexpr, APART: tl.constexpr, RENORMALISE: tl.constexpr, SHARED: tl.constexpr, FORCED: tl.constexpr,
+    C: tl.constexpr,
     CP: tl.constexpr, KIND: tl.constexpr, USE: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = experts + SHARED
@@ -231,7 +239,7 @@ def _route(
     if FORCED:
         row = (tl.maximum(tl.load(step) - 1, 0) % forced_rows) * layers + layer
         given = tl.load(forced + row * k + j, mask=j < k, other=-1).to(tl.int32)
-    router_logits(x, weight, gain, shift, offset, logits, normed, raw, eps, rows, H, WIDE, EACH, True)
+    router_logits(x, weight, gain, shift, offset, logits, normed, raw, eps, rows, H, WIDE, EACH, APART, True)
     if last_arriver(ticket):
         order, score = judged(logits, bias, experts, EP, SCORES, GROUPS, KEPT, BEST, GP)
         rank = ranked(order, experts, k, EP)
@@ -249,6 +257,8 @@ def _route(
             score = score / (tl.sum(tl.where(asked, score, 0.0), 0) + LEAST)
         elif SCORES == SOFTMAX:
             score = score / tl.sum(score, 0)
+        if factors is not None:
+            score = score * tl.load(factors + tl.arange(0, EP), mask=tl.arange(0, EP) < experts, other=0.0)
         tl.store(ids + rank, tl.arange(0, EP), mask=asked)
         tl.store(weights + rank, score * scale, mask=asked)
         if SHARED:
@@ -280,14 +290,15 @@ def _predict(
     fetch_count, fetch_records, fetch_slots, counters, units,
     H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
     SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, GP: tl.constexpr,
-    VARIES: tl.constexpr, EMULATED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, HELD: tl.constexpr,
+    VARIES: tl.constexpr, APART: tl.constexpr, EMULATED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+    HELD: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     weight, gain = router_weights(router, norm, experts, H, WIDE, EACH)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    router_logits(x, weight, gain, shift, offset, logits, x, None, eps, experts, H, WIDE, EACH, False)
+    router_logits(x, weight, gain, shift, offset, logits, x, None, eps, experts, H, WIDE, EACH, APART, False)
     if last_arriver(ticket):
         j = tl.arange(0, KP)
         if EMULATED:
@@ -317,13 +328,16 @@ def route(
     status: Tensor, counters: Tensor, log: Tensor, step: Tensor,
     units: int = 0, forced: Tensor | None = None,
     fetched: tuple[Tensor, Tensor] | None = None, raw: Tensor | None = None, bias: Tensor | None = None,
-    shift: Tensor | None = None, offset: Tensor | None = None, pdl: bool = False,
+    shift: Tensor | None = None, offset: Tensor | None = None, factors: Tensor | None = None, apart: bool = False,
+    pdl: bool = False,
 ) -> None:  # fmt: skip
     """x [H] float32 → normed [H], ids, weights (float32), slots, hit [k], and the missing records with their slots.
 
     router [E, H] in a float type, with one row more for a gated shared expert: the sigmoid of its logit becomes
     weights [k], and `logits` is as long as the router. `bias` [E] float32: of rule.biased. `shift` [H] float32: the
-    norm is a LayerNorm with this bias. `offset`, as long as the router, float32: added to the logits. hit: 1
+    norm is a LayerNorm with this bias. `factors` [E] float32: of rule.scaled. `apart`: the norm's weights are for the
+    experts alone, the router takes x normed without. `offset`, as long as the router, float32: added to the logits.
+    hit: 1
     where the record can be read at once; those that are missing must be paged in and those that are late waited for.
     `forced` [steps, layers, k] int16: ids to take in place of the router's (of a top-p -1: none), the
     row by `step` [1], which counts from 1. `fetched`: count [1] and slots of what `predict` fetched for this layer.
@@ -334,15 +348,17 @@ def route(
     assert router.is_contiguous()
     assert x.numel() == router.shape[1]
     assert rule.biased == (bias is not None)
+    assert rule.scaled == (factors is not None)
     assert offset is None or len(offset) == len(router)
     _route[(triton.cdiv(len(router), each(experts)),)](
-        x, norm, shift, router, offset, bias, logits, normed, raw, ticket, eps, experts, rule.top_k, rule.top_p,
+        x, norm, shift, router, offset, bias, factors, logits, normed, raw, ticket, eps, experts, rule.top_k,
+        rule.top_p,
         rule.scale, rule.jitter, layer, layers, forced, 1 if forced is None else forced.shape[0], step, ids, weights,
         table.slot_of, table.owner, table.arriving, table.fresh, table.landed, table.a, table.b,
         table.decay, table.decay.numel(), table.clock, candidate_row(table, layer),
         status, slots, hit, miss_count, miss_records, miss_slots, *(fetched or (None, None)), counters, log, units,
         KP=triton.next_power_of_2(rule.top_k), RENORMALISE=rule.renormalise, SHARED=len(router) - experts,
-        FORCED=forced is not None, **steps(rule),
+        FORCED=forced is not None, APART=apart, **steps(rule),
         C=table.candidates.shape[1], CP=triton.next_power_of_2(table.candidates.shape[1]), KIND=KINDS[table.kind],
         USE=table.use, PREFETCHED=fetched is not None, enable_fp_fusion=False, **sizes(router, experts),
         **dependent(pdl),
@@ -354,7 +370,7 @@ def predict(
     layers: int, rule: Rule, least: float, most: int, logits: Tensor, ticket: Tensor, held: Tensor,
     fetch_count: Tensor, fetch_records: Tensor, fetch_slots: Tensor, status: Tensor, counters: Tensor, step: Tensor,
     units: int = 0, emulated: Tensor | None = None, bias: Tensor | None = None, shift: Tensor | None = None,
-    offset: Tensor | None = None, pdl: bool = False,
+    offset: Tensor | None = None, apart: bool = False, pdl: bool = False,
 ) -> None:  # fmt: skip
     """Gate-ahead: the norm and router of `layer` on the residual stream of an earlier one.
 
@@ -370,7 +386,7 @@ def predict(
         emulated, 1 if emulated is None else emulated.shape[0], step, m,
         table.slot_of, table.owner, table.arriving, table.fresh, table.landed, candidate_row(table, layer),
         held, held.numel(), status, fetch_count, fetch_records, fetch_slots, counters, units,
-        KP=triton.next_power_of_2(max(rule.top_k, m)), EMULATED=emulated is not None, **steps(rule),
+        KP=triton.next_power_of_2(max(rule.top_k, m)), EMULATED=emulated is not None, APART=apart, **steps(rule),
         C=table.candidates.shape[1], CP=triton.next_power_of_2(table.candidates.shape[1]),
         HELD=triton.next_power_of_2(held.numel()), **sizes(router, experts), **dependent(pdl),
     )  # fmt: skip

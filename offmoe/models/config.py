@@ -100,8 +100,11 @@ class ModelConfig:
     o_bias: bool = False
     router_offset: bool = False  # added to the router's logits
     expert_bias: bool = False
-    glu: Glu = SILU  # of the routed experts
+    glu: Glu = SILU  # of all feed-forward parts
     weighted_input: bool = False  # an expert's weight is multiplied with what it takes in, not with what it gives
+    sandwich: bool = False  # norms around every part, and the shared expert has its own: see kernels.sandwich
+    value_norm: bool = False  # each head's value over its RMS
+    logit_cap: float = 0.0  # c · tanh(logit / c); 0: none
     latent: Latent | None = None  # of multi-head latent attention; then head_dim is a key's, and kv_heads is 1
 
     @property
@@ -327,7 +330,7 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "max_position_embeddings": key("context_length"),
         "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
         "rope_theta": key("rope.freq_base"),
-        "rope_scaling": gguf_scaling(key, tensors),
+        "rope_scaling": gguf_scaling(key, {} if family.gguf_fields else tensors),
         "sliding_window": key("attention.sliding_window"),
         "n_shared_experts": key("expert_shared_count"),
         "shared_expert_intermediate_size": key("expert_shared_feed_forward_length"),
@@ -353,8 +356,9 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "expert_gating_func": key("expert_gating_func"),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
+    raw |= family.gguf_fields(key) if family.gguf_fields else {}
     config = from_hf({name: value for name, value in raw.items() if value is not None}, family)
-    if turned not in (None, config.rotary):
+    if turned not in (None, *(heads.rotary for heads in config.kinds_of_heads)):
         raise OffmoeError(
             f"{family.arch}: rope.dimension_count is {shown(turned)}, and offmoe implements "
             f"rotation of {config.rotary} values of a head of {config.head_dim}: this model cannot be run yet"
@@ -374,22 +378,28 @@ def checked(config: ModelConfig) -> ModelConfig:
         raise OffmoeError(f"none of the {config.layers} layers has experts: offmoe runs mixture-of-experts models")
     if config.top_k > config.experts:
         raise OffmoeError(f"the config routes to {config.top_k} of {config.experts} experts: more than there are")
-    if config.heads % config.kv_heads:
-        raise OffmoeError(f"{config.heads} heads do not divide among {config.kv_heads} key-value heads")
-    if config.head_dim % 2 or not config.head_dim:
-        raise OffmoeError(f"head_dim is {config.head_dim}: rotary embedding needs an even number above 0")
-    if config.rotary % 2 or not 2 <= config.rotary <= config.head_dim:
-        raise OffmoeError(
-            f"partial_rotary_factor asks for {config.rotary} of {config.head_dim} values of a head to be rotated: "
-            "expected an even number above 0"
-        )
     if not min(config.embed_scale, config.residual_scale, config.logit_divisor) > 0:
         raise OffmoeError("the config multiplies embedding, residual stream or logits by 0: expected a number above 0")
     check_groups(config.rule, config.experts)
-    check_rope(config.rope, config.rotary, config.rope_theta)
+    for heads in config.kinds_of_heads:
+        check_heads(heads)
     if config.experts > 65535:
         raise OffmoeError(f"{config.layers} layers of {config.experts} experts: no published model has so many")
     return config
+
+
+def check_heads(h: Heads) -> None:
+    """What the numbers of a layer's heads say about one another."""
+    if h.heads % h.kv_heads:
+        raise OffmoeError(f"{h.heads} heads do not divide among {h.kv_heads} key-value heads")
+    if h.head_dim % 2 or not h.head_dim:
+        raise OffmoeError(f"head_dim is {h.head_dim}: rotary embedding needs an even number above 0")
+    if h.rotary % 2 or not 2 <= h.rotary <= h.head_dim:
+        raise OffmoeError(
+            f"partial_rotary_factor asks for {h.rotary} of {h.head_dim} values of a head to be rotated: "
+            "expected an even number above 0"
+        )
+    check_rope(h.rope, h.rotary, h.rope_theta)
 
 
 def check_groups(rule: Rule, experts: int) -> None:

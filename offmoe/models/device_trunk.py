@@ -23,12 +23,13 @@ from offmoe.kernels.norm_rope import rms_norm
 from offmoe.kernels.planes import Matrix, SlotLayout, matrix, rearrange, rearrange_matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.route import select
+from offmoe.kernels.sandwich import Sandwich
 from offmoe.kernels.striped import stripe, unstripe
 from offmoe.kvcache import KVCache
 from offmoe.models.keyless import mixer_output, mixer_weights
 from offmoe.models.latent import FLOATS, head_rows, positioned, rows_of, transposed
 from offmoe.models.model import Model
-from offmoe.models.trunk import has_head_norm, projections, rope_tables, uninterleaved
+from offmoe.models.trunk import has_head_norm, projections, rope_tables, sandwich, uninterleaved
 
 Part = tuple[Tensor, Matrix]  # bytes in slot layout, and what they are
 
@@ -78,12 +79,16 @@ class DeviceLayer:
     sinks: Tensor | None  # [heads]
     router_offset: Tensor | None  # [E]
     latent: DeviceLatent | None
+    sandwich: Sandwich | None
+    sandwich_striped: Sandwich | None
+    router_factors: Tensor | None  # [E]
 
     def tensors(self) -> list[Tensor]:
         values = [getattr(part, field.name) for part in (self, self.latent) if part for field in fields(part)]
         parts = [part[0] for value in values if isinstance(value, tuple) for part in value]
         parts += [self.beside.records] if self.beside else []
         parts += self.mixer.tensors() if self.mixer else []
+        parts += self.sandwich.tensors() if self.sandwich else []
         return parts + [value for value in values if isinstance(value, Tensor)]
 
 
@@ -153,7 +158,7 @@ class DeviceTrunk:
         q = norm_rope_write(qkv[:, c.gate_rows :], chunk.keys, chunk.values, positions, table, heads=h.heads,
                             kv_heads=h.kv_heads, head_dim=h.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
                             eps=c.norm_eps, scales=chunk.scales, first=chunk.first,
-                            norm_after=c.norm_after)  # fmt: skip
+                            norm_after=c.norm_after, value_norm=c.value_norm)  # fmt: skip
         if temper is not None:
             q = (q * temper[positions].view(-1, 1, 1)).to(q.dtype)
         kv.close(layer, chunk, start, len(x))
@@ -164,7 +169,8 @@ class DeviceTrunk:
         if c.output_gated:
             mixed = mixed * qkv[:, : c.gate_rows].sigmoid()
         out = self._product(mixed, w.o)
-        return out if w.o_bias is None else out + w.o_bias
+        out = out if w.o_bias is None else out + w.o_bias
+        return rms_norm(out, w.sandwich.attention, c.stream_eps) if w.sandwich else out
 
     def _attend_latents(self, w: DeviceLatent, qkv: Tensor, cache: Tensor, positions: Tensor, start: int) -> Tensor:
         """qkv [T, q_rank or Q, and L + R], cache [ctx, L + R] → [T, heads · V]. Keys and values are expanded."""
@@ -196,17 +202,20 @@ class DeviceTrunk:
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
         normed = rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias)
-        logits = stripe(normed) @ w.router[: self.config.experts].float().t()
+        apart = rms_norm(x, x.new_ones(()), self.config.stream_eps) if w.sandwich else normed
+        logits = stripe(apart) @ w.router[: self.config.experts].float().t()
         if w.router_offset is not None:
             logits += w.router_offset
-        ids, weights = select(logits, self.config.rule, w.router_bias)
+        ids, weights = select(logits, self.config.rule, w.router_bias, w.router_factors)
         return normed.to(self._dtype), ids, weights
 
-    def shared(self, layer: int, normed: Tensor) -> Tensor | None:
-        """What the shared experts make of the experts' input [T, H]."""
+    def shared(self, layer: int, x: Tensor, normed: Tensor) -> Tensor | None:
+        """What the shared experts make of the experts' input [T, H], or of x [T, H] by a norm of their own."""
         w = self.layers[layer]
         if w.beside is None:
             return None
+        if w.sandwich:
+            normed = rms_norm(x, w.sandwich.beside_in, self.config.stream_eps).to(self._dtype)
         out = self._resident(normed, w.beside)
         if w.router is None or not self.config.shared_gated:
             return out
@@ -229,11 +238,11 @@ class DeviceTrunk:
     def logits_into(self, x: Tensor, normed: Tensor, out: Tensor, pdl: bool = False) -> None:
         """x [T, H] striped → out [T, V]; `normed` [T, H] is scratch."""
         normed_dense(x, self.final_norm, self.final_norm_bias, self.config.stream_eps, normed, self.head, out,
-                     self.head_bias, pdl)  # fmt: skip
+                     self.head_bias, pdl, self.config.logit_cap)  # fmt: skip
 
     def _resident(self, x: Tensor, part: Resident) -> Tensor:
         gate, up, down = ((part.records[0], form) for form in (part.layout.gate, part.layout.up, part.layout.down))
-        return self._product(F.silu(self._product(x, (gate,))) * self._product(x, (up,)), (down,))
+        return self._product(self.config.glu(self._product(x, (gate,)), self._product(x, (up,))), (down,))
 
     def _product(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
         """x [T, K] times the transpose of all rows of `parts`, unpacked for this call: [T, N]."""
@@ -276,6 +285,9 @@ class DeviceTrunk:
             sinks=self._float("sinks", layer) if c.sinks else None,
             router_offset=self._float("router_offset", layer) if routed and c.router_offset else None,
             latent=self._load_latent(layer, c.latent) if c.latent else None,
+            sandwich=(norms := sandwich(partial(self._float, layer=layer)) if c.sandwich else None),
+            sandwich_striped=striped(norms) if norms else None,
+            router_factors=self._float("router_factors", layer) if c.rule.scaled else None,
         )
 
     def _head_norm(self, role: str, layer: int) -> Tensor | None:
@@ -301,7 +313,9 @@ class DeviceTrunk:
 
     def _router(self, layer: int) -> Tensor:
         """With the row of a gated shared expert behind it, in the wider type of both."""
-        router = self._float("router", layer, keep=True)
+        router = self._float("router", layer, keep=not self.config.sandwich)
+        if self.config.sandwich:  # its own norm's weights
+            router = router * self._float("router_gain", layer) * self.config.hidden**-0.5
         if self.config.shared_gated:
             row = self._float("shared_router", layer, keep=True).view(1, -1)
             wider = torch.promote_types(router.dtype, row.dtype)
@@ -367,16 +381,21 @@ class DeviceTrunk:
         return info.format, raw
 
 
+def striped(norms: Sandwich) -> Sandwich:
+    """Its weights for the step."""
+    return replace(norms, **{name: stripe(w) for name, w in vars(norms).items() if w.numel() > 1})
+
+
 def normed_dense(
     x: Tensor, norm: Tensor, shift: Tensor | None, eps: float, normed: Tensor, parts: Sequence[Part], out: Tensor,
-    bias: Tensor | None, pdl: bool,
+    bias: Tensor | None, pdl: bool, cap: float = 0.0,
 ) -> None:  # fmt: skip
     """kernels.gpu.gemv.dense of x [T, H] behind its norm, which is a launch of its own where it is a LayerNorm."""
     from offmoe.kernels.gpu.gemv import dense
     from offmoe.kernels.gpu.norm_rope import rms_norm as norm_into
 
     if shift is None:
-        dense(x, parts, out, norm=norm, eps=eps, bias=bias, pdl=pdl)
+        dense(x, parts, out, norm=norm, eps=eps, bias=bias, cap=cap, pdl=pdl)
     else:
         norm_into(x, norm, eps, normed, shift)
         dense(normed, parts, out, bias=bias, pdl=pdl)

@@ -20,7 +20,7 @@ MODULES = (
     "qwen3_moe", "qwen2_moe", "glm4_moe", "mixtral", "olmoe", "gpt_oss",
     "deepseek_v3", "deepseek_v2", "kimi_k2", "glm4_moe_lite",
     "ernie4_5_moe", "dots1", "minimax_m2", "hunyuan_v1_moe", "granitemoe", "phimoe",
-    "qwen3_next", "qwen3_5_moe", "lfm2_moe", "llama4",
+    "qwen3_next", "qwen3_5_moe", "lfm2_moe", "llama4", "gemma4",
 )  # fmt: skip
 
 Names = Mapping[str, tuple[str, ...]]  # role → templates over layer {l} and expert {e}; the first that exists counts
@@ -127,6 +127,14 @@ GGUF_NAMES: Names = {
     "shared_up": ("blk.{l}.ffn_up_shexp.weight",),
     "shared_down": ("blk.{l}.ffn_down_shexp.weight",),
     "shared_router": ("blk.{l}.ffn_gate_inp_shexp.weight",),
+    "attn_post_norm": ("blk.{l}.post_attention_norm.weight",),
+    "shared_norm": ("blk.{l}.ffn_norm.weight",),
+    "shared_post_norm": ("blk.{l}.post_ffw_norm_1.weight",),
+    "routed_post_norm": ("blk.{l}.post_ffw_norm_2.weight",),
+    "ffn_post_norm": ("blk.{l}.post_ffw_norm.weight",),
+    "layer_scale": ("blk.{l}.layer_output_scale.weight",),
+    "router_gain": ("blk.{l}.ffn_gate_inp.scale",),
+    "router_factors": ("blk.{l}.ffn_down_exps.scale",),
     "delta_qkv": ("blk.{l}.attn_qkv.weight",),
     "delta_z": ("blk.{l}.attn_gate.weight",),
     "delta_b": ("blk.{l}.ssm_beta.weight",),
@@ -154,6 +162,7 @@ def plain(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
 
 
 GgufKeys = Callable[["ModelConfig"], dict[str, Any]]
+GgufFields = Callable[[Callable[[str], Any]], dict[str, Any]]
 
 
 def no_keys(config: ModelConfig) -> dict[str, Any]:
@@ -178,6 +187,7 @@ class Family:
     values: Mapping[str, Values] = field(default_factory=dict)  # role → what its numbers in safetensors stand for
     tiled_gguf: bool = False  # llama.cpp orders the value heads of this arch so, see kernels.deltanet
     translated: Translated = dict  # a config of its own dialect in the field names that all share
+    gguf_fields: GgufFields | None = None  # of config.json, out of a GGUF's keys that only this arch has
     gguf_keys: GgufKeys = no_keys  # that llama.cpp wants of this arch beside those of all
     dense_first: bool = True  # a GGUF of this arch says how many layers without experts come first, and has no others
     interleaved_experts: bool = False  # in safetensors: stacked gate and up take turns, row by row

@@ -225,6 +225,11 @@ def trunk_shapes(config: ModelConfig, split: bool = False, layer: int = 0) -> di
         shapes |= feed_forward_shapes("shared", config.hidden, config.shared_hidden)
     if config.shared_gated:
         shapes["shared_router"] = (1, config.hidden)
+    if config.sandwich:
+        norms = ("attn_post_norm", "shared_norm", "shared_post_norm", "routed_post_norm", "ffn_post_norm")
+        shapes |= {**dict.fromkeys((*norms, "router_gain"), (config.hidden,)), "layer_scale": (1,)}
+    if config.rule.scaled:
+        shapes["router_factors"] = (config.experts,)
     if config.mixer:
         shapes |= mixer_shapes(config.mixer, config.hidden)
     return shapes

@@ -20,6 +20,7 @@ from offmoe.kernels.mla import LATENT_EPS, Latent, latent_attention
 from offmoe.kernels.norm_rope import rms_norm, rope
 from offmoe.kernels.rope import rope_table, unturned_table
 from offmoe.kernels.route import select
+from offmoe.kernels.sandwich import Sandwich
 from offmoe.kvcache import KVCache
 from offmoe.models.config import Heads, ModelConfig
 from offmoe.models.keyless import mixer_inputs, mixer_output, mixer_weights
@@ -60,10 +61,13 @@ class LayerWeights:
     sinks: Tensor | None  # [heads]
     router_offset: Tensor | None  # [E]
     latent: LatentWeights | None
+    sandwich: Sandwich | None
+    router_factors: Tensor | None  # [E]
 
     def tensors(self) -> list[Tensor]:
         values = [*vars(self).values(), *(self.beside or ()), *(vars(self.latent).values() if self.latent else ())]
         values += self.mixer.tensors() if self.mixer else []
+        values += self.sandwich.tensors() if self.sandwich else []
         return [value for value in values if isinstance(value, Tensor)]
 
 
@@ -125,6 +129,8 @@ class Trunk:
             q, k = (self._normed(x.flatten(1), w).view_as(x) for x, w in ((q, w.q_norm), (k, w.k_norm)))
         if self._temper is not None and not h.turned:
             q = q * self._temper[positions].view(-1, 1, 1)
+        if c.value_norm:
+            v = rms_norm(v.unflatten(-1, (-1, h.head_dim)), v.new_ones(()), c.norm_eps).flatten(1)
         chunk = kv.open(layer, start, len(x))
         places = positions - chunk.first
         chunk.keys.index_copy_(1, places, k.transpose(0, 1))
@@ -133,7 +139,8 @@ class Trunk:
         keys, values = (cache[:, : kv.bucket(start + len(x) - chunk.first)] for cache in (chunk.keys, chunk.values))
         mixed = attention(q, keys, values, places, c.window(layer), w.sinks, c.score_scale, c.chunked).flatten(1)
         out = (mixed * gate.sigmoid() if c.output_gated else mixed) @ w.o
-        return out if w.o_bias is None else out + w.o_bias
+        out = out if w.o_bias is None else out + w.o_bias
+        return rms_norm(out, w.sandwich.attention, c.stream_eps) if w.sandwich else out
 
     def _mix(self, w: LayerWeights, m: MixerWeights, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
         """The same of a layer without keys: its state goes on."""
@@ -160,31 +167,34 @@ class Trunk:
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
         normed = rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias)
-        logits = normed @ w.router
+        apart = rms_norm(x, x.new_ones(()), self.config.stream_eps) if w.sandwich else normed
+        logits = apart @ w.router
         if w.router_offset is not None:
             logits = logits + w.router_offset
-        ids, weights = select(logits, self.config.rule, w.router_bias)
+        ids, weights = select(logits, self.config.rule, w.router_bias, w.router_factors)
         return normed, ids, weights
 
-    def shared(self, layer: int, normed: Tensor) -> Tensor | None:
-        """What the shared experts make of the experts' input [T, H]."""
-        w = self.layers[layer]
+    def shared(self, layer: int, x: Tensor, normed: Tensor) -> Tensor | None:
+        """What the shared experts make of the experts' input [T, H], or of x [T, H] by a norm of their own."""
+        w, c = self.layers[layer], self.config
         if w.beside is None:
             return None
-        (out,) = swiglu_experts([normed], [w.beside])
+        normed = rms_norm(x, w.sandwich.beside_in, c.stream_eps) if w.sandwich else normed
+        (out,) = swiglu_experts([normed], [w.beside], c.glu)
         return out if w.shared_router is None else torch.sigmoid(normed @ w.shared_router) * out
 
     def dense(self, layer: int, x: Tensor) -> Tensor:
         """The whole feed-forward part of a layer without experts: what to add to x [T, H]."""
-        w = self.layers[layer]
+        w, c = self.layers[layer], self.config
         assert w.beside is not None, f"layer {layer} has no experts"
-        return swiglu_experts([rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias)], [w.beside])[0]
+        return swiglu_experts([rms_norm(x, w.ffn_norm, c.stream_eps, w.ffn_norm_bias)], [w.beside], c.glu)[0]
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, H] → [T, V] float32."""
         c = self.config
         logits = (rms_norm(x, self._final_norm, c.stream_eps, self._final_norm_bias) @ self._head).float()
-        return (logits if self._head_bias is None else logits + self._head_bias) / c.logit_divisor
+        logits = (logits if self._head_bias is None else logits + self._head_bias) / c.logit_divisor
+        return c.logit_cap * torch.tanh(logits / c.logit_cap) if c.logit_cap else logits
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """q or k [T, heads · D]: over each head or over all together, as wide as the weight is."""
@@ -207,7 +217,7 @@ class Trunk:
             k_norm=self._head_norm("k_norm", layer),
             o=factor(self._load(mixer_output(mixer) if mixer else "o", layer)),
             ffn_norm=self._load("ffn_norm", layer),
-            router=factor(self._load("router", layer)) if routed else None,
+            router=factor(self._router(layer)) if routed else None,
             router_bias=self._load("router_bias", layer, torch.float32) if routed and c.rule.biased else None,
             beside=self._load_feed_forward(beside, layer) if beside else None,
             shared_router=self._load("shared_router", layer).view(-1, 1) if routed and c.shared_gated else None,
@@ -219,12 +229,19 @@ class Trunk:
             sinks=self._load("sinks", layer) if c.sinks else None,
             router_offset=self._load("router_offset", layer) if routed and c.router_offset else None,
             latent=self._load_latent(layer, c.latent) if c.latent else None,
+            sandwich=sandwich(partial(self._load, layer=layer)) if c.sandwich else None,
+            router_factors=self._load("router_factors", layer, torch.float32) if c.rule.scaled else None,
         )
 
     def _head_norm(self, role: str, layer: int) -> Tensor | None:
         if self.config.qk_norm == "unit" and layer not in self.config.unturned:
             return torch.ones(self.config.head_dim, device=self._device, dtype=self._dtype)
         return self._load(role, layer) if has_head_norm(self.config, layer) else None
+
+    def _router(self, layer: int) -> Tensor:
+        """[E, H], times the weights of its own norm where it has one."""
+        router = self._load("router", layer)
+        return router * self._load("router_gain", layer) * self.config.hidden**-0.5 if self.config.sandwich else router
 
     def _load_latent(self, layer: int, z: Latent) -> LatentWeights:
         if self._model.split:
@@ -262,6 +279,13 @@ class Trunk:
 def has_head_norm(config: ModelConfig, layer: int) -> bool:
     """Whether a layer has weights that q and k are normed by."""
     return config.qk_norm not in ("none", "unit") and layer not in config.keyless
+
+
+def sandwich(load: Callable[[str], Tensor]) -> Sandwich:
+    return Sandwich(
+        load("attn_post_norm"), load("shared_norm"), load("shared_post_norm"), load("routed_post_norm"),
+        load("ffn_post_norm"), load("layer_scale"),
+    )  # fmt: skip
 
 
 def rope_tables(config: ModelConfig, ctx: int, device: torch.device) -> dict[Heads, Tensor]:

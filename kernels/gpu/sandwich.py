@@ -1,0 +1,79 @@
+"""One token's norms around the parts of a layer, each a program of its own: all vectors are striped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from offmoe.kernels.gpu.launch import dependent
+from offmoe.kernels.sandwich import Sandwich
+
+
+@triton.jit
+def normed(x, gain, eps, H: tl.constexpr):
+    """x [WIDE], 0 from H on."""
+    return x * tl.rsqrt(tl.sum(x * x, 0) / H + eps) * gain
+
+
+@triton.jit
+def _attended(
+    x, given, gain, gain_in, beside_in, beside, routed, eps, H: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    i = tl.arange(0, WIDE)
+    inside = i < H
+    own, after = tl.load(gain + i, mask=inside, other=0.0), tl.load(gain_in + i, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    value = tl.load(x + i, mask=inside, other=0.0) + normed(tl.load(given + i, mask=inside, other=0.0), own, eps, H)
+    tl.store(x + i, value, mask=inside)
+    tl.store(beside_in + i, normed(value, after, eps, H), mask=inside)
+    nothing = tl.zeros((WIDE,), tl.float32)
+    tl.store(given + i, nothing, mask=inside)
+    tl.store(beside + i, nothing, mask=inside)
+    tl.store(routed + i, nothing, mask=inside)
+
+
+@triton.jit
+def _fed(
+    x, beside, routed, gain_beside, gain_routed, gain, scale, eps,
+    H: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    i = tl.arange(0, WIDE)
+    inside = i < H
+    first, second = tl.load(gain_beside + i, mask=inside, other=0.0), tl.load(gain_routed + i, mask=inside, other=0.0)
+    last, factor = tl.load(gain + i, mask=inside, other=0.0), tl.load(scale)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    both = normed(tl.load(beside + i, mask=inside, other=0.0), first, eps, H)
+    both += normed(tl.load(routed + i, mask=inside, other=0.0), second, eps, H)
+    value = tl.load(x + i, mask=inside, other=0.0) + normed(both, last, eps, H)
+    tl.store(x + i, value * factor, mask=inside)
+
+
+def attended(
+    x: Tensor, given: Tensor, s: Sandwich, eps: float, beside_in: Tensor, beside: Tensor, routed: Tensor,
+    pdl: bool = False,
+) -> None:  # fmt: skip
+    """x [H] += what attention gave, normed; `beside_in` [H]: what the part for every token takes in. `given`, `beside`
+    and `routed` [H], to which products add, become 0."""
+    h = x.numel()
+    _attended[(1,)](x, given, s.attention, s.beside_in, beside_in, beside, routed, eps, **sizes(h), **dependent(pdl))
+
+
+def fed(x: Tensor, beside: Tensor, routed: Tensor, s: Sandwich, eps: float, pdl: bool = False) -> None:
+    """x [H] as kernels.sandwich.fed has it."""
+    _fed[(1,)](
+        x, beside, routed, s.beside, s.routed, s.both, s.scale, eps, **sizes(x.numel()), **dependent(pdl)
+    )  # fmt: skip
+
+
+def sizes(h: int) -> dict[str, Any]:
+    wide = triton.next_power_of_2(h)
+    return {"H": h, "WIDE": wide, "num_warps": min(16, max(1, wide // 256))}

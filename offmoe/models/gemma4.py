@@ -1,0 +1,149 @@
+"""Gemma 4 (26B-A4B): in each layer a part for every token beside the experts, norms around all of them; layers that see
+all positions have fewer and wider heads, whose values are their keys. Its language model is run."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from offmoe.checkpoint.base import shown
+from offmoe.errors import OffmoeError
+from offmoe.kernels.feed_forward import GELU
+from offmoe.kernels.rope import PROPORTIONAL, Scaling
+from offmoe.kernels.route import Rule
+from offmoe.models.config import FULL, SLIDING, Heads, count, number, sliding_windows
+from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family
+
+LAYER = "model.language_model.layers.{l}."
+NAMES = {
+    "attn_post_norm": ("post_attention_layernorm.weight",),
+    "v": ("self_attn.v_proj.weight", "self_attn.k_proj.weight"),
+    "shared_norm": ("pre_feedforward_layernorm.weight",),
+    "shared_gate": ("mlp.gate_proj.weight",),
+    "shared_up": ("mlp.up_proj.weight",),
+    "shared_down": ("mlp.down_proj.weight",),
+    "shared_post_norm": ("post_feedforward_layernorm_1.weight",),
+    "ffn_norm": ("pre_feedforward_layernorm_2.weight",),
+    "router": ("router.proj.weight",),
+    "router_gain": ("router.scale",),
+    "router_factors": ("router.per_expert_scale",),
+    "gate_up": ("experts.gate_up_proj",),
+    "down": ("experts.down_proj",),
+    "routed_post_norm": ("post_feedforward_layernorm_2.weight",),
+    "ffn_post_norm": ("post_feedforward_layernorm.weight",),
+    "layer_scale": ("layer_scalar",),
+}
+WITH_VISION = {
+    role: tuple(name.replace("model.", "model.language_model.", 1) for name in names)
+    for role, names in HF_NAMES.items()
+} | {role: tuple(LAYER + name for name in names) for role, names in NAMES.items()}
+ROPES = {SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+         FULL: {"rope_type": PROPORTIONAL, "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0}}  # fmt: skip
+
+
+def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's numbers, and the rotation of either kind of layer, each by itself."""
+    text = raw.get("text_config", {})
+    if not isinstance(text, Mapping):
+        raise OffmoeError("text_config in the model's config is no table")
+    ours = {**raw, **text}
+    ropes = ours.get("rope_parameters") or ROPES
+    if not isinstance(ropes, Mapping) or not all(isinstance(ropes.get(kind), Mapping) for kind in ROPES):
+        raise OffmoeError(
+            f"gemma4: rope_parameters is {shown(ropes)}: expected a table for {SLIDING} and one for {FULL}"
+        )
+    return {
+        "tie_word_embeddings": True,
+        **ours,
+        "num_experts_per_tok": ours.get("top_k_experts", ours.get("num_experts_per_tok")),
+        "rope_parameters": ropes[SLIDING],
+        "far_rope": ropes[FULL],
+        "far_rope_type": ropes[FULL].get("rope_type"),
+    }
+
+
+def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
+    far, heads, hidden = raw["far_rope"], count(raw, "num_attention_heads"), count(raw, "hidden_size")
+    windows = sliding_windows(raw, layers, [SLIDING if (layer + 1) % 6 else FULL for layer in range(layers)])
+    width = far_field(raw, "head_dim") or count(raw, "global_head_dim", default=512)
+    kept = far_field(raw, "num_key_value_heads") or count(
+        raw, "num_global_key_value_heads", "num_key_value_heads", default=heads
+    )
+    scaling = Scaling(PROPORTIONAL, share=number(far, "partial_rotary_factor", 1.0))
+    return {
+        "windows": windows,
+        "far": Heads(heads, kept, width, width, number(far, "rope_theta", 1_000_000.0), scaling),
+        "embed_scale": hidden**0.5,
+        "attention_scale": 1.0,
+        "value_norm": True,
+        "sandwich": True,
+        "glu": GELU,
+        "shared": 1,
+        "shared_hidden": count(raw, "intermediate_size"),
+        "rule": replace(rule, scaled=True),
+        "logit_cap": number(raw, "final_logit_softcapping", 0.0),
+    }
+
+
+def far_field(raw: Mapping[str, Any], name: str) -> Any:
+    """Of the layers that see all, as newer configs say it: a table of what differs by layer."""
+    each = raw.get("per_layer_config")
+    found = [own.get(name) for own in each.values() if isinstance(own, Mapping)] if isinstance(each, Mapping) else []
+    return next((count({name: value}, name) for value in found if value is not None), None)
+
+
+def gguf_fields(key: Callable[[str], Any]) -> dict[str, Any]:
+    """`config.json`'s fields that GGUF has keys of this arch for. Which share of a far head is turned stands in a
+    tensor there: a quarter, as in every published model."""
+    kept, near = key("attention.head_count_kv"), key("attention.sliding_window_pattern")
+    if not isinstance(near, list) or not all(isinstance(one, bool) for one in near):
+        raise OffmoeError(f"gemma4.attention.sliding_window_pattern is {shown(near)}: expected true or false a layer")
+    each = kept if isinstance(kept, list) else [kept] * len(near)
+    of_kind = {one: next((n for n, at in zip(each, near, strict=False) if at == one), None) for one in (True, False)}
+    rope = {kind: {**ROPES[kind], "rope_theta": key(name) or ROPES[kind]["rope_theta"]}
+            for kind, name in ((SLIDING, "rope.freq_base_swa"), (FULL, "rope.freq_base"))}  # fmt: skip
+    return {
+        "layer_types": [SLIDING if one else FULL for one in near],
+        "head_dim": key("attention.key_length_swa"),
+        "global_head_dim": key("attention.key_length"),
+        "num_key_value_heads": of_kind[True],
+        "num_global_key_value_heads": of_kind[False],
+        "rope_parameters": rope,
+        "final_logit_softcapping": key("final_logit_softcapping"),
+        "hidden_size_per_layer_input": key("embedding_length_per_layer_input") or 0,
+        "num_kv_shared_layers": key("attention.shared_kv_layers") or 0,
+        "n_shared_experts": None,
+    }
+
+
+FAMILY = Family(
+    model_type="gemma4",
+    arch="gemma4",
+    published="Gemma-4-26B-A4B",
+    qk_norm="head",
+    renormalise=True,
+    names={
+        role: tuple(form for name in names for form in (name, name.replace("model.language_model.", "model.", 1)))
+        for role, names in WITH_VISION.items()
+    },
+    gguf_names={
+        **GGUF_NAMES,
+        "v": ("blk.{l}.attn_v.weight", "blk.{l}.attn_k.weight"),
+        "ffn_norm": ("blk.{l}.pre_ffw_norm_2.weight",),
+        "shared_gate": GGUF_NAMES["dense_gate"],
+        "shared_up": GGUF_NAMES["dense_up"],
+        "shared_down": GGUF_NAMES["dense_down"],
+    },
+    translated=translated,
+    gguf_fields=gguf_fields,
+    fields=fields,
+    implemented={
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "layer_types": (FULL, SLIDING),
+        "sliding_window": (),
+        "enable_moe_block": (True, None),
+        "hidden_size_per_layer_input": (0, None),
+        "num_kv_shared_layers": (0, None),
+        "use_bidirectional_attention": (None, "vision"),
+        "far_rope_type": (PROPORTIONAL,),
+    },
+)
