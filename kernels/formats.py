@@ -238,12 +238,10 @@ def f8_e4m3(blocks: Tensor, scale: Tensor) -> Tensor:
     return reinterpret(blocks, torch.float8_e4m3fn).float().mul_(scale)
 
 
-def nvfp4(divided: bool, blocks: Tensor, scale: Tensor) -> Tensor:
+def nvfp4(blocks: Tensor, scale: Tensor) -> Tensor:
     """Twice 16 weights of e2m1, two neighbours in a byte, behind the e4m3 scales of both, which are multiplied with the
-    row's first (NVFP4QTensor.dequantize of NVIDIA's Model Optimizer) or divided by it (dequantize of
-    compressed-tensors)."""
-    small = reinterpret(blocks[..., :2], torch.float8_e4m3fn).float()
-    small = small.div_(scale) if divided else small.mul_(scale)
+    row's first: NVFP4QTensor.dequantize of NVIDIA's Model Optimizer."""
+    small = reinterpret(blocks[..., :2], torch.float8_e4m3fn).float().mul_(scale)
     # its bits are an e2m1's sign, and low exponent and high mantissa of a float16: 2^-14 times the value
     codes = pairs(blocks[..., 2:]).to(torch.int16)
     halves = ((codes & 8) << 12 | (codes & 7) << 9).view(torch.float16).float() * 2.0**14
@@ -286,8 +284,7 @@ FORMATS = {
         Format("F8_E4M3", 128, 128, None, f8_e4m3, scales=Scales(128, 128)),  # quant_method fp8: of DeepSeek-V3 …
         Format("F8_E4M3_BF16", 128, 128, None, f8_e4m3, scales=Scales(128, 128, torch.bfloat16)),  # … and of Qwen3
         Format("F8_E4M3_ROW", 32, 32, None, f8_e4m3, scales=Scales(1, 0)),
-        Format("NVFP4", 32, 18, None, partial(nvfp4, False), apart=(2, 16), scales=Scales(1, 0)),
-        Format("NVFP4_DIVIDED", 32, 18, None, partial(nvfp4, True), apart=(2, 16), scales=Scales(1, 0)),
+        Format("NVFP4", 32, 18, None, nvfp4, apart=(2, 16), scales=Scales(1, 0)),
         *int4_groups(),
     )
 }

@@ -51,19 +51,17 @@ def random_matrix(fmt: str, rows: int, cols: int, n: int = 1, kind: str = "norma
 
 
 def with_scales(raw: Tensor, fmt: str, rows: int, cols: int, kind: str, g: torch.Generator) -> Tensor:
-    """float8 and NVFP4: no e4m3 is NaN; "subnormal": they are, and scales of float32 nearly. One may be divided by."""
+    """float8 and NVFP4: no e4m3 is NaN; "subnormal": they are, and scales of float32 nearly."""
     scales = FORMATS[fmt].scales
     assert scales
     start = FORMATS[fmt].scales_nbytes(rows, cols)
-    eights = start + (rows * cols // 16 if fmt.startswith("NVFP4") else rows * cols)
+    eights = start + (rows * cols // 16 if fmt == "NVFP4" else rows * cols)
     codes = raw[:, start:eights]
     if kind == "subnormal":
         codes &= 0x87
     codes[(codes & 0x7F) == 0x7F] = 0x7E
     values = torch.rand((len(raw), start // scales.dtype.itemsize), generator=g) * 0.02 + 0.002
     values *= {"normal": 1.0, "zero": 0.0, "subnormal": 1e-30, "ones": 1.0}[kind]
-    if fmt.endswith("_DIVIDED"):
-        values = 1 / values
     raw[:, :start] = values.to(scales.dtype).view(torch.uint8)
     return raw
 

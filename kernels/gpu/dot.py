@@ -20,7 +20,7 @@ from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.gpu.dot_32 import fold_q8_0, fold_small, words_q8_0, words_small, x_32, x_pairs
 from offmoe.kernels.gpu.dot_256 import fold_k, fold_q6_k, words_k, words_q6_k, x_k, x_q6_k
 from offmoe.kernels.gpu.dot_int4 import fold_int4, is_int4, words_int4
-from offmoe.kernels.gpu.dot_scaled import fold_f8, fold_nvfp4, is_f8, is_nvfp4, words_f8, words_nvfp4
+from offmoe.kernels.gpu.dot_scaled import fold_f8, fold_nvfp4, is_f8, words_f8, words_nvfp4
 from offmoe.kernels.gpu.striped import load_x, place
 
 # Weights a unit: a block of 256; else 32.
@@ -63,7 +63,7 @@ def x_of(x, norm, base, start, there, FORMAT: tl.constexpr, K: tl.constexpr, NOR
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         at = place(start[:, None] + tl.arange(0, 32)[None, :], K)
         return (load_x(x, norm, base[:, None], at, there[:, None], NORM),)
-    elif FORMAT == "MXFP4_PAIRS" or is_int4(FORMAT) or is_nvfp4(FORMAT):
+    elif FORMAT == "MXFP4_PAIRS" or is_int4(FORMAT) or FORMAT == "NVFP4":
         return x_pairs(x, norm, base, start, there, K, NORM)
     else:
         return x_32(x, norm, base, start, there, K, NORM)
@@ -85,7 +85,7 @@ def words_of(buffer, origin, at, mask, FORMAT: tl.constexpr,
         return words_q8_0(buffer, origin, at, mask, P0, P1)
     elif is_f8(FORMAT):
         return words_f8(buffer, origin, at, mask, FORMAT, P0, P1, P2)
-    elif is_nvfp4(FORMAT):
+    elif FORMAT == "NVFP4":
         return words_nvfp4(buffer, origin, at, mask, FORMAT, P0, P1, P2, P3)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         return words_float(buffer, origin, at, mask, FORMAT, P0)
@@ -106,8 +106,8 @@ def fold(words, xs, FORMAT: tl.constexpr):
         return tl.sum(fold_q8_0(words, xs), 1)
     elif is_f8(FORMAT):
         return tl.sum(fold_f8(words, xs), 1)
-    elif is_nvfp4(FORMAT):
-        return tl.sum(fold_nvfp4(words, xs, FORMAT), 1)
+    elif FORMAT == "NVFP4":
+        return tl.sum(fold_nvfp4(words, xs), 1)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         return tl.sum(fold_float(words, xs, FORMAT), 1)
     elif is_int4(FORMAT):

@@ -15,17 +15,6 @@ def is_f8(fmt):
 
 
 @triton.constexpr_function
-def is_nvfp4(fmt):
-    return fmt.startswith("NVFP4")
-
-
-@triton.constexpr_function
-def divides(fmt):
-    """Whether the row's scale is one by which those of blocks are divided."""
-    return fmt.endswith("_DIVIDED")
-
-
-@triton.constexpr_function
 def in_tiles(fmt):
     """Whether scales are of 128 × 128 weights; else of a row."""
     return FORMATS[fmt].tiled
@@ -33,13 +22,12 @@ def in_tiles(fmt):
 
 @triton.jit
 def scale_at(address, at, mask, FORMAT: tl.constexpr):
-    """The at-th scale behind `address`, float32; where masked, one that makes 0 of 0."""
+    """The at-th scale behind `address`, float32."""
     if FORMAT == "F8_E4M3_BF16":  # by its bits: the interpreter has bfloat16 wrong
         bits = tl.load(address.to(tl.pointer_type(tl.uint16)) + at, mask=mask, other=0)
         scale = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
-        NONE: tl.constexpr = 1.0 if divides(FORMAT) else 0.0
-        scale = tl.load(address.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=NONE)
+        scale = tl.load(address.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0.0)
     return scale
 
 
@@ -99,14 +87,10 @@ def words_nvfp4(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr
 
 
 @triton.jit
-def fold_nvfp4(words, xs, FORMAT: tl.constexpr):
+def fold_nvfp4(words, xs):
     """[R, U]; xs: dot_32.x_pairs. The first two words are the first sixteen. Of six ways to write this, the only one
     that neither Triton 3.6 nor 3.7 spills."""
     w, small = tl.arange(0, 4)[None, None, :], words[1].to(tl.uint32)
-    low, high = fp8(small, 24, 20) * 2.0**120, fp8(small, 16, 12) * 2.0**120
-    if divides(FORMAT):
-        low, high = low / words[2], high / words[2]
-    else:
-        low, high = low * words[2], high * words[2]
+    low, high = fp8(small, 24, 20) * 2.0**120 * words[2], fp8(small, 16, 12) * 2.0**120 * words[2]
     total = words_fp4(words[0], xs[0], xs[1]) * 2.0**63
     return tl.sum(tl.where(w < 2, total, 0.0), 2) * low + tl.sum(tl.where(w < 2, 0.0, total), 2) * high

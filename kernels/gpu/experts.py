@@ -33,7 +33,7 @@ from offmoe.kernels.gpu.striped import place
 from offmoe.kernels.planes import SlotLayout
 
 # Their gate and up take 158 to 168 registers.
-HEAVY = {"Q5_0", "Q5_K", "Q6_K", "Q8_0", "F8_E4M3", "F8_E4M3_BF16", "F8_E4M3_ROW", "NVFP4", "NVFP4_DIVIDED"}
+HEAVY = {"Q5_0", "Q5_K", "Q6_K", "Q8_0", "F8_E4M3", "F8_E4M3_BF16", "F8_E4M3_ROW", "NVFP4"}
 
 
 @triton.jit

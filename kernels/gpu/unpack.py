@@ -15,7 +15,7 @@ from offmoe.kernels.gpu.bits import half_of
 from offmoe.kernels.gpu.dot_32 import fp4
 from offmoe.kernels.gpu.dot_256 import k_scales
 from offmoe.kernels.gpu.dot_int4 import has_zeros, head_of, is_int4, scale_of, sharing
-from offmoe.kernels.gpu.dot_scaled import divides, fp8, in_tiles, is_f8, is_nvfp4, scale_at
+from offmoe.kernels.gpu.dot_scaled import fp8, in_tiles, is_f8, scale_at
 from offmoe.kernels.gpu.gemv import planes
 from offmoe.kernels.planes import Matrix
 
@@ -161,12 +161,7 @@ def tile_nvfp4(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
     codes = tl.load(codes, mask=m2[:, :, None], other=0).to(tl.uint32)[:, :, :, None]  # [R, 4, 8, 1]
     codes = codes >> (4 * h)[None, None, None] & 15
     small = tl.load((base + P1 + row * SIXTEENS)[:, None] + s[None], mask=m2, other=0).to(tl.uint32)
-    small = fp8(small, 24, 20) * 2.0**120
-    scale = scale_at(base + P0, row, there, FORMAT)[:, None]
-    if divides(FORMAT):
-        small = tl.div_rn(small, scale)
-    else:
-        small = small * scale
+    small = fp8(small, 24, 20) * 2.0**120 * scale_at(base + P0, row, there, FORMAT)[:, None]
     return fp4(codes, 28, 22) * 2.0**126 * small[:, :, None, None]
 
 
@@ -199,7 +194,7 @@ def tile(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
         values = tile_q8_0(base, row, there, step, COLS, P0, P1)
     elif is_f8(FORMAT):
         values = tile_f8(base, row, there, step, FORMAT, COLS, P0, P1)
-    elif is_nvfp4(FORMAT):
+    elif FORMAT == "NVFP4":
         values = tile_nvfp4(base, row, there, step, FORMAT, COLS, P0, P1, P2)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         values = tile_float(base, row, there, step, FORMAT, COLS, P0)

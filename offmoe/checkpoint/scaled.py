@@ -29,15 +29,18 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class RowScales:
-    """Puts a scale in float32 before every row, out of `count` of type `kind`: one a row, or one for all."""
+    """Puts a scale in float32 before every row, out of `count` of type `kind`: one a row, or one for all; `inverse`: by
+    which one divides."""
 
     rows: int
     count: int
     kind: str
+    inverse: bool = False
 
     def __call__(self, raw: Bytes, name: str) -> Bytes:
         at = self.count * FLOATS[self.kind].itemsize
         scales = torch.from_numpy(raw[:at].copy()).view(FLOATS[self.kind]).float()
+        scales = 1 / scales if self.inverse else scales
         spread: Bytes = scales.repeat(self.rows // self.count).view(torch.uint8).numpy()
         return np.concatenate((spread, raw[at:]))
 
@@ -69,9 +72,9 @@ class Scaled:
         if info.name.endswith("_blocks"):
             return self._stacked(info)
         if whole == info.name:
-            return self._nvfp4(info, whole, f"{whole}_scale_2", "NVFP4")
+            return self._nvfp4(info, whole, f"{whole}_scale_2")
         if f"{whole}_global_scale" in self._tensors:
-            return self._nvfp4(info, whole, f"{whole}_global_scale", "NVFP4_DIVIDED")
+            return self._nvfp4(info, whole, f"{whole}_global_scale", inverse=True)
         rows, cols = self._shape(info, 2, 32)
         scales = self._part(f"{whole}_scale", (BYTES,), (rows, cols // 32))
         self.used.add(info.name)
@@ -87,13 +90,15 @@ class Scaled:
         self.used.add(blocks.name)
         return TensorInfo(whole, "MXFP4_PAIRS", shape, blocks.range, (scales.range,))
 
-    def _nvfp4(self, info: TensorInfo, whole: str, of_all: str, fmt: str) -> TensorInfo:
+    def _nvfp4(self, info: TensorInfo, whole: str, of_all: str, inverse: bool = False) -> TensorInfo:
+        """An inverse is taken once, as vLLM does: dividing each block's scale, as compressed-tensors does, gives a last
+        bit of float32 more or less, and makes the kernels spill."""
         rows, cols = self._shape(info, 2, 32)
         small = self._part(f"{whole}_scale", (EIGHT,), (rows, cols // 16))
         scale = self._part(of_all, ("F32",), (), (1,))
         self.used.add(info.name)
-        turn = RowScales(rows, 1, scale.format)
-        return TensorInfo(whole, fmt, (rows, cols), info.range, (scale.range, small.range), turn)
+        turn = RowScales(rows, 1, scale.format, inverse)
+        return TensorInfo(whole, "NVFP4", (rows, cols), info.range, (scale.range, small.range), turn)
 
     def _float8(self, info: TensorInfo) -> TensorInfo:
         rows, cols = self._shape(info, 1, 32)

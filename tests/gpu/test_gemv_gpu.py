@@ -133,7 +133,7 @@ def test_extreme_blocks(fmt: str, kind: str) -> None:
         ("Q8_0", "BF16", "F16"),
         ("Q5_K", "Q5_0", "Q4_1"),
         ("INT4_128_F16_ZEROS", "INT4_32_BF16", "BF16"),
-        ("NVFP4", "F8_E4M3_ROW", "NVFP4_DIVIDED"),
+        ("NVFP4", "F8_E4M3_ROW", "MXFP4_PAIRS"),
     ],
 )
 def test_qkv_with_norm(formats: tuple[str, ...], tokens: int) -> None:
