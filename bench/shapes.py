@@ -20,7 +20,8 @@ from offmoe.kernels.formats import FORMATS, dequantise
 
 # experts, dense, head: formats of the routed experts, of what is left, and of v and the output head. kv_rank: latent
 # attention, layer 0 dense and so wide as `first`, experts shared; gating 2: a sigmoid with a correction bias. every:
-# that layer has attention with gated heads, the others a DeltaNet; the shared expert is gated.
+# that layer has attention with gated heads, the others a DeltaNet; the shared expert is gated. far: of every sixth
+# layer, which sees all positions and has no values of its own; beside: width of each layer's part for every token.
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": {"arch": "qwen3moe", "layers": 48, "hidden": 2048, "heads": 32, "kv_heads": 4, "head_dim": 128,
                       "vocab": 151936, "experts": 128, "top_k": 8, "inner": 768, "format": "Q4_K", "dense": "Q4_K",
@@ -47,6 +48,10 @@ SHAPES: dict[str, dict[str, Any]] = {
                         "vocab": 248320, "experts": 256, "top_k": 8, "inner": 512, "format": "Q4_K", "dense": "Q4_K",
                         "head": "Q6_K", "qk_norm": "head", "ctx": 262144, "theta": 1e7, "shared": 1, "rotary": 64,
                         "every": 4, "key_heads": 16, "value_heads": 32, "key_dim": 128, "taps": 4},
+    "gemma-4-26b-a4b": {"arch": "gemma4", "layers": 30, "hidden": 2816, "heads": 16, "kv_heads": 8, "head_dim": 256,
+                        "vocab": 262144, "experts": 128, "top_k": 8, "inner": 704, "format": "Q4_K", "dense": "Q4_K",
+                        "head": None, "qk_norm": "head", "ctx": 262144, "theta": 1e6, "window": 1024, "beside": 2112,
+                        "far": {"kv_heads": 2, "head_dim": 512}},
 }  # fmt: skip
 
 Tensors = list[tuple[str, str, tuple[int, ...]]]  # name, format, shape
@@ -87,10 +92,14 @@ def tensors(s: dict[str, Any]) -> Tensors:
     rows = [
         ("token_embd", dense, (s["vocab"], h)),
         ("output_norm", "F32", (h,)),
-        ("output", s["head"], (s["vocab"], h)),
     ]
+    rows += [("output", s["head"], (s["vocab"], h))] if s["head"] else []
     for layer in range(s["layers"]):
         linear = "every" in s and (layer + 1) % s["every"]
+        if "far" in s:
+            part = gemma(s, layer)
+            rows += [(f"blk.{layer}.{name}", *rest) for name, *rest in part]
+            continue
         mixer = latents if "kv_rank" in s else deltanet if linear else heads
         part = [("attn_norm", "F32", (h,)), (FFN_NORM.get(s["arch"], "ffn_norm"), "F32", (h,)), *mixer(s)]
         if layer == 0 and "first" in s:
@@ -104,7 +113,24 @@ def tensors(s: dict[str, Any]) -> Tensors:
         if s["arch"] == "gpt-oss":
             part += biases(s)
         rows += [(f"blk.{layer}.{name}", *rest) for name, *rest in part]
-    return [(name if name.endswith(("bias", "ssm_a")) else f"{name}.weight", fmt, shape) for name, fmt, shape in rows]
+    return [
+        (name if name.endswith(("bias", "ssm_a", ".scale")) else f"{name}.weight", fmt, shape)
+        for name, fmt, shape in rows
+    ]
+
+
+def gemma(s: dict[str, Any], layer: int) -> Tensors:
+    h, far = s["hidden"], (layer + 1) % 6 == 0
+    kinds = heads({**s, "head": s["dense"], **(s["far"] if far else {})})
+    part = [row for row in kinds if not (far and row[0] == "attn_v")]
+    norms = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm_1", "pre_ffw_norm_2", "post_ffw_norm_2",
+             "post_ffw_norm", "ffn_gate_inp.scale")  # fmt: skip
+    return [
+        *part, *((name, "F32", (h,)) for name in norms), ("layer_output_scale", "F32", (1,)),
+        ("ffn_down_exps.scale", "F32", (s["experts"],)), ("ffn_gate_inp", "F32", (s["experts"], h)),
+        *feed_forward("", s["dense"], (), s["beside"], h),
+        *feed_forward("_exps", s["format"], (s["experts"],), s["inner"], h),
+    ]  # fmt: skip
 
 
 def heads(s: dict[str, Any]) -> Tensors:
@@ -166,7 +192,7 @@ def write(name: str, path: Path, layers: int | None = None, seed: int = 0, **cha
     made: dict[tuple[str, int, int, bool], np.ndarray] = {}
     for tensor, fmt, dims in tensors(s):
         rows, cols = int(np.prod(dims[:-1])), dims[-1]
-        key = (fmt, rows, cols, norm := "norm" in tensor)
+        key = (fmt, rows, cols, norm := "norm" in tensor or "scale" in tensor)
         if key not in made:
             made[key] = np.ones(cols, np.float32).view(np.uint8) if norm else weights(rng, fmt, rows, cols)
         kind = gguf.GGMLQuantizationType(FORMATS[fmt].gguf_type)
@@ -184,18 +210,21 @@ def add_metadata(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
     writer.add_embedding_length(s["hidden"])
     writer.add_context_length(s["ctx"])
     writer.add_head_count(s["heads"])
-    writer.add_head_count_kv(s["kv_heads"])
+    if "far" not in s:
+        writer.add_head_count_kv(s["kv_heads"])
     if "kv_rank" in s:
         add_latents(writer, s)
-    else:
+    elif "far" not in s:
         writer.add_key_length(s["head_dim"])
         writer.add_value_length(s["head_dim"])
         writer.add_rope_dimension_count(s.get("rotary", s["head_dim"]))
     if "every" in s:
         add_deltanet(writer, s)
+    if "far" in s:
+        add_far(writer, s)
     writer.add_rope_freq_base(s["theta"])
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_feed_forward_length(s.get("first", s["inner"]))
+    writer.add_feed_forward_length(s.get("beside", s.get("first", s["inner"])))
     writer.add_expert_feed_forward_length(s["inner"])
     writer.add_expert_count(s["experts"])
     writer.add_expert_used_count(s["top_k"])
@@ -218,6 +247,19 @@ def add_deltanet(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
     writer.add_ssm_inner_size(s["value_heads"] * s["key_dim"])
     writer.add_full_attention_interval(s["every"])
     writer.add_expert_shared_feed_forward_length(s["shared"] * s["inner"])
+
+
+def add_far(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
+    near = [(layer + 1) % 6 != 0 for layer in range(s["layers"])]
+    writer.add_head_count_kv([s["kv_heads"] if one else s["far"]["kv_heads"] for one in near])
+    writer.add_sliding_window_pattern(near)
+    writer.add_sliding_window(s["window"])
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(s["far"]["head_dim"])
+    for add in (writer.add_key_length_swa, writer.add_value_length_swa, writer.add_rope_dimension_count_swa):
+        add(s["head_dim"])
+    writer.add_rope_freq_base_swa(10_000.0)
+    writer.add_final_logit_softcapping(30.0)
 
 
 def add_latents(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:

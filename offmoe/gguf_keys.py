@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from offmoe.errors import OffmoeError
-from offmoe.kernels.feed_forward import SILU, Glu
+from offmoe.kernels.feed_forward import GELU, SILU, Glu
 from offmoe.kernels.rope import Scaling, yarn_mscale
 from offmoe.pretokenizers import KINDS, pre_tokenizer_name
 from offmoe.tokenizer import BYTE_TOKEN
@@ -51,7 +51,7 @@ def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
             f"{family.model_type} with n_group = {config.rule.groups} cannot be packed: "
             f"llama.cpp ranks groups by their two best experts, this model by {config.rule.group_best}"
         )
-    if config.glu not in (SILU, GPT_OSS):
+    if config.glu not in (SILU, GPT_OSS, GELU):
         raise OffmoeError(
             f"{family.model_type} with {config.glu} cannot be packed: the GGUF architecture {family.arch} always means "
             f"{GPT_OSS}"

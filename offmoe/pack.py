@@ -74,6 +74,7 @@ class Output:
     shape: tuple[int, ...]
     wanted: Format
     runs: list[Run]
+    made: Tensor | None = None  # its values, where they come from no file
 
     @property
     def cols(self) -> int:
@@ -102,6 +103,8 @@ def pack(checkpoint: Checkpoint, out: Path, fmt: str, progress: Callable[[int, i
     wanted = packable(fmt)
     model = described(checkpoint)
     outputs = [output(model, role, layer, intended(role, wanted)) for role, layer in roles(model)]
+    made = model.family.gguf_tensors(model.config)
+    outputs += [Output(name, tuple(values.shape), FORMATS["F32"], [], values) for name, values in made.items()]
     keys = model_keys(model.config, model.family) | tokenizer_keys(checkpoint, model.config.vocab)
     keys |= {"general.file_type": FILE_TYPES[wanted.name], "general.quantization_version": 2}
     check_target(out, sum(output.nbytes for output in outputs))
@@ -125,7 +128,7 @@ def roles(model: Model) -> Iterator[tuple[str, int]]:
 
 
 def intended(role: str, wanted: Format) -> Format:
-    if role.endswith(("router", "norm", "bias", "sinks", "offset")) or role in SMALL:
+    if role.endswith(("router", "norm", "bias", "sinks", "offset", "gain", "factors", "scale")) or role in SMALL:
         return FORMATS["F32"]
     return FORMATS["Q8_0"] if wanted.name == "MXFP4" and role not in EXPERT_ROLES else wanted
 
@@ -252,6 +255,8 @@ def write_header(writer: gguf.GGUFWriter, outputs: list[Output], keys: dict[str,
 
 def pieces(model: Model, output: Output) -> Iterator[Tensor]:
     """The weights of a tensor as float32 [rows, cols], a bounded number at a time."""
+    if output.made is not None:
+        yield output.made.view(1, -1)
     for run in output.runs:
         step = run.count if run.pick else max(1, PIECE // output.cols)
         for first in range(0, run.count, step):

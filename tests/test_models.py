@@ -237,7 +237,8 @@ def test_llama_cpp_gives_the_same_logits(family: str, tmp_path: Path) -> None:
     model = replace(model, config=replace(model.config, rope=replace(model.config.rope, truncate=True)))
     with Engine(model, Settings.of(device="cpu", ctx=64)) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
-    assert (logits - want[7:]).abs().max() < 1e-4
+    # ggml looks GELU up in a table of float16
+    assert (logits - want[7:]).abs().max() < (2e-2 if model.family.arch == "gemma4" else 1e-4)
 
 
 def dequantised_demo(path: Path) -> Path:

@@ -25,7 +25,7 @@ from offmoe.checkpoint.quantise import packable, quantise
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import GGML
 from offmoe.models.config import ModelConfig
-from offmoe.models.model import Model, described, layers_of, trunk_shapes
+from offmoe.models.model import Model, described, trunk_roles
 from offmoe.pack import EXPERT_ROLES, PackReport, interleaved, pack
 
 RATIO = {"q8_0": 0.01, "bf16": 0.003, "f16": 0.0005, "f32": 0.0, "q4_0": 0.1, "q4_1": 0.1, "q5_0": 0.05,
@@ -52,8 +52,8 @@ def expected(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     for layer in model.config.keyless if model.config.delta else ():
         tensors |= deltanet(checkpoint, model.config, layer, model.family.tiled_gguf)
     z, heads = model.config.latent, model.config.heads
-    for role, shape in trunk_shapes(model.config, split=True).items():
-        for layer in () if role.startswith("delta") else layers_of(role, model.config):
+    for role, layer, shape in trunk_roles(model.config, split=True):
+        if not role.startswith("delta"):
             info = model.find("kv_b" if role in ("k_b", "v_b") else role, layer)
             assert info is not None
             value = checkpoint.tensor(info.name)
@@ -134,7 +134,8 @@ def test_f32_holds_every_weight(family: str, fused: bool, tmp_path: Path) -> Non
     report = packed(saved(family, tmp_path, fused), out, "f32")
     assert report == PackReport([], out.stat().st_size)
     with open_checkpoint(source) as checkpoint, open_checkpoint(out) as result:
-        want = expected(checkpoint)
+        described_by = described(checkpoint)
+        want = expected(checkpoint) | described_by.family.gguf_tensors(described_by.config)
         assert result.tensors.keys() == want.keys()
         for name, value in want.items():
             assert torch.equal(result.tensor(name), value), name

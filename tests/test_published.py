@@ -52,6 +52,17 @@ LLAMA4 = {
     "attn_scale": 0.1, "tie_word_embeddings": False, "router_jitter_noise": 0.0, "moe_layers": None,
     "no_rope_layers": [int((layer + 1) % 4 != 0) for layer in range(48)]}  # fmt: skip
 PUBLISHED: dict[str, dict[str, Any]] = {
+    "Gemma-4-26B-A4B": {"model_type": "gemma4", "text_config": {
+        "model_type": "gemma4_text", "hidden_size": 2816, "intermediate_size": 2112, "moe_intermediate_size": 704,
+        "num_hidden_layers": 30, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256,
+        "global_head_dim": 512, "num_global_key_value_heads": 2, "attention_k_eq_v": True, "num_experts": 128,
+        "top_k_experts": 8, "enable_moe_block": True, "vocab_size": 262144, "sliding_window": 1024,
+        "final_logit_softcapping": 30.0, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+        "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 262144, "rms_norm_eps": 1e-6,
+        "use_bidirectional_attention": "vision", "layer_types": [
+            "sliding_attention" if (layer + 1) % 6 else "full_attention" for layer in range(30)],
+        "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": {
+            "rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0}}}},
     "Llama-4-Scout-17B-16E": {"model_type": "llama4", "image_token_index": 200092, "text_config": {
         **LLAMA4, "model_type": "llama4_text", "num_local_experts": 16, "interleave_moe_layer_step": 1,
         "use_qk_norm": True, "max_position_embeddings": 10485760, "rope_scaling": {
@@ -219,6 +230,7 @@ STATED = {
     "Hunyuan-A13B": (80.0, 13.0, "all"),
     "Phi-3.5-MoE": (41.9, 6.6, "all"),
     "Granite-3.1-3B-A800M": (3.3, 0.8, "neither"),
+    "Gemma-4-26B-A4B": (25.2, 3.8, "all"),
     "LFM2-8B-A1B": (8.3, 1.5, "all"),
     "Llama-4-Scout-17B-16E": (109.0, 17, "all"),
     "Llama-4-Maverick-17B-128E": (400.0, 17, "all"),
@@ -408,3 +420,22 @@ def test_convolutions_that_are_not_implemented_are_refused(change: dict[str, Any
 def test_a_text_config_that_is_no_table_is_refused() -> None:
     with pytest.raises(OffmoeError, match="text_config in the model's config is no table"):
         from_hf({**PUBLISHED["Qwen3.6-35B-A3B"], "text_config": 3}, family_of("model_type", "qwen3_5_moe"))
+
+
+GEMMA = [
+    ({"hidden_activation": "silu"}, "gemma4: hidden_activation is 'silu', and offmoe implements 'gelu_pytorch_tanh'"),
+    ({"hidden_size_per_layer_input": 256}, "gemma4: hidden_size_per_layer_input is 256, and offmoe implements 0"),
+    ({"num_kv_shared_layers": 20}, "gemma4: num_kv_shared_layers is 20, and offmoe implements 0"),
+    ({"enable_moe_block": False}, "gemma4: enable_moe_block is False, and offmoe implements True"),
+    ({"use_bidirectional_attention": "all"}, "gemma4: use_bidirectional_attention is 'all'"),
+    ({"rope_parameters": {"rope_theta": 1e4}}, "gemma4: rope_parameters is .*: expected a table for sliding_attention"),
+    ({"global_head_dim": 511}, "head_dim is 511: rotary embedding needs an even number above 0"),
+    ({"num_global_key_value_heads": 3}, "16 heads do not divide among 3 key-value heads"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), GEMMA)
+def test_gemmas_that_are_not_implemented_are_refused(change: dict[str, Any], message: str) -> None:
+    raw = PUBLISHED["Gemma-4-26B-A4B"]
+    with pytest.raises(OffmoeError, match=message):
+        from_hf({**raw, "text_config": {**raw["text_config"], **change}}, family_of("model_type", "gemma4"))

@@ -5,14 +5,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
 from offmoe.kernels.feed_forward import GELU
 from offmoe.kernels.rope import PROPORTIONAL, Scaling
 from offmoe.kernels.route import Rule
-from offmoe.models.config import FULL, SLIDING, Heads, count, number, sliding_windows
+from offmoe.models.config import FULL, SLIDING, Heads, ModelConfig, count, number, sliding_windows
 from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family
 
+SHARE = 0.25  # of a wide head's pairs are turned in every published model; a GGUF says it in a tensor
 LAYER = "model.language_model.layers.{l}."
 NAMES = {
     "attn_post_norm": ("post_attention_layernorm.weight",),
@@ -37,7 +41,7 @@ WITH_VISION = {
     for role, names in HF_NAMES.items()
 } | {role: tuple(LAYER + name for name in names) for role, names in NAMES.items()}
 ROPES = {SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
-         FULL: {"rope_type": PROPORTIONAL, "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0}}  # fmt: skip
+         FULL: {"rope_type": PROPORTIONAL, "partial_rotary_factor": SHARE, "rope_theta": 1_000_000.0}}  # fmt: skip
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,6 +119,38 @@ def gguf_fields(key: Callable[[str], Any]) -> dict[str, Any]:
     }
 
 
+def gguf_keys(config: ModelConfig) -> dict[str, Any]:
+    near, far = [bool(config.window(layer)) for layer in range(config.layers)], config.far
+    assert far
+    if far.rope.share != SHARE:
+        raise OffmoeError(f"gemma4 that turns {far.rope.share:g} of its wide heads cannot be packed: expected {SHARE}")
+    return {
+        "attention.head_count_kv": [config.kv_heads if one else far.kv_heads for one in near],
+        "attention.key_length": far.head_dim,
+        "attention.value_length": far.head_dim,
+        "attention.key_length_swa": config.head_dim,
+        "attention.value_length_swa": config.head_dim,
+        "attention.sliding_window": max(config.windows),
+        "attention.sliding_window_pattern": near,
+        "attention.shared_kv_layers": 0,
+        "rope.dimension_count": far.rotary,
+        "rope.dimension_count_swa": config.rotary,
+        "rope.freq_base": far.rope_theta,
+        "rope.freq_base_swa": config.rope_theta,
+        "feed_forward_length": config.shared_hidden,
+        "embedding_length_per_layer_input": 0,
+        "final_logit_softcapping": config.logit_cap,
+    }
+
+
+def gguf_tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """What the frequencies of a wide head are divided by: pairs that are not turned, by more than any position."""
+    assert config.far
+    factors = torch.ones(config.far.head_dim // 2)
+    factors[int(config.far.rope.share * len(factors)) :] = 1e30
+    return {"rope_freqs.weight": factors}
+
+
 FAMILY = Family(
     model_type="gemma4",
     arch="gemma4",
@@ -135,6 +171,8 @@ FAMILY = Family(
     },
     translated=translated,
     gguf_fields=gguf_fields,
+    gguf_keys=gguf_keys,
+    gguf_tensors=gguf_tensors,
     fields=fields,
     implemented={
         "hidden_activation": ("gelu_pytorch_tanh",),
