@@ -304,7 +304,7 @@ def llama4(pdl: bool) -> None:
             window=window, chunked=True, temper=temper, pdl=pdl,
         )  # fmt: skip
     prefill_attention(torch.zeros((64, heads, dim), dtype=torch.bfloat16), keys, keys, 8190, window=8192, chunked=True)
-    layout = slot_layout(RecordLayout.of(("gate_up", "BF16", 2 * F, H), ("down", "BF16", H, F)))
+    layout = slot_layout(RecordLayout.of(("gate_up", "Q4_K", 2 * F, H), ("down", "Q4_K", H, F)))
     records = torch.empty((2, -(-layout.nbytes // 256) * 256), dtype=torch.uint8)
     expert_gate_up(records, layout, ints(1), floats(1), floats(1, H), floats(1, F), copies=absent(), before=True,
                    pdl=pdl)  # fmt: skip
