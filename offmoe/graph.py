@@ -64,7 +64,11 @@ class Decoder:
         self._read = 0  # ring rows read in this answer
         self._floor: float | None = None
         self._stamp = 0  # GPU clock at the end of the last token, ns
-        self._capture(replace(self._variant, served=self._served()))
+        try:
+            self._capture(replace(self._variant, served=self._served()))
+        except BaseException:  # memory that stays registered with CUDA cannot be registered again, should it be reused
+            self.close()
+            raise
 
     def tokens(
         self, logits: Tensor, ids: list[int], sampling: Sampling, eos: frozenset[int], meter: Meter

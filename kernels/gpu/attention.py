@@ -343,7 +343,7 @@ def decode_attention(
     assert partial.numel() >= partial_size(heads, head_dim, splits)
     assert tickets.numel() >= kv_heads
     assert not value_norm or norm_kind(q_norm, norm_full, norm_after) == 1
-    block, warps = block or tile_of(keys, wide), max(warps, wide // 64)
+    block, warps = block or min(tile_of(keys, wide), 1 << room.bit_length() - 1), max(warps, wide // 64)
     assert split_size % block == 0, f"split_size {split_size} is no multiple of {block}"
     assert room == ctx or max(window, block) <= room, f"a ring of {room} holds {window} and {block} positions"
     rows = max(16, triton.next_power_of_2(group + 2))
