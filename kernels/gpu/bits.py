@@ -1,4 +1,4 @@
-"""Codes as the subnormal floats that they are: see dot.py."""
+"""Codes as the subnormal floats that they are: see dot.py; bytes out of a table by four codes at once."""
 
 from __future__ import annotations
 
@@ -44,9 +44,50 @@ def dot_nibbles(low, high, word, l0, l1, l2, l3, h0, h1, h2, h3):
 
 @triton.jit
 def dot_bytes(total, word, x0, x1, x2, x3):
-    """Adds Σ of a word's 4 unsigned bytes times x, · 2^-49."""
-    top = word >> 16
+    """Adds Σ of a word's 4 unsigned bytes times x, · 2^-49. Bit 23 is an exponent's lowest, and still adds 2^-126.
+    Of five orders of bytes one of two with which nothing else spills: look at all formats when this changes."""
     total = code(word, 0xFF) * (x0 * 2.0**100)[None] + total
     total = code(word, 0xFF00) * (x1 * 2.0**92)[None] + total
-    total = code(top, 0xFF) * (x2 * 2.0**100)[None] + total
-    return code(top, 0xFF00) * (x3 * 2.0**92)[None] + total
+    total = (word >> 24).to(tl.float32, bitcast=True) * (x3 * 2.0**100)[None] + total
+    return code(word, 0xFF0000) * (x2 * 2.0**84)[None] + total
+
+
+@triton.jit
+def dot_8(total, first, last, a, h):
+    """Adds Σ of the bytes of eight codes, as they lie in a word, times a (low nibbles) and h, · 2^-49."""
+    return dot_bytes(dot_bytes(total, first, a[0], h[0], a[1], h[1]), last, a[2], h[2], a[3], h[3])
+
+
+@triton.jit
+def number(value):
+    """A whole number from 0 to 2^23 - 1 as float32."""
+    return (value.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+INTERPRETED = tl.constexpr(not isinstance(number, triton.JITFunction))
+
+
+@triton.jit
+def picked(word, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """Four bytes, named by the word's four lower nibbles: from 0 to 7, of the table of 7-bit numbers whose words are
+    FIRST and LAST; from 8 on, 0. One instruction, which for such a nibble repeats the sign of the byte named."""
+    if INTERPRETED:
+        bytes, table = word & 0, tl.full((), LAST * 2**32 + FIRST, tl.uint64)
+        for i in tl.static_range(4):  # NumPy shifts everything out where it shifts by 64 and more
+            bytes |= (table >> (word >> (4 * i) & 15) * 8 & 0xFF).to(tl.uint32) << (8 * i)
+        return bytes
+    else:
+        return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [FIRST, LAST, word], dtype=tl.uint32,
+                                         is_pure=True, pack=1)  # fmt: skip
+
+
+@triton.jit
+def fp4(word):
+    """Twice the values of four e2m1 codes in the lower half of a word, plus 16."""
+    return picked(word, 0x03020100, 0x0C080604) + 0x10101010 - picked(word ^ 0x8888, 0x03020100, 0x0C080604)
+
+
+@triton.jit
+def e2m1(code):
+    """One code as the float32 of 2^-126 times its value: its three bits are low exponent and high mantissa."""
+    return ((code & 8) << 28 | (code & 7) << 22).to(tl.float32, bitcast=True)

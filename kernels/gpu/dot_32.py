@@ -5,8 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from offmoe.kernels.gpu.bits import BACK, dot_bytes, dot_nibbles
-from offmoe.kernels.gpu.striped import lane_of, load_4, load_x, sum_4
+from offmoe.kernels.gpu.bits import BACK, dot_8, dot_bytes, dot_nibbles, fp4
+from offmoe.kernels.gpu.striped import lane_of, load_4, load_x
+
+
+@triton.jit
+def sum_8(a, h):
+    """In the order in which `dot_8` adds: what a value that is always the same was taken from comes to 0."""
+    return ((((((a[0] + h[0]) + h[1]) + a[1]) + a[2]) + h[2]) + h[3]) + a[3]
 
 
 @triton.jit
@@ -15,7 +21,7 @@ def x_32(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr):
     w, lane = tl.arange(0, 4)[None, :], lane_of(start, K)[:, None]
     b, m = base[:, None], there[:, None]
     low, high = load_4(x, norm, b, lane, 0, w, m, K, NORM), load_4(x, norm, b, lane, 16, w, m, K, NORM)
-    return low, high, tl.sum(sum_4(low) + sum_4(high), 1)
+    return low, high, tl.sum(sum_8(low, high), 1)
 
 
 @triton.jit
@@ -31,35 +37,13 @@ def x_pairs(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr):
     at += NEXT
     odd = (load_x(x, norm, b, at, m, NORM), load_x(x, norm, b, at + 2 * NEXT, m, NORM),
            load_x(x, norm, b, at + LATER, m, NORM), load_x(x, norm, b, at + LATER + 2 * NEXT, m, NORM))  # fmt: skip
-    return even, odd, tl.sum(sum_4(even) + sum_4(odd), 1)
+    return even, odd, tl.sum(sum_8(even, odd), 1)
 
 
 @triton.jit
 def fifth_bits(bits):
     """Bits 0 … 3 to bit 4 of bytes 0 … 3."""
-    return (bits & 1) << 4 | (bits & 2) << 11 | (bits & 4) << 18 | (bits & 8) << 25
-
-
-@triton.jit
-def fp4(word, SIGN: tl.constexpr, MAGNITUDE: tl.constexpr):
-    """An e2m1 code as the float32 of 2^-126 times its value: its three bits are low exponent and high mantissa."""
-    if MAGNITUDE >= 0:
-        magnitude = word << MAGNITUDE
-    else:
-        magnitude = word >> -MAGNITUDE
-    return (word << SIGN & 0x80000000 | magnitude & 0x01C00000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def words_fp4(quants, a, h):
-    """Words of e2m1 codes [R, U, 4] times x [U, 4], a for the low nibbles of its bytes and h for the high ones, over
-    2^-63."""
-    # fmt: off
-    return (fp4(quants, 28, 22) * (a[0] * 2.0**63)[None] + fp4(quants, 20, 14) * (a[1] * 2.0**63)[None]
-            + fp4(quants, 12, 6) * (a[2] * 2.0**63)[None] + fp4(quants, 4, -2) * (a[3] * 2.0**63)[None]
-            + fp4(quants, 24, 18) * (h[0] * 2.0**63)[None] + fp4(quants, 16, 10) * (h[1] * 2.0**63)[None]
-            + fp4(quants, 8, 2) * (h[2] * 2.0**63)[None] + fp4(quants, 0, -6) * (h[3] * 2.0**63)[None])
-    # fmt: on
+    return (bits & 15) * 0x02040810 & 0x10101010
 
 
 @triton.jit
@@ -67,7 +51,7 @@ def words_small(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr
                 P2: tl.constexpr):  # fmt: skip
     """Blocks of 32 in nibbles [R, U, 4]; their scale [R, U]; minimum or fifth bits [R, U], where there are."""
     words = buffer.to(tl.pointer_type(tl.uint32))
-    QUANTS: tl.constexpr = P1 if (FORMAT == "Q4_0" or FORMAT == "MXFP4" or FORMAT == "MXFP4_PAIRS") else P2
+    QUANTS: tl.constexpr = P2 if (FORMAT == "Q4_1" or FORMAT == "Q5_0") else P1
     spot = (origin[None, :] + QUANTS // 4 + at * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
     quants = tl.load(words + spot, mask=mask[:, :, None], other=0)
     halves = buffer.to(tl.pointer_type(tl.float16)) + origin[None, :] * 2 + at
@@ -89,10 +73,10 @@ def fold_small(words, xs, FORMAT: tl.constexpr):
     quants, a, h, x_sum = words[0], xs[0], xs[1], xs[2][None]
     zero = tl.zeros(quants.shape, tl.float32)
     if FORMAT == "MXFP4" or FORMAT == "MXFP4_PAIRS":
-        total = words_fp4(quants, a, h)
         exponent = words[1].to(tl.uint32)
         scale = tl.where(exponent == 0, 0x00400000, exponent << 23).to(tl.float32, bitcast=True)
-        return tl.sum(total, 2) * 2.0**63 * scale
+        total = dot_8(zero, fp4(quants), fp4(quants >> 16), a, h)
+        return scale * (tl.sum(total, 2) * (BACK / 2) - 8 * x_sum)
     elif FORMAT == "Q5_0":
         bits = words[2][:, :, None] >> (4 * tl.arange(0, 4))[None, None, :]
         total = dot_bytes(zero, quants & 0x0F0F0F0F | fifth_bits(bits), a[0], a[1], a[2], a[3])

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from offmoe.kernels.formats import FORMATS
-from offmoe.kernels.gpu.dot_32 import words_fp4
+from offmoe.kernels.gpu.bits import BACK, dot_8, fp4
+from offmoe.kernels.gpu.dot_32 import sum_8
 
 
 @triton.constexpr_function
@@ -88,9 +89,13 @@ def words_nvfp4(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr
 
 @triton.jit
 def fold_nvfp4(words, xs):
-    """[R, U]; xs: dot_32.x_pairs. The first two words are the first sixteen. Of six ways to write this, the only one
-    that neither Triton 3.6 nor 3.7 spills."""
+    """[R, U]; xs: dot_32.x_pairs. The first two words are the first sixteen. Look at the registers on Triton 3.6 and
+    3.7 when this changes: most ways to write it spill, or take more than 128 in `down`."""
     w, small = tl.arange(0, 4)[None, None, :], words[1].to(tl.uint32)
-    low, high = fp8(small, 24, 20) * 2.0**120 * words[2], fp8(small, 16, 12) * 2.0**120 * words[2]
-    total = words_fp4(words[0], xs[0], xs[1]) * 2.0**63
-    return tl.sum(tl.where(w < 2, total, 0.0), 2) * low + tl.sum(tl.where(w < 2, 0.0, total), 2) * high
+    scale = words[2] * (BACK / 2)
+    low, high = fp8(small, 24, 20) * 2.0**120 * scale, fp8(small, 16, 12) * 2.0**120 * scale
+    codes, even, odd = words[0], xs[0], xs[1]
+    total = dot_8(tl.zeros(codes.shape, tl.float32), fp4(codes), fp4(codes >> 16), even, odd)
+    total -= (2.0**-45 * sum_8(even, odd))[None]
+    first, second = tl.sum(tl.where(w < 2, total, 0.0), 2), tl.sum(tl.where(w < 2, 0.0, total), 2)
+    return first * low + second * high

@@ -11,8 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.formats import FORMATS
-from offmoe.kernels.gpu.bits import half_of
-from offmoe.kernels.gpu.dot_32 import fp4
+from offmoe.kernels.gpu.bits import e2m1, half_of, number
 from offmoe.kernels.gpu.dot_256 import k_scales
 from offmoe.kernels.gpu.dot_int4 import has_zeros, head_of, is_int4, scale_of, sharing
 from offmoe.kernels.gpu.dot_scaled import fp8, in_tiles, is_f8, scale_at
@@ -20,12 +19,6 @@ from offmoe.kernels.gpu.gemv import planes
 from offmoe.kernels.planes import Matrix
 
 STEP = 64  # columns of a tile
-
-
-@triton.jit
-def number(value):
-    """A whole number from 0 to 2^23 - 1 as float32."""
-    return (value.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 
 @triton.jit
@@ -76,9 +69,9 @@ def tile_q6_k(base, row, there, step, COLS: tl.constexpr,
 @triton.jit
 def tile_small(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
                P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr):  # fmt: skip
-    """Two blocks of 32 in nibbles: Q4_0, Q4_1, Q5_0, MXFP4 in both orders; the last tile of a row may hold one."""
+    """Two blocks of 32 in nibbles: Q4_0, Q4_1, Q5_0, MXFP4 in both orders; a row's last may hold one."""
     BLOCKS: tl.constexpr = COLS // 32
-    QUANTS: tl.constexpr = P1 if (FORMAT == "Q4_0" or FORMAT == "MXFP4" or FORMAT == "MXFP4_PAIRS") else P2
+    QUANTS: tl.constexpr = P2 if (FORMAT == "Q4_1" or FORMAT == "Q5_0") else P1
     b, h, i = step * 2 + tl.arange(0, 2), tl.arange(0, 2), tl.arange(0, 16)
     m2 = there[:, None] & (b < BLOCKS)[None]
     quants = (base + QUANTS + row * (BLOCKS * 16))[:, None, None, None] + (b * 16)[None, :, None, None]
@@ -91,9 +84,7 @@ def tile_small(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
         exponent = tl.load(scales, mask=m2, other=0).to(tl.int32)
         half = tl.where(exponent < 2, 0x00200000 << tl.minimum(exponent, 1), (exponent - 1) << 23)
         half = half.to(tl.float32, bitcast=True)
-        # the three bits are low exponent and high mantissa: 2^-126 times the value, perhaps subnormal
-        value = ((codes & 8) << 28 | (codes & 7) << 22).to(tl.float32, bitcast=True) * 2.0**127
-        values = value * half[:, :, None, None]
+        values = e2m1(codes) * 2.0**127 * half[:, :, None, None]
     else:
         scales = (base + P0 + row * (BLOCKS * 2)).to(tl.pointer_type(tl.float16))[:, None] + b[None]
         scale = tl.load(scales, mask=m2, other=0.0).to(tl.float32)[:, :, None, None]
@@ -162,7 +153,7 @@ def tile_nvfp4(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
     codes = codes >> (4 * h)[None, None, None] & 15
     small = tl.load((base + P1 + row * SIXTEENS)[:, None] + s[None], mask=m2, other=0).to(tl.uint32)
     small = fp8(small, 24, 20) * 2.0**120 * scale_at(base + P0, row, there, FORMAT)[:, None]
-    return fp4(codes, 28, 22) * 2.0**126 * small[:, :, None, None]
+    return e2m1(codes) * 2.0**126 * small[:, :, None, None]
 
 
 @triton.jit
