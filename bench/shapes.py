@@ -60,7 +60,7 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Where a block keeps its float16 scales, and what each is as a multiple of the first: minima centre the weights.
 SCALES: dict[str, dict[int, float]] = {
     "Q8_0": {0: 1}, "Q4_0": {0: 1}, "Q5_0": {0: 1}, "Q4_1": {0: 1, 2: -7.5}, "Q4_K": {0: 1, 2: 7.5},
-    "Q5_K": {0: 1, 2: 15.5}, "Q6_K": {208: 1},
+    "Q5_K": {0: 1, 2: 15.5}, "Q6_K": {208: 1}, "IQ4_NL": {0: 1}, "IQ4_XS": {0: 1},
 }  # fmt: skip
 
 

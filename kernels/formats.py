@@ -234,6 +234,25 @@ def fp4(exponent: Tensor, code: Tensor) -> Tensor:
     return magnitude.mul_(sign).float().mul_(scale.view(torch.float32))
 
 
+def iq4(code: Tensor) -> Tensor:
+    """Values of IQ4_NL and IQ4_XS, float32. Indexing by brackets takes four times as long."""
+    values = (-127.0, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+    return torch.tensor(values, device=code.device).index_select(0, code.int().flatten()).view(code.shape)
+
+
+def iq4_nl(blocks: Tensor) -> Tensor:
+    return iq4(nibbles(blocks[..., 2:])).mul_(half(blocks[..., :2]))
+
+
+def iq4_xs(blocks: Tensor) -> Tensor:
+    """Groups of 32 whose scales have 4 bits in bytes 4–7 and 2 in bytes 2 and 3, less 32."""
+    place = torch.arange(4, dtype=torch.uint8, device=blocks.device)
+    high = (blocks[..., 2:4, None] >> 2 * place & 3).flatten(-2)
+    low = (blocks[..., 4:8, None] >> 4 * place[:2] & 15).flatten(-2)
+    scale = half(blocks[..., :2]) * (low | high << 4).view(torch.int8).sub_(32)
+    return iq4(nibbles(split(blocks[..., 8:], 8, 16))).mul_(scale[..., None]).flatten(-2)
+
+
 def f8_e4m3(blocks: Tensor, scale: Tensor) -> Tensor:
     return reinterpret(blocks, torch.float8_e4m3fn).float().mul_(scale)
 
@@ -279,6 +298,8 @@ FORMATS = {
         Format("Q4_K", 256, 144, 12, q4_k),
         Format("Q5_K", 256, 176, 13, q5_k),
         Format("Q6_K", 256, 210, 14, q6_k),
+        Format("IQ4_NL", 32, 18, 20, iq4_nl),
+        Format("IQ4_XS", 256, 136, 23, iq4_xs),
         Format("MXFP4", 32, 17, 39, mxfp4),
         Format("MXFP4_PAIRS", 32, 17, None, mxfp4_pairs, apart=(1, 16)),
         Format("F8_E4M3", 128, 128, None, f8_e4m3, scales=Scales(128, 128)),  # quant_method fp8: of DeepSeek-V3 …

@@ -28,6 +28,8 @@ PLANES: dict[str, tuple[int, ...]] = {
     "Q4_K": (144,),
     "Q5_K": (176,),
     "Q6_K": (128, 64, 16, 2),
+    "IQ4_NL": (2, 16),
+    "IQ4_XS": (8, 128),
     "MXFP4": (1, 16),
     "F8_E4M3": (128,),  # behind the plane of the scales
     "F8_E4M3_BF16": (128,),

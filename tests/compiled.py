@@ -342,6 +342,7 @@ def main(capability: int) -> None:
         products("Q4_K", pdl)
         products("MXFP4", pdl)
         products("Q6_K", pdl)
+        products("IQ4_XS", pdl)
         products("F8_E4M3", pdl)
         products("NVFP4", pdl)
         products("INT4_128_F16_ZEROS", pdl)

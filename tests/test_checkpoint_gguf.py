@@ -124,10 +124,6 @@ DAMAGED = {
         "is truncated or damaged: tensor 'a' ends",
     ),
     "half a block": (gguf_bytes(entries=[("a", [48], 2, 0)]), "a Q4_0 tensor has rows of 48 weights"),
-    "IQ2_XXS": (
-        gguf_bytes(entries=[("a", [256], 16, 0)]),
-        "format IQ2_XXS is not supported: supported are F32, F16",
-    ),
     "unknown type": (gguf_bytes(entries=[("a", [256], 999, 0)]), "format number 999 is not supported"),
     "unaligned offset": (gguf_bytes(entries=[("a", [4], 0, 8)]), "tensor 'a' starts at 8, no multiple of 32"),
     "offset outside": (gguf_bytes(entries=[("a", [4], 0, 1 << 40)]), "tensor 'a' ends at byte 1099511627"),
@@ -143,6 +139,16 @@ def test_damaged_files_are_refused(tmp_path: Path, data: bytes, message: str) ->
     error = refusal(path)
     assert message in error
     assert str(path) in error
+
+
+UNREAD = [kind for kind in gguf.GGMLQuantizationType if kind.name.startswith(("IQ1", "IQ2", "IQ3", "TQ"))]
+
+
+@pytest.mark.parametrize("kind", UNREAD, ids=lambda kind: kind.name)
+def test_other_quantisations_are_refused_by_name(tmp_path: Path, kind: gguf.GGMLQuantizationType) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes(entries=[("a", [256], int(kind), 0)]))
+    assert f"format {kind.name} is not supported: supported are F32, F16" in refusal(path)
 
 
 def test_the_undamaged_file_opens(tmp_path: Path) -> None:

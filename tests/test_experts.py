@@ -75,7 +75,7 @@ def test_rows_come_with_their_scales() -> None:
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("fmt", TESTED)
+@pytest.mark.parametrize("fmt", [fmt for fmt in TESTED if fmt != "IQ4_XS"])  # its planes move as Q6_K's do
 def test_what_is_missing_is_brought_and_multiplied(fmt: str, stacked: bool) -> None:
     """Two experts of three, into slots that hold NaN; one that is not on the list any more stays out."""
     records, layout = slots_of(fmt, fmt, stacked=stacked)

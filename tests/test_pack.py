@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny import PACKABLE_UNHEARD, saved
 
 from offmoe.checkpoint import Checkpoint, ggml, open_checkpoint
-from offmoe.checkpoint.quantise import packable, quantise
+from offmoe.checkpoint.quantise import BY_GGML, packable, quantise
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import GGML
 from offmoe.models.config import ModelConfig
@@ -29,7 +29,7 @@ from offmoe.models.model import Model, described, trunk_roles
 from offmoe.pack import EXPERT_ROLES, PackReport, interleaved, pack
 
 RATIO = {"q8_0": 0.01, "bf16": 0.003, "f16": 0.0005, "f32": 0.0, "q4_0": 0.1, "q4_1": 0.1, "q5_0": 0.05,
-         "mxfp4": 0.15, "q4_k": 0.1, "q5_k": 0.05, "q6_k": 0.03}  # fmt: skip
+         "mxfp4": 0.15, "q4_k": 0.1, "q5_k": 0.05, "q6_k": 0.03, "iq4_nl": 0.1, "iq4_xs": 0.1}  # fmt: skip
 has_ggml = importlib.util.find_spec("llama_cpp") is not None
 
 
@@ -155,7 +155,7 @@ def test_interleaved_is_what_llama_cpp_converts_to() -> None:
     assert interleaved(rows, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-@pytest.mark.parametrize("fmt", [name.lower() for name in GGML if not name.endswith("_K")])
+@pytest.mark.parametrize("fmt", [name.lower() for name in GGML if name not in BY_GGML])
 def test_every_format(fmt: str, tmp_path: Path) -> None:
     """Equal bytes for both readers, values near the source's; norms and routers exact."""
     source, out = saved("qwen3_moe", tmp_path), tmp_path / "m.gguf"
@@ -205,15 +205,14 @@ def edit(path: Path, **values: Any) -> None:
 
 @pytest.mark.llama
 @pytest.mark.skipif(not has_ggml, reason="needs llama-cpp-python: pip install 'offmoe[llama]'")
-@pytest.mark.parametrize("fmt", ["q4_k", "q5_k", "q6_k"])
-def test_k_quants_by_ggml(fmt: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fmt", ["q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"])
+def test_what_ggml_quantises(fmt: str, tmp_path: Path) -> None:
     weights = torch.randn(6, 512, generator=torch.Generator().manual_seed(0))
     raw = quantise(weights, packable(fmt))
     theirs = gguf.quants.dequantize(raw.view(6, -1).numpy(), gguf.GGMLQuantizationType[fmt.upper()])
     assert_close(fmt, torch.from_numpy(theirs), weights, RATIO[fmt])
     report = packed(saved("olmoe", tmp_path), tmp_path / "m.gguf", fmt)  # no row is 256 long
-    assert {fell.format for fell in report.fallbacks} == {"Q8_0"}
-    assert len(report.fallbacks) == 2 + 3 * 7
+    assert [fell.format for fell in report.fallbacks] == ([] if fmt == "iq4_nl" else ["Q8_0"] * (2 + 3 * 7))
 
 
 def test_k_quants_without_ggml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,12 @@ def picked(word, FIRST: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
+def iq4(word):
+    """The values of four codes of IQ4 in the lower half of a word, plus 128. Those below 8 are negative."""
+    return picked(word ^ 0x8888, 0x26190D01, 0x71594535) + 0x80808080 - picked(word, 0x4153687F, 0x0A162331)
+
+
+@triton.jit
 def fp4(word):
     """Twice the values of four e2m1 codes in the lower half of a word, plus 16."""
     return picked(word, 0x03020100, 0x0C080604) + 0x10101010 - picked(word ^ 0x8888, 0x03020100, 0x0C080604)

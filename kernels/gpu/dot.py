@@ -18,7 +18,7 @@ import triton.language as tl
 
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.gpu.dot_32 import fold_q8_0, fold_small, words_q8_0, words_small, x_32, x_pairs
-from offmoe.kernels.gpu.dot_256 import fold_k, fold_q6_k, words_k, words_q6_k, x_k, x_q6_k
+from offmoe.kernels.gpu.dot_256 import fold_iq4_xs, fold_k, fold_q6_k, words_iq4_xs, words_k, words_q6_k, x_k, x_q6_k
 from offmoe.kernels.gpu.dot_int4 import fold_int4, is_int4, words_int4
 from offmoe.kernels.gpu.dot_scaled import fold_f8, fold_nvfp4, is_f8, words_f8, words_nvfp4
 from offmoe.kernels.gpu.striped import load_x, place
@@ -56,7 +56,7 @@ def fold_float(words, xs, FORMAT: tl.constexpr):
 def x_of(x, norm, base, start, there, FORMAT: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):
     """What a format's rows are multiplied with, in registers: of striped vectors of K float32 those values that stand
     from `start` [U] of the vector at `base` [U] on, a unit each; 0 where not `there` [U]."""
-    if FORMAT == "Q4_K" or FORMAT == "Q5_K":
+    if FORMAT == "Q4_K" or FORMAT == "Q5_K" or FORMAT == "IQ4_XS":
         return x_k(x, norm, base, start, there, K, NORM)
     elif FORMAT == "Q6_K":
         return x_q6_k(x, norm, base, start, there, K, NORM)
@@ -81,6 +81,8 @@ def words_of(buffer, origin, at, mask, FORMAT: tl.constexpr,
         return words_k(buffer, origin, at, mask, FORMAT == "Q5_K", P0)
     elif FORMAT == "Q6_K":
         return words_q6_k(buffer, origin, at, mask, P0, P1, P2, P3)
+    elif FORMAT == "IQ4_XS":
+        return words_iq4_xs(buffer, origin, at, mask, P0, P1)
     elif FORMAT == "Q8_0":
         return words_q8_0(buffer, origin, at, mask, P0, P1)
     elif is_f8(FORMAT):
@@ -102,6 +104,8 @@ def fold(words, xs, FORMAT: tl.constexpr):
         return tl.sum(tl.sum(fold_k(words, xs, FORMAT == "Q5_K"), 2), 1)
     elif FORMAT == "Q6_K":
         return tl.sum(tl.sum(fold_q6_k(words, xs), 2), 1)
+    elif FORMAT == "IQ4_XS":
+        return tl.sum(tl.sum(fold_iq4_xs(words, xs), 2), 1)
     elif FORMAT == "Q8_0":
         return tl.sum(fold_q8_0(words, xs), 1)
     elif is_f8(FORMAT):

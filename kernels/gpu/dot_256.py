@@ -1,11 +1,11 @@
-"""Blocks of 256: Q4_K, Q5_K, Q6_K. A lane has 64 weights, a unit four lanes."""
+"""Blocks of 256: Q4_K, Q5_K, Q6_K, IQ4_XS. A lane has 64 weights, a unit four lanes."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from offmoe.kernels.gpu.bits import BACK, code, dot_bytes, dot_nibbles, half_of, word_of
+from offmoe.kernels.gpu.bits import BACK, code, dot_8, dot_bytes, dot_nibbles, half_of, iq4, number, word_of
 from offmoe.kernels.gpu.striped import lane_of, load_4, sum_4
 
 
@@ -34,7 +34,7 @@ def k_words(low, high, quants, fifth, l0, l1, l2, l3, g0, g1, g2, g3, FIVE: tl.c
 
 @triton.jit
 def x_k(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr):
-    """Of Q4_K and Q5_K: a lane's 64 values, in four sixteens [U, 4, 4], and the sums of both halves [U, 4]."""
+    """Of Q4_K, Q5_K and IQ4_XS: a lane's 64 values, in four sixteens [U, 4, 4], and the sums of both halves [U, 4]."""
     j, w = tl.arange(0, 4), tl.arange(0, 4)[None, None, :]
     lane = lane_of(start[:, None] + j[None, :] * 64, K)[:, :, None]
     b, m = base[:, None, None], there[:, None, None]
@@ -132,3 +132,33 @@ def fold_q6_k(words, xs):
     total = sixteens(words[0], words[2] >> shift, xs[0], xs[2], xs[4], xs[6], words[4], words[6])
     total += sixteens(words[1], words[3] >> shift, xs[1], xs[3], xs[5], xs[7], words[5], words[7])
     return words[8].to(tl.float32)[:, :, None] * total
+
+
+@triton.jit
+def words_iq4_xs(buffer, origin, at, mask, P0: tl.constexpr, P1: tl.constexpr):
+    """Planes: 8 bytes of scales, as two words [R, U, 4]; 128 of nibbles, twice four words a lane [R, U, 4, 4]."""
+    words = buffer.to(tl.pointer_type(tl.uint32))
+    j, w = tl.arange(0, 4), tl.arange(0, 4)
+    head = words + origin[None, :, None] + P0 // 4 + at[:, :, None] * 2 + (j * 0)[None, None]
+    spot = words + origin[None, :, None, None] + P1 // 4 + at[:, :, None, None] * 32
+    spot += (j[:, None] * 8 + w[None, :])[None, None]
+    m3, m4 = mask[:, :, None], mask[:, :, None, None]
+    return (tl.load(head, mask=m3, other=0), tl.load(head + 1, mask=m3, other=0),
+            tl.load(spot, mask=m4, other=0), tl.load(spot + 4, mask=m4, other=0))  # fmt: skip
+
+
+@triton.jit
+def group_iq4(quants, a, h, x_sum):
+    total = dot_8(tl.zeros(quants.shape, tl.float32), iq4(quants), iq4(quants >> 16), a, h)
+    return tl.sum(total, 3) * BACK - (128 * x_sum)[None]
+
+
+@triton.jit
+def fold_iq4_xs(words, xs):
+    """[R, U, 4]. A lane has two groups of 32: see formats.iq4_xs."""
+    j = tl.arange(0, 4)[None, None, :]
+    low, high = words[1] >> 8 * j, words[0] >> (16 + 4 * j)
+    first = number(low & 15 | (high & 3) << 4) - 32.0
+    second = number(low >> 4 & 15 | (high & 12) << 2) - 32.0
+    total = group_iq4(words[2], xs[0], xs[1], xs[4]) * first + group_iq4(words[3], xs[2], xs[3], xs[5]) * second
+    return half_of(words[0], False) * total

@@ -1,11 +1,11 @@
-"""Blocks of 32: Q4_0, Q4_1, Q5_0, MXFP4 in both orders and Q8_0."""
+"""Blocks of 32: Q4_0, Q4_1, Q5_0, IQ4_NL, MXFP4 in both orders and Q8_0."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from offmoe.kernels.gpu.bits import BACK, dot_8, dot_bytes, dot_nibbles, fp4
+from offmoe.kernels.gpu.bits import BACK, dot_8, dot_bytes, dot_nibbles, fp4, iq4
 from offmoe.kernels.gpu.striped import lane_of, load_4, load_x
 
 
@@ -57,7 +57,7 @@ def words_small(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr
     halves = buffer.to(tl.pointer_type(tl.float16)) + origin[None, :] * 2 + at
     if FORMAT == "MXFP4" or FORMAT == "MXFP4_PAIRS":
         return quants, tl.load(buffer + origin[None, :] * 4 + P0 + at, mask=mask, other=0)
-    elif FORMAT == "Q4_0":
+    elif FORMAT == "Q4_0" or FORMAT == "IQ4_NL":
         return quants, tl.load(halves + P0 // 2, mask=mask, other=0.0)
     elif FORMAT == "Q4_1":
         return (quants, tl.load(halves + P0 // 2, mask=mask, other=0.0),
@@ -69,7 +69,7 @@ def words_small(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr
 
 @triton.jit
 def fold_small(words, xs, FORMAT: tl.constexpr):
-    """Q4_0, Q4_1, Q5_0, MXFP4 in both orders → [R, U]."""
+    """Q4_0, Q4_1, Q5_0, IQ4_NL, MXFP4 in both orders → [R, U]."""
     quants, a, h, x_sum = words[0], xs[0], xs[1], xs[2][None]
     zero = tl.zeros(quants.shape, tl.float32)
     if FORMAT == "MXFP4" or FORMAT == "MXFP4_PAIRS":
@@ -77,6 +77,9 @@ def fold_small(words, xs, FORMAT: tl.constexpr):
         scale = tl.where(exponent == 0, 0x00400000, exponent << 23).to(tl.float32, bitcast=True)
         total = dot_8(zero, fp4(quants), fp4(quants >> 16), a, h)
         return scale * (tl.sum(total, 2) * (BACK / 2) - 8 * x_sum)
+    elif FORMAT == "IQ4_NL":
+        total = dot_8(zero, iq4(quants), iq4(quants >> 16), a, h)
+        return words[1].to(tl.float32) * (tl.sum(total, 2) * BACK - 128 * x_sum)
     elif FORMAT == "Q5_0":
         bits = words[2][:, :, None] >> (4 * tl.arange(0, 4))[None, None, :]
         total = dot_bytes(zero, quants & 0x0F0F0F0F | fifth_bits(bits), a[0], a[1], a[2], a[3])

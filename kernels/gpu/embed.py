@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.formats import FORMATS
+from offmoe.kernels.gpu.bits import iq4
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.striped import place
 from offmoe.kernels.planes import Matrix
@@ -60,6 +61,10 @@ def small(buffer, p0, p1, p2, b, i, mask, FORMAT: tl.constexpr):
         code = byte(buffer, p2 + b * 16 + i % 16, mask) >> (i // 16 * 4) & 15
         high = byte(buffer, p1 + b * 4 + i // 8, mask) >> (i % 8) & 1
         x = (code + high * 16 - 16).to(tl.float32) * half(buffer, p0 + b * 2, mask)
+    elif FORMAT == "IQ4_NL":
+        code = byte(buffer, p1 + b * 16 + i % 16, mask) >> (i // 16 * 4) & 15
+        x = (iq4(code.to(tl.uint32)) & 0xFF).to(tl.float32) - 128.0
+        x *= half(buffer, p0 + b * 2, mask)
     else:
         if FORMAT == "MXFP4":
             code = byte(buffer, p1 + b * 16 + i % 16, mask) >> (i // 16 * 4) & 15
@@ -82,6 +87,13 @@ def large(buffer, p0, p1, p2, p3, b, i, mask, FORMAT: tl.constexpr):
         high = byte(buffer, p1 + b * 64 + part * 32 + r % 32, mask) >> (r // 32 * 2) & 3
         scale = signed(byte(buffer, p2 + b * 16 + i // 16, mask)).to(tl.float32) * half(buffer, p3 + b * 2, mask)
         x = (code + high * 16 - 32).to(tl.float32) * scale
+    elif FORMAT == "IQ4_XS":
+        at, group = p0 + b * 8, i // 32
+        code = byte(buffer, p1 + b * 128 + group * 16 + i % 16, mask) >> (i % 32 // 16 * 4) & 15
+        scale = byte(buffer, at + 4 + group // 2, mask) >> (group % 2 * 4) & 15
+        scale += (byte(buffer, at + 2 + group // 4, mask) >> (group % 4 * 2) & 3) * 16 - 32
+        x = (iq4(code.to(tl.uint32)) & 0xFF).to(tl.float32) - 128.0
+        x *= half(buffer, at, mask) * scale.to(tl.float32)
     else:
         SIZE: tl.constexpr = 144 if FORMAT == "Q4_K" else 176
         at, group = p0 + b * SIZE, i // 32

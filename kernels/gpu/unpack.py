@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.formats import FORMATS
-from offmoe.kernels.gpu.bits import e2m1, half_of, number
+from offmoe.kernels.gpu.bits import e2m1, half_of, iq4, number
 from offmoe.kernels.gpu.dot_256 import k_scales
 from offmoe.kernels.gpu.dot_int4 import has_zeros, head_of, is_int4, scale_of, sharing
 from offmoe.kernels.gpu.dot_scaled import fp8, in_tiles, is_f8, scale_at
@@ -69,7 +69,7 @@ def tile_q6_k(base, row, there, step, COLS: tl.constexpr,
 @triton.jit
 def tile_small(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
                P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr):  # fmt: skip
-    """Two blocks of 32 in nibbles: Q4_0, Q4_1, Q5_0, MXFP4 in both orders; a row's last may hold one."""
+    """Two blocks of 32 in nibbles: Q4_0, Q4_1, Q5_0, IQ4_NL, MXFP4 in both orders; a row's last may hold one."""
     BLOCKS: tl.constexpr = COLS // 32
     QUANTS: tl.constexpr = P2 if (FORMAT == "Q4_1" or FORMAT == "Q5_0") else P1
     b, h, i = step * 2 + tl.arange(0, 2), tl.arange(0, 2), tl.arange(0, 16)
@@ -90,6 +90,8 @@ def tile_small(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
         scale = tl.load(scales, mask=m2, other=0.0).to(tl.float32)[:, :, None, None]
         if FORMAT == "Q4_0":
             values = (number(codes) - 8.0) * scale
+        elif FORMAT == "IQ4_NL":
+            values = (number(iq4(codes) & 0xFF) - 128.0) * scale
         elif FORMAT == "Q4_1":
             minima = (base + P1 + row * (BLOCKS * 2)).to(tl.pointer_type(tl.float16))[:, None] + b[None]
             values = number(codes) * scale + tl.load(minima, mask=m2, other=0.0).to(tl.float32)[:, :, None, None]
@@ -99,6 +101,20 @@ def tile_small(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
             codes |= (bits >> (16 * h[:, None] + i[None])[None, None] & 1) << 4
             values = (number(codes) - 16.0) * scale
     return values
+
+
+@triton.jit
+def tile_iq4_xs(base, row, there, step, COLS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
+    """Two groups of 32, low nibbles before high ones."""
+    block = row * (COLS // 256) + step // 4  # [R]
+    g, h, i, j, m3 = tl.arange(0, 2), tl.arange(0, 2), tl.arange(0, 16), step % 4, there[:, None, None]
+    codes = (base + P1 + block * 128 + j * 32)[:, None, None] + (g * 16)[None, :, None] + i[None, None, :]
+    codes = tl.load(codes, mask=m3, other=0).to(tl.uint32)[:, :, None, :] >> (4 * h)[None, None, :, None]
+    head = (base + P0 + block * 8).to(tl.pointer_type(tl.uint32))
+    first, scales = tl.load(head, mask=there, other=0), tl.load(head + 1, mask=there, other=0)
+    scale = scales[:, None] >> (8 * j + 4 * g)[None] & 15 | (first[:, None] >> (16 + 4 * j + 2 * g)[None] & 3) << 4
+    scale = half_of(first, False)[:, None] * (number(scale) - 32.0)  # [R, 2]
+    return (number(iq4(codes & 15) & 0xFF) - 128.0) * scale[:, :, None, None]
 
 
 @triton.jit
@@ -181,6 +197,8 @@ def tile(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
         values = tile_k(base, row, there, step, FORMAT == "Q5_K", COLS, P0)
     elif FORMAT == "Q6_K":
         values = tile_q6_k(base, row, there, step, COLS, P0, P1, P2, P3)
+    elif FORMAT == "IQ4_XS":
+        values = tile_iq4_xs(base, row, there, step, COLS, P0, P1)
     elif FORMAT == "Q8_0":
         values = tile_q8_0(base, row, there, step, COLS, P0, P1)
     elif is_f8(FORMAT):

@@ -1,4 +1,4 @@
-"""K-quants through the ggml that llama-cpp-python brings, by ctypes and without importing llama_cpp."""
+"""K-quants and IQ4 through the ggml that llama-cpp-python brings, by ctypes and without importing llama_cpp."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import GGML, Format
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-K_QUANTS = ("Q4_K", "Q5_K", "Q6_K")
+BY_GGML = ("Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")  # the others by gguf
 
 
 def packable(name: str) -> Format:
@@ -21,7 +21,7 @@ def packable(name: str) -> Format:
     if form is None:
         known = ", ".join(known.lower() for known in GGML)
         raise OffmoeError(f"format {name!r} is unknown: choose one of {known}")
-    if form.name in K_QUANTS:
+    if form.name in BY_GGML:
         ggml.library(name)
     return form
 
@@ -30,7 +30,7 @@ def quantise(weights: Tensor, form: Format) -> Tensor:
     """float32 [rows, cols], finite, → uint8 [bytes]."""
     if form.name in PLAIN:
         return weights.to(PLAIN[form.name]).contiguous().flatten().view(torch.uint8)
-    if form.name in K_QUANTS:
+    if form.name in BY_GGML:
         return ggml.quantise(weights, form)
     with np.errstate(all="ignore"):  # blocks of zeros and of denormals
         blocks = gguf.quants.quantize(weights.numpy(), gguf.GGMLQuantizationType(form.gguf_type))
