@@ -130,7 +130,7 @@ def row(rig: Rig, load: Load, context: int, name: str, steps: Steps, floor: floa
     speed, source = peers.speed(rig.shape, rig.layers, float(load.cap), 0, 128, 0 if context < 4096 else context)
     return {
         **machine(), "shape": rig.shape, "cap": f"{load.cap}%", "routing": name, "policy": load.policy,
-        "prefetch": load.prefetch + " (int8 KV)" * (rig.engine.plan.kv == "int8"), "context": context,
+        "prefetch": load.prefetch + " (int8 KV)" * (rig.kv == "int8"), "context": context,
         "tokens": len(steps.seconds), "tok_s": round(1 / seconds, 1),
         "ms": f"{np.median(windows):.3f}", "ms_low": f"{min(windows):.3f}", "ms_high": f"{max(windows):.3f}",
         "hit_rate": f"{float(steps.hits.mean()) / routed:.3f}", "hit_replayed": f"{expected:.3f}",

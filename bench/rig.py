@@ -58,7 +58,7 @@ class Rig:
         settings = {name: value for name, value in settings.items() if value is not None}
         chosen = Settings.of(device="cuda", vram=vram, ram=path.stat().st_size + (1 << 30), ctx=ctx, **settings)
         self.model = open_model(path)
-        self.shape, self.path = shape, path
+        self.shape, self.path, self.kv = shape, path, settings.get("kv")
         self.engine = Engine(self.model, chosen)
         c = self.model.config
         self.layers, self.experts, self.k, self.vocab = c.places, c.experts, c.top_k, c.vocab

@@ -170,7 +170,7 @@ def test_damaged_gguf(refusal: Refusal, good: Path, tmp_path: Path, change: Chan
 
 ARCH = "qwen3moe"
 METADATA: dict[str, tuple[dict[str, Any], str]] = {
-    "architecture": ({"general.architecture": "gemma4"}, "'gemma4' is not supported; supported are qwen3moe, qwen2moe"),
+    "architecture": ({"general.architecture": "mamba2"}, "'mamba2' is not supported; supported are qwen3moe, qwen2moe"),
     "dense": ({"general.architecture": "llama"}, "is a dense llama model: offmoe runs mixture-of-experts models"),
     "no experts": ({f"{ARCH}.expert_count": None}, "is a dense qwen3moe model"),
     "no layers": ({f"{ARCH}.block_count": None}, "has no num_hidden_layers"),

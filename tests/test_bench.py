@@ -68,6 +68,7 @@ def test_shapes_are_the_real_ones() -> None:
     assert {name: round(size / 1e9, 1) for name, size in sizes.items()} == {
         "qwen3-30b-a3b": 17.3, "gpt-oss-20b": 12.1, "olmoe": 7.4, "mixtral-8x7b": 26.3,
         "deepseek-v2-lite": 9.5, "glm-4.7-flash": 17.1, "qwen3.6-35b-a3b": 19.7,
+        "gemma-4-26b-a4b": 15.2,
     }  # fmt: skip
 
 
@@ -132,7 +133,7 @@ def test_cells_are_those_asked_for() -> None:
 def test_a_row_adds_up() -> None:
     """10 steps of 5 ms with 100 misses of 1 MB; 50 GB/s of link, 1 TB/s of VRAM."""
     rates = {"bandwidths": lambda: (1e12, 50e9), "vram_bytes": lambda context: 1e9, "record": 1e6}
-    fake = SimpleNamespace(layers=48, k=8, shape="qwen3-30b-a3b", **rates)
+    fake = SimpleNamespace(layers=48, kv=None, k=8, shape="qwen3-30b-a3b", **rates)
     ten = [np.full(10, value) for value in (5e-3, 284.0, 0.0, 0.0, 100.0, 100.0)]
     about = {"gpu": "", "commit": "", "torch": "", "triton": ""}
     with pytest.MonkeyPatch.context() as patch:
