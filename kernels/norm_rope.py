@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
-    """x [..., H] → x / RMS(x) · weight (arXiv 1910.07467); the mean is taken in float32. With a bias LayerNorm: of
-    x less its mean, and the bias is added (arXiv 1607.06450)."""
-    if bias is not None:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None = None) -> Tensor:
+    """x [..., H] → x / RMS(x) · weight (arXiv 1910.07467), which None leaves out; the mean is taken in float32. With a
+    weight and a bias LayerNorm: of x less its mean, and the bias is added (arXiv 1607.06450)."""
+    if weight is not None and bias is not None:
         return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps).to(x.dtype)
     wide = x.float()  # F.rms_norm takes three times as long for one token on the CPU
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return normed if weight is None else normed * weight
 
 
 def rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:

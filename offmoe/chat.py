@@ -163,8 +163,9 @@ class Chat:
     def think(self, value: str) -> None:
         """[on|off|WORD] show or set how much the model thinks; "none": as its template has it"""
         if value:
-            self.engine.think(None if value == "none" else value)
-            self.thinking = None if value == "none" else value
+            chosen = None if value == "none" else value
+            self.engine.think(chosen)
+            self.thinking = chosen
         self.ui.note(f"thinking: {self.thinking or 'as the template has it'}")
 
     def reasoning(self, mode: str) -> None:

@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from offmoe.errors import OffmoeError
 
+T = TypeVar("T")
 WORKER = Path(__file__).with_name("template_worker.py")
 START_S = 30.0  # to import jinja2 on a loaded machine; a compilation is ended by the worker's own alarm
 RENDER_S = 2.0
@@ -39,20 +40,13 @@ class ChatTemplate:
     @property
     def variables(self) -> list[str]:
         """The names of all that the template reads and does not set; of one that does not compile none."""
-        self._worker = self._worker or Worker(self._setup)
-        return self._worker.variables
+        return self._asked(lambda worker: worker.variables)
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """The text of a conversation; OffmoeError with the template's own message when it refuses."""
         visible = [{key: value for key, value in m.items() if key != "tokens"} for m in messages]
-        self._worker = self._worker or Worker(self._setup)
-        try:
-            reply = self._worker.ask(
-                {**self.chosen, "messages": visible, "add_generation_prompt": add_generation_prompt}
-            )
-        except BaseException:  # Ctrl-C too: an answer that nobody read would be taken for the next one's
-            self.close()
-            raise
+        request = {**self.chosen, "messages": visible, "add_generation_prompt": add_generation_prompt}
+        reply = self._asked(lambda worker: worker.ask(request))
         if "error" in reply:
             raise OffmoeError(reply["error"])
         return str(reply["text"])
@@ -81,6 +75,14 @@ class ChatTemplate:
             rendered = attempt(marks) if marks else None
         return (text, {}) if rendered is None else (rendered, marks)
 
+    def _asked(self, ask: Callable[[Worker], T]) -> T:
+        self._worker = self._worker or Worker(self._setup)
+        try:
+            return ask(self._worker)
+        except BaseException:  # Ctrl-C too: an answer that nobody read would be taken for the next one's
+            self.close()
+            raise
+
     def close(self) -> None:
         """End the worker; a later render starts a new one."""
         if self._worker is not None:
@@ -107,12 +109,16 @@ class Worker:
 
     @property
     def variables(self) -> list[str]:
+        return self._wait_ready()
+
+    def _wait_ready(self) -> list[str]:
+        """The first reply, once the template is compiled: its variables."""
         if self._variables is None:
             self._variables = [str(name) for name in self._receive(START_S)["variables"]]
         return self._variables
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        assert self.variables is not None  # it is ready
+        self._wait_ready()
         self._send(request)
         return self._receive(RENDER_S)
 

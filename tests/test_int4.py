@@ -11,6 +11,7 @@ from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from int4 import Case, quantise
+from quantised import check_answers
 from safetensors.torch import save_file
 from test_models import decoded, engine_of, packed
 from tiny import SHAPE
@@ -97,17 +98,7 @@ def logits_of(model: Any, ids: list[int] = IDS) -> Tensor:
 def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(name: str, tmp_path: Path) -> None:
     """All in slots; and what a token needs, out of a RAM tier of so few rows that records are read and turned again."""
     path, model = made(tmp_path, name)
-    answers = []
-    for vram, ram in (("100%", "64MiB"), ("51%", 0)):
-        with engine_of(path, chunk=5, vram=vram, ram=ram) as engine:
-            formats = {part.format for layout in engine.model.layouts for part in layout.parts}
-            assert all(fmt.startswith("INT4") for fmt in formats)
-            logits, _ = decoded(engine, IDS, prompt=8)
-            engine.reset()
-            list(engine.generate(IDS[:8], temperature=0.0, max_tokens=24))
-            answers.append(engine.answer_tokens)
-        assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
-    assert answers[0] == answers[1]
+    check_answers(path, IDS, logits_of(model), lambda formats: all(fmt.startswith("INT4") for fmt in formats))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from quantised import check_config_refused, check_tensors_refused
 from safetensors.torch import load_file, save_file
 from test_int4 import IDS, made
 from test_models import engine_of
 
 from offmoe.errors import OffmoeError
-from offmoe.models.model import open_model
 
 MODULE = "model.layers.1.mlp.experts.0.up_proj"
 ORDER = f"{MODULE}.g_idx"
@@ -40,11 +39,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_what_a_config_may_not_ask_for(change: str, tmp_path: Path) -> None:
     name, values, message = CONFIGS[change]
     path, _ = made(tmp_path, name)
-    config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] |= values
-    (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(OffmoeError, match=message):
-        open_model(path)
+    check_config_refused(path, values, message)
 
 
 TENSORS: dict[str, tuple[str, Any, str]] = {
@@ -66,11 +61,7 @@ TENSORS: dict[str, tuple[str, Any, str]] = {
 def test_tensors_that_do_not_fit(change: str, tmp_path: Path) -> None:
     name, edit, message = TENSORS[change]
     path, _ = made(tmp_path, name)
-    tensors = load_file(path / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, path / "model.safetensors")
-    with pytest.raises(OffmoeError, match=message):
-        open_model(path)
+    check_tensors_refused(path, edit, message)
 
 
 def test_act_order_of_a_later_expert_is_refused_once_it_is_read(tmp_path: Path) -> None:

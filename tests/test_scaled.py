@@ -3,7 +3,6 @@ Model Optimizer and compressed-tensors that hold them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,14 @@ import torch
 from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from quantised import check_answers, check_config_refused, check_tensors_refused
+from safetensors.torch import save_file
 from scaled import E2M1, quantise
 from test_int4 import FAMILIES, IDS, logits_of
 from test_models import decoded, engine_of, packed
 from torch import Tensor
 
-from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS, as_it_lies, dequantise, whole_rows
-from offmoe.models.model import open_model
 
 
 def eights(codes: Tensor) -> Tensor:
@@ -86,16 +84,7 @@ def made(folder: Path, kind: str) -> tuple[Path, Any]:
 def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(kind: str, tmp_path: Path) -> None:
     """All in slots; and what a token needs, out of a RAM tier of a few rows."""
     path, model = made(tmp_path, kind)
-    answers = []
-    for vram, ram in (("100%", "64MiB"), ("51%", 0)):
-        with engine_of(path, chunk=5, vram=vram, ram=ram) as engine:
-            assert {part.format for layout in engine.model.layouts for part in layout.parts} == {CASES[kind][1]}
-            logits, _ = decoded(engine, IDS, prompt=8)
-            engine.reset()
-            list(engine.generate(IDS[:8], temperature=0.0, max_tokens=24))
-            answers.append(engine.answer_tokens)
-        assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
-    assert answers[0] == answers[1]
+    check_answers(path, IDS, logits_of(model), lambda formats: formats == {CASES[kind][1]})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
@@ -139,11 +128,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_what_a_config_may_not_ask_for(change: str, tmp_path: Path) -> None:
     kind, values, message = CONFIGS[change]
     path, _ = made(tmp_path, kind)
-    config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] |= values
-    (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(OffmoeError, match=message):
-        open_model(path)
+    check_config_refused(path, values, message)
 
 
 TENSORS: dict[str, tuple[str, Any, str]] = {
@@ -166,8 +151,4 @@ TENSORS: dict[str, tuple[str, Any, str]] = {
 def test_tensors_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> None:
     kind, alter, message = TENSORS[change]
     path, _ = made(tmp_path, kind)
-    tensors = load_file(path / "model.safetensors")
-    alter(tensors)
-    save_file(tensors, path / "model.safetensors")
-    with pytest.raises(OffmoeError, match=message):
-        open_model(path)
+    check_tensors_refused(path, alter, message)

@@ -29,7 +29,7 @@ from offmoe.kvcache import KVCache
 from offmoe.models.keyless import mixer_output, mixer_weights
 from offmoe.models.latent import FLOATS, head_rows, positioned, rows_of, transposed
 from offmoe.models.model import Model
-from offmoe.models.trunk import has_head_norm, projections, rope_tables, sandwich, uninterleaved
+from offmoe.models.trunk import gained, has_head_norm, projections, rope_tables, sandwich, uninterleaved
 
 Part = tuple[Tensor, Matrix]  # bytes in slot layout, and what they are
 
@@ -202,7 +202,7 @@ class DeviceTrunk:
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
         normed = rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias)
-        apart = rms_norm(x, x.new_ones(()), self.config.stream_eps) if w.sandwich else normed
+        apart = rms_norm(x, None, self.config.stream_eps) if w.sandwich else normed
         logits = stripe(apart) @ w.router[: self.config.experts].float().t()
         if w.router_offset is not None:
             logits += w.router_offset
@@ -314,8 +314,8 @@ class DeviceTrunk:
     def _router(self, layer: int) -> Tensor:
         """With the row of a gated shared expert behind it, in the wider type of both."""
         router = self._float("router", layer, keep=not self.config.sandwich)
-        if self.config.sandwich:  # its own norm's weights
-            router = router * self._float("router_gain", layer) * self.config.hidden**-0.5
+        if self.config.sandwich:
+            router = gained(router, self._float("router_gain", layer))
         if self.config.shared_gated:
             row = self._float("shared_router", layer, keep=True).view(1, -1)
             wider = torch.promote_types(router.dtype, row.dtype)

@@ -151,6 +151,15 @@ GGUF_NAMES: Names = {
     "conv_o": ("blk.{l}.shortconv.out_proj.weight",),
 }
 
+
+def beside_vision(names: Names) -> Names:
+    """Also of the language model inside one that sees."""
+    return {
+        role: tuple(form for name in own for form in (name, name.replace("model.", "model.language_model.", 1)))
+        for role, own in names.items()
+    }
+
+
 Values = Callable[[Tensor], Tensor]
 Fields = Callable[[Mapping[str, Any], int, Rule], dict[str, Any]]
 Translated = Callable[[Mapping[str, Any]], dict[str, Any]]

@@ -14,10 +14,11 @@ from offmoe.kernels.feed_forward import GELU
 from offmoe.kernels.rope import PROPORTIONAL, Scaling
 from offmoe.kernels.route import Rule
 from offmoe.models.config import FULL, SLIDING, Heads, ModelConfig, count, number, sliding_windows
-from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family
+from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family, beside_vision
+from offmoe.models.fields import text_fields
 
 SHARE = 0.25  # of a wide head's pairs are turned in every published model; a GGUF says it in a tensor
-LAYER = "model.language_model.layers.{l}."
+LAYER = "model.layers.{l}."
 NAMES = {
     "attn_post_norm": ("post_attention_layernorm.weight",),
     "v": ("self_attn.v_proj.weight", "self_attn.k_proj.weight"),
@@ -36,20 +37,13 @@ NAMES = {
     "ffn_post_norm": ("post_feedforward_layernorm.weight",),
     "layer_scale": ("layer_scalar",),
 }
-WITH_VISION = {
-    role: tuple(name.replace("model.", "model.language_model.", 1) for name in names)
-    for role, names in HF_NAMES.items()
-} | {role: tuple(LAYER + name for name in names) for role, names in NAMES.items()}
 ROPES = {SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
          FULL: {"rope_type": PROPORTIONAL, "partial_rotary_factor": SHARE, "rope_theta": 1_000_000.0}}  # fmt: skip
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's numbers, and the rotation of either kind of layer, each by itself."""
-    text = raw.get("text_config", {})
-    if not isinstance(text, Mapping):
-        raise OffmoeError("text_config in the model's config is no table")
-    ours = {**raw, **text}
+    ours = text_fields(raw)
     ropes = ours.get("rope_parameters") or ROPES
     if not isinstance(ropes, Mapping) or not all(isinstance(ropes.get(kind), Mapping) for kind in ROPES):
         raise OffmoeError(
@@ -157,10 +151,7 @@ FAMILY = Family(
     published="Gemma-4-26B-A4B",
     qk_norm="head",
     renormalise=True,
-    names={
-        role: tuple(form for name in names for form in (name, name.replace("model.language_model.", "model.", 1)))
-        for role, names in WITH_VISION.items()
-    },
+    names=beside_vision({**HF_NAMES, **{role: tuple(LAYER + name for name in own) for role, own in NAMES.items()}}),
     gguf_names={
         **GGUF_NAMES,
         "v": ("blk.{l}.attn_v.weight", "blk.{l}.attn_k.weight"),

@@ -5,7 +5,7 @@ from typing import Any
 
 from offmoe.models import qwen3_next
 from offmoe.models.config import ModelConfig
-from offmoe.models.family import HF_NAMES
+from offmoe.models.family import HF_NAMES, beside_vision
 from offmoe.models.fields import text_fields
 
 
@@ -19,10 +19,7 @@ FAMILY = qwen3_next.sibling(
     model_type="qwen3_5_moe",
     arch="qwen35moe",
     published="Qwen3.6-35B-A3B",
-    names={
-        role: tuple(form for name in names for form in (name, name.replace("model.", "model.language_model.", 1)))
-        for role, names in HF_NAMES.items()
-    },
+    names=beside_vision(HF_NAMES),
     gguf_names=qwen3_next.GGUF,
     gguf_keys=gguf_keys,
     tiled_gguf=True,

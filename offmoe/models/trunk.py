@@ -130,7 +130,7 @@ class Trunk:
         if self._temper is not None and not h.turned:
             q = q * self._temper[positions].view(-1, 1, 1)
         if c.value_norm:
-            v = rms_norm(v.unflatten(-1, (-1, h.head_dim)), v.new_ones(()), c.norm_eps).flatten(1)
+            v = rms_norm(v.unflatten(-1, (-1, h.head_dim)), None, c.norm_eps).flatten(1)
         chunk = kv.open(layer, start, len(x))
         places = positions - chunk.first
         chunk.keys.index_copy_(1, places, k.transpose(0, 1))
@@ -167,7 +167,7 @@ class Trunk:
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
         normed = rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias)
-        apart = rms_norm(x, x.new_ones(()), self.config.stream_eps) if w.sandwich else normed
+        apart = rms_norm(x, None, self.config.stream_eps) if w.sandwich else normed
         logits = apart @ w.router
         if w.router_offset is not None:
             logits = logits + w.router_offset
@@ -239,9 +239,8 @@ class Trunk:
         return self._load(role, layer) if has_head_norm(self.config, layer) else None
 
     def _router(self, layer: int) -> Tensor:
-        """[E, H], times the weights of its own norm where it has one."""
         router = self._load("router", layer)
-        return router * self._load("router_gain", layer) * self.config.hidden**-0.5 if self.config.sandwich else router
+        return gained(router, self._load("router_gain", layer)) if self.config.sandwich else router
 
     def _load_latent(self, layer: int, z: Latent) -> LatentWeights:
         if self._model.split:
@@ -286,6 +285,11 @@ def sandwich(load: Callable[[str], Tensor]) -> Sandwich:
         load("attn_post_norm"), load("shared_norm"), load("shared_post_norm"), load("routed_post_norm"),
         load("ffn_post_norm"), load("layer_scale"),
     )  # fmt: skip
+
+
+def gained(router: Tensor, gain: Tensor) -> Tensor:
+    """A router [E, H] times the weights [H] of a norm of its own, which divides by √H."""
+    return router * gain * router.shape[1] ** -0.5
 
 
 def rope_tables(config: ModelConfig, ctx: int, device: torch.device) -> dict[Heads, Tensor]:
