@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ class Glu:
     alpha: float = 1.0
     limit: float = 0.0
     plus: float = 0.0
-    cubic: float = 0.0
+    cubic: float = field(default=0.0, repr=False)  # of GELU alone
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
         if self == SILU:
