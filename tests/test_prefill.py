@@ -23,6 +23,7 @@ from offmoe.plan import make_plan
 from offmoe.settings import Settings
 from offmoe.vram import VramStore
 
+pytestmark = pytest.mark.usefixtures("whole_model")
 IDS = [5, 17, 3, 60, 9, 33, 2, 71, 14, 8]
 
 
