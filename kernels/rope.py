@@ -80,6 +80,12 @@ def inverse_frequencies(dim: int, theta: float, ctx: int, scaling: Scaling = PLA
     return inverse
 
 
+def frequency_factors(dim: int, theta: float, scaling: Scaling) -> Tensor:
+    """What scaling divides every pair's frequency by, as llama.cpp wants it [dim / 2]: 1e30 for a pair that rests."""
+    turned = inverse_frequencies(dim, theta, 1, scaling)
+    return torch.where(turned > 0, inverse_frequencies(dim, theta, 1) / turned, 1e30)
+
+
 def yarn_bounds(dim: int, theta: float, s: Scaling) -> tuple[float, float]:
     """The pairs that turn `fast` and `slow` times within `original` positions."""
     low, high = (

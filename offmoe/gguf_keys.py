@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from offmoe.errors import OffmoeError
 from offmoe.kernels.feed_forward import GELU, SILU, Glu
-from offmoe.kernels.rope import Scaling, yarn_mscale
+from offmoe.kernels.rope import Scaling, frequency_factors, yarn_mscale
+from offmoe.models.rope import FACTORED, GGUF_FACTORS
 from offmoe.pretokenizers import KINDS, pre_tokenizer_name
 from offmoe.tokenizer import BYTE_TOKEN
 from offmoe.vocab import BYTE, CONTROL, NAMES, UNKNOWN, USER_DEFINED, Vocab, read_vocab
@@ -105,7 +108,7 @@ def latent_keys(z: Latent) -> dict[str, int]:
 
 def scaling_keys(rope: Scaling, family: Family) -> dict[str, Any]:
     """`rope.scaling.*`, what models.rope.gguf_scaling reads. Raises OffmoeError on what these keys cannot say."""
-    if rope.kind == "default":
+    if rope.kind == "default" or (rope.kind in FACTORED and family.gguf_factors):
         return {}
     keys = {"type": rope.kind, "factor": rope.factor}
     if rope.kind == "yarn":
@@ -122,6 +125,12 @@ def scaling_keys(rope: Scaling, family: Family) -> dict[str, Any]:
     if not said:
         raise OffmoeError(f"{family.model_type} with {rope} cannot be packed: a GGUF has no keys for it")
     return {f"rope.scaling.{key}": value for key, value in keys.items()}
+
+
+def rope_tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """By name, float32: what frequencies are divided by, where `scaling_keys` leaves it to a tensor."""
+    scaled = next((heads for heads in config.kinds_of_heads if heads.rope.kind in FACTORED), None)
+    return {GGUF_FACTORS: frequency_factors(scaled.rotary, scaled.rope_theta, scaled.rope)} if scaled else {}
 
 
 def tokenizer_keys(checkpoint: Checkpoint, vocab_size: int) -> dict[str, Any]:

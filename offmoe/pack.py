@@ -19,7 +19,7 @@ from torch import Tensor
 from offmoe.checkpoint import Checkpoint, TensorInfo
 from offmoe.checkpoint.quantise import packable, quantise
 from offmoe.errors import OffmoeError
-from offmoe.gguf_keys import model_keys, tokenizer_keys
+from offmoe.gguf_keys import model_keys, rope_tensors, tokenizer_keys
 from offmoe.kernels.formats import FORMATS, Format
 from offmoe.kernels.mla import Latent
 from offmoe.models.family import Values
@@ -103,7 +103,7 @@ def pack(checkpoint: Checkpoint, out: Path, fmt: str, progress: Callable[[int, i
     wanted = packable(fmt)
     model = described(checkpoint)
     outputs = [output(model, role, layer, intended(role, wanted)) for role, layer in roles(model)]
-    made = model.family.gguf_tensors(model.config)
+    made = rope_tensors(model.config)
     outputs += [Output(name, tuple(values.shape), FORMATS["F32"], [], values) for name, values in made.items()]
     keys = model_keys(model.config, model.family) | tokenizer_keys(checkpoint, model.config.vocab)
     keys |= {"general.file_type": FILE_TYPES[wanted.name], "general.quantization_version": 2}

@@ -214,7 +214,7 @@ def oracle(path: Path) -> Any:
     ("qwen3_next-sparse", r"experts in the layers \(0, 2\) cannot be packed"),
     ("qwen3_moe-sparse", r"experts in the layers \(1, 5\) cannot be packed"),
     ("lfm2_moe-unbiased", r"the GGUF architecture lfm2moe always means a biased sigmoid over all, renormalised"),
-    ("llama4_text-chunked", "cannot be packed: a GGUF has no keys for it"),
+    ("llama4_text-chunked", "llama4 with its no_rope_layers cannot be packed: a GGUF has no key for it"),
     ("phimoe", r"llama.cpp routes the architecture phimoe by another rule"),
     ("qwen2_moe-sparse", r"norm_topk_prob = True cannot be packed"),
     ("gpt_oss-clamped", r"limit=1.0, plus=1.0\) cannot be packed: the GGUF architecture gpt-oss always means"),

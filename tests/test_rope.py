@@ -10,8 +10,9 @@ from close import assert_close
 
 from offmoe.errors import OffmoeError
 from offmoe.gguf_keys import scaling_keys
-from offmoe.kernels.rope import KINDS, Scaling, inverse_frequencies, rope_table
+from offmoe.kernels.rope import KINDS, Scaling, frequency_factors, inverse_frequencies, rope_table
 from offmoe.models.family import family_of
+from offmoe.models.gemma4 import factored
 from offmoe.models.rope import check_rope, gguf_scaling, positions, scaling_of
 
 HEAD, THETA, TRAINED = 64, 150_000.0, 4096
@@ -108,8 +109,29 @@ def test_what_a_gguf_cannot_say_is_not_packed(name: str) -> None:
 
 
 def test_factors_in_a_gguf_are_not_ignored() -> None:
-    with pytest.raises(OffmoeError, match=r"tensor rope_freqs.weight scales the rotation"):
-        gguf_scaling({}.get, {"rope_freqs.weight": None})
+    with pytest.raises(OffmoeError, match=r"tensor rope_factors_long.weight scales the rotation"):
+        gguf_scaling({}.get, {"rope_factors_long.weight": None})
+
+
+def test_a_gguf_says_llama3_by_what_frequencies_are_divided_by() -> None:
+    want = scaling_of(raw(SCALINGS["llama3"]))
+    assert scaling_keys(want, family_of("model_type", "llama4")) == {}
+    factors = frequency_factors(HEAD, THETA, want)
+    assert factors.unique().numel() > 3, "kept, divided, and some between"
+    got = scaling_of({"rope_scaling": gguf_scaling({}.get, {}, factors.tolist()), "max_position_embeddings": TRAINED})
+    for ctx in (1, 2 * TRAINED):
+        scaled = inverse_frequencies(HEAD, THETA, ctx, got)
+        torch.testing.assert_close(scaled, inverse_frequencies(HEAD, THETA, ctx, want))
+    assert (got.attention, got.scores) == (1, 1)
+    with pytest.raises(OffmoeError, match="short_factor has 32 numbers: expected one for each of 16 pairs"):
+        check_rope(got, HEAD // 2, THETA)
+
+
+def test_what_gemma_turns_of_a_wide_head_stands_in_these_factors() -> None:
+    assert factored({"rope_theta": 1.0}, [1.0, 1e30, 1e30, 1e30]) == {"rope_theta": 1.0, "partial_rotary_factor": 0.25}
+    for factors in ([1.0, 2.0, 1e30], [1e30, 1.0], [1e30], [float("nan"), 1e30]):
+        with pytest.raises(OffmoeError, match=r"rope_freqs.weight is \[.*: expected ones, then"):
+            factored({}, factors)
 
 
 def test_both_layouts_of_a_config_are_read() -> None:

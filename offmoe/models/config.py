@@ -297,8 +297,13 @@ def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
             )
 
 
-def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str, Any]) -> ModelConfig:
-    """GGUF metadata, by way of the field names of `config.json`."""
+def from_gguf(
+    metadata: Mapping[str, Any],
+    family: Family,
+    tensors: Mapping[str, Any],
+    rope_factors: Sequence[float] | None = None,
+) -> ModelConfig:
+    """GGUF metadata and the values of models.rope.GGUF_FACTORS, by way of the field names of `config.json`."""
 
     def key(name: str) -> Any:
         return metadata.get(f"{family.arch}.{name}")
@@ -330,7 +335,8 @@ def from_gguf(metadata: Mapping[str, Any], family: Family, tensors: Mapping[str,
         "max_position_embeddings": key("context_length"),
         "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
         "rope_theta": key("rope.freq_base"),
-        "rope_scaling": gguf_scaling(key, {} if family.gguf_fields else tensors),
+        "rope_factors": rope_factors,
+        "rope_scaling": gguf_scaling(key, tensors, None if family.gguf_fields else rope_factors),
         "sliding_window": key("attention.sliding_window"),
         "n_shared_experts": key("expert_shared_count"),
         "shared_expert_intermediate_size": key("expert_shared_feed_forward_length"),

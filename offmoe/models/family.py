@@ -178,13 +178,6 @@ def no_keys(config: ModelConfig) -> dict[str, Any]:
     return {}
 
 
-GgufTensors = Callable[["ModelConfig"], dict[str, Tensor]]
-
-
-def no_tensors(config: ModelConfig) -> dict[str, Tensor]:
-    return {}
-
-
 @dataclass(frozen=True)
 class Family:
     """One architecture: its names on disk, its rules, and the config values that are implemented."""
@@ -205,7 +198,7 @@ class Family:
     translated: Translated = dict  # a config of its own dialect in the field names that all share
     gguf_fields: GgufFields | None = None  # of config.json, out of a GGUF's keys that only this arch has
     gguf_keys: GgufKeys = no_keys  # that llama.cpp wants of this arch beside those of all
-    gguf_tensors: GgufTensors = no_tensors  # that llama.cpp wants beside those of its roles, float32
+    gguf_factors: bool = False  # llama.cpp reads models.rope.GGUF_FACTORS of this arch
     dense_first: bool = True  # a GGUF of this arch says how many layers without experts come first, and has no others
     interleaved_experts: bool = False  # in safetensors: stacked gate and up take turns, row by row
     transposed_experts: bool = False  # in safetensors: stacked experts of floats lie column by column

@@ -1,12 +1,9 @@
 """Gemma 4 (26B-A4B): in each layer a part for every token beside the experts, norms around all of them; layers that see
 all positions have fewer and wider heads, whose values are their keys. Its language model is run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
@@ -16,8 +13,10 @@ from offmoe.kernels.route import Rule
 from offmoe.models.config import FULL, SLIDING, Heads, ModelConfig, count, number, sliding_windows
 from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family, beside_vision
 from offmoe.models.fields import text_fields
+from offmoe.models.rope import GGUF_FACTORS
 
-SHARE = 0.25  # of a wide head's pairs are turned in every published model; a GGUF says it in a tensor
+SHARE = 0.25  # of a wide head's pairs are turned in every published model
+RESTS = 1e20  # a GGUF divides the frequencies of pairs that are not turned by 1e30
 LAYER = "model.layers.{l}."
 NAMES = {
     "attn_post_norm": ("post_attention_layernorm.weight",),
@@ -54,9 +53,17 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
         **ours,
         "num_experts_per_tok": ours.get("top_k_experts", ours.get("num_experts_per_tok")),
         "rope_parameters": ropes[SLIDING],
-        "far_rope": ropes[FULL],
+        "far_rope": ropes[FULL] if raw.get("rope_factors") is None else factored(ropes[FULL], raw["rope_factors"]),
         "far_rope_type": ropes[FULL].get("rope_type"),
     }
+
+
+def factored(rope: Mapping[str, Any], factors: Sequence[float]) -> dict[str, Any]:
+    """`rope` with the share of pairs that a GGUF's factors leave turned."""
+    turned = [factor for factor in factors if factor < RESTS]
+    if set(turned) != {1.0} or list(factors[: len(turned)]) != turned:
+        raise OffmoeError(f"{GGUF_FACTORS} is {shown(list(factors))}: expected ones, then factors that leave no turn")
+    return {**rope, "partial_rotary_factor": len(turned) / len(factors)}
 
 
 def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
@@ -90,8 +97,7 @@ def far_field(raw: Mapping[str, Any], name: str) -> Any:
 
 
 def gguf_fields(key: Callable[[str], Any]) -> dict[str, Any]:
-    """`config.json`'s fields that GGUF has keys of this arch for. Which share of a far head is turned stands in a
-    tensor there: a quarter, as in every published model."""
+    """`config.json`'s fields that GGUF has keys of this arch for."""
     kept, near = key("attention.head_count_kv"), key("attention.sliding_window_pattern")
     if not isinstance(near, list) or not all(isinstance(one, bool) for one in near):
         raise OffmoeError(f"gemma4.attention.sliding_window_pattern is {shown(near)}: expected true or false a layer")
@@ -116,8 +122,6 @@ def gguf_fields(key: Callable[[str], Any]) -> dict[str, Any]:
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
     near, far = [bool(config.window(layer)) for layer in range(config.layers)], config.far
     assert far
-    if far.rope.share != SHARE:
-        raise OffmoeError(f"gemma4 that turns {far.rope.share:g} of its wide heads cannot be packed: expected {SHARE}")
     return {
         "attention.head_count_kv": [config.kv_heads if one else far.kv_heads for one in near],
         "attention.key_length": far.head_dim,
@@ -135,14 +139,6 @@ def gguf_keys(config: ModelConfig) -> dict[str, Any]:
         "embedding_length_per_layer_input": 0,
         "final_logit_softcapping": config.logit_cap,
     }
-
-
-def gguf_tensors(config: ModelConfig) -> dict[str, Tensor]:
-    """What the frequencies of a wide head are divided by: pairs that are not turned, by more than any position."""
-    assert config.far
-    factors = torch.ones(config.far.head_dim // 2)
-    factors[int(config.far.rope.share * len(factors)) :] = 1e30
-    return {"rope_freqs.weight": factors}
 
 
 FAMILY = Family(
@@ -163,7 +159,7 @@ FAMILY = Family(
     translated=translated,
     gguf_fields=gguf_fields,
     gguf_keys=gguf_keys,
-    gguf_tensors=gguf_tensors,
+    gguf_factors=True,
     fields=fields,
     implemented={
         "hidden_activation": ("gelu_pytorch_tanh",),

@@ -115,6 +115,7 @@ FAMILY = Family(
     interleaved=True,
     transposed_experts=True,
     dense_first=False,
+    gguf_factors=True,
     translated=translated,
     gguf_keys=gguf_keys,
     fields=fields,

@@ -25,6 +25,7 @@ from offmoe.models.held import HELD, held_rows, held_shape
 from offmoe.models.keyless import mixer_shapes
 from offmoe.models.latent import FLOATS
 from offmoe.models.quantisation import assemble
+from offmoe.models.rope import GGUF_FACTORS
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
         family = family_of("arch", arch, gating(checkpoint, arch))
         if not checkpoint.metadata.get(f"{arch}.expert_count"):
             raise OffmoeError(f"{checkpoint.path} is a dense {arch} model: offmoe runs mixture-of-experts models")
-        return family, from_gguf(checkpoint.metadata, family, checkpoint.tensors)
+        factors = checkpoint.tensor(GGUF_FACTORS).flatten().tolist() if GGUF_FACTORS in checkpoint.tensors else None
+        return family, from_gguf(checkpoint.metadata, family, checkpoint.tensors, factors)
     raw = checkpoint.json("config.json")
     if raw is None:
         raise OffmoeError(f"{checkpoint.path} has no config.json: download the whole model directory")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from offmoe.errors import OffmoeError
-from offmoe.kernels.rope import PLAIN, Scaling, yarn_mscale
+from offmoe.kernels.rope import PLAIN, PROPORTIONAL, Scaling, yarn_mscale
 from offmoe.models.fields import count, flag, number, numbers
 
 OLD_NAMES = {None: "default", "none": "default", "su": "longrope"}
-GGUF_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+GGUF_FACTORS = "rope_freqs.weight"  # a tensor: what each pair's frequency is divided by
+GGUF_LONG = ("rope_factors_long.weight", "rope_factors_short.weight")
+FACTORED = ("llama3", PROPORTIONAL)  # kinds that a GGUF says so
 
 
 def rope_parameters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -71,11 +73,17 @@ def positions(raw: Mapping[str, Any], scaling: Scaling) -> int:
     return max(trained, int(scaling.factor * scaling.original)) if scaling.kind in ("yarn", "dynamic") else trained
 
 
-def gguf_scaling(key: Callable[[str], Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The table `rope_scaling` of a config, out of `{arch}.rope.scaling.*`. llama.cpp multiplies yarn's own factor of
-    cos and sin by `attn_factor`, and keeps a tenth of mscale_all_dim."""
-    if factors := [name for name in GGUF_FACTORS if name in tensors]:
-        raise OffmoeError(f"tensor {factors[0]} scales the rotation, which offmoe reads from a config.json only")
+def gguf_scaling(
+    key: Callable[[str], Any], tensors: Mapping[str, Any], factors: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """The table `rope_scaling` of a config, out of `{arch}.rope.scaling.*`, or of GGUF_FACTORS' values. llama.cpp
+    multiplies yarn's own factor of cos and sin by `attn_factor`, and keeps a tenth of mscale_all_dim."""
+    if long := [name for name in GGUF_LONG if name in tensors]:
+        raise OffmoeError(f"tensor {long[0]} scales the rotation, which offmoe reads from a config.json only")
+    if factors is not None:
+        each = list(factors)
+        return {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0,
+                "short_factor": each, "long_factor": each}  # fmt: skip
     names = {
         "rope_type": "type",
         "factor": "factor",
