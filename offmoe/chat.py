@@ -32,7 +32,14 @@ class Chat:
     """One conversation with `engine`, kept until /reset. `model`: where the answers' tokens are valid."""
 
     def __init__(
-        self, engine: Engine, ui: UI, model: str, sampling: Sampling, system: str | None = None, reasoning: str = DIM
+        self,
+        engine: Engine,
+        ui: UI,
+        model: str,
+        sampling: Sampling,
+        system: str | None = None,
+        reasoning: str = DIM,
+        thinking: str | None = None,
     ) -> None:
         self.engine = engine
         self.ui = ui
@@ -40,7 +47,7 @@ class Chat:
         self.sampling = sampling
         self.talk = Conversation(system)
         self.answers: list[Stats] = []
-        self.thinking: str | None = None  # as the model was told
+        self.thinking = thinking  # as the model was told
         self.mode = reasoning  # how reasoning is shown
         self.thoughts = ""  # the last answer's reasoning
 

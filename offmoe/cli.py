@@ -84,13 +84,10 @@ def chat(model: str, system: str | None, think: str | None, reasoning: str, no_p
     from offmoe.chat import COMMANDS, Chat
 
     ui = choose_ui(list(COMMANDS))
-    with load(path, settings) as engine:
+    with load(path, settings, think) as engine:
         for line in (f"{model} · {engine.plan.summary()}", *filter(None, [told]), *engine.notes):
             ui.note(line)
-        chat = Chat(engine, ui, str(path.resolve()), sampling, system, reasoning)
-        if think:
-            chat.think(think)
-        chat.loop()
+        Chat(engine, ui, str(path.resolve()), sampling, system, reasoning, think).loop()
 
 
 @cli.command(cls=Command, examples=RUN)
@@ -125,9 +122,7 @@ def run(
     settings, told = (settings, None) if no_profile else use_profile(path, settings)
     if told:
         click.echo(clean(told), err=True)
-    with load(path, settings) as engine:
-        if think:
-            engine.think(think)
+    with load(path, settings, think) as engine:
         answer(engine, as_prompt(engine, text, system, raw), sampling, None if as_json else reasoning)
 
 
@@ -187,11 +182,11 @@ def pack_command(model: str, out: Path, fmt: str, force: bool) -> None:
         click.echo(str(fallback))
 
 
-def load(path: Path, settings: Settings) -> Engine:
+def load(path: Path, settings: Settings, think: str | None = None) -> Engine:
     with collecting_no_garbage(), progress_bar("loading") as progress:
         from offmoe.engine import Engine
 
-        engine = Engine.load(str(path), progress, **vars(settings))
+        engine = Engine.load(str(path), progress, think, **vars(settings))
         gc.freeze()  # what is there now stays
         return engine
 

@@ -97,14 +97,17 @@ class Engine:
             on_error.pop_all()
 
     @classmethod
-    def load(cls, model: str, progress: Progress = lambda *_: None, **settings: Any) -> Engine:
-        """Open `model` and read it; `settings` by name. Raises OffmoeError."""
+    def load(
+        cls, model: str, progress: Progress = lambda *_: None, think: str | None = None, **settings: Any
+    ) -> Engine:
+        """Open `model` and read it; `settings` by name, `think` as for `Engine.think`. Raises OffmoeError."""
         chosen = Settings.of(**settings)
         opened = open_model(find_model(model))
         with ExitStack() as on_error:
             on_error.callback(opened.checkpoint.close)
             tokenizer = load_tokenizer(opened.checkpoint)  # before minutes of reading weights
             on_error.callback(tokenizer.close)
+            tokenizer.think(think)
             engine = cls(opened, chosen, progress)
             engine.tokenizer = tokenizer
             on_error.pop_all()

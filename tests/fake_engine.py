@@ -48,8 +48,9 @@ class Engine:
         self.resets = 0
 
     @classmethod
-    def load(cls, model: str, progress: Any = None, **settings: Any) -> Engine:
+    def load(cls, model: str, progress: Any = None, think: str | None = None, **settings: Any) -> Engine:
         engine = cls()
+        engine.think(think)
         engine.settings = settings
         return engine
 

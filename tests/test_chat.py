@@ -405,6 +405,10 @@ def test_a_person_sees_reasoning_dim_or_folded(tmp_path: Path) -> None:
     assert "▸ thinking" not in person.text()
     person.say("/reasoning show")
     person.see("let me think\n")
+    person.say("/think off")
+    person.see("thinking: off")
+    person.say("/think hard")
+    person.see("offmoe: the template takes no 'hard'")
     assert person.leave() == 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from offmoe.chat_template import ChatTemplate
+from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
 from offmoe.thinking import thinking_variables
 
@@ -64,6 +65,12 @@ def test_values(value: str | None, names: set[str], want: dict[str, object] | st
             thinking_variables(value, names)
     else:
         assert thinking_variables(value, names) == want
+
+
+def test_what_a_template_does_not_take_is_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "_build", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(OffmoeError, match="the model's chat template has no variable for thinking"):
+        Engine.load("demo", think="off", device="cpu")
 
 
 def test_a_template_that_does_not_compile_has_no_variables() -> None:
