@@ -10,6 +10,7 @@ import float8
 import pytest
 import torch
 from close import assert_close
+from quantised import check_stacked, check_tensors_refused, stack_experts
 from safetensors.torch import load_file, save_file
 from test_models import decoded, engine_of, packed
 from tiny import SHAPE
@@ -80,6 +81,46 @@ def test_it_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
     assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_stacked_experts_are_the_same(kind: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offmoe.pack.PIECE", 50 * 512)
+    path, model = made(tmp_path, powers=False, kind=kind)
+    check_stacked(path, tmp_path, IDS, logits_of(model))
+
+
+def test_stacked_experts_of_odd_tiles_are_refused(tmp_path: Path) -> None:
+    path, _ = made(tmp_path)
+    stack_experts(path)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+
+    def shorten(tensors: dict[str, torch.Tensor], rows: int) -> None:
+        scales = tensors[name + "_scale_inv"][:, : -(-rows // 128)]
+        tensors |= {name: tensors[name][:, :rows].contiguous(), name + "_scale_inv": scales.contiguous()}
+
+    check_tensors_refused(path, lambda t: shorten(t, 500), "expected F32 or BF16 for 500 rows and 512 columns, of wh")
+
+
+def test_gate_and_up_that_share_a_tile_are_refused(tmp_path: Path) -> None:
+    """Where down, whose columns these rows are, is no float8 of tiles."""
+    path, _ = made(tmp_path)
+    stack_experts(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "moe_intermediate_size": 192}))
+
+    def narrow(tensors: dict[str, torch.Tensor]) -> None:
+        mlp = "model.layers.1.mlp."
+        for name in [name for name in tensors if name.startswith(mlp) and ("down" in name or "shared" in name)]:
+            del tensors[name]
+        tensors[mlp + "experts.down_proj"] = torch.zeros(6, 512, 192)
+        for part, shape in (("gate", (192, 512)), ("up", (192, 512)), ("down", (512, 192))):
+            tensors[f"{mlp}shared_experts.{part}_proj.weight"] = torch.zeros(shape)
+        both = mlp + "experts.gate_up_proj"
+        tensors[both] = tensors[both][:, :384].contiguous()
+        tensors[both + "_scale_inv"] = tensors[both + "_scale_inv"][:, :3].contiguous()
+
+    check_tensors_refused(path, narrow, "stacks gate on up experts of 192 rows in F8_E4M3, of which 128 share")
 
 
 def test_compressed_tensors_name_tiles_otherwise(tmp_path: Path) -> None:

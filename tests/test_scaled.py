@@ -11,13 +11,15 @@ import torch
 from close import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantised import check_answers, check_config_refused, check_tensors_refused
+from quantised import check_answers, check_config_refused, check_stacked, check_tensors_refused
 from safetensors.torch import save_file
 from scaled import E2M1, quantise
 from test_int4 import FAMILIES, IDS, logits_of
 from test_models import decoded, engine_of, packed
 from torch import Tensor
 
+from offmoe.checkpoint import open_checkpoint
+from offmoe.checkpoint.scaled import Scaled
 from offmoe.kernels.formats import FORMATS, as_it_lies, dequantise, whole_rows
 
 
@@ -99,6 +101,24 @@ def test_the_step_multiplies_what_it_is_given(tmp_path: Path) -> None:
     with test_step.step_of(path, vram="60%") as step:
         assert {form.format for layer in step.trunk.layers for _, form in (*layer.qkv, *layer.o)} == {"F8_E4M3_ROW"}
         assert_close("logits", test_step.run(step, Variant()), logits_of(model, test_step.IDS), 1e-5)
+
+
+def test_stacked_experts_are_the_same(tmp_path: Path) -> None:
+    path, model = made(tmp_path, "float-quantized")
+    check_stacked(path, tmp_path, IDS, logits_of(model))
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 1), (3, 32), (3, 1, 1), (3, 1), (3,)], ids=str)
+def test_scales_of_a_stack_of_float8(shape: tuple[int, ...], tmp_path: Path) -> None:
+    codes, scales = torch.randn(3, 32, 64).to(torch.float8_e4m3fn), torch.rand(shape)
+    save_file({"e": codes, "e_scale": scales}, tmp_path / "model.safetensors")
+    with open_checkpoint(tmp_path) as checkpoint:
+        (info,) = Scaled(checkpoint).matrices()
+        for expert in range(3):
+            raw = checkpoint.matrix(info, expert)
+            want = codes[expert].float() * scales[expert].reshape(-1, 1)
+            assert torch.equal(dequantise(raw, info.format, 32, 64), want)
+            assert torch.equal(checkpoint.rows(info, 32 * expert + 5, 7), want[5:12])
 
 
 def test_it_packs(tmp_path: Path) -> None:

@@ -170,11 +170,13 @@ class Checkpoint:
 
     def _tiled_rows(self, info: TensorInfo, tile: int, first: int, count: int) -> Tensor:
         """The same where so many rows share scales: whole tiles are read."""
-        form, (rows, cols), scales = FORMATS[info.format], info.shape, info.scales[0]
+        form, (rows, cols) = FORMATS[info.format], info.shape[-2:]
+        scales, code = info.ranges(first // rows)
+        first %= rows
         line = form.scales_nbytes(1, cols)
         start, end = first // tile * tile, min(rows, -(-(first + count) // tile) * tile)
         above = ByteRange(scales.file, scales.offset + start // tile * line, -(-(end - start) // tile) * line)
-        codes = ByteRange(info.range.file, info.range.offset + start * cols, (end - start) * cols)
+        codes = ByteRange(code.file, code.offset + start * cols, (end - start) * cols)
         values = dequantise(torch.cat((self.read_range(above), self.read_range(codes))), form, end - start, cols)
         return values[first - start : first - start + count]
 

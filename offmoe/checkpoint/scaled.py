@@ -1,9 +1,10 @@
 """Matrices of float8 and of 4-bit floats, whose scales are tensors of their own: names and shapes say what they are.
 
 float8: NAME and NAME_scale_inv (DeepSeek-V3, Qwen3) or NAME_scale (Model Optimizer, compressed-tensors), which is a
-scale for every 128 × 128 weights, for a row, or for all. NVFP4: NAME, NAME_scale and NAME_scale_2 (Model Optimizer), or
-NAME_packed, NAME_scale and, to divide by, NAME_global_scale (compressed-tensors). MXFP4: NAME_packed and NAME_scale
-(compressed-tensors), or gpt-oss's stacks NAME_blocks and NAME_scales.
+scale for every 128 × 128 weights, for a row, or for all; a stack of experts has a stack of scales. NVFP4: NAME,
+NAME_scale and NAME_scale_2 (Model Optimizer), or NAME_packed, NAME_scale and, to divide by, NAME_global_scale
+(compressed-tensors). MXFP4: NAME_packed and NAME_scale (compressed-tensors), or gpt-oss's stacks NAME_blocks and
+NAME_scales.
 """
 
 from __future__ import annotations
@@ -101,28 +102,34 @@ class Scaled:
         return TensorInfo(whole, "NVFP4", (rows, cols), info.range, (scale.range, small.range), turn)
 
     def _float8(self, info: TensorInfo) -> TensorInfo:
-        rows, cols = self._shape(info, 1, 32)
-        tiles: Shape = (-(-rows // TILE), -(-cols // TILE))
+        stack: Shape = info.shape[:-2][:1]
+        rows, cols = self._shape(info, 1, 32, stack)
+        tiles: Shape = (*stack, -(-rows // TILE), -(-cols // TILE))
+        lines: tuple[Shape, ...] = ((*stack, rows, 1), (*stack, rows))
+        ones: tuple[Shape, ...] = ((*stack, 1, 1), (*stack, 1), stack) if stack else ((1,), ())
         plain, inverse = f"{info.name}_scale", f"{info.name}_scale_inv"
         name = plain if plain in self._tensors else inverse
         scale, kinds = self._tensors.get(name), tuple(FLOATS)
-        if scale is None or scale.format not in kinds or scale.shape not in (tiles, (rows, 1), (rows,), (1,), ()):
-            wanted = f"for every {TILE} x {TILE} weights, {list(tiles)}, for every row, {[rows, 1]}, or for all, [1]"
+        if scale is None or scale.format not in kinds or scale.shape not in (tiles, *lines, *ones):
+            wanted = (f"for every {TILE} x {TILE} weights, {list(tiles)}, for every row, {list(lines[0])}, "
+                      f"or for all, {list(ones[0])}")  # fmt: skip
             raise self._odd(name, scale, kinds, wanted)
         self.used |= {info.name, name}
-        if scale.shape == tiles and (fmt := TILED.get(scale.format)) and cols % TILE == 0:
+        whole = cols % TILE == 0 and not (stack and rows % TILE)
+        if scale.shape == tiles and whole and (fmt := TILED.get(scale.format)):
             return TensorInfo(info.name, fmt, info.shape, info.range, (scale.range,))
-        if scale.shape == tiles:
-            raise self._odd(name, scale, tuple(TILED), f"for {cols} columns, of which {TILE} share one")
-        count = rows if scale.shape[:1] == (rows,) else 1
+        if scale.shape not in (*lines, *ones):
+            wanted = f"for {f'{rows} rows and ' if stack else ''}{cols} columns, of which {TILE} share one"
+            raise self._odd(name, scale, tuple(TILED), wanted)
+        count = rows if scale.shape in lines else 1
         turn = None if (count, scale.format) == (rows, "F32") else RowScales(rows, count, scale.format)
         return TensorInfo(info.name, "F8_E4M3_ROW", info.shape, info.range, (scale.range,), turn)
 
-    def _shape(self, info: TensorInfo, codes: int, block: int) -> tuple[int, int]:
-        """Of the matrix whose bytes hold so many codes each."""
-        if len(info.shape) != 2 or info.shape[1] * codes % block:
+    def _shape(self, info: TensorInfo, codes: int, block: int, stack: Shape = ()) -> tuple[int, int]:
+        """Of the matrix, or of one of a stack, whose bytes hold so many codes each."""
+        if len(info.shape) != 2 + len(stack) or info.shape[-1] * codes % block:
             raise self._odd(info.name, info, (info.format,), f"[rows, columns], of {block} weights or a multiple")
-        return info.shape[0], info.shape[1] * codes
+        return info.shape[-2], info.shape[-1] * codes
 
     def _part(self, name: str, kinds: tuple[str, ...], *shapes: Shape) -> TensorInfo:
         info = self._tensors.get(name)

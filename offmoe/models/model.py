@@ -366,6 +366,11 @@ def record_layout(
             )
         parts.append((role, formats.pop(), *shape))
         form = FORMATS[parts[-1][1]]
+        if role == "gate_up" and form.scales and form.tiled and wide[0] % form.scales.rows:
+            raise OffmoeError(
+                f"layer {layer} stacks gate on up experts of {wide[0]} rows in {form.name}, of which "
+                f"{form.scales.rows} share scales: offmoe cannot take such apart yet"
+            )
         if (form.scales or form.apart) and (odd := [n for n in plane_sizes(form.name, *shape) if n % 16]):
             raise OffmoeError(
                 f"layer {layer} has {role} experts of {list(shape)} in {form.name}, whose scales end {odd[0] % 16} "
