@@ -44,6 +44,7 @@ class Case:
     room: int = 0  # positions that the cache holds; 0: all
     sinks: bool = False
     chunked: bool = False
+    value_norm: bool = False  # each head's value over its RMS
     temper: bool = False  # queries are multiplied, by position
 
     @property
@@ -97,6 +98,8 @@ def naive_qkv(case: Case, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tenso
     """As Trunk.attend does it, in float32: q [T, heads, D]; k and v [T, kv_heads, D]."""
     q, k, v = qkv.float().split((case.heads * case.dim, case.kv_heads * case.dim, case.kv_heads * case.dim), -1)
     table = rope_table(case.ctx, case.rotary or case.dim, 1e4, DEVICE)
+    if case.value_norm:
+        v = rms_norm(v.unflatten(-1, (-1, case.dim)), None, case.eps).flatten(-2)
     if case.norm == "after":
         q, k = (rope(x.unflatten(-1, (-1, case.dim)), table, positions) for x in (q, k))
         q, k = (rms_norm(x, w, case.eps) for x, w in zip((q, k), case.norms(), strict=True))
@@ -148,7 +151,7 @@ def decode(case: Case, qkv: Tensor, here: int, splits: int, split_size: int, **o
         q_norm=q_norm, k_norm=k_norm, norm_full=case.norm == "full", norm_after=case.norm == "after",
         clip=case.clip, eps=case.eps, scale=case.scale,
         splits=splits, split_size=split_size, scales=scales, window=case.window, chunked=case.chunked,
-        sinks=case.sink_logits(), temper=case.tempers(), **options,
+        sinks=case.sink_logits(), temper=case.tempers(), value_norm=case.value_norm, **options,
     )  # fmt: skip
     assert not tickets.any(), "tickets are not back at 0"
     spot = here % keys.shape[1]
@@ -172,6 +175,8 @@ CASES = {
     "window as wide as its ring": Case(window=32, room=32, sinks=True, dtype=F16, ctx=200),
     "chunk": Case(window=9, chunked=True),
     "chunk in a ring, tempered": Case(window=30, room=48, chunked=True, temper=True, norm="none", ctx=200),
+    "values normed, unscaled": Case(value_norm=True, scale=1.0, window=9),
+    "values normed, unscaled, int8": Case(value_norm=True, scale=1.0, kv_heads=1, dim=32, int8=True),
     "int8": Case(int8=True),
     "int8, clip": Case(int8=True, norm="none", clip=0.5, heads=2, kv_heads=2),
 }
@@ -234,7 +239,7 @@ def test_many_tokens_are_turned_and_written(name: str) -> None:
     got = fast_norm.norm_rope_write(
         qkv, keys, values, positions, rope_table(case.ctx, case.rotary or case.dim, 1e4, DEVICE), heads=case.heads,
         kv_heads=case.kv_heads, head_dim=case.dim, q_norm=q_norm, k_norm=k_norm, clip=case.clip, eps=case.eps,
-        scales=scales, norm_after=case.norm == "after",
+        scales=scales, norm_after=case.norm == "after", value_norm=case.value_norm,
     )  # fmt: skip
     q, k, v = naive_qkv(case, qkv, positions)
     ratio = 1e-3 if case.dtype == F16 else 1e-5
