@@ -10,8 +10,9 @@ import float8
 import pytest
 import torch
 from close import assert_close
-from quantised import check_stacked, check_tensors_refused, stack_experts
+from quantised import check_answers, check_stacked, check_tensors_refused, stack_experts
 from safetensors.torch import load_file, save_file
+from test_int4 import FAMILIES
 from test_models import decoded, engine_of, packed
 from tiny import SHAPE
 
@@ -27,11 +28,18 @@ WIDE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def made(folder: Path, powers: bool = True, kind: torch.dtype = torch.float32) -> tuple[Path, Any]:
-    """A DeepSeek-V3 in float8, and transformers' model of what its bytes mean."""
-    transformers = pytest.importorskip("transformers")
+ROUND = {"hidden_size": 512, "intermediate_size": 256, "moe_intermediate_size": 256,
+           "shared_expert_intermediate_size": 256, "kv_lora_rank": 128, "q_lora_rank": 128}  # fmt: skip
+OTHERS = {name: {key: ROUND.get(key, value) for key, value in numbers.items()} for name, numbers in FAMILIES.items()}
+
+
+def made(
+    folder: Path, powers: bool = True, kind: torch.dtype = torch.float32, family: str = "deepseek_v3"
+) -> tuple[Path, Any]:
+    """A model in float8, and transformers' model of what its bytes mean."""
+    transformers, numbers = pytest.importorskip("transformers"), WIDE if family == "deepseek_v3" else OTHERS[family]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("deepseek_v3", **WIDE))
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **numbers))
     path, plain = folder / "float8", folder / "plain"
     for where in (path, plain):
         model.float().eval().save_pretrained(where)
@@ -54,6 +62,12 @@ def test_logits_are_those_of_transformers(kind: torch.dtype, vram: str, ram: str
         assert engine.model.layouts[0].nbytes == 3 * (512 * 256 + 8 * kind.itemsize)
         logits, _ = decoded(engine, IDS, prompt=8)
     assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", [name for name in OTHERS if name != "deepseek_v3"])
+def test_other_families_tokens_are_the_same_at_every_budget(family: str, tmp_path: Path) -> None:
+    path, model = made(tmp_path, powers=False, family=family)
+    check_answers(path, IDS, logits_of(model), lambda formats: formats == {"F8_E4M3"})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")

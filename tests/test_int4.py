@@ -64,6 +64,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**WIDE, "num_key_value_heads": 4, "n_routed_experts": 6, "n_shared_experts": 1,
                     "first_k_dense_replace": 1, "kv_lora_rank": 64, "q_lora_rank": 64, "qk_nope_head_dim": 32,
                     "qk_rope_head_dim": 16, "v_head_dim": 32, "n_group": 1, "topk_group": 1},
+    "glm4_moe": {**WIDE, "n_routed_experts": 6, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 32,
+                 "use_qk_norm": True, "attention_bias": True, "partial_rotary_factor": 0.5},
 }  # fmt: skip
 CASES = {
     "awq": Case("deepseek_v3", "awq", 64, sym=False),
@@ -76,11 +78,12 @@ CASES = {
 IDS = torch.randint(3, 96, (20,), generator=torch.Generator().manual_seed(7)).tolist()
 
 
-def made(folder: Path, name: str) -> tuple[Path, Any]:
+def made(folder: Path, name: str, family: str = "") -> tuple[Path, Any]:
     """The quantised directory, and transformers' model of what its bytes mean."""
     transformers, case = pytest.importorskip("transformers"), CASES[name]
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(case.family, **FAMILIES[case.family])
+    family = family or case.family
+    config = transformers.AutoConfig.for_model(family, **FAMILIES[family])
     model = transformers.AutoModelForCausalLM.from_config(config)
     path, plain = folder / "int4", folder / "plain"
     for where in (path, plain):
@@ -94,10 +97,13 @@ def logits_of(model: Any, ids: list[int] = IDS) -> Tensor:
     return model(torch.tensor([ids])).logits[0]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", CASES)
-def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(name: str, tmp_path: Path) -> None:
+def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
+    name: str, family: str, tmp_path: Path
+) -> None:
     """All in slots; and what a token needs, out of a RAM tier of so few rows that records are read and turned again."""
-    path, model = made(tmp_path, name)
+    path, model = made(tmp_path, name, family)
     check_answers(path, IDS, logits_of(model), lambda formats: all(fmt.startswith("INT4") for fmt in formats))
 
 

@@ -69,9 +69,9 @@ CASES = {  # the family, and what its experts become
 }
 
 
-def made(folder: Path, kind: str) -> tuple[Path, Any]:
+def made(folder: Path, kind: str, family: str = "") -> tuple[Path, Any]:
     """The quantised directory, and transformers' model of what its bytes mean."""
-    transformers, family = pytest.importorskip("transformers"), CASES[kind][0]
+    transformers, family = pytest.importorskip("transformers"), family or CASES[kind][0]
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **FAMILIES[family])
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -82,10 +82,13 @@ def made(folder: Path, kind: str) -> tuple[Path, Any]:
     return path, transformers.AutoModelForCausalLM.from_pretrained(plain, dtype="float32").eval()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", CASES)
-def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(kind: str, tmp_path: Path) -> None:
+def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
+    kind: str, family: str, tmp_path: Path
+) -> None:
     """All in slots; and what a token needs, out of a RAM tier of a few rows."""
-    path, model = made(tmp_path, kind)
+    path, model = made(tmp_path, kind, family)
     check_answers(path, IDS, logits_of(model), lambda formats: formats == {CASES[kind][1]})
 
 
