@@ -152,6 +152,11 @@ GGUF_NAMES: Names = {
 }
 
 
+def experts_apart(*bases: str) -> Names:
+    """Of the experts' matrices each by itself: so do tools that quantise write them where they were stacked."""
+    return {part: tuple(f"{base}.{{e}}.{part}_proj.weight" for base in bases) for part in ("gate", "up", "down")}
+
+
 def beside_vision(names: Names) -> Names:
     """Also of the language model inside one that sees."""
     return {

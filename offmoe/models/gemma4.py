@@ -11,14 +11,16 @@ from offmoe.kernels.feed_forward import GELU
 from offmoe.kernels.rope import PROPORTIONAL, Scaling
 from offmoe.kernels.route import Rule
 from offmoe.models.config import FULL, SLIDING, Heads, ModelConfig, count, number, sliding_windows
-from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family, beside_vision
+from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family, beside_vision, experts_apart
 from offmoe.models.fields import text_fields
 from offmoe.models.rope import GGUF_FACTORS
 
 SHARE = 0.25  # of a wide head's pairs are turned in every published model
 RESTS = 1e20  # a GGUF divides the frequencies of pairs that are not turned by 1e30
 LAYER = "model.layers.{l}."
+APART = experts_apart("experts", "moe.experts")
 NAMES = {
+    **APART,
     "attn_post_norm": ("post_attention_layernorm.weight",),
     "v": ("self_attn.v_proj.weight", "self_attn.k_proj.weight"),
     "shared_norm": ("pre_feedforward_layernorm.weight",),
@@ -31,7 +33,7 @@ NAMES = {
     "router_gain": ("router.scale",),
     "router_factors": ("router.per_expert_scale",),
     "gate_up": ("experts.gate_up_proj",),
-    "down": ("experts.down_proj",),
+    "down": ("experts.down_proj", *APART["down"]),
     "routed_post_norm": ("post_feedforward_layernorm_2.weight",),
     "ffn_post_norm": ("post_feedforward_layernorm.weight",),
     "layer_scale": ("layer_scalar",),

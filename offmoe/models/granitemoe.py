@@ -5,9 +5,10 @@ from typing import Any
 
 from offmoe.kernels.route import Rule
 from offmoe.models.config import ModelConfig, number
-from offmoe.models.family import HF_NAMES, Family
+from offmoe.models.family import HF_NAMES, Family, experts_apart
 
 BLOCK = "model.layers.{l}.block_sparse_moe"
+APART = experts_apart(BLOCK + ".experts")
 
 
 def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
@@ -36,9 +37,10 @@ FAMILY = Family(
     renormalise=True,
     names={
         **HF_NAMES,
+        **APART,
         "router": (BLOCK + ".router.layer.weight", BLOCK + ".router.weight"),
         "gate_up": (BLOCK + ".input_linear.weight", BLOCK + ".experts.gate_up_proj"),
-        "down": (BLOCK + ".output_linear.weight", BLOCK + ".experts.down_proj"),
+        "down": (BLOCK + ".output_linear.weight", BLOCK + ".experts.down_proj", *APART["down"]),
     },
     interleaved_gguf=True,
     gguf_keys=gguf_keys,

@@ -11,18 +11,20 @@ from offmoe.errors import OffmoeError
 from offmoe.kernels.rope import Temper
 from offmoe.kernels.route import Rule
 from offmoe.models.config import FULL, ModelConfig, count, flag, number
-from offmoe.models.family import HF_NAMES, Family
+from offmoe.models.family import HF_NAMES, Family, experts_apart
 from offmoe.models.fields import text_fields
 
 CHUNKED = "chunked_attention"  # a kind of layer
 CHUNK, EVERY, TEMPER = 8192, 4, Temper(8192, 0.1)  # of the published models; llama.cpp has them fixed
 UNNORMED = 128  # experts of the model whose heads are not normed: so llama.cpp tells it
 BLOCK = "model.layers.{l}.feed_forward"
+APART = experts_apart(BLOCK + ".experts")
 NAMES = {
     **HF_NAMES,
+    **APART,
     "router": (BLOCK + ".router.weight",),
     "gate_up": (BLOCK + ".experts.gate_up_proj",),
-    "down": (BLOCK + ".experts.down_proj",),
+    "down": (BLOCK + ".experts.down_proj", *APART["down"]),
     **{f"dense_{part}": (f"{BLOCK}.{part}_proj.weight",) for part in ("gate", "up", "down")},
     **{f"shared_{part}": (f"{BLOCK}.shared_expert.{part}_proj.weight",) for part in ("gate", "up", "down")},
 }
