@@ -7,16 +7,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import int4
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 Tensors = dict[str, Tensor]
+INT4 = int4.Case("", "compressed-tensors", 32, sym=True, kind=torch.bfloat16)
+MIXED = {"mixed": ["nvfp4-pack-quantized"],  # of experts, layer by layer in turn
+         "mixed with int4": ["nvfp4-pack-quantized", "pack-quantized"]}  # fmt: skip
 
 
 def config_of(kind: str) -> dict[str, Any]:
-    """The quantization_config of a model whose experts are of that kind, its attention too but for `mixed`."""
+    """The quantization_config of a model whose experts are of that kind, its attention too but where MIXED."""
     if kind.startswith("modelopt"):
         algorithm = "NVFP4" if kind.endswith("nvfp4") else "FP8"
         return {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"], "kv_cache_scheme": None,
@@ -26,11 +30,12 @@ def config_of(kind: str) -> dict[str, Any]:
         "nvfp4-pack-quantized": {**floats, "num_bits": 4, "strategy": "tensor_group", "group_size": 16},
         "mxfp4-pack-quantized": {**floats, "num_bits": 4, "strategy": "group", "group_size": 32},
         "float-quantized": {**floats, "num_bits": 8, "strategy": "channel"},
+        "pack-quantized": INT4.config()["config_groups"]["group_0"]["weights"],
     }
-    formats = ["nvfp4-pack-quantized", "float-quantized"] if kind == "mixed" else [kind]
+    formats = [*MIXED[kind], "float-quantized"] if kind in MIXED else [kind]
     groups = {f"group_{i}": {"targets": ["Linear"], "weights": weights[name], "format": name}
               for i, name in enumerate(formats)}  # fmt: skip
-    return {"quant_method": "compressed-tensors", "format": "mixed-precision" if kind == "mixed" else kind,
+    return {"quant_method": "compressed-tensors", "format": "mixed-precision" if kind in MIXED else kind,
             "config_groups": groups, "ignore": ["lm_head"]}  # fmt: skip
 
 
@@ -67,8 +72,13 @@ def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def packed(name: str, weight: Tensor, kind: str) -> tuple[Tensors, Tensor]:
     """The tensors of one matrix, and what they mean."""
     module, one = name.removesuffix(".weight"), torch.tensor(1.0)
-    if kind == "mixed":
-        kind = "nvfp4-pack-quantized" if ".experts." in name else "float-quantized"
+    if kind in MIXED:
+        layer = int(name.split(".")[2])
+        kind = MIXED[kind][layer % len(MIXED[kind])] if ".experts." in name else "float-quantized"
+    if kind == "pack-quantized":
+        codes, zeros, scale = int4.quantised(weight, INT4)
+        meant = ((codes - 8).unflatten(1, (-1, INT4.group)) * scale.float()[..., None]).flatten(1)
+        return int4.packed(module, codes, zeros, scale, INT4), meant
     if kind == "modelopt nvfp4":
         codes, small, whole, meant = nvfp4(weight, divided=False)
         return {name: codes, f"{name}_scale": small, f"{name}_scale_2": whole, f"{module}.input_scale": one}, meant

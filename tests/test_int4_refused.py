@@ -28,7 +28,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gptq overrides": ("gptq", {"dynamic": {"-:lm": {}, "+:.*down": {"bits": 8}}}, "dynamic is '.:..down', and"),
     "gptq groups of 16": ("gptq", {"group_size": 16}, "columns in groups of 16: .* each a multiple of 32"),
     "gptq other groups": ("gptq", {"group_size": 64}, r"scales' is F16 \[2, 128\]: expected F16 or BF16, \[1, 128\]"),
-    "packed format": ("packed", {"format": "marlin-24"}, "format is 'marlin-24', and offmoe implements pack"),
+    "packed format": ("packed", {"format": "marlin-24"}, "format is 'marlin-24', and offmoe implements pack-q"),
     "packed bits": ("packed", {"config_groups": {"a": {"weights": {"num_bits": 8}}}}, "num_bits is 8, and offmoe"),
     "packed no groups": ("packed", {"config_groups": {}}, "config_groups is {}, and offmoe implements groups"),
     "unknown": ("packed", {"quant_method": "hqq"}, "quant_method is 'hqq', .*: this model cannot be run yet"),

@@ -66,6 +66,7 @@ CASES = {  # the family, and what its experts become
     "float-quantized": ("qwen2_moe", "F8_E4M3_ROW"),
     "modelopt fp8": ("deepseek_v3", "F8_E4M3_ROW"),
     "mixed": ("qwen3_moe", "NVFP4"),
+    "mixed with int4": ("qwen3_moe", "NVFP4 INT4_32_BF16"),
 }
 
 
@@ -89,7 +90,8 @@ def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
 ) -> None:
     """All in slots; and what a token needs, out of a RAM tier of a few rows."""
     path, model = made(tmp_path, kind, family)
-    check_answers(path, IDS, logits_of(model), lambda formats: formats == {CASES[kind][1]})
+    each = CASES[kind][1].split()  # layer by layer; where the first is dense, of the last
+    check_answers(path, IDS, logits_of(model), lambda formats: formats in (set(each), set(each[-1:])))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
@@ -140,7 +142,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "size": (NV, {"group_size": 32}, "group_size is 32, and offmoe implements 16"),
     "method": (NV, {"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes', and offmoe implements"),
     "format": ("nvfp4-pack-quantized", {"config_groups": {"a": {"weights": GROUP, "format": "int-quantized"}}},
-               "format is 'int-quantized', and offmoe implements pack-quantized for all"),
+               "format is 'int-quantized', and offmoe implements pack-quantized or float-quan"),
     "groups": ("nvfp4-pack-quantized", {"config_groups": {"a": {"weights": {**GROUP, "group_size": 8}}}},
                "group_size is 8, and offmoe implements 16"),
     "rotated": ("nvfp4-pack-quantized", {"transform_config": {"a": 1}}, "transform_config is {'a': 1}, and"),

@@ -157,7 +157,8 @@ class Parts:
     def matrices(self) -> Iterator[TensorInfo]:
         """MODULE.weight of every module that has codes. Raises OffmoeError where parts are missing or do not fit."""
         codes = f".{NAMES[self.packing.method][0]}"
-        for name in [name for name in self._tensors if name.endswith(codes)]:
+        mine = [name for name, info in self._tensors.items() if name.endswith(codes) and info.format != "U8"]
+        for name in mine:  # bytes of this name are 4-bit floats: see checkpoint.scaled
             yield self._matrix(name.removesuffix(codes))
 
     def _matrix(self, module: str) -> TensorInfo:

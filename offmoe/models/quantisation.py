@@ -101,28 +101,30 @@ def compressed_tensors(config: Table) -> Packing | None:
     groups = list(groups.values()) if isinstance(groups, Mapping) else []
     if not groups or not all(isinstance(g, Mapping) and isinstance(g.get("weights"), Mapping) for g in groups):
         raise refused(method, "config_groups", config.get("config_groups"), "groups of modules with their weights")
-    formats = {group.get("format") or config.get("format") for group in groups}
-    if formats == {"pack-quantized"}:
-        return pack_quantized([group["weights"] for group in groups])
+    schemes = []  # of codes of 4 bits
     for group in groups:
         name, weights = group.get("format") or config.get("format"), group["weights"]
+        if name == PACKED:
+            schemes.append(weights)
+            continue
         if name not in WEIGHTS:
-            raise refused(method, "format", name, "pack-quantized for all modules, or " + " or ".join(WEIGHTS))
+            raise refused(method, "format", name, " or ".join((PACKED, *WEIGHTS)))
         demand(weights, method, type=("float",), symmetric=(True, None), dynamic=(False, None), **WEIGHTS[name])
-    return None
+    return pack_quantized(schemes) if schemes else None
 
 
 def pack_quantized(schemes: list[Table]) -> Packing:
     """compressed-tensors' format of that name."""
     method, weights = "compressed-tensors", schemes[0]
     if any(scheme != weights for scheme in schemes):
-        raise refused(method, "config_groups", schemes, "the same weights in all groups")
+        raise refused(method, "config_groups", schemes, f"the same weights in all groups of {PACKED}")
     demand(weights, method, num_bits=(4,), type=("int", None), symmetric=(True, False, None), dynamic=(False, None),
            strategy=("group", "channel"), actorder=(None, False, "weight", "static"))  # fmt: skip
     group = -1 if weights["strategy"] == "channel" else group_size(weights, method)
     return Packing(method, group, zeros=weights.get("symmetric") is False)
 
 
+PACKED = "pack-quantized"
 FLOAT8: dict[str, tuple[object, ...]] = {
     "num_bits": (8,), "strategy": ("channel", "tensor", "block"), "block_structure": ([128, 128], None),
 }  # fmt: skip
