@@ -30,7 +30,10 @@ LETTERS = (
     "\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
 CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
-HAN_HANGUL = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+HAN_HANGUL = "\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff"  # and thousands of marks, digits and spaces
+MARKS = "!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002"
+BOTH = "A-Za-z\uff21-\uff3a\uff41-\uff5a"  # of LETTERS and MARKS
+FALCON_MARKS = r"\p{P}\$\+<=>\^~\|`"
 CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 HALVED_SPACES = "".join(rf"|\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4, "1,2")) + r"|\s{1}"
@@ -81,6 +84,7 @@ class Kind:
     """Expressions applied one after another, each on the pieces of the one before."""
 
     patterns: tuple[str, ...]
+    passes: tuple[str, ...] = ()  # the same cuts in fewer passes: a pass costs as much as merging does
     ignore_merges: bool = False  # a piece that is in the vocabulary is one token, whatever the merges say
     add_bos: bool = False  # when the file does not say
     byte_level: bool = True  # bytes as GPT-2's letters; else `▁` for spaces and tokens <0x00> to <0xFF>
@@ -100,13 +104,22 @@ KINDS: dict[str, Kind] = {
         (
             r"[\r\n]",
             rf"\s?[{LETTERS}]+",
-            "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+            rf"\s?[{MARKS}]+",
             r"\s+$",
-            HAN_HANGUL,
+            f"[{HAN_HANGUL}]+",
             r"\p{N}+",
-        )
+        ),
+        (
+            rf"[\r\n]|\s?[{BOTH}]+|[\s&&[^\u3000]]?[{LETTERS}&&[^{BOTH}]]+"
+            rf"|\s?(?:[{MARKS}&&[^{BOTH}\u3000]]|\u3000(?![{LETTERS}]))+|\u3000",  # a mark that is a space too
+            r"\s+$",
+            rf"[{HAN_HANGUL}&&[^\p{{N}}]]+|[{HAN_HANGUL}&&\p{{N}}]+|[\p{{N}}&&[^{HAN_HANGUL}]]+",
+        ),
     ),
-    "deepseek-coder": Kind((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HAN_HANGUL, r"\p{N}")),
+    "deepseek-coder": Kind(
+        (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", f"[{HAN_HANGUL}]+", r"\p{N}"),
+        (r"[\r\n]|\s?\p{L}+|\s?\p{P}+", rf"[{HAN_HANGUL}&&[^\p{{N}}]]+|\p{{N}}"),
+    ),
     "bailingmoe": Kind(
         (
             r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
@@ -148,7 +161,14 @@ KINDS: dict[str, Kind] = {
     "sarvam-moe": Kind((LINES,), byte_level=False),
     "bloom": Kind((PIECES,)),
     "viking": Kind((PIECES, r"\p{N}")),
-    "falcon": Kind((r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]")),
+    "falcon": Kind(
+        (rf"[{FALCON_MARKS}]+", GPT2, r"[0-9][0-9][0-9]"),
+        (
+            rf"[{FALCON_MARKS}]+| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}{FALCON_MARKS}]+"
+            rf"|\s+(?=[{FALCON_MARKS}])|\s+(?!\S)|\s+",
+            r"[0-9][0-9][0-9]",
+        ),
+    ),
     "default": Kind((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
 }
 SAME_AS = {
@@ -178,7 +198,7 @@ def kind_of(name: str) -> Kind:
 
 def build(kind: Kind) -> pre_tokenizers.PreTokenizer:
     """The pre-tokenizer that cuts as `kind` says, and then maps bytes to letters where the kind has them."""
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.patterns]
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.passes or kind.patterns]
     letters = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)] if kind.byte_level else []
     return pre_tokenizers.Sequence([*cuts, *letters])
 
