@@ -20,9 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from offmoe.models.config import from_hf
 from offmoe.models.family import family_of
-from offmoe.models.model import layers_of, open_model, trunk_shapes
+from offmoe.models.model import open_model
+from offmoe.models.read_config import from_hf
+from offmoe.models.shapes import layers_of, trunk_shapes
 
 ROUNDS, SHARD = 5, 5_000_000_000
 COLUMNS = ("shape", "weights", "gb", "tensors", "records", "seconds", "target of 60 GB")

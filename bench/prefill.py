@@ -20,7 +20,7 @@ from rig import Peer, Rig, Row, add_row, machine, model_file, table
 from shapes import SHAPES
 
 from offmoe.links import best_time
-from offmoe.models.model import count_weights
+from offmoe.models.parameters import count_weights
 
 COLUMNS = {"shape": "shape", "cap": "cap", "tokens": "tokens", "tok_s": "tok/s", "low": "low", "high": "high",
            "link_mib": "MiB", "roof_tok_s": "roof", "roof_by": "by", "share_of_roof": "share",

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from offmoe.links import disk_bandwidth, link_bandwidth, slot_bandwidth
-from offmoe.models.model import Model, Weights, count_weights
+from offmoe.models.model import Model
+from offmoe.models.parameters import Weights, count_weights
 from offmoe.plan import Plan, make_plan, plan_numbers
 from offmoe.settings import Settings, format_size
 from offmoe.states import STATES

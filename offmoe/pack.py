@@ -24,7 +24,8 @@ from offmoe.kernels.formats import FORMATS, Format
 from offmoe.kernels.mla import Latent
 from offmoe.models.family import Values
 from offmoe.models.held import HELD, tiled
-from offmoe.models.model import Model, described, layers_of, trunk_shapes
+from offmoe.models.model import Model, described
+from offmoe.models.shapes import layers_of, trunk_shapes
 from offmoe.settings import format_size
 
 PIECE = 1 << 22  # weights read, quantised and written together: 16 MiB in float32

@@ -14,7 +14,8 @@ from offmoe.errors import OffmoeError, users_mistakes
 from offmoe.gate import NONE, Gate
 from offmoe.kernels.mla import HEADS_AT_ONCE
 from offmoe.kvcache import kv_nbytes
-from offmoe.models.model import Model, bias_weights, count_weights, trunk_weights
+from offmoe.models.model import Model
+from offmoe.models.parameters import bias_weights, count_weights, trunk_weights
 from offmoe.settings import Budget, Settings, format_size
 from offmoe.states import STATES, segment_nbytes, state_nbytes
 

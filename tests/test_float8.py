@@ -150,7 +150,7 @@ def test_compressed_tensors_name_tiles_otherwise(tmp_path: Path) -> None:
 
 
 def test_what_a_gpu_holds_is_counted(tmp_path: Path) -> None:
-    from offmoe.models.model import count_weights
+    from offmoe.models.parameters import count_weights
 
     path, _ = made(tmp_path)
     model = open_model(path)

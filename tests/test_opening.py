@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from offmoe.errors import OffmoeError
-from offmoe.models.model import count_weights, open_model
+from offmoe.models.model import open_model
+from offmoe.models.parameters import count_weights
 
 BENCH = str(Path(__file__).parents[1] / "bench")
 sys.path.insert(0, BENCH)  # for a moment: there are common names in that folder

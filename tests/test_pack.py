@@ -27,7 +27,8 @@ from offmoe.gguf_keys import rope_tensors
 from offmoe.kernels.formats import GGML
 from offmoe.kernels.rope import inverse_frequencies
 from offmoe.models.config import ModelConfig
-from offmoe.models.model import Model, described, trunk_roles
+from offmoe.models.model import Model, described
+from offmoe.models.shapes import trunk_roles
 from offmoe.pack import EXPERT_ROLES, PackReport, interleaved, pack
 
 RATIO = {"q8_0": 0.01, "bf16": 0.003, "f16": 0.0005, "f32": 0.0, "q4_0": 0.1, "q4_1": 0.1, "q5_0": 0.05,

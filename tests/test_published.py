@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from offmoe.errors import OffmoeError
-from offmoe.models.config import from_gguf, from_hf
 from offmoe.models.family import family_of
-from offmoe.models.model import count_parameters
+from offmoe.models.parameters import count_parameters
+from offmoe.models.read_config import from_gguf, from_hf
 
 QWEN = {"hidden_act": "silu", "tie_word_embeddings": False, "vocab_size": 151936, "rms_norm_eps": 1e-6}
 QWEN_LINEAR = {

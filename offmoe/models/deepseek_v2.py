@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from offmoe.kernels.route import Rule
-from offmoe.models.config import count, first_dense, latent_attention, number, shared_experts
 from offmoe.models.family import Family
+from offmoe.models.fields import count, number
+from offmoe.models.shared_fields import first_dense, latent_attention, shared_experts
 
 
 def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:

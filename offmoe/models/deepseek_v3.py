@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from offmoe.kernels.route import Rule
-from offmoe.models.config import balanced_by_bias, count, first_dense, latent_attention, shared_experts
 from offmoe.models.family import Family
+from offmoe.models.fields import count
+from offmoe.models.shared_fields import balanced_by_bias, first_dense, latent_attention, shared_experts
 
 
 def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:

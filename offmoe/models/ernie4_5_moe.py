@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from offmoe.kernels.route import Rule
-from offmoe.models.config import ModelConfig, count, first_dense, number, shared_experts
+from offmoe.models.config import ModelConfig
 from offmoe.models.family import HF_NAMES, Family
+from offmoe.models.fields import count, number
+from offmoe.models.shared_fields import first_dense, shared_experts
 
 BIAS = "e_score_correction_bias"
 BLOCK = "model.layers.{l}.mlp"

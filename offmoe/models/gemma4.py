@@ -10,10 +10,12 @@ from offmoe.errors import OffmoeError
 from offmoe.kernels.feed_forward import GELU
 from offmoe.kernels.rope import PROPORTIONAL, Scaling
 from offmoe.kernels.route import Rule
-from offmoe.models.config import FULL, SLIDING, Heads, ModelConfig, count, number, sliding_windows
+from offmoe.models.config import Heads, ModelConfig
 from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family, beside_vision, experts_apart
-from offmoe.models.fields import text_fields
+from offmoe.models.fields import count, number, text_fields
+from offmoe.models.keyless import FULL
 from offmoe.models.rope import GGUF_FACTORS
+from offmoe.models.shared_fields import SLIDING, sliding_windows
 
 SHARE = 0.25  # of a wide head's pairs are turned in every published model
 RESTS = 1e20  # a GGUF divides the frequencies of pairs that are not turned by 1e30

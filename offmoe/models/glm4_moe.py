@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from offmoe.kernels.route import Rule
-from offmoe.models.config import balanced_by_bias, count, first_dense, flag, shared_experts
 from offmoe.models.family import GGUF_NAMES, Family
+from offmoe.models.fields import count, flag
+from offmoe.models.shared_fields import balanced_by_bias, first_dense, shared_experts
 
 
 def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:

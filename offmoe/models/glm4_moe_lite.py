@@ -8,7 +8,7 @@ from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
 from offmoe.kernels.route import Rule
 from offmoe.models import deepseek_v3
-from offmoe.models.config import count
+from offmoe.models.fields import count
 
 
 def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:

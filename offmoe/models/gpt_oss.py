@@ -8,9 +8,12 @@ from typing import Any
 from offmoe.errors import OffmoeError
 from offmoe.kernels.feed_forward import Glu
 from offmoe.kernels.route import Rule
-from offmoe.models.config import FULL, SLIDING, ModelConfig, flag, number, sliding_windows
+from offmoe.models.config import ModelConfig
 from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family
+from offmoe.models.fields import flag, number
+from offmoe.models.keyless import FULL
 from offmoe.models.rope import rope_parameters, scaling_of
+from offmoe.models.shared_fields import SLIDING, sliding_windows
 
 MLP = "model.layers.{l}.mlp"
 

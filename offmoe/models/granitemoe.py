@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from offmoe.kernels.route import Rule
-from offmoe.models.config import ModelConfig, number
+from offmoe.models.config import ModelConfig
 from offmoe.models.family import HF_NAMES, Family, experts_apart
+from offmoe.models.fields import number
 
 BLOCK = "model.layers.{l}.block_sparse_moe"
 APART = experts_apart(BLOCK + ".experts")

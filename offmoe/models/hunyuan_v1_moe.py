@@ -6,8 +6,9 @@ from typing import Any
 from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
 from offmoe.kernels.route import Rule
-from offmoe.models.config import ModelConfig, count, number
+from offmoe.models.config import ModelConfig
 from offmoe.models.family import HF_NAMES, Family
+from offmoe.models.fields import count, number
 from offmoe.models.rope import rope_parameters
 
 BLOCK = "model.layers.{l}"

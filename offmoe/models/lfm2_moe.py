@@ -9,9 +9,11 @@ from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
 from offmoe.kernels.route import Rule
 from offmoe.kernels.shortconv import ShortConv
-from offmoe.models.config import FULL, ModelConfig, count, first_dense, flag, number
+from offmoe.models.config import ModelConfig
 from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family
-from offmoe.models.keyless import keyless_layers
+from offmoe.models.fields import count, flag, number
+from offmoe.models.keyless import FULL, keyless_layers
+from offmoe.models.shared_fields import first_dense
 
 CONV = "conv"  # a kind of layer
 LAYER, BLOCK = "model.layers.{l}", "model.layers.{l}.feed_forward"

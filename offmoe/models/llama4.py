@@ -10,9 +10,10 @@ from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
 from offmoe.kernels.rope import Temper
 from offmoe.kernels.route import Rule
-from offmoe.models.config import FULL, ModelConfig, count, flag, number
+from offmoe.models.config import ModelConfig
 from offmoe.models.family import HF_NAMES, Family, experts_apart
-from offmoe.models.fields import text_fields
+from offmoe.models.fields import count, flag, number, text_fields
+from offmoe.models.keyless import FULL
 
 CHUNKED = "chunked_attention"  # a kind of layer
 CHUNK, EVERY, TEMPER = 8192, 4, Temper(8192, 0.1)  # of the published models; llama.cpp has them fixed

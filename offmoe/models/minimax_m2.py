@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from offmoe.kernels.route import Rule
-from offmoe.models.config import count
 from offmoe.models.family import Family
+from offmoe.models.fields import count
 from offmoe.models.mixtral import BLOCK, MIXTRAL_NAMES
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from offmoe.errors import OffmoeError
 from offmoe.kernels.route import Rule
-from offmoe.models.config import count, flag, number
 from offmoe.models.family import Family
+from offmoe.models.fields import count, flag, number
 from offmoe.models.mixtral import MIXTRAL_NAMES
 from offmoe.models.rope import rope_parameters
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from offmoe.kernels.route import Rule
-from offmoe.models.config import sparse_layers
 from offmoe.models.family import Family
+from offmoe.models.shared_fields import sparse_layers
 
 
 def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:

@@ -12,9 +12,11 @@ from torch import Tensor
 from offmoe.errors import OffmoeError
 from offmoe.kernels.deltanet import Delta
 from offmoe.kernels.route import Rule
-from offmoe.models.config import FULL, ModelConfig, count, sparse_layers
+from offmoe.models.config import ModelConfig
 from offmoe.models.family import GGUF_NAMES, Family
-from offmoe.models.keyless import keyless_layers
+from offmoe.models.fields import count
+from offmoe.models.keyless import FULL, keyless_layers
+from offmoe.models.shared_fields import sparse_layers
 
 LINEAR = "linear_attention"  # a kind of layer
 GGUF = {**GGUF_NAMES, "ffn_norm": ("blk.{l}.post_attention_norm.weight",)}

@@ -1,0 +1,178 @@
+"""A ModelConfig out of `config.json` or the metadata of a GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from offmoe.checkpoint import Checkpoint
+from offmoe.checkpoint.base import shown
+from offmoe.errors import OffmoeError
+from offmoe.kernels.route import Rule
+from offmoe.models.config import ModelConfig, checked
+from offmoe.models.family import Family, family_of
+from offmoe.models.fields import count, flag, number
+from offmoe.models.quantisation import packing_of
+from offmoe.models.rope import GGUF_FACTORS, gguf_scaling, positions, rope_parameters, scaling_of
+
+MOST_LAYERS = 4096
+
+
+def read_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
+    if checkpoint.kind == "gguf":
+        arch = checkpoint.metadata.get("general.architecture")
+        family = family_of("arch", arch, gating(checkpoint, arch))
+        if not checkpoint.metadata.get(f"{arch}.expert_count"):
+            raise OffmoeError(f"{checkpoint.path} is a dense {arch} model: offmoe runs mixture-of-experts models")
+        factors = checkpoint.tensor(GGUF_FACTORS).flatten().tolist() if GGUF_FACTORS in checkpoint.tensors else None
+        return family, from_gguf(checkpoint.metadata, family, checkpoint.tensors, factors)
+    raw = checkpoint.json("config.json")
+    if raw is None:
+        raise OffmoeError(f"{checkpoint.path} has no config.json: download the whole model directory")
+    family = family_of("model_type", raw.get("model_type"))
+    return family, from_hf(raw, family)
+
+
+def gating(checkpoint: Checkpoint, arch: object) -> object:
+    """expert_gating_func, which old files leave out: there it is a sigmoid (2) where a bias corrects the scores."""
+    biased = any(name.endswith("exp_probs_b.bias") for name in checkpoint.tensors)
+    return checkpoint.metadata.get(f"{arch}.expert_gating_func") or (2 if biased else 1)
+
+
+def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
+    """A Hugging Face `config.json`; what is not implemented is refused by field and value."""
+    raw = family.translated(raw)
+    refuse_unimplemented(raw, family)
+    heads, hidden, rope = count(raw, "num_attention_heads"), count(raw, "hidden_size"), rope_parameters(raw)
+    head_dim = count(raw, "head_dim", default=hidden // heads)
+    layers, top_k = count(raw, "num_hidden_layers"), count(raw, "num_experts_per_tok")
+    if layers > MOST_LAYERS:
+        raise OffmoeError(f"the config has {layers} layers: no published model has so many")
+    rule = Rule(top_k=top_k, renormalise=flag(raw, "norm_topk_prob", family.renormalise))
+    scaling = scaling_of(raw)
+    config = ModelConfig(
+        model_type=family.model_type,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=count(raw, "num_key_value_heads", default=heads),
+        head_dim=head_dim,
+        vocab=count(raw, "vocab_size"),
+        experts=count(raw, "num_experts", "num_local_experts", "n_routed_experts"),
+        top_k=top_k,
+        expert_hidden=count(raw, "moe_intermediate_size", "intermediate_size"),
+        ctx=positions(raw, scaling),
+        norm_eps=number(raw, "rms_norm_eps", 1e-6),
+        rope_theta=number(rope, "rope_theta", family.rope_theta),
+        rotary=int(head_dim * number(rope, "partial_rotary_factor", family.partial_rotary)),
+        clip_qkv=number(raw, "clip_qkv", 0.0) or None,
+        tied=flag(raw, "tie_word_embeddings", False),
+        rule=rule,
+        routed=tuple(range(layers)),
+        qk_norm=family.qk_norm,
+        rope=scaling,
+    )
+    return checked(replace(config, **family.fields(raw, layers, rule)))
+
+
+def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
+    packing_of(raw.get("quantization_config"))
+    rope = rope_parameters(raw)
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise OffmoeError(f"the model's config gives layer_types = {shown(kinds)}: expected a list")
+    known = family.implemented["layer_types"]
+    asked = {
+        **raw,
+        "layer_types": next((kind for kind in kinds if kind not in known), known[0]),
+        "partial_rotary_factor": rope["partial_rotary_factor"],
+        "rope_type": rope["rope_type"],
+    }
+    for field, allowed in family.implemented.items():
+        if allowed and asked.get(field, allowed[0]) not in allowed:
+            raise OffmoeError(
+                f"{family.model_type}: {field} is {shown(asked[field])}, and offmoe implements "
+                f"{' or '.join(repr(value) for value in allowed)}: this model cannot be run yet"
+            )
+
+
+def from_gguf(
+    metadata: Mapping[str, Any],
+    family: Family,
+    tensors: Mapping[str, Any],
+    rope_factors: Sequence[float] | None = None,
+) -> ModelConfig:
+    """GGUF metadata and the values of models.rope.GGUF_FACTORS, by way of the field names of `config.json`."""
+
+    def key(name: str) -> Any:
+        return metadata.get(f"{family.arch}.{name}")
+
+    vocab, head_dim, rotated = metadata.get("tokenizer.ggml.tokens"), key("attention.key_length"), None
+    a_key = key("attention.key_length_mla") or head_dim  # where the cache holds latents, key_length is a latent's
+    if type(head_dim) is type(turned := key("rope.dimension_count")) is int and head_dim:
+        rotated = turned / head_dim if not family.implemented["partial_rotary_factor"] else None
+    layers, extra = key("block_count"), key("nextn_predict_layers")  # the last ones predict further tokens
+    if isinstance(layers, int) and isinstance(extra, int):
+        layers -= extra
+    raw = {
+        "num_hidden_layers": layers,
+        "hidden_size": key("embedding_length"),
+        "num_attention_heads": key("attention.head_count"),
+        "num_key_value_heads": key("attention.head_count_kv"),
+        "head_dim": head_dim,
+        "partial_rotary_factor": rotated,
+        "q_lora_rank": key("attention.q_lora_rank"),
+        "kv_lora_rank": key("attention.kv_lora_rank"),
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": a_key - turned if isinstance(a_key, int) and isinstance(turned, int) else None,
+        "v_head_dim": key("attention.value_length_mla") or key("attention.value_length"),
+        "vocab_size": len(vocab) if isinstance(vocab, list) else key("vocab_size"),
+        "num_experts": key("expert_count"),
+        "num_experts_per_tok": key("expert_used_count"),
+        "moe_intermediate_size": key("expert_feed_forward_length"),
+        "intermediate_size": key("feed_forward_length"),
+        "max_position_embeddings": key("context_length"),
+        "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
+        "rope_theta": key("rope.freq_base"),
+        "rope_factors": rope_factors,
+        "rope_scaling": gguf_scaling(key, tensors, None if family.gguf_fields else rope_factors),
+        "sliding_window": key("attention.sliding_window"),
+        "n_shared_experts": key("expert_shared_count"),
+        "shared_expert_intermediate_size": key("expert_shared_feed_forward_length"),
+        "first_k_dense_replace": key("leading_dense_block_count"),
+        "norm_topk_prob": key("expert_weights_norm"),
+        "routed_scaling_factor": key("expert_weights_scale"),
+        "n_group": key("expert_group_count") or None,
+        "topk_group": key("expert_group_used_count") or None,
+        "embedding_multiplier": key("embedding_scale"),
+        "residual_multiplier": key("residual_scale"),
+        "attention_multiplier": key("attention.scale"),
+        "logits_scaling": key("logit_scale"),
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "linear_conv_kernel_dim": key("ssm.conv_kernel"),
+        "linear_key_head_dim": key("ssm.state_size"),
+        "linear_num_key_heads": key("ssm.group_count"),
+        "linear_num_value_heads": key("ssm.time_step_rank"),
+        "linear_value_head_dim": shared_out(key("ssm.inner_size"), key("ssm.time_step_rank")),
+        "full_attention_interval": key("full_attention_interval"),
+        "conv_L_cache": key("shortconv.l_cache"),
+        "interleave_moe_layer_step": key("interleave_moe_layer_step"),
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
+        "expert_gating_func": key("expert_gating_func"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+    raw |= family.gguf_fields(key) if family.gguf_fields else {}
+    config = from_hf({name: value for name, value in raw.items() if value is not None}, family)
+    if turned not in (None, *(heads.rotary for heads in config.kinds_of_heads)):
+        raise OffmoeError(
+            f"{family.arch}: rope.dimension_count is {shown(turned)}, and offmoe implements "
+            f"rotation of {config.rotary} values of a head of {config.head_dim}: this model cannot be run yet"
+        )
+    return config
+
+
+def shared_out(total: Any, among: Any) -> Any:
+    """How much each has; the total where that is no whole number."""
+    whole = type(total) is type(among) is int and among > 0 and total % among == 0
+    return total // among if whole else total

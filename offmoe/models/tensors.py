@@ -1,0 +1,107 @@
+"""The tensors of a checkpoint that play a model's roles: found by name, and refused where their shapes do not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from offmoe.checkpoint import Checkpoint, TensorInfo
+from offmoe.checkpoint.upright import Columns
+from offmoe.errors import OffmoeError
+from offmoe.kernels.formats import FORMATS
+from offmoe.kernels.planes import plane_sizes
+from offmoe.kernels.record import RecordLayout
+from offmoe.models.config import ModelConfig
+from offmoe.models.family import Family, Names
+from offmoe.models.held import HELD, held_shape
+from offmoe.models.latent import FLOATS
+from offmoe.models.shapes import bias_shapes, trunk_roles
+
+
+def find(checkpoint: Checkpoint, names: Names, role: str, layer: int, expert: int) -> TensorInfo | None:
+    for template in names.get(role, ()):
+        if info := checkpoint.tensors.get(template.format(l=layer, e=expert)):
+            return info
+    return None
+
+
+def holder(checkpoint: Checkpoint, names: Names, role: str, layer: int) -> str:
+    """The role of the tensor that `role` lies in: its own, or where it has none, one that holds others too."""
+    other = HELD.get(role, role)
+    alone = find(checkpoint, names, role, layer, 0) or not find(checkpoint, names, other, layer, 0)
+    return role if alone else other
+
+
+def expect(
+    checkpoint: Checkpoint, names: Names, role: str, layer: int, expert: int, shape: tuple[int, ...]
+) -> TensorInfo:
+    """The tensor of that role; its shape must be `shape`."""
+    info = find(checkpoint, names, role, layer, expert)
+    if info is None:
+        name = names[role][0].format(l=layer, e=expert)
+        raise OffmoeError(f"{checkpoint.path} has no tensor {name}: the file is incomplete or of another model")
+    if [n for n in info.shape if n > 1] != [n for n in shape if n > 1]:  # a single row may be written as a vector
+        raise OffmoeError(f"tensor {info.name} has shape {list(info.shape)}: the config asks for {list(shape)}")
+    return info
+
+
+def is_split(checkpoint: Checkpoint, names: Names) -> bool:
+    return find(checkpoint, names, "k_b", 0, 0) is not None
+
+
+def check_trunk(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
+    for role, layer, shape in trunk_roles(config, is_split(checkpoint, names)):
+        there = holder(checkpoint, names, role, layer)
+        expect(checkpoint, names, there, layer, 0, shape if there == role else held_shape(there, config))
+    if config.expert_bias:
+        for layer in config.routed:
+            for role, shape in bias_shapes(names, config).items():
+                expect(checkpoint, names, role, layer, 0, shape)
+
+
+def record_layout(
+    checkpoint: Checkpoint, family: Family, names: Names, config: ModelConfig, layer: int
+) -> RecordLayout:
+    """Check the experts of a layer and lay out their record: every expert must have the same formats."""
+    wide, narrow = (config.expert_hidden, config.hidden), (config.hidden, config.expert_hidden)
+    shapes = {"gate": wide, "up": wide, "down": narrow}
+    stacked = find(checkpoint, names, "gate_up", layer, 0)
+    if stacked:
+        shapes = {"gate_up": (2 * wide[0], wide[1]), "down": narrow}
+    parts = []
+    for role, shape in shapes.items():
+        first = find(checkpoint, names, role, layer, 0)
+        if first is not None and len(first.shape) == 3:
+            expect(checkpoint, names, role, layer, 0, (config.experts, *shape))
+            formats = {first.format}
+        else:
+            each = [expect(checkpoint, names, role, layer, expert, shape) for expert in range(config.experts)]
+            formats = {info.format for info in each}
+        if len(formats) > 1:
+            raise OffmoeError(
+                f"layer {layer} keeps its {role} experts in {' and '.join(sorted(formats))}: expected one"
+            )
+        parts.append((role, formats.pop(), *shape))
+        form = FORMATS[parts[-1][1]]
+        if role == "gate_up" and form.scales and form.tiled and wide[0] % form.scales.rows:
+            raise OffmoeError(
+                f"layer {layer} stacks gate on up experts of {wide[0]} rows in {form.name}, of which "
+                f"{form.scales.rows} share scales: offmoe cannot take such apart yet"
+            )
+        if (form.scales or form.apart) and (odd := [n for n in plane_sizes(form.name, *shape) if n % 16]):
+            raise OffmoeError(
+                f"layer {layer} has {role} experts of {list(shape)} in {form.name}, whose scales end {odd[0] % 16} "
+                "bytes behind a multiple of 16: offmoe cannot move such records yet"
+            )
+    interleaved = stacked is not None and family.interleaved_experts
+    return RecordLayout.of(*parts, interleaved=interleaved)
+
+
+def turn_experts(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
+    """Stacked experts of floats, [E, cols, rows] in the file, are [E, rows, cols] from here on."""
+    for role in ("gate_up", "down"):
+        for layer in config.routed:
+            info = find(checkpoint, names, role, layer, 0)
+            if info and len(info.shape) == 3 and info.format in FLOATS and not info.upright:
+                experts, cols, rows = info.shape
+                turn = Columns(rows, cols, FORMATS[info.format].bytes)
+                checkpoint.tensors[info.name] = replace(info, shape=(experts, rows, cols), upright=turn)
