@@ -32,7 +32,8 @@ from offmoe.kernels.gpu.gemv import dense
 from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 from offmoe.kernels.gpu.resolve import candidates
-from offmoe.kernels.gpu.route import Table, route
+from offmoe.kernels.gpu.route import route
+from offmoe.kernels.gpu.table import Table
 from offmoe.kernels.mla import Latent
 from offmoe.kernels.planes import PLANES, SlotLayout, matrix, slot_layout
 from offmoe.kernels.record import RecordLayout

@@ -17,7 +17,7 @@ from offmoe.device_formula import device_formula
 from offmoe.errors import OffmoeError
 from offmoe.kernels.gpu.foretell import Past, parts_of
 from offmoe.kernels.gpu.resolve import scratch_size
-from offmoe.kernels.gpu.route import Table
+from offmoe.kernels.gpu.table import Table
 
 
 def reach(residency: Residency, k: int, most: int) -> int:

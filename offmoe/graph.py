@@ -149,7 +149,7 @@ class Decoder:
     ) -> Iterator[None]:
         """Hand residency, position and sampling to the device, choose the first token there; take all back."""
         self._read = 0
-        self._variant = replace(self._variant, sampler=self.step.set_sampling(sampling, ids, eos, most))
+        self._variant = replace(self._variant, sampler=self.step.buffers.set_sampling(sampling, ids, eos, most))
         plain = replace(self._variant, served=self._served(), prefetch=self._variant.emulated)
         if plain not in self._graphs:
             self._capture(plain)  # now, not between two tokens

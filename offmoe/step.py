@@ -9,7 +9,6 @@ Nothing here allocates, waits or reads a tensor on the host.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,16 +35,15 @@ from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
 from offmoe.kernels.gpu.sample import FULL, Scratch, sample_step
-from offmoe.kernels.gpu.sample import variant as sampler_variant
 from offmoe.kernels.mla import LATENT_EPS
 from offmoe.kernels.ring import ABORTED, DONE, Ring, row_words
 from offmoe.kvcache import KVCache
 from offmoe.memory import host_memory, register, unregister
-from offmoe.models.device_trunk import DeviceLatent, DeviceLayer, DeviceTrunk, normed_dense
+from offmoe.models.device_trunk import DeviceTrunk, normed_dense
+from offmoe.models.device_weights import DeviceLatent, DeviceLayer
 from offmoe.plan import Plan
-from offmoe.settings import Sampling
 from offmoe.states import NOWHERE
-from offmoe.step_buffers import MOST_EOS, StepBuffers
+from offmoe.step_buffers import StepBuffers
 from offmoe.streams import Lane, Mark
 from offmoe.vram import VramStore
 
@@ -319,23 +317,6 @@ class DecodeStep:
             self._request_seq,
         )  # fmt: skip
         return Copies(b.miss_count, b.miss_slots, self._scratch, b.sources)
-
-    def set_sampling(self, sampling: Sampling, ids: list[int], eos: frozenset[int], most: int) -> str:
-        """Parameters of an answer of at most `most` tokens to the prompt `ids`; returns the variant that they need."""
-        b = self.buffers
-        temperature, top_k = sampling.temperature or 0.0, sampling.top_k or 0
-        top_p = 1.0 if sampling.top_p is None else sampling.top_p
-        params = (temperature, top_k, top_p, sampling.min_p or 0.0, sampling.repeat_penalty or 1.0)
-        b.params.copy_(torch.tensor(params))
-        b.seed.fill_(sampling.seed if sampling.seed is not None else secrets.randbits(63))
-        b.seen.zero_()
-        if ids:
-            b.seen[torch.tensor(sorted(set(ids)), device=self.device)] = 1
-        ends = torch.full((MOST_EOS,), -2, dtype=torch.int32)
-        ends[: min(len(eos), MOST_EOS)] = torch.tensor(sorted(eos)[:MOST_EOS], dtype=torch.int32)
-        b.eos.copy_(ends)
-        b.remaining.fill_(most)
-        return sampler_variant(temperature, top_k)
 
     def push(self, clock: int, position: int) -> None:
         """Residency to the device; `position`: where the next token will stand. Steps count from 0 again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from offmoe.kernels.gpu import mla
 from offmoe.kernels.gpu.attention import partial_size
+from offmoe.kernels.gpu.sample import variant
 from offmoe.kernels.ring import COUNTED
 from offmoe.models.config import Heads, ModelConfig
+from offmoe.settings import Sampling
 
 MOST_EOS = 16
 
@@ -63,3 +66,19 @@ class StepBuffers:
         self.params, self.seed = floats(5), torch.zeros(1, dtype=torch.int64, device=device)
         self.seen = torch.zeros(c.vocab, dtype=torch.uint8, device=device)
         self.eos = torch.full((MOST_EOS,), -2, dtype=torch.int32, device=device)
+
+    def set_sampling(self, sampling: Sampling, ids: list[int], eos: frozenset[int], most: int) -> str:
+        """Parameters of an answer of at most `most` tokens to the prompt `ids`; returns the variant that they need."""
+        temperature, top_k = sampling.temperature or 0.0, sampling.top_k or 0
+        top_p = 1.0 if sampling.top_p is None else sampling.top_p
+        params = (temperature, top_k, top_p, sampling.min_p or 0.0, sampling.repeat_penalty or 1.0)
+        self.params.copy_(torch.tensor(params))
+        self.seed.fill_(sampling.seed if sampling.seed is not None else secrets.randbits(63))
+        self.seen.zero_()
+        if ids:
+            self.seen[torch.tensor(sorted(set(ids)), device=self.seen.device)] = 1
+        ends = torch.full((MOST_EOS,), -2, dtype=torch.int32)
+        ends[: min(len(eos), MOST_EOS)] = torch.tensor(sorted(eos)[:MOST_EOS], dtype=torch.int32)
+        self.eos.copy_(ends)
+        self.remaining.fill_(most)
+        return variant(temperature, top_k)

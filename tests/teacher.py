@@ -12,7 +12,7 @@ def graph_logits(engine: Engine, ids: list[int], tokens: list[int]) -> torch.Ten
     """Logits after the prompt and after every token [1 + T, V]."""
     rows = [engine.prefill(ids).clone()]
     decoder, step = engine.decoder, engine.decoder.step
-    step.set_sampling(Sampling(temperature=0.0), [], frozenset(), 1000)
+    step.buffers.set_sampling(Sampling(temperature=0.0), [], frozenset(), 1000)
     step.push(engine.store.clock, len(engine.kv.tokens))
     step.buffers.position += 1
     step.table.clock[0] += 1

@@ -26,7 +26,8 @@ from offmoe.device_table import device_table, lose, pull, push, reach
 from offmoe.errors import OffmoeError
 from offmoe.kernels.gpu.foretell import foretell, popcount
 from offmoe.kernels.gpu.resolve import candidates, evaluate
-from offmoe.kernels.gpu.route import Table, predict, route
+from offmoe.kernels.gpu.route import predict, route
+from offmoe.kernels.gpu.table import Table
 from offmoe.kernels.ring import COUNTED, COUNTERS
 from offmoe.kernels.route import Rule, select
 

@@ -63,7 +63,7 @@ def step_of(path: Path, **settings: Any) -> Iterator[DecodeStep]:
 def run(step: DecodeStep, variant: Variant, routed: int | None = None) -> torch.Tensor:
     """Logits [T, V] after each of IDS, teacher-forced; `routed`: to so many records, where not to k in every layer."""
     b = step.buffers
-    step.set_sampling(Sampling(temperature=0.0), [], frozenset(), 100)
+    step.buffers.set_sampling(Sampling(temperature=0.0), [], frozenset(), 100)
     step.push(0, len(step.kv.tokens))
     step.table.clock[0] += 1
     b.position += 1  # as the first `choose` would

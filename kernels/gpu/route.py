@@ -7,50 +7,18 @@ has ended, the table before the logits are there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from offmoe.kernels.gpu.foretell import Past
 from offmoe.kernels.gpu.launch import dependent
-from offmoe.kernels.gpu.resolve import KINDS, look, ordered, prefetch, resolve
+from offmoe.kernels.gpu.rank import MIXER, SOFTMAX, enough, judged, mixed, places, ranked, steps
+from offmoe.kernels.gpu.resolve import KINDS, look, prefetch, resolve
+from offmoe.kernels.gpu.table import Table
 from offmoe.kernels.route import TINY, Rule
 
 PROGRAMS = 128  # at most
-SCORES = {"softmax": 0, "mixer": 1, "sigmoid": 2, "none": 3}  # up to MIXER exponentials, which are to be summed
-SOFTMAX, MIXER, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LEAST = tl.constexpr(TINY)
-TAKEN = tl.constexpr(-(1 << 31))  # the key of what has its place already, or is no expert
-LAST = tl.constexpr(1 << 30)  # the place of an expert that nobody asks for
-
-
-@dataclass(frozen=True)
-class Table:
-    """Residency on the device, all int32: [records], [slots], and the policy's two arrays [records]."""
-
-    slot_of: Tensor
-    owner: Tensor
-    arriving: Tensor
-    fresh: Tensor  # prefetched and not used yet
-    landed: Tensor
-    progress: Tensor  # chunks of an arriving record, for page_in
-    a: Tensor
-    b: Tensor
-    decay: Tensor  # float32
-    clock: Tensor  # token, event
-    candidates: Tensor  # [layers or 1, C]
-    scratch: Tensor  # of `candidates`
-    kind: str  # of the policy
-    past: Past | None = None  # of policy echo
-    use: Any = None  # of kind formula: functions of a kernel
-    worth: Any = None
-
-    @property
-    def foretold(self) -> Tensor | None:
-        return self.past.foretold if self.past else None
 
 
 @triton.jit
@@ -106,99 +74,6 @@ def last_arriver(ticket):
     if last:
         tl.store(ticket, 0)
     return last
-
-
-@triton.jit
-def judged(
-    logits, bias, experts, EP: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
-    BEST: tl.constexpr, GP: tl.constexpr,
-):  # fmt: skip
-    """What experts are ranked by [EP], and their scores [EP]: of a softmax before it is divided by its sum."""
-    e = tl.arange(0, EP)
-    value = tl.load(logits + e, mask=e < experts, other=-float("inf"), cache_modifier=".cg")
-    if SCORES <= MIXER:
-        score = tl.exp(value - tl.max(value, 0))
-        order = value
-        if (bias is not None) or (GROUPS > KEPT):
-            order = score / tl.sum(score, 0)
-    elif SCORES == SIGMOID:
-        score = tl.sigmoid(value)
-        order = score
-    else:
-        score = tl.where(e < experts, value, 0.0)
-        order = value
-    if bias is not None:
-        order += tl.load(bias + e, mask=e < experts, other=0.0)
-    if GROUPS > KEPT:
-        order = in_groups(order, experts, EP, GROUPS, KEPT, BEST, GP)
-    return order, score
-
-
-@triton.jit
-def enough(score, rank, top_p, K: tl.constexpr, EP: tl.constexpr, SCORES: tl.constexpr):
-    """How many of the first K by rank have scores that sum to top_p: up to the one that reaches it."""
-    if SCORES <= MIXER:
-        score = score / tl.sum(score, 0)
-    count, mass = 1, tl.sum(tl.where(rank == 0, score, 0.0), 0)
-    for j in tl.static_range(1, K):
-        count += tl.where(mass < top_p, 1, 0)
-        mass += tl.sum(tl.where(rank == j, score, 0.0), 0)
-    return count
-
-
-@triton.jit
-def mixed(logit, rank, experts, jitter, K: tl.constexpr, EP: tl.constexpr):
-    """Weights of the first K by rank, as kernels.route.mixed has them [EP]."""
-    there = tl.arange(0, EP) < experts
-    logit = tl.where(there, logit, 1.0)
-    weight = tl.zeros((EP,), tl.float32)
-    for j in tl.static_range(K):
-        top = tl.sum(tl.where(there & (rank == j), logit, 0.0), 0)
-        far = (top - logit) / tl.maximum(tl.abs(logit), top) > 2 * jitter
-        total = tl.sum(tl.where(there & (rank >= j) & ~far, tl.exp(logit - top), 0.0), 0)
-        weight = tl.where(rank == j, 1 / total, weight)
-    return weight
-
-
-@triton.jit
-def in_groups(
-    order, experts, EP: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, GP: tl.constexpr,
-):  # fmt: skip
-    """order [EP], -inf in the groups that are not kept."""
-    e = tl.arange(0, EP)
-    member = (e // (experts // GROUPS))[None, :] == tl.arange(0, GP)[:, None]
-    inside = tl.where(member & (e < experts)[None, :], order[None, :], -float("inf"))
-    worth = tl.zeros((GP,), tl.float32)
-    for _ in tl.static_range(BEST):
-        best, at = tl.max(inside, 1, return_indices=True)
-        worth += best
-        inside = tl.where(e[None, :] == at[:, None], -float("inf"), inside)
-    kept = member & (ranked(worth, GROUPS, KEPT, GP) < KEPT)[:, None]
-    return tl.where(tl.sum(kept.to(tl.int32), 0) > 0, order, -float("inf"))
-
-
-@triton.jit
-def ranked(value, experts, k: tl.constexpr, EP: tl.constexpr):
-    """The place of each of value [EP] in falling order, up to k, the lowest of equals first; NaN has one too.
-
-    k short rounds: comparing all with all in one go is so much code, run once, that it costs 22 µs for 256 experts.
-    """
-    e = tl.arange(0, EP)
-    key = tl.where(e < experts, tl.maximum(ordered(value), TAKEN + 1), TAKEN)
-    rank = tl.full((EP,), LAST, tl.int32)
-    for n in range(k):
-        first = tl.min(tl.where(key == tl.max(key, 0), e, EP), 0)
-        rank = tl.where(e == first, n, rank)
-        key = tl.where(e == first, TAKEN, key)
-    return rank
-
-
-@triton.jit
-def places(ids, EP: tl.constexpr, KP: tl.constexpr):
-    """The place of each expert [EP] among ids [KP], -1 padded."""
-    found = ids[:, None] == tl.arange(0, EP)[None, :]
-    rank = tl.sum(tl.where(found, tl.arange(0, KP)[:, None] + 1, 0), 0)
-    return tl.where(rank > 0, rank - 1, LAST)
 
 
 @triton.jit(
@@ -355,7 +230,7 @@ def route(
         rule.top_p,
         rule.scale, rule.jitter, layer, layers, forced, 1 if forced is None else forced.shape[0], step, ids, weights,
         table.slot_of, table.owner, table.arriving, table.fresh, table.landed, table.a, table.b,
-        table.decay, table.decay.numel(), table.clock, candidate_row(table, layer),
+        table.decay, table.decay.numel(), table.clock, table.candidate_row(layer),
         status, slots, hit, miss_count, miss_records, miss_slots, *(fetched or (None, None)), counters, log, units,
         KP=triton.next_power_of_2(rule.top_k), RENORMALISE=rule.renormalise, SHARED=len(router) - experts,
         FORCED=forced is not None, APART=apart, **steps(rule),
@@ -384,7 +259,7 @@ def predict(
         x, norm, shift, router, offset, bias, logits, ticket, eps, experts, rule.top_k, rule.top_p, layer, layers,
         least, most,
         emulated, 1 if emulated is None else emulated.shape[0], step, m,
-        table.slot_of, table.owner, table.arriving, table.fresh, table.landed, candidate_row(table, layer),
+        table.slot_of, table.owner, table.arriving, table.fresh, table.landed, table.candidate_row(layer),
         held, held.numel(), status, fetch_count, fetch_records, fetch_slots, counters, units,
         KP=triton.next_power_of_2(max(rule.top_k, m)), EMULATED=emulated is not None, APART=apart, **steps(rule),
         C=table.candidates.shape[1], CP=triton.next_power_of_2(table.candidates.shape[1]),
@@ -397,18 +272,8 @@ def each(experts: int) -> int:
     return max(1, triton.next_power_of_2(experts) // (PROGRAMS if isinstance(_route, triton.JITFunction) else 2))
 
 
-def steps(rule: Rule) -> dict[str, int]:
-    return {"SCORES": SCORES[rule.scores], "VARIES": rule.top_p < 1,
-            "GROUPS": rule.groups, "KEPT": rule.kept, "BEST": rule.group_best,
-            "GP": triton.next_power_of_2(rule.groups)}  # fmt: skip
-
-
 def sizes(router: Tensor, experts: int) -> dict[str, int]:
     h = router.shape[1]
     wide = triton.next_power_of_2(h)
     warps = 8 if wide * each(experts) > 4096 else 4
     return {"H": h, "WIDE": wide, "EACH": each(experts), "EP": triton.next_power_of_2(experts), "num_warps": warps}
-
-
-def candidate_row(table: Table, layer: int) -> Tensor:
-    return table.candidates[layer if len(table.candidates) > 1 else 0]

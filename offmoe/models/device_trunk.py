@@ -6,90 +6,21 @@ at a time for torch's product. Shares its interface with Trunk, its naive twin o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offmoe.kernels.formats import FORMATS, as_it_lies, whole_rows
-from offmoe.kernels.keyless import MixerWeights
-from offmoe.kernels.mla import HEADS_AT_ONCE, LATENT_EPS, Latent, expand
+from offmoe.kernels.mla import HEADS_AT_ONCE, LATENT_EPS, expand
 from offmoe.kernels.norm_rope import rms_norm
-from offmoe.kernels.planes import Matrix, SlotLayout, matrix, rearrange, rearrange_matrix, slot_layout
-from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.route import select
-from offmoe.kernels.sandwich import Sandwich
 from offmoe.kernels.striped import stripe, unstripe
 from offmoe.kvcache import KVCache
-from offmoe.models.keyless import mixer_output, mixer_weights
-from offmoe.models.latent import FLOATS, head_rows, positioned, rows_of, transposed
+from offmoe.models.device_weights import DeviceLatent, DeviceLayer, DeviceWeights, Part, Resident
+from offmoe.models.latent import positioned
 from offmoe.models.model import Model
-from offmoe.models.trunk import gained, has_head_norm, projections, rope_tables, sandwich, uninterleaved
-
-Part = tuple[Tensor, Matrix]  # bytes in slot layout, and what they are
-
-
-@dataclass(frozen=True)
-class Resident:
-    """A feed-forward part that every token passes: a record in the only slot of a store, for the same kernels."""
-
-    records: Tensor  # uint8 [1, bytes]
-    layout: SlotLayout
-
-
-@dataclass(frozen=True)
-class DeviceLatent:
-    """What latent attention has beside; then `qkv` has no keys and values, but latents: see kernels.mla. Rows stand as
-    models.latent says."""
-
-    q_a_norm: Tensor | None  # [q_rank], striped, where queries have a latent; then qkv makes that
-    q_b: tuple[Part, ...]  # [Q, q_rank]
-    kv_a_norm: Tensor  # [L]
-    k_b: tuple[Part, ...]  # one, [heads · L, N]
-    v_b: tuple[Part, ...]  # one, [heads · V, L]
-
-
-@dataclass(frozen=True)
-class DeviceLayer:
-    """One layer's trunk; norms in float32. Striped ones are the step's, see kernels.striped."""
-
-    attn_norm: Tensor  # [H]
-    attn_norm_striped: Tensor
-    qkv: tuple[Part, ...]  # rows of q, k and v one after another; neighbours of one format are one part
-    q_norm: Tensor | None  # [head_dim] or [Q]
-    k_norm: Tensor | None
-    o: tuple[Part, ...]  # [H, Q]
-    ffn_norm: Tensor  # [H]
-    ffn_norm_striped: Tensor
-    router: Tensor | None  # [E, H] in a float type, striped; behind it the row of a gated shared expert
-    router_bias: Tensor | None  # [E]
-    beside: Resident | None  # shared experts; where there is no router, the layer's only feed-forward part
-    qkv_bias: Tensor | None  # [Q + 2K]
-    mixer: MixerWeights | None  # of a layer without keys; then qkv are the rows of Mixer.projected and o is [H, values]
-    o_bias: Tensor | None  # [H]
-    attn_norm_bias: Tensor | None  # [H], and striped ones
-    attn_norm_bias_striped: Tensor | None
-    ffn_norm_bias: Tensor | None
-    ffn_norm_bias_striped: Tensor | None
-    sinks: Tensor | None  # [heads]
-    router_offset: Tensor | None  # [E]
-    latent: DeviceLatent | None
-    sandwich: Sandwich | None
-    sandwich_striped: Sandwich | None
-    router_factors: Tensor | None  # [E]
-
-    def tensors(self) -> list[Tensor]:
-        values = [getattr(part, field.name) for part in (self, self.latent) if part for field in fields(part)]
-        parts = [part[0] for value in values if isinstance(value, tuple) for part in value]
-        parts += [self.beside.records] if self.beside else []
-        parts += self.mixer.tensors() if self.mixer else []
-        parts += self.sandwich.tensors() if self.sandwich else []
-        return parts + [value for value in values if isinstance(value, Tensor)]
+from offmoe.models.trunk import rope_tables
 
 
 class DeviceTrunk:
@@ -98,16 +29,17 @@ class DeviceTrunk:
     def __init__(self, model: Model, device: torch.device, dtype: torch.dtype, ctx: int) -> None:
         self.config = model.config
         self.layers: list[DeviceLayer] = []
-        self._model, self._device, self._dtype = model, device, dtype
-        self.embedding = self._parts("embed")[0]  # [V, H]
+        self._device, self._dtype = device, dtype
+        self._weights = weights = DeviceWeights(model, device)
+        self.embedding = weights.parts("embed")[0]  # [V, H]
         # Only the step and `logits` use these.
-        self.final_norm = stripe(self._float("final_norm")) / self.config.logit_divisor
+        self.final_norm = stripe(weights.floats("final_norm")) / self.config.logit_divisor
         self.final_norm_bias = self.head_bias = None
         if self.config.norm_bias:
-            self.final_norm_bias = stripe(self._float("final_norm_bias")) / self.config.logit_divisor
+            self.final_norm_bias = stripe(weights.floats("final_norm_bias")) / self.config.logit_divisor
         if self.config.head_bias:
-            self.head_bias = self._float("head_bias") / self.config.logit_divisor
-        self.head = (self.embedding,) if self.config.tied else self._parts("head")
+            self.head_bias = weights.floats("head_bias") / self.config.logit_divisor
+        self.head = (self.embedding,) if self.config.tied else weights.parts("head")
         self.ropes = rope_tables(self.config, ctx, device)
         self._temper = self.config.temper.table(ctx, device) if self.config.temper else None
         self._positions = torch.arange(ctx, device=device)
@@ -120,7 +52,7 @@ class DeviceTrunk:
     def load_layers(self, progress: Callable[[int, int], None]) -> None:
         """Read the layers one after another; `progress(done, layers)`."""
         for layer in range(self.config.layers):
-            self.layers.append(self._load_layer(layer))
+            self.layers.append(self._weights.layer(layer))
             progress(layer + 1, self.config.layers)
 
     @property
@@ -258,132 +190,6 @@ class DeviceTrunk:
             dequantise_into(buffer, part, weight[at : at + part.rows])
             at += part.rows
         return weight
-
-    def _load_layer(self, layer: int) -> DeviceLayer:
-        c, routed = self.config, layer in self.config.routed
-        mixer = c.mixer if layer in c.keyless else None
-        beside = "dense" if not routed else "shared" if c.shared else None
-        return DeviceLayer(
-            attn_norm=(attn_norm := self._float("attn_norm", layer)),
-            attn_norm_striped=stripe(attn_norm),
-            qkv=self._parts(*projections(c, layer), layer=layer),
-            q_norm=self._head_norm("q_norm", layer),
-            k_norm=self._head_norm("k_norm", layer),
-            o=self._parts(mixer_output(mixer) if mixer else "o", layer=layer),
-            ffn_norm=(ffn_norm := self._float("ffn_norm", layer)),
-            ffn_norm_striped=stripe(ffn_norm),
-            router=self._router(layer) if routed else None,
-            router_bias=self._float("router_bias", layer) if routed and c.rule.biased else None,
-            beside=self._feed_forward(beside, layer) if beside else None,
-            attn_norm_bias=(attn_bias := self._float("attn_norm_bias", layer) if c.norm_bias else None),
-            attn_norm_bias_striped=None if attn_bias is None else stripe(attn_bias),
-            ffn_norm_bias=(ffn_bias := self._float("ffn_norm_bias", layer) if c.norm_bias else None),
-            ffn_norm_bias_striped=None if ffn_bias is None else stripe(ffn_bias),
-            qkv_bias=torch.cat([self._float(f"{role}_bias", layer) for role in "qkv"]) if c.qkv_bias else None,
-            mixer=mixer_weights(self._model, partial(self._float, layer=layer)) if mixer else None,
-            o_bias=self._float("o_bias", layer) if c.o_bias else None,
-            sinks=self._float("sinks", layer) if c.sinks else None,
-            router_offset=self._float("router_offset", layer) if routed and c.router_offset else None,
-            latent=self._load_latent(layer, c.latent) if c.latent else None,
-            sandwich=(norms := sandwich(partial(self._float, layer=layer)) if c.sandwich else None),
-            sandwich_striped=striped(norms) if norms else None,
-            router_factors=self._float("router_factors", layer) if c.rule.scaled else None,
-        )
-
-    def _head_norm(self, role: str, layer: int) -> Tensor | None:
-        if self.config.qk_norm == "unit" and layer not in self.config.unturned:
-            return torch.ones(self.config.head_dim, device=self._device)
-        return self._float(role, layer) if has_head_norm(self.config, layer) else None
-
-    def _load_latent(self, layer: int, z: Latent) -> DeviceLatent:
-        heads = self.config.heads
-        if self._model.split:
-            k_b, v_b = self._raw("k_b", layer), self._raw("v_b", layer)
-        else:
-            fmt, raw = self._raw("kv_b", layer)
-            keys, values = head_rows(raw, heads, z)
-            k_b, v_b = transposed(fmt, keys, heads, z), (fmt, values.flatten(0, 1))
-        return DeviceLatent(
-            q_a_norm=stripe(self._float("q_a_norm", layer)) if z.q_rank else None,
-            q_b=self._parts("q_b", layer=layer) if z.q_rank else (),
-            kv_a_norm=self._float("kv_a_norm", layer),
-            k_b=self._laid([k_b], z.plain),
-            v_b=self._laid([v_b], z.kv_rank),
-        )
-
-    def _router(self, layer: int) -> Tensor:
-        """With the row of a gated shared expert behind it, in the wider type of both."""
-        router = self._float("router", layer, keep=not self.config.sandwich)
-        if self.config.sandwich:
-            router = gained(router, self._float("router_gain", layer))
-        if self.config.shared_gated:
-            row = self._float("shared_router", layer, keep=True).view(1, -1)
-            wider = torch.promote_types(router.dtype, row.dtype)
-            router = torch.cat((router.to(wider), row.to(wider)))
-        return stripe(router).contiguous()
-
-    def _feed_forward(self, kind: str, layer: int) -> Resident:
-        """Gate, up and down as a record."""
-        h, inner = self.config.hidden, self.config.dense_hidden if kind == "dense" else self.config.shared_hidden
-        shapes = {"gate": (inner, h), "up": (inner, h), "down": (h, inner)}
-        raw = {name: self._raw(f"{kind}_{name}", layer) for name in shapes}
-        layout = slot_layout(RecordLayout.of(*((name, raw[name][0], *shape) for name, shape in shapes.items())))
-        record = torch.cat([as_it_lies(rows, FORMATS[fmt]) for fmt, rows in raw.values()])
-        return Resident(rearrange(record[None], layout).to(self._device), layout)
-
-    def _float(self, role: str, layer: int = 0, keep: bool = False) -> Tensor:
-        """In float32, or (`keep`) in the float type of the file."""
-        info, meant = self._model.stored(role, layer)[0], self._model.meant(role)
-        dtype = FLOATS.get(info.format, torch.float32) if keep else torch.float32
-        values = self._model.checkpoint.tensor(info.name, dtype)
-        return (meant(values) if meant else values).to(self._device)
-
-    def _parts(self, *roles: str, layer: int = 0) -> tuple[Part, ...]:
-        """The matrices of these roles, one over another, as they lie in the file but for their planes."""
-        return self._laid([self._raw(role, layer) for role in roles], self._cols(roles[0], layer))
-
-    def _laid(self, raw: list[tuple[str, Tensor]], cols: int) -> tuple[Part, ...]:
-        """From formats and bytes [rows, row bytes]."""
-        parts = []
-        for fmt, same in groupby(raw, key=lambda part: part[0]):
-            rows = torch.cat([part[1] for part in same])
-            form = matrix(fmt, len(rows), cols)
-            parts.append((rearrange_matrix(as_it_lies(rows, FORMATS[fmt]), form).to(self._device), form))
-        return tuple(parts)
-
-    def _cols(self, role: str, layer: int) -> int:
-        c = self.config
-        if role == "q_b" and c.latent:
-            return c.latent.q_rank
-        if c.mixer and role == mixer_output(c.mixer):
-            return c.mixer.values
-        if role != "o":
-            return c.hidden
-        return c.heads * c.value_dim if c.latent else c.heads_of(layer).queries
-
-    def _raw(self, role: str, layer: int) -> tuple[str, Tensor]:
-        """Format and bytes [rows, row bytes] of one matrix; rotated pairs put into halves."""
-        info, some = self._model.stored(role, layer)
-        form, high = FORMATS[info.format], math.prod(info.shape[:-1])
-        # Rows that share scales cannot be moved: in bfloat16, which holds float8's 4 bits. `embed` knows GGUF's only.
-        if form.tiled or (role == "embed" and form.gguf_type is None):
-            values = self._model.checkpoint.tensor(info.name, torch.bfloat16)
-            info = replace(info, format="BF16")
-            raw = values.view(torch.uint8).view(high, -1)
-        else:
-            raw = whole_rows(self._model.checkpoint.read(info.name), form, high)
-        raw = raw if some is None else raw[some]
-        if role in ("q", "k") and self._model.interleaved:
-            heads = self.config.heads_of(layer)
-            raw = uninterleaved(raw, heads.heads if role == "q" else heads.kv_heads)
-        if (rows := rows_of(role, self.config, striped=True)) is not None:
-            raw = raw[rows]
-        return info.format, raw
-
-
-def striped(norms: Sandwich) -> Sandwich:
-    """Its weights for the step."""
-    return replace(norms, **{name: stripe(w) for name, w in vars(norms).items() if w.numel() > 1})
 
 
 def normed_dense(
