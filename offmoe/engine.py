@@ -107,7 +107,8 @@ class Engine:
             on_error.callback(opened.checkpoint.close)
             tokenizer = load_tokenizer(opened.checkpoint)  # before minutes of reading weights
             on_error.callback(tokenizer.close)
-            tokenizer.think(think)
+            if think is not None:
+                tokenizer.think(think)
             engine = cls(opened, chosen, progress)
             engine.tokenizer = tokenizer
             on_error.pop_all()

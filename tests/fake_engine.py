@@ -50,7 +50,8 @@ class Engine:
     @classmethod
     def load(cls, model: str, progress: Any = None, think: str | None = None, **settings: Any) -> Engine:
         engine = cls()
-        engine.think(think)
+        if think is not None:
+            engine.think(think)
         engine.settings = settings
         return engine
 

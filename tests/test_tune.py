@@ -333,7 +333,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     seen: list[Settings] = []
 
     @contextmanager
-    def load(path: Path, settings: Settings) -> Iterator[fake_engine.Engine]:
+    def load(path: Path, settings: Settings, think: str | None = None) -> Iterator[fake_engine.Engine]:
         seen.append(settings)
         yield fake_engine.Engine()
 
