@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from close import assert_close
 
+from offmoe.checkpoint import ByteRange, Checkpoint, TensorInfo
 from offmoe.errors import OffmoeError
 from offmoe.gguf_keys import scaling_keys
 from offmoe.kernels.rope import KINDS, Scaling, frequency_factors, inverse_frequencies, rope_table
 from offmoe.models.family import family_of
 from offmoe.models.gemma4 import factored
-from offmoe.models.rope import check_rope, gguf_scaling, positions, scaling_of
+from offmoe.models.read_config import rope_factors
+from offmoe.models.rope import GGUF_FACTORS, check_rope, gguf_scaling, positions, scaling_of
 
 HEAD, THETA, TRAINED = 64, 150_000.0, 4096
 FACTORS = [1.0 + i / 8 for i in range(32)]
@@ -125,6 +128,12 @@ def test_a_gguf_says_llama3_by_what_frequencies_are_divided_by() -> None:
     assert (got.attention, got.scores) == (1, 1)
     with pytest.raises(OffmoeError, match="short_factor has 32 numbers: expected one for each of 16 pairs"):
         check_rope(got, HEAD // 2, THETA)
+
+
+def test_factors_are_not_read_where_there_are_too_many() -> None:
+    info = TensorInfo(GGUF_FACTORS, "F32", (1 << 20, 1 << 20), ByteRange(0, 0, 1 << 42))
+    with pytest.raises(OffmoeError, match=r"rope_freqs.weight has shape \[1048576, 1048576\]: expected a number"):
+        rope_factors(Checkpoint(Path("m.gguf"), "gguf", [], {GGUF_FACTORS: info}, {}))
 
 
 def test_what_gemma_turns_of_a_wide_head_stands_in_these_factors() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from offmoe.checkpoint import Checkpoint
@@ -17,6 +18,7 @@ from offmoe.models.quantisation import packing_of
 from offmoe.models.rope import GGUF_FACTORS, gguf_scaling, positions, rope_parameters, scaling_of
 
 MOST_LAYERS = 4096
+MOST_PAIRS = 4096  # that a head turns
 
 
 def read_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
@@ -25,13 +27,20 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
         family = family_of("arch", arch, gating(checkpoint, arch))
         if not checkpoint.metadata.get(f"{arch}.expert_count"):
             raise OffmoeError(f"{checkpoint.path} is a dense {arch} model: offmoe runs mixture-of-experts models")
-        factors = checkpoint.tensor(GGUF_FACTORS).flatten().tolist() if GGUF_FACTORS in checkpoint.tensors else None
-        return family, from_gguf(checkpoint.metadata, family, checkpoint.tensors, factors)
+        return family, from_gguf(checkpoint.metadata, family, checkpoint.tensors, rope_factors(checkpoint))
     raw = checkpoint.json("config.json")
     if raw is None:
         raise OffmoeError(f"{checkpoint.path} has no config.json: download the whole model directory")
     family = family_of("model_type", raw.get("model_type"))
     return family, from_hf(raw, family)
+
+
+def rope_factors(checkpoint: Checkpoint) -> list[float] | None:
+    """The values of GGUF_FACTORS; None: there are none."""
+    info = checkpoint.tensors.get(GGUF_FACTORS)
+    if info is not None and prod(info.shape) > MOST_PAIRS:
+        raise OffmoeError(f"tensor {GGUF_FACTORS} has shape {list(info.shape)}: expected a number a pair of a head")
+    return None if info is None else checkpoint.tensor(GGUF_FACTORS).flatten().tolist()
 
 
 def gating(checkpoint: Checkpoint, arch: object) -> object:
