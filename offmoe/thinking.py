@@ -22,7 +22,7 @@ def thinking_variables(value: str | None, names: Collection[str]) -> dict[str, A
     switches = [name for name in SWITCHES if name in names]
     efforts = [name for name in EFFORTS if name in names]
     if not (switches or efforts or MODE in names):
-        raise OffmoeError("the model's chat template has no variable for thinking: leave --think out")
+        raise OffmoeError("the model's chat template has no variable for thinking: leave --think and /think out")
     if value not in ("on", "off"):
         return with_effort(value, switches, efforts)
     if not switches and MODE not in names:
