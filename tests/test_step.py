@@ -24,6 +24,8 @@ from offmoe import kvcache
 from offmoe.cache.policies.echo import Echo
 from offmoe.engine import Engine, feed_forward
 from offmoe.errors import OffmoeError
+from offmoe.kernels.gpu import prefill as gpu_prefill
+from offmoe.kernels.kv import dequantise, quantise
 from offmoe.kernels.ring import ABORTED, DONE
 from offmoe.kvcache import KVCache
 from offmoe.models.device_trunk import DeviceTrunk
@@ -93,28 +95,52 @@ def test_logits_are_those_of_transformers(family: str, scope: str, tmp_path: Pat
         assert_close("logits", run(step, Variant()), want, 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("family", "kv"),
-    [("gpt_oss", "same"), ("gpt_oss", "int8"), ("llama4_text-chunked", "same"), ("gemma4_text", "same")],
-)
-def test_a_ring_that_has_gone_around(family: str, kv: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prompt in chunks, one longer than the ring of 68 or 71, then tokens whose windows lie across its end."""
+BEFORE = [(7 * i) % 90 + 3 for i in range(110)]
+CHUNKS = [BEFORE[:8], BEFORE[8:90], BEFORE[90:]]  # one longer than the ring of 68 or 71
+
+
+def prefill(step: DecodeStep, chunks: list[list[int]]) -> torch.Tensor:
+    """Logits [T, V] of the last chunk."""
+    for chunk in chunks:
+        step.store.begin(len(chunk))
+        x, start = step.trunk.embed(torch.tensor(chunk)), len(step.kv.tokens)
+        for layer in range(step.config.layers):
+            x = x + step.trunk.attend(layer, x, step.kv, start)
+            x = feed_forward(step.trunk, step.store, layer, x)
+        step.kv.tokens += chunk
+    return step.trunk.logits(x)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text-chunked", "gemma4_text"])
+def test_a_ring_that_has_gone_around(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt in chunks, then tokens whose windows lie across the ring's end."""
     monkeypatch.setattr(kvcache, "SLACK", 64)
-    before = [(7 * i) % 90 + 3 for i in range(110)]
-    want, _ = reference(family, before + IDS)
-    with step_of(saved(family, tmp_path), vram="100%", ctx=128, int8=kv == "int8") as step:
-        for chunk in (before[:8], before[8:90], before[90:]):
-            step.store.begin(len(chunk))
-            x, start = step.trunk.embed(torch.tensor(chunk)), len(step.kv.tokens)
-            for layer in range(step.config.layers):
-                x = x + step.trunk.attend(layer, x, step.kv, start)
-                x = feed_forward(step.trunk, step.store, layer, x)
-            step.kv.tokens += chunk
-        assert_close("the prompt's", step.trunk.logits(x), want[90:110], 0.1 if kv == "int8" else 1e-5)
-        got = run(step, Variant())
-        assert_close("logits", got, want[110:], 0.1 if kv == "int8" else 1e-5)
-        assert step.kv.reuse(before + IDS) == 110
-        assert step.kv.reuse([*before[:50], 1]) == 0, "the tokens that were run have taken its place"
+    want, _ = reference(family, BEFORE + IDS)
+    with step_of(saved(family, tmp_path), vram="100%", ctx=128) as step:
+        assert_close("the prompt's", prefill(step, CHUNKS), want[90:110], 1e-5)
+        assert_close("logits", run(step, Variant()), want[110:], 1e-5)
+        assert step.kv.reuse(BEFORE + IDS) == 110
+        assert step.kv.reuse([*BEFORE[:50], 1]) == 0, "the tokens that were run have taken its place"
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma4_text"])
+def test_a_ring_of_int8_is_one_of_rounded_values(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against floats that are rounded as they are read, a token's own too: a tiny model magnifies what rounding does,
+    gpt-oss to 17 % and Gemma to 80 % of its logits, so nothing else can be compared."""
+    monkeypatch.setattr(kvcache, "SLACK", 64)
+    path = saved(family, tmp_path)
+    with step_of(path, vram="100%", ctx=128, int8=True) as step:
+        prompt, got = prefill(step, CHUNKS), run(step, Variant())
+    attend = gpu_prefill.prefill_attention
+
+    def rounded(q: torch.Tensor, *kept: Any, **options: Any) -> torch.Tensor:
+        keys, values = (dequantise(*quantise(x), torch.float32) for x in kept[:2])
+        return attend(q, keys, values, *kept[2:], **options)
+
+    monkeypatch.setattr(gpu_prefill, "prefill_attention", rounded)
+    with step_of(path, vram="100%", ctx=128) as step:
+        assert_close("the prompt's", prompt, prefill(step, CHUNKS), 1e-5)
+        assert_close("logits", got, prefill(step, [IDS]), 1e-5)
 
 
 @pytest.mark.parametrize(("fmt", "ratio"), [(None, 1e-5), ("F32", 1e-5), ("Q8_0", 2e-3)])
