@@ -12,6 +12,7 @@ from close import assert_close
 from quantised import check_answers
 from safetensors.torch import load_file, save_file
 from scaled import quantise
+from test_int4 import logits_of
 from test_models import IDS, decoded, engine_of, packed
 from tiny import saved, tiny
 from torch import Tensor
@@ -66,11 +67,6 @@ def made(family: str, kind: str, base: str, folder: Path) -> tuple[Path, Any]:
     return path, type(tiny(family)).from_pretrained(plain, dtype="float32").eval()
 
 
-@torch.no_grad()
-def logits_of(model: Any, ids: list[int] = IDS) -> Tensor:
-    return model(torch.tensor([ids])).logits[0]
-
-
 CASES = [(family, kind, base) for kind in KINDS for family, base in [
     *APART.items(), ("gemma4_text", "experts"), ("gemma4_text", "moe.experts")]]  # fmt: skip
 
@@ -80,7 +76,7 @@ def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
     family: str, kind: str, base: str, tmp_path: Path
 ) -> None:
     path, model = made(family, kind, base, tmp_path)
-    check_answers(path, IDS, logits_of(model), lambda formats: formats == {KINDS[kind]})
+    check_answers(path, IDS, logits_of(model, IDS), lambda formats: formats == {KINDS[kind]})
 
 
 @pytest.mark.parametrize("family", STACKS)
@@ -88,7 +84,7 @@ def test_they_pack(family: str, tmp_path: Path) -> None:
     path, model = made(family, "nvfp4-pack-quantized", APART.get(family, "experts"), tmp_path)
     with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
-    assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
+    assert (logits - logits_of(model, IDS)[7:]).abs().max() < 1e-4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")

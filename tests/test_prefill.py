@@ -27,6 +27,17 @@ pytestmark = pytest.mark.usefixtures("whole_model")
 IDS = [5, 17, 3, 60, 9, 33, 2, 71, 14, 8]
 
 
+def chunk_logits(trunk: DeviceTrunk, store: VramStore, kv: KVCache, ids: list[int]) -> torch.Tensor:
+    """Logits [T, V] after each of `ids`, which go on from where the cache stands."""
+    store.begin(len(ids))
+    x, start = trunk.embed(torch.tensor(ids)), len(kv.tokens)
+    for layer in range(trunk.config.layers):
+        x = x + trunk.attend(layer, x, kv, start)
+        x = feed_forward(trunk, store, layer, x)
+    kv.tokens += ids
+    return trunk.logits(x)
+
+
 def prefill(path: Path, chunk: int, batch: int, **settings: Any) -> torch.Tensor:
     """Logits [T, V]; slots hold NaN before they are filled."""
     model = open_model(path)
@@ -38,15 +49,7 @@ def prefill(path: Path, chunk: int, batch: int, **settings: Any) -> torch.Tensor
     kv = KVCache(model.config, plan.ctx, plan.device, torch.float32)
     if plan.ram_rows >= model.records:
         store.ram.fill()
-    rows = []
-    for at in range(0, len(IDS), chunk):
-        ids = IDS[at : at + chunk]
-        store.begin(len(ids))
-        x = trunk.embed(torch.tensor(ids))
-        for layer in range(model.config.layers):
-            x = x + trunk.attend(layer, x, kv, at)
-            x = feed_forward(trunk, store, layer, x)
-        rows.append(trunk.logits(x))
+    rows = [chunk_logits(trunk, store, kv, IDS[at : at + chunk]) for at in range(0, len(IDS), chunk)]
     store.check()
     store.close()
     model.checkpoint.close()

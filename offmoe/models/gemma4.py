@@ -1,7 +1,7 @@
 """Gemma 4 (26B-A4B): in each layer a part for every token beside the experts, norms around all of them; layers that see
 all positions have fewer and wider heads, whose values are their keys. Its language model is run."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -62,11 +62,11 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def factored(rope: Mapping[str, Any], factors: Sequence[float]) -> dict[str, Any]:
+def factored(rope: Mapping[str, Any], factors: list[float]) -> dict[str, Any]:
     """`rope` with the share of pairs that a GGUF's factors leave turned."""
     turned = [factor for factor in factors if factor < RESTS]
-    if set(turned) != {1.0} or list(factors[: len(turned)]) != turned:
-        raise OffmoeError(f"{GGUF_FACTORS} is {shown(list(factors))}: expected ones, then factors that leave no turn")
+    if set(turned) != {1.0} or factors[: len(turned)] != turned:
+        raise OffmoeError(f"{GGUF_FACTORS} is {shown(factors)}: expected ones, then factors that leave no turn")
     return {**rope, "partial_rotary_factor": len(turned) / len(factors)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -110,7 +110,7 @@ def from_gguf(
     metadata: Mapping[str, Any],
     family: Family,
     tensors: Mapping[str, Any],
-    rope_factors: Sequence[float] | None = None,
+    rope_factors: list[float] | None = None,
 ) -> ModelConfig:
     """GGUF metadata and the values of models.rope.GGUF_FACTORS, by way of the field names of `config.json`."""
 

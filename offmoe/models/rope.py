@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from offmoe.errors import OffmoeError
@@ -74,16 +74,15 @@ def positions(raw: Mapping[str, Any], scaling: Scaling) -> int:
 
 
 def gguf_scaling(
-    key: Callable[[str], Any], tensors: Mapping[str, Any], factors: Sequence[float] | None = None
+    key: Callable[[str], Any], tensors: Mapping[str, Any], factors: list[float] | None = None
 ) -> dict[str, Any]:
     """The table `rope_scaling` of a config, out of `{arch}.rope.scaling.*`, or of GGUF_FACTORS' values. llama.cpp
     multiplies yarn's own factor of cos and sin by `attn_factor`, and keeps a tenth of mscale_all_dim."""
     if long := [name for name in GGUF_LONG if name in tensors]:
         raise OffmoeError(f"tensor {long[0]} scales the rotation, which offmoe reads from a config.json only")
     if factors is not None:
-        each = list(factors)
         return {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0,
-                "short_factor": each, "long_factor": each}  # fmt: skip
+                "short_factor": factors, "long_factor": factors}  # fmt: skip
     names = {
         "rope_type": "type",
         "factor": "factor",
