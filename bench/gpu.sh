@@ -81,8 +81,8 @@ for name in "$@"; do
         decode-gpt-oss) stage decode-gpt-oss 10 240 python3 bench/decode.py --shape gpt-oss-20b --caps 25,50,100 --routing trace --policies crf:h=16,lru@50 --out "$out/decode.csv" ;;
         decode-prefetch) # published pairs of recall and precision on the misses; and the bound
             stage decode-prefetch 14 300 python3 bench/decode.py --caps 25,50 --routing realistic --prefetch none emulated:recall=0.727,precision=0.557,d=1 emulated:recall=0.142,precision=0.987,d=1 oracle:d=2 --out "$out/decode.csv" ;;
-        families) # a file of 10 to 20 GB each, written and deleted
-            for shape in ${SHAPES:-deepseek-v2-lite glm-4.7-flash qwen3.6-35b-a3b gemma-4-26b-a4b}; do
+        families) # a file of 5 to 20 GB each, written and deleted
+            for shape in ${SHAPES:-deepseek-v2-lite glm-4.7-flash qwen3.6-35b-a3b gemma-4-26b-a4b lfm2-8b-a1b llama-4-scout}; do
                 stage families 5 150 python3 bench/decode.py --shape "$shape" --caps 50,100 --routing own,uniform --tokens 200 --out "$out/decode.csv"
                 rm -f "${TMPDIR:-/tmp}/offmoe-bench/$shape.gguf"
             done

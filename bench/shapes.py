@@ -17,11 +17,14 @@ import numpy as np
 import torch
 
 from offmoe.kernels.formats import FORMATS, dequantise
+from offmoe.kernels.rope import Scaling, frequency_factors
 
-# experts, dense, head: formats of the routed experts, of what is left, and of v and the output head. kv_rank: latent
-# attention, layer 0 dense and so wide as `first`, experts shared; gating 2: a sigmoid with a correction bias. every:
-# that layer has attention with gated heads, the others a DeltaNet; the shared expert is gated. far: of every sixth
-# layer, which sees all positions and has no values of its own; beside: width of each layer's part for every token.
+# format, dense, head: formats of the routed experts, of what is left, and of v and the output head; tied: that is the
+# embedding. leading: layers without experts before the others, so wide as `first`; shared: experts for every token;
+# gating 2: a sigmoid with a correction bias. kv_rank: latent attention. every: that layer has attention with gated
+# heads, the others a DeltaNet; the shared expert is gated. attends: the layers with attention, the others have a short
+# convolution. far: of every sixth layer, which sees all positions and has no values of its own; beside: width of each
+# layer's part for every token.
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": {"arch": "qwen3moe", "layers": 48, "hidden": 2048, "heads": 32, "kv_heads": 4, "head_dim": 128,
                       "vocab": 151936, "experts": 128, "top_k": 8, "inner": 768, "format": "Q4_K", "dense": "Q4_K",
@@ -38,23 +41,35 @@ SHAPES: dict[str, dict[str, Any]] = {
     "deepseek-v2-lite": {"arch": "deepseek2", "layers": 27, "hidden": 2048, "heads": 16, "kv_heads": 1,
                          "head_dim": 192, "vocab": 102400, "experts": 64, "top_k": 6, "inner": 1408, "format": "Q4_K",
                          "dense": "Q4_K", "head": "Q6_K", "qk_norm": "none", "ctx": 163840, "theta": 1e4,
-                         "q_rank": 0, "kv_rank": 512, "turned": 64, "value": 128, "first": 10944, "shared": 2,
-                         "gating": 1, "scale": 1.0},
+                         "q_rank": 0, "kv_rank": 512, "turned": 64, "value": 128, "leading": 1, "first": 10944,
+                         "shared": 2, "gating": 1, "scale": 1.0},
     "glm-4.7-flash": {"arch": "deepseek2", "layers": 47, "hidden": 2048, "heads": 20, "kv_heads": 1, "head_dim": 256,
                       "vocab": 154880, "experts": 64, "top_k": 4, "inner": 1536, "format": "Q4_K", "dense": "Q4_K",
                       "head": "Q6_K", "qk_norm": "none", "ctx": 202752, "theta": 1e6, "q_rank": 768, "kv_rank": 512,
-                      "turned": 64, "value": 256, "first": 10240, "shared": 1, "gating": 2, "scale": 1.8},
+                      "turned": 64, "value": 256, "leading": 1, "first": 10240, "shared": 1, "gating": 2,
+                      "scale": 1.8},
     "qwen3.6-35b-a3b": {"arch": "qwen35moe", "layers": 40, "hidden": 2048, "heads": 16, "kv_heads": 2, "head_dim": 256,
                         "vocab": 248320, "experts": 256, "top_k": 8, "inner": 512, "format": "Q4_K", "dense": "Q4_K",
                         "head": "Q6_K", "qk_norm": "head", "ctx": 262144, "theta": 1e7, "shared": 1, "rotary": 64,
                         "every": 4, "key_heads": 16, "value_heads": 32, "key_dim": 128, "taps": 4},
     "gemma-4-26b-a4b": {"arch": "gemma4", "layers": 30, "hidden": 2816, "heads": 16, "kv_heads": 8, "head_dim": 256,
                         "vocab": 262144, "experts": 128, "top_k": 8, "inner": 704, "format": "Q4_K", "dense": "Q4_K",
-                        "head": None, "qk_norm": "head", "ctx": 262144, "theta": 1e6, "window": 1024, "beside": 2112,
-                        "far": {"kv_heads": 2, "head_dim": 512}},
+                        "head": "Q4_K", "tied": True, "qk_norm": "head", "ctx": 262144, "theta": 1e6, "window": 1024,
+                        "beside": 2112, "far": {"kv_heads": 2, "head_dim": 512}},
+    "lfm2-8b-a1b": {"arch": "lfm2moe", "layers": 24, "hidden": 2048, "heads": 32, "kv_heads": 8, "head_dim": 64,
+                    "vocab": 65536, "experts": 32, "top_k": 4, "inner": 1792, "format": "Q4_K", "dense": "Q4_K",
+                    "head": "Q6_K", "tied": True, "qk_norm": "head", "ctx": 128000, "theta": 1e6, "leading": 2,
+                    "first": 7168, "gating": 2, "attends": (2, 6, 10, 14, 18, 21), "taps": 3},
+    # 8 of its 48 layers, which are 61 GB: a GPU machine's disk has 64. Heads are normed without weights; no layer of
+    # this Llama 4 is dense, though its files give a width.
+    "llama-4-scout": {"arch": "llama4", "layers": 8, "hidden": 5120, "heads": 40, "kv_heads": 8, "head_dim": 128,
+                      "vocab": 202048, "experts": 16, "top_k": 1, "inner": 8192, "format": "Q4_K", "dense": "Q4_K",
+                      "head": "Q6_K", "qk_norm": "none", "ctx": 10485760, "theta": 5e5, "first": 16384, "shared": 1,
+                      "rope": Scaling("llama3", 16.0, 8192, fast=1.0, slow=1.0)},
 }  # fmt: skip
 
 Tensors = list[tuple[str, str, tuple[int, ...]]]  # name, format, shape
+OUTPUT_NORM = {"lfm2moe": "token_embd_norm"}
 FFN_NORM = {"gpt-oss": "post_attention_norm", "qwen35moe": "post_attention_norm"}
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Where a block keeps its float16 scales, and what each is as a multiple of the first: minima centre the weights.
@@ -90,19 +105,20 @@ def tensors(s: dict[str, Any]) -> Tensors:
     """(name, format, shape) of everything, in the order of the file."""
     h, dense, fmt = s["hidden"], s["dense"], s["format"]
     rows = [
-        ("token_embd", dense, (s["vocab"], h)),
-        ("output_norm", "F32", (h,)),
+        ("token_embd", s["head"] if "tied" in s else dense, (s["vocab"], h)),
+        (OUTPUT_NORM.get(s["arch"], "output_norm"), "F32", (h,)),
     ]
-    rows += [("output", s["head"], (s["vocab"], h))] if s["head"] else []
+    rows += [] if "tied" in s else [("output", s["head"], (s["vocab"], h))]
     for layer in range(s["layers"]):
         linear = "every" in s and (layer + 1) % s["every"]
+        convolved = "attends" in s and layer not in s["attends"]
         if "far" in s:
             part = gemma(s, layer)
             rows += [(f"blk.{layer}.{name}", *rest) for name, *rest in part]
             continue
-        mixer = latents if "kv_rank" in s else deltanet if linear else heads
+        mixer = latents if "kv_rank" in s else deltanet if linear else shortconv if convolved else heads
         part = [("attn_norm", "F32", (h,)), (FFN_NORM.get(s["arch"], "ffn_norm"), "F32", (h,)), *mixer(s)]
-        if layer == 0 and "first" in s:
+        if layer < s.get("leading", 0):
             part += feed_forward("", dense, (), s["first"], h)
         else:
             part += [("ffn_gate_inp", "F32", (s["experts"], h))]
@@ -121,7 +137,7 @@ def tensors(s: dict[str, Any]) -> Tensors:
 
 def gemma(s: dict[str, Any], layer: int) -> Tensors:
     h, far = s["hidden"], (layer + 1) % 6 == 0
-    kinds = heads({**s, "head": s["dense"], **(s["far"] if far else {})})
+    kinds = heads({**s, **(s["far"] if far else {})})
     part = [row for row in kinds if not (far and row[0] == "attn_v")]
     norms = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm_1", "pre_ffw_norm_2", "post_ffw_norm_2",
              "post_ffw_norm", "ffn_gate_inp.scale")  # fmt: skip
@@ -149,6 +165,12 @@ def deltanet(s: dict[str, Any]) -> Tensors:
     return [("attn_qkv", dense, (channels, h)), ("attn_gate", dense, (values, h)), ("ssm_beta", "F32", (n, h)),
             ("ssm_alpha", "F32", (n, h)), ("ssm_conv1d", "F32", (channels, s["taps"])), ("ssm_dt.bias", "F32", (n,)),
             ("ssm_a", "F32", (n,)), ("ssm_norm", "F32", (s["key_dim"],)), ("ssm_out", dense, (h, values))]  # fmt: skip
+
+
+def shortconv(s: dict[str, Any]) -> Tensors:
+    h, dense = s["hidden"], s["dense"]
+    return [("shortconv.in_proj", dense, (3 * h, h)), ("shortconv.conv", "F32", (h, s["taps"])),
+            ("shortconv.out_proj", dense, (h, h))]  # fmt: skip
 
 
 def biases(s: dict[str, Any]) -> Tensors:
@@ -199,6 +221,8 @@ def write(name: str, path: Path, layers: int | None = None, seed: int = 0, **cha
         data = made[key].reshape(*dims[:-1], FORMATS[fmt].nbytes(1, cols))
         data = data.view(np.float32) if fmt == "F32" else data
         writer.add_tensor(tensor, -np.abs(data) if tensor.endswith("ssm_a") else data, raw_dtype=kind)  # else it grows
+    if "rope" in s:
+        writer.add_tensor("rope_freqs.weight", frequency_factors(s["head_dim"], s["theta"], s["rope"]).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -210,7 +234,9 @@ def add_metadata(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
     writer.add_embedding_length(s["hidden"])
     writer.add_context_length(s["ctx"])
     writer.add_head_count(s["heads"])
-    if "far" not in s:
+    if "attends" in s:
+        add_shortconv(writer, s)
+    elif "far" not in s:
         writer.add_head_count_kv(s["kv_heads"])
     if "kv_rank" in s:
         add_latents(writer, s)
@@ -235,6 +261,8 @@ def add_metadata(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(32.0)
         writer.add_rope_scaling_orig_ctx_len(4096)
+    if s["arch"] == "llama4":
+        writer.add_interleave_moe_layer_step(1)
 
 
 def add_deltanet(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
@@ -247,6 +275,13 @@ def add_deltanet(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
     writer.add_ssm_inner_size(s["value_heads"] * s["key_dim"])
     writer.add_full_attention_interval(s["every"])
     writer.add_expert_shared_feed_forward_length(s["shared"] * s["inner"])
+
+
+def add_shortconv(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
+    writer.add_head_count_kv([s["kv_heads"] if layer in s["attends"] else 0 for layer in range(s["layers"])])
+    writer.add_shortconv_l_cache(s["taps"])
+    writer.add_leading_dense_block_count(s["leading"])
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType(s["gating"]))
 
 
 def add_far(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
@@ -271,7 +306,7 @@ def add_latents(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
     writer.add_kv_lora_rank(s["kv_rank"])
     if s["q_rank"]:
         writer.add_q_lora_rank(s["q_rank"])
-    writer.add_leading_dense_block_count(1)
+    writer.add_leading_dense_block_count(s["leading"])
     writer.add_expert_shared_count(s["shared"])
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType(s["gating"]))
     writer.add_expert_weights_scale(s["scale"])

@@ -30,6 +30,8 @@ SMALL = {"layers": 48, "hidden": 256, "heads": 4, "kv_heads": 2, "head_dim": 64,
          "inner": 256, "ctx": 64}  # fmt: skip
 LATENT = {"layers": 27, "kv_rank": 64, "turned": 32, "value": 64, "first": 256, "kv_heads": 1}
 LINEAR = {"layers": 4, "rotary": 32, "key_heads": 2, "value_heads": 4, "key_dim": 64}
+OWN = {"olmoe": {"kv_heads": 4}, "deepseek-v2-lite": LATENT, "glm-4.7-flash": LATENT, "qwen3.6-35b-a3b": LINEAR,
+       "lfm2-8b-a1b": {"layers": 24, "first": 256}, "llama-4-scout": {"layers": 8, "top_k": 1}}  # fmt: skip
 
 
 @pytest.mark.parametrize("fmt", [*shapes.FLOATS, *shapes.SCALES, "MXFP4"])
@@ -46,8 +48,7 @@ def test_weights_are_sane(fmt: str) -> None:
 @pytest.mark.parametrize("name", shapes.SHAPES)
 def test_a_small_file_of_each_shape_runs(name: str, tmp_path: Path) -> None:
     given = shapes.SHAPES[name]
-    more = LATENT if "kv_rank" in given else LINEAR if "every" in given else {}
-    small = {**SMALL, **({"kv_heads": 4} if name == "olmoe" else more)}
+    small = {**SMALL, **OWN.get(name, {})}
     for path in (tmp_path / "a.gguf", tmp_path / "b.gguf"):
         shapes.write(name, path, **small)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
@@ -68,7 +69,7 @@ def test_shapes_are_the_real_ones() -> None:
     assert {name: round(size / 1e9, 1) for name, size in sizes.items()} == {
         "qwen3-30b-a3b": 17.3, "gpt-oss-20b": 12.1, "olmoe": 7.4, "mixtral-8x7b": 26.3,
         "deepseek-v2-lite": 9.5, "glm-4.7-flash": 17.1, "qwen3.6-35b-a3b": 19.7,
-        "gemma-4-26b-a4b": 15.2,
+        "gemma-4-26b-a4b": 15.2, "lfm2-8b-a1b": 4.7, "llama-4-scout": 11.4,
     }  # fmt: skip
 
 
