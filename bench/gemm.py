@@ -111,8 +111,8 @@ def sweep(tokens: int) -> list[Row]:
     usual = block_of(tokens * K, EXPERTS, layer.x.dtype)
     for block in {usual, min(128, usual * 2)}:
         tiles = layer.tiles(block)
-        for which, formats in (("first", 2), ("second", 1)):
-            given = tuning_of(block, layer.x.dtype, *["Q4_K"] * formats)
+        for which in ("first", "second"):
+            given = tuning_of(block, layer.x.dtype, CUDA, "Q4_K", which == "first")
             for n, warps, stages, swap in itertools.product((64, 128), (4, 8), (3, 4), (False, True)):
                 tuning = replace(given, rows=n, warps=warps, stages=stages, swap=swap)
                 try:

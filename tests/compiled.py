@@ -27,7 +27,7 @@ from offmoe.cache.residency import Residency
 from offmoe.device_table import device_table
 from offmoe.kernels.deltanet import Delta, DeltaWeights
 from offmoe.kernels.feed_forward import Glu
-from offmoe.kernels.gpu import sandwich
+from offmoe.kernels.gpu import gemm, sandwich
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size
 from offmoe.kernels.gpu.deltanet import delta_chunk, delta_step
@@ -338,6 +338,7 @@ def ends(pdl: bool) -> None:
 
 def main(capability: int) -> None:
     pdl = capability >= 90
+    gemm.wgmma = lambda device: capability == 90
     with caught() as launches:
         products("Q4_K", pdl)
         products("MXFP4", pdl)
@@ -364,6 +365,7 @@ def main(capability: int) -> None:
         ends(pdl)
         prompt(16)
         prompt(64)
+        prompt(128)
     for launch in launches:
         try:
             print(json.dumps(compiled(launch, capability)), flush=True)

@@ -91,6 +91,19 @@ def test_experts_of_two_formats(fmt: str, down: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_up_in_a_format_of_its_own(dtype: torch.dtype) -> None:
+    record = RecordLayout.of(("gate", "Q4_K", 256, 256), ("up", "Q8_0", 256, 256), ("down", "Q6_K", 256, 256))
+    layout = slot_layout(record)
+    slots = filled_slots(random_records(record, EXPERTS), layout, [2 * e for e in range(EXPERTS)], 8).to(DEVICE)
+    x, where = scaled(len(IDS), layout, dtype), {e: 2 * e for e in range(EXPERTS)}
+    out = torch.full((IDS.numel(), layout.hidden), torch.nan, dtype=dtype, device=DEVICE)
+    want = out.double()
+    run(x, IDS, slots, where, layout, out)
+    naive.expert_mlp(x, IDS, {e: slots[s] for e, s in where.items()}, layout, want)
+    assert_close(str(dtype), out, want, RATIOS[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [16, 64])
 def test_biases_and_a_clamped_glu(dtype: torch.dtype, block: int) -> None:
     record = RecordLayout.of(("gate_up", "MXFP4_PAIRS", 192, 160), ("down", "MXFP4_PAIRS", 160, 96), interleaved=True)

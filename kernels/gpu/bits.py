@@ -65,6 +65,32 @@ def number(value):
 
 
 INTERPRETED = tl.constexpr(not isinstance(number, triton.JITFunction))
+PLACED = tl.constexpr(tuple(f"prmt.b32 $0, $1, $2, 0x74{byte}4;" for byte in range(4)))
+
+
+@triton.jit
+def unsigned(word, BYTE: tl.constexpr):
+    """32768 plus a byte of the word, as float32: the byte is the upper half of the mantissa. One instruction."""
+    if INTERPRETED:
+        bits = (word >> (8 * BYTE) & 0xFF) << 8 | 0x47000000
+    else:
+        bits = tl.inline_asm_elementwise(PLACED[BYTE], "=r,r,r", [word, 0x47000000], dtype=tl.uint32, is_pure=True,
+                                         pack=1)  # fmt: skip
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def in_order(a, b, c, d):
+    """Four tensors […] as one […, 2, 2]."""
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit
+def four(word, zero):
+    """Bytes 0 … 3 less `zero`, as float32 […, 2, 2], of a word […]; exact."""
+    zero += 32768.0
+    return in_order(unsigned(word, 0) - zero, unsigned(word, 1) - zero, unsigned(word, 2) - zero,
+                    unsigned(word, 3) - zero)  # fmt: skip
 
 
 @triton.jit
@@ -91,9 +117,3 @@ def iq4(word):
 def fp4(word):
     """Twice the values of four e2m1 codes in the lower half of a word, plus 16."""
     return picked(word, 0x03020100, 0x0C080604) + 0x10101010 - picked(word ^ 0x8888, 0x03020100, 0x0C080604)
-
-
-@triton.jit
-def e2m1(code):
-    """One code as the float32 of 2^-126 times its value: its three bits are low exponent and high mantissa."""
-    return ((code & 8) << 28 | (code & 7) << 22).to(tl.float32, bitcast=True)

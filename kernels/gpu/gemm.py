@@ -7,6 +7,7 @@ they lie, changes no tile: a pair's result is the same bit for bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -17,7 +18,7 @@ from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.gpu.experts import glu
 from offmoe.kernels.gpu.gemv import planes
 from offmoe.kernels.gpu.unpack import tile
-from offmoe.kernels.planes import SlotLayout
+from offmoe.kernels.planes import Matrix, SlotLayout
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Rows of a weight tile, warps, stages; swap: weights are the left operand, so that few tokens fill an MMA."""
+    """Rows of a weight tile (so many of gate and as many of up), warps, stages; swap: weights are the left operand, so
+    that few tokens fill an MMA. registers: a lane's at most."""
 
     rows: int
     warps: int
     stages: int
     swap: bool
+    registers: int | None = None
 
 
 def block_of(pairs: int, experts: int, dtype: torch.dtype) -> int:
@@ -91,26 +94,39 @@ def plan_tiles(ids: Tensor, experts: int, dtype: torch.dtype, block: int | None 
     return Tiles(order, listed, starts, ends, block)
 
 
-def tuning_of(block: int, dtype: torch.dtype, *formats: str) -> Tuning:
-    """For gate and up, with an accumulator each, or for down: as many formats. Compiled for sm_80 and sm_90, none
-    spills or takes more than 96 KiB of shared memory."""
+@cache
+def wgmma(device: torch.device) -> bool:
+    """Whether sums of an MMA are all that it holds in registers."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def tuning_of(block: int, dtype: torch.dtype, device: torch.device, fmt: str, pair: bool) -> Tuning:
+    """pair: for gate and up. Compiled for sm_80 and sm_90, none takes more than 98 KiB of shared memory, and only down
+    in Q6_K spills, 24 bytes."""
     if dtype == torch.float32:  # plain FMA: more outputs a thread spill
         return Tuning(16, 8, 1, False)
-    stages = 2 if "F32" in formats else 3
+    stages = 2 if fmt == "F32" else 3
     if block < 64:
         return Tuning(64, 4, stages, True)
-    return Tuning(64 if len(formats) == 2 else 128, 8 if block == 128 else 4, stages, False)
+    if block < 128:
+        return Tuning(64 if pair else 128, 4, stages, False)
+    # Two programs of 128 registers a multiprocessor, one of which multiplies while the other unpacks: 1.3 x.
+    return Tuning(64 if pair else 128, 8, stages, False, 128 if wgmma(device) else None)
 
 
 @triton.jit
 def product(a, w, total, SWAP: tl.constexpr):
-    """total [M, N] += a [M, K] times the transpose of w [N, K]; all transposed if SWAP."""
-    w = w.to(a.dtype)
+    """total [M, N] += a [M, K] times the transpose of w [N, K], of one type; all transposed if SWAP."""
     if SWAP:
         total = tl.dot(w, tl.trans(a), total, input_precision="ieee")
     else:
         total = tl.dot(a, tl.trans(w), total, input_precision="ieee")
     return total  # once: Triton compiles what stands behind a constexpr return
+
+
+@triton.jit
+def one_behind_another(a, b):
+    return tl.reshape(tl.permute(tl.join(a, b), 2, 0, 1), (2 * a.shape[0], a.shape[1]))
 
 
 @triton.jit
@@ -137,11 +153,12 @@ def record_at(address):
 def _gate_up(
     x, order, experts, starts, ends, addresses, bias, inner, k,
     H: tl.constexpr, INNER: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SWAP: tl.constexpr,
-    PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, CUBIC: tl.constexpr,
-    FG: tl.constexpr, G0: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, G3: tl.constexpr,
+    PITCH: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr,
+    ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, CUBIC: tl.constexpr,
+    FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
     FU: tl.constexpr, U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, U3: tl.constexpr,
 ):  # fmt: skip
-    """Grid (INNER / N, tiles)."""
+    """Grid (INNER / N, tiles). Both are one product: up lies so many BYTES or ROWS behind gate, or has a format FU."""
     t = tl.program_id(1)
     expert = tl.load(experts + t)
     address = tl.load(addresses + tl.maximum(expert, 0))
@@ -150,22 +167,33 @@ def _gate_up(
     record = record_at(address)
     pair, held = pairs_of(order, starts, ends, t, M)
     row = tl.program_id(0) * N + tl.arange(0, N)
-    there, long = row < INNER, row.to(tl.int64) * PITCH
+    inside, long = row < INNER, row.to(tl.int64) * PITCH
+    line = tl.arange(0, 2 * N)  # N of gate, N of up
+    lines = tl.program_id(0) * N + line % N
+    matrix, there = record + tl.where(line < N, 0, BYTES), lines < INNER
+    lines = lines.to(tl.int64) * PITCH + tl.where(line < N, 0, ROWS)
     tokens = x + (pair // k) * H
-    gate = tl.zeros((N, M) if SWAP else (M, N), tl.float32)
-    up = tl.zeros((N, M) if SWAP else (M, N), tl.float32)
+    total = tl.zeros((2 * N, M) if SWAP else (M, 2 * N), tl.float32)
     for step in range((H + 63) // 64):
         column = step * 64 + tl.arange(0, 64)
         a = tl.load(tokens[:, None] + column[None], mask=held[:, None] & (column < H)[None], other=0.0)
-        gate = product(a, tile(record, long, there, step, FG, H, G0, G1, G2, G3), gate, SWAP)
-        up = product(a, tile(record, long, there, step, FU, H, U0, U1, U2, U3), up, SWAP)
+        if FU is None:
+            w = tile(matrix, lines, there, step, FORMAT, H, P0, P1, P2, P3)
+        else:
+            w = one_behind_another(tile(record, long, inside, step, FORMAT, H, P0, P1, P2, P3),
+                                   tile(record, long, inside, step, FU, H, U0, U1, U2, U3))  # fmt: skip
+        total = product(a, w.to(a.dtype), total, SWAP)
+    if SWAP:
+        gate, up = tl.split(tl.permute(tl.reshape(total, (2, N, M)), 1, 2, 0))
+    else:
+        gate, up = tl.split(tl.permute(tl.reshape(total, (M, 2, N)), 0, 2, 1))
     if bias is not None:
-        gate = biased(gate, bias + expert * (2 * INNER), row, there, SWAP)
-        up = biased(up, bias + expert * (2 * INNER) + INNER, row, there, SWAP)
+        gate = biased(gate, bias + expert * (2 * INNER), row, inside, SWAP)
+        up = biased(up, bias + expert * (2 * INNER) + INNER, row, inside, SWAP)
     value = glu(gate, up, ALPHA, LIMIT, PLUS, CUBIC).to(inner.dtype.element_ty)
     if SWAP:
         value = tl.trans(value)
-    tl.store(inner + pair[:, None] * INNER + row[None], value, mask=held[:, None] & there[None])
+    tl.store(inner + pair[:, None] * INNER + row[None], value, mask=held[:, None] & inside[None])
 
 
 @triton.jit
@@ -189,13 +217,26 @@ def _down(
     for step in range((INNER + 63) // 64):
         column = step * 64 + tl.arange(0, 64)
         a = tl.load(tokens[:, None] + column[None], mask=held[:, None] & (column < INNER)[None], other=0.0)
-        total = product(a, tile(record, long, there, step, FORMAT, INNER, P0, P1, P2, P3), total, SWAP)
+        w = tile(record, long, there, step, FORMAT, INNER, P0, P1, P2, P3).to(a.dtype)
+        total = product(a, w, total, SWAP)
     if bias is not None:
         total = biased(total, bias + expert * H, row, there, SWAP)
     value = total.to(out.dtype.element_ty)
     if SWAP:
         value = tl.trans(value)
     tl.store(out + pair[:, None] * H + row[None], value, mask=held[:, None] & there[None])
+
+
+def behind(gate: Matrix, up: Matrix) -> dict[str, int | str | None]:
+    """By how much up's planes lie behind gate's; or its format, if that is another."""
+    apart = {u - g for g, u in zip(gate.planes, up.planes, strict=False)}
+    if gate.format != up.format:
+        return {"BYTES": 0, "ROWS": 0, "FU": up.format}
+    if len(apart) == 1:
+        return {"BYTES": apart.pop(), "ROWS": 0, "FU": None}
+    rows = 1 if gate.pitch == 2 else gate.rows
+    assert gate.rows_from(rows, up.rows, gate.pitch).planes == up.planes, "gate and up are no two halves"
+    return {"BYTES": 0, "ROWS": rows, "FU": None}
 
 
 def expert_mlp(
@@ -216,19 +257,21 @@ def expert_mlp(
     assert (x.shape, out.shape) == ((len(ids), h), (ids.numel(), h))
     assert h % 32 == f % 32 == 0
     inner = torch.empty((len(out), f), dtype=x.dtype, device=x.device)
-    first = first or tuning_of(tiles.block, x.dtype, layout.gate.format, layout.up.format)
-    second = second or tuning_of(tiles.block, x.dtype, layout.down.format)
+    first = first or tuning_of(tiles.block, x.dtype, x.device, layout.gate.format, True)
+    second = second or tuning_of(tiles.block, x.dtype, x.device, layout.down.format, False)
     listed = (tiles.order, tiles.experts, tiles.starts, tiles.ends, addresses)
     n, (wide, narrow) = len(tiles.experts), biases or (None, None)
     _gate_up[(triton.cdiv(f, first.rows), n)](
         x, *listed, wide, inner, k, H=h, INNER=f, M=tiles.block, N=first.rows, SWAP=first.swap,
-        PITCH=layout.gate.pitch, ALPHA=glu.alpha, LIMIT=glu.limit, PLUS=glu.plus, CUBIC=glu.cubic,
-        FG=layout.gate.format, **planes("G", layout.gate), FU=layout.up.format, **planes("U", layout.up),
-        num_warps=first.warps, num_stages=first.stages,
+        PITCH=layout.gate.pitch, **behind(layout.gate, layout.up),
+        ALPHA=glu.alpha, LIMIT=glu.limit, PLUS=glu.plus, CUBIC=glu.cubic,
+        FORMAT=layout.gate.format, **planes("P", layout.gate), **planes("U", layout.up),
+        num_warps=first.warps, num_stages=first.stages, maxnreg=first.registers,
     )  # fmt: skip
     _down[(triton.cdiv(h, second.rows), n)](
         inner, *listed, narrow, out, H=h, INNER=f, M=tiles.block, N=second.rows, SWAP=second.swap,
-        FORMAT=layout.down.format, **planes("P", layout.down), num_warps=second.warps, num_stages=second.stages,
+        FORMAT=layout.down.format, **planes("P", layout.down),
+        num_warps=second.warps, num_stages=second.stages, maxnreg=second.registers,
     )  # fmt: skip
 
 
