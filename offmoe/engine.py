@@ -264,9 +264,11 @@ class Engine:
         if self.plan.device.type == "cpu":
             return EagerDecoder(self.step, self.kv, self.plan.device)
         from offmoe.graph import Decoder  # imports triton
+        from offmoe.prompt_kernels import compile_prompt_kernels
 
         trunk, store = cast("DeviceTrunk", self.trunk), cast("VramStore", self.store)
         progress("kernels", 0, 1)  # the first time on a machine they are compiled, which takes half a minute
+        compile_prompt_kernels(trunk, store, self.kv)
         decoder = Decoder(self.plan, trunk, store, self.kv)
         progress("kernels", 1, 1)
         return decoder

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offmoe.experts import Counters, ExpertStore, Ints
-from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
+from offmoe.kernels.gpu.gemm import blocks, combine, expert_mlp, plan_tiles
 from offmoe.kernels.gpu.page_in import CHUNK, WARPS, Copies, page_in, scratch_for
 from offmoe.kernels.planes import slot_layout
 from offmoe.models.model import Model
@@ -80,6 +80,19 @@ class VramStore(ExpertStore):
             multiply(experts[there], self._address(resident[there]))
         self._stream(layer, experts[~there], multiply)
         return combine(out, weights)
+
+    def compile(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> None:
+        """Launch what `apply` may, for chunks of every length; within compiled_at_once, where nothing is done."""
+        nothing = torch.zeros(self.table.experts, dtype=torch.int64, device=self.device)
+        copies = Copies(nothing[:1], nothing, self._scratch, nothing)
+        page_in(copies, self.uploads.zones[0])
+        page_in(copies, self.records, self.layouts[layer], programs=PROGRAMS)
+        x, weights = self.weighted(x, weights)
+        out, biases = x.new_empty((ids.numel(), x.shape[1])), self.biases[layer] if self.biases else None
+        for block in blocks(x.dtype):
+            tiles = plan_tiles(ids, self.table.experts, x.dtype, block)
+            expert_mlp(x, ids, tiles, nothing, self.layouts[layer], out, glu=self._glu, biases=biases)
+        combine(out, weights)
 
     def _admit(self, layer: int, experts: Ints, uses: Ints) -> None:
         for order in self.table.waves(layer, experts, uses):

@@ -93,6 +93,16 @@ def test_nothing_can_run_code_out_of_a_checkpoint() -> None:
             assert not words & words_of_danger, name
 
 
+def test_nothing_imports_the_compiler_of_torch() -> None:
+    """torch._dynamo and what it brings along (sympy, torch.distributed): 4 s, which a first prompt waited for."""
+    names = [name for name in MODULES if not name.endswith("__main__")]
+    check = (
+        f"import importlib, sys; list(map(importlib.import_module, {names})); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-P", "-c", check], capture_output=True, timeout=120)
+    assert result.returncode == 0, result.stderr.decode()
+
+
 @pytest.mark.parametrize("code", ["import offmoe", "from offmoe.cli import main; main()"])
 def test_torch_is_not_imported_before_it_is_needed(code: str) -> None:
     check = f"import sys; sys.argv = ['offmoe', '--help']; {code}; sys.exit('torch' in sys.modules)"

@@ -20,6 +20,7 @@ from offmoe.kvcache import KVCache
 from offmoe.models.device_trunk import DeviceTrunk
 from offmoe.models.model import open_model
 from offmoe.plan import make_plan
+from offmoe.prompt_kernels import compile_prompt_kernels
 from offmoe.settings import Settings
 from offmoe.vram import VramStore
 
@@ -49,6 +50,8 @@ def prefill(path: Path, chunk: int, batch: int, **settings: Any) -> torch.Tensor
     kv = KVCache(model.config, plan.ctx, plan.device, torch.float32)
     if plan.ram_rows >= model.records:
         store.ram.fill()
+    if batch == 2:  # interpreted kernels run, and nothing may come of it
+        compile_prompt_kernels(trunk, store, kv)
     rows = [chunk_logits(trunk, store, kv, IDS[at : at + chunk]) for at in range(0, len(IDS), chunk)]
     store.check()
     store.close()

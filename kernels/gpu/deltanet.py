@@ -116,7 +116,7 @@ def delta_step(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "start"])
 def _convolve(
     projected, recent, conv, out, tokens, start, stride, scale,
     KEY_HEADS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WIDE: tl.constexpr,
@@ -160,7 +160,7 @@ def inputs_of(
     return q, k, v, tl.exp(rate * softplus(a + shift)), beta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _recur(
     projected, convolved, decay, dt, memory, out, tokens, stride,
     KEY_HEADS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr,
@@ -200,7 +200,7 @@ def _recur(
     tl.store(cell, s, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _gate(
     mixed, projected, norm, out, tokens, stride, eps,
     CHANNELS: tl.constexpr, HEADS: tl.constexpr, V: tl.constexpr, WV: tl.constexpr, ROWS: tl.constexpr,

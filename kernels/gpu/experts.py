@@ -287,7 +287,7 @@ def expert_down(
     assert x.is_contiguous() and inner.is_contiguous() and records.stride(1) == 1
     down, k, rows = layout.down, len(slots) // len(x), tile()
     units, warps = across(down.format, k * down.cols)
-    each = rows * triton.cdiv(down.rows, rows * programs(x.device, warps))
+    each = rows * triton.cdiv(down.rows * len(x), rows * programs(x.device, warps))
     _down[(triton.cdiv(down.rows, each), len(x))](
         records, records.stride(0), slots, ids, weights, bias, count, inner, x, each, K=k, H=down.rows, INNER=down.cols,
         R=rows, U=units, FORMAT=down.format, WIDTH=UNIT[down.format], **planes("P", down),

@@ -45,13 +45,17 @@ class Tuning:
     registers: int | None = None
 
 
+def blocks(dtype: torch.dtype) -> tuple[int, ...]:
+    """Pairs that a tile may have."""
+    return (16,) if dtype == torch.float32 else (16, 32, 64, 128)
+
+
 def block_of(pairs: int, experts: int, dtype: torch.dtype) -> int:
     """Pairs a tile: half as many again as an expert has on average, for a second tile unpacks the weights again."""
-    block = triton.next_power_of_2(max(16, 3 * pairs // (2 * experts)))
-    return min(block, 16 if dtype == torch.float32 else 128)
+    return min(triton.next_power_of_2(max(16, 3 * pairs // (2 * experts))), blocks(dtype)[-1])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "tiles"])
 def _plan_tiles(
     ids, order, tile_experts, starts, ends, pairs, experts, tiles,
     M: tl.constexpr, EP: tl.constexpr, B: tl.constexpr,

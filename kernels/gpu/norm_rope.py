@@ -73,7 +73,7 @@ def in_int8(x):
     return (x * inverse[:, None] + shift) - shift, tl.div_rn(largest, 127.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room", "first_kept"], do_not_specialize_on_alignment=["positions"])
 def _norm_rope_write(
     qkv, q_out, keys, values, scales, positions, table, q_norm, k_norm, ctx, room, first_kept, stride, clip, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,

@@ -165,7 +165,7 @@ def bring(
                 tl.atomic_xchg(landed + slot, 1, sem="release")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sources", "count", "slots"])
 def _page_in(
     sources, records, base, stride, count, slots, scratch, target, target_stride, landed, progress,
     RUNS: tl.constexpr, CHUNK: tl.constexpr, LANDED: tl.constexpr, PDL: tl.constexpr,

@@ -7,13 +7,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from offmoe.kernels.gpu.attention import LOG2E, LOG_2_E, dot_type, oldest_seen
 from offmoe.kernels.kv import dequantise
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "past"])
 def _prefill(
     q, keys, values, sinks, out, tokens, past, head_stride, to_log2,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, WINDOW: tl.constexpr,
@@ -68,14 +67,22 @@ def prefill_attention(
     k, v = keys[:, :end], values[:, :end]
     if scales is not None:
         k, v = (dequantise(x, scale[:, :end], q.dtype) for x, scale in zip((k, v), scales, strict=True))
-    if (0 < window < end) or sinks is not None or q.shape[2] > 256:
+    if (0 < window < end) or sinks is not None or q.shape[2] > 256 or (start and not flash(q)):
         return seen_through_windows(q, k, v, start, window, chunked, sinks, scale)
-    bias = causal_lower_right(len(q), end) if start else None
-    mixed = F.scaled_dot_product_attention(
-        q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0),
-        attn_mask=bias, is_causal=bias is None, enable_gqa=q.shape[1] != len(keys), scale=scale,
-    )  # fmt: skip
+    q, k, v = q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    if start:  # torch.nn.attention.bias, the door to this, imports torch's compiler, for 4 s
+        mixed = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[0]
+    else:
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1], scale=scale
+        )
     return mixed.squeeze(0).transpose(0, 1)
+
+
+def flash(q: Tensor) -> bool:
+    """Whether torch has flash attention for q [T, heads, D], whose last row sees the last key."""
+    there = q.device.type == "cuda" and torch.backends.cuda.is_flash_attention_available()
+    return there and q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0
 
 
 def seen_through_windows(

@@ -70,7 +70,7 @@ def conv_step(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "start"])
 def _conv_chunk(
     projected, recent, conv, out, tokens, start, stride,
     C: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,

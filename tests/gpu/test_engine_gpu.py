@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from functools import cache
 from typing import Any
 
@@ -94,6 +96,24 @@ def test_int8_keys_and_values_are_close() -> None:
         ids, tokens = gpu.prompt_ids(PROMPT), expected("f32")
         assert gpu.plan.kv_bytes < 0.6 * exact.plan.kv_bytes
         assert_close("int8", graph_logits(gpu, ids, tokens), graph_logits(exact, ids, tokens), 8e-2)
+
+
+def test_two_turns_import_no_compiler_of_torch() -> None:
+    """4 s."""
+    code = """
+import sys
+from offmoe.download import DEMO
+from offmoe.engine import Engine
+with Engine.load(str(DEMO), device="cuda", vram="50%", ctx=512) as engine:
+    said = "".join(p.text for p in engine.generate("Who are you?", temperature=0.0, max_tokens=8))
+    turns = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": said},
+             {"role": "user", "content": "And what can you do?"}]
+    list(engine.generate(turns, temperature=0.0, max_tokens=8))
+    assert engine.stats().reused_tokens
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, timeout=120)
+    assert result.returncode == 0, result.stderr.decode()
 
 
 def test_the_context_ends_an_answer() -> None:

@@ -94,6 +94,32 @@ def median_ratio(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).square().mean(1).sqrt().median() / want.square().mean().sqrt())
 
 
+def test_a_prompt_compiles_nothing(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its length, and where it begins: all was compiled at the start. But for what tiny rows of no whole 16
+    bytes need."""
+    from triton import JITFunction
+
+    compiled: list[str] = []
+    make = JITFunction._do_compile
+
+    def counted(kernel: JITFunction, *arguments: Any) -> Any:
+        compiled.append(kernel.__name__)
+        return make(kernel, *arguments)
+
+    for dtype in ("bf16", "f32"):
+        with (
+            engine_of(saved(family, tmp_path / dtype), dtype=dtype, vram="60%", chunk=64) as gpu,
+            monkeypatch.context() as patch,
+        ):
+            patch.setattr(JITFunction, "_do_compile", counted)
+            for length in (1, 2, 17, 63, 64, 65, 100, 149):
+                gpu.reset()
+                gpu.prefill(IDS[:length])
+                gpu.prefill(IDS[: length + 1])
+            narrow = bool(gpu.config.mixer and sum(gpu.config.mixer.projected) % 8)
+    assert not compiled or narrow
+
+
 def test_a_second_turn_begins_where_a_window_still_reaches(family: str, tmp_path: Path) -> None:
     """Prefixes that are reused, or run again where rings have lost them, give the tokens of a fresh start."""
     with engine_of(saved(family, tmp_path), dtype="f32", vram="60%") as gpu:

@@ -1,0 +1,32 @@
+"""The kernels of a prompt's chunk, compiled before there is a prompt: else the first one waits for each in turn."""
+
+from __future__ import annotations
+
+import torch
+
+from offmoe.kernels.gpu.launch import compiled_at_once
+from offmoe.kvcache import KVCache
+from offmoe.models.device_trunk import DeviceTrunk
+from offmoe.vram import VramStore
+
+TOKENS = 16  # what is compiled does not depend on how many there are, but for the experts' tiles
+
+
+@torch.inference_mode()
+def compile_prompt_kernels(trunk: DeviceTrunk, store: VramStore, kv: KVCache) -> None:
+    """Of a chunk that has tokens before it, all side by side; none runs, and nothing is changed."""
+    config = trunk.config
+    tokens = min(TOKENS, kv.ctx)
+    start = min(kv.ctx - tokens, max(config.window(layer) for layer in range(config.layers)))  # windows are full
+    with kv.untouched(), compiled_at_once():
+        x = trunk.embed(torch.zeros(tokens, dtype=torch.int64, device=store.device)).zero_()
+        for layer in range(config.layers):
+            trunk.attend(layer, x, kv, start)
+            place = config.place_of(layer)
+            if place is None:
+                trunk.dense(layer, x)
+            else:
+                normed, ids, weights = trunk.route(layer, x)
+                trunk.shared(layer, x, normed)
+                store.compile(place, normed, ids, weights)
+        trunk.logits(x[-1:])
