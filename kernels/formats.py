@@ -179,6 +179,35 @@ def q5_0(blocks: Tensor) -> Tensor:
     return weights.float().mul_(half(blocks[..., :2]))
 
 
+def q5_1(blocks: Tensor) -> Tensor:
+    bit = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    high = (blocks[..., 4:8, None] >> bit & 1).flatten(-2).view(torch.int8)
+    weights = nibbles(blocks[..., 8:]).add_(high, alpha=16)
+    return weights.float().mul_(half(blocks[..., :2])).add_(half(blocks[..., 2:4]))
+
+
+def crumbs(raw: Tensor) -> Tensor:
+    """Q2_K and Q3_K: bytes [..., 64] → int8 [..., 8, 32], four times two bits of 32 bytes."""
+    return fields(split(raw, 2, 32), CRUMBS, 0, 2, 4, 6).flatten(-3, -2)
+
+
+def q2_k(blocks: Tensor) -> Tensor:
+    """Groups of 16, whose scales and minima are the low and the high nibbles of 16 bytes."""
+    scales = blocks[..., :16]
+    scale, minimum = half(blocks[..., 80:82]) * (scales & 15), half(blocks[..., 82:]) * (scales >> 4)
+    weights = split(crumbs(blocks[..., 16:80]).flatten(-2), 16, 16)
+    return weights.float().mul_(scale[..., None]).sub_(minimum[..., None]).flatten(-2)
+
+
+def q3_k(blocks: Tensor) -> Tensor:
+    """Groups of 16, whose scales have 4 bits in 8 bytes, the low nibbles first, and 2 in 4, less 32."""
+    low, high = blocks[..., 96:104], blocks[..., 104:108]
+    low, high = torch.cat([low & 15, low >> 4], -1), torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], -1)
+    scale = half(blocks[..., 108:]) * (low | high << 4).view(torch.int8).sub_(32)
+    weights = crumbs(blocks[..., 32:96]).add_(fields(blocks[..., :32], BITS, *range(8)), alpha=4).sub_(4)
+    return split(weights.flatten(-2), 16, 16).float().mul_(scale[..., None]).flatten(-2)
+
+
 def k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Q4_K and Q5_K: scales and minima [..., 8, 1] of the 32-weight groups, 6 bits each in 12 bytes.
 
@@ -295,6 +324,9 @@ FORMATS = {
         Format("Q4_0", 32, 18, 2, q4_0),
         Format("Q4_1", 32, 20, 3, q4_1),
         Format("Q5_0", 32, 22, 6, q5_0),
+        Format("Q5_1", 32, 24, 7, q5_1),
+        Format("Q2_K", 256, 84, 10, q2_k),
+        Format("Q3_K", 256, 110, 11, q3_k),
         Format("Q4_K", 256, 144, 12, q4_k),
         Format("Q5_K", 256, 176, 13, q5_k),
         Format("Q6_K", 256, 210, 14, q6_k),

@@ -32,8 +32,9 @@ PIECE = 1 << 22  # weights read, quantised and written together: 16 MiB in float
 EXPERT_ROLES = ("gate", "up", "down")
 SMALL = ("delta_b", "delta_a", "delta_ba", "delta_conv", "delta_dt", "delta_decay", "conv_taps")  # and sensitive
 HALVES = ("k_b", "v_b")  # of kv_b
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K": 14, "Q5_K": 16,
-              "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32, "MXFP4": 38}  # fmt: skip  # general.file_type
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12,
+              "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
+              "MXFP4": 38}  # fmt: skip  # general.file_type
 
 
 @dataclass(frozen=True)

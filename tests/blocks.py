@@ -12,7 +12,7 @@ from offmoe.kernels.record import RecordLayout
 # Where a block's scales of 2 bytes lie.
 SCALES = {name: (0,) for name in FORMATS if name.startswith("INT4")}
 SCALES |= {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q6_K": (208,)}
-SCALES |= {"IQ4_NL": (0,), "IQ4_XS": (0,)}
+SCALES |= {"IQ4_NL": (0,), "IQ4_XS": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,)}
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Of 4-bit groups each size, type of scale, zero points and none, but not all together: a kernel takes seconds.
 TESTED = [name for name in PLANES if not name.startswith("INT4")]

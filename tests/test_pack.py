@@ -32,7 +32,8 @@ from offmoe.models.shapes import trunk_roles
 from offmoe.pack import EXPERT_ROLES, PackReport, interleaved, pack
 
 RATIO = {"q8_0": 0.01, "bf16": 0.003, "f16": 0.0005, "f32": 0.0, "q4_0": 0.1, "q4_1": 0.1, "q5_0": 0.05,
-         "mxfp4": 0.15, "q4_k": 0.1, "q5_k": 0.05, "q6_k": 0.03, "iq4_nl": 0.1, "iq4_xs": 0.1}  # fmt: skip
+         "q5_1": 0.05, "mxfp4": 0.15, "q2_k": 0.35, "q3_k": 0.18, "q4_k": 0.1, "q5_k": 0.05, "q6_k": 0.03,
+         "iq4_nl": 0.1, "iq4_xs": 0.1}  # fmt: skip
 has_ggml = importlib.util.find_spec("llama_cpp") is not None
 
 
@@ -211,7 +212,7 @@ def edit(path: Path, **values: Any) -> None:
 
 @pytest.mark.llama
 @pytest.mark.skipif(not has_ggml, reason="needs llama-cpp-python: pip install 'offmoe[llama]'")
-@pytest.mark.parametrize("fmt", ["q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"])
+@pytest.mark.parametrize("fmt", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"])
 def test_what_ggml_quantises(fmt: str, tmp_path: Path) -> None:
     weights = torch.randn(6, 512, generator=torch.Generator().manual_seed(0))
     raw = quantise(weights, packable(fmt))

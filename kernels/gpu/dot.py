@@ -19,6 +19,7 @@ import triton.language as tl
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.gpu.dot_32 import fold_q8_0, fold_small, words_q8_0, words_small, x_32, x_pairs
 from offmoe.kernels.gpu.dot_256 import fold_iq4_xs, fold_k, fold_q6_k, words_iq4_xs, words_k, words_q6_k, x_k, x_q6_k
+from offmoe.kernels.gpu.dot_crumbs import fold_q2_k, fold_q3_k, words_q2_k, words_q3_k, x_crumbs
 from offmoe.kernels.gpu.dot_int4 import fold_int4, is_int4, words_int4
 from offmoe.kernels.gpu.dot_scaled import fold_f8, fold_nvfp4, is_f8, words_f8, words_nvfp4
 from offmoe.kernels.gpu.striped import load_x, place
@@ -60,6 +61,8 @@ def x_of(x, norm, base, start, there, FORMAT: tl.constexpr, K: tl.constexpr, NOR
         return x_k(x, norm, base, start, there, K, NORM)
     elif FORMAT == "Q6_K":
         return x_q6_k(x, norm, base, start, there, K, NORM)
+    elif FORMAT == "Q2_K" or FORMAT == "Q3_K":
+        return x_crumbs(x, norm, base, start, there, K, NORM)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         at = place(start[:, None] + tl.arange(0, 32)[None, :], K)
         return (load_x(x, norm, base[:, None], at, there[:, None], NORM),)
@@ -81,6 +84,10 @@ def words_of(buffer, origin, at, mask, FORMAT: tl.constexpr,
         return words_k(buffer, origin, at, mask, FORMAT == "Q5_K", P0)
     elif FORMAT == "Q6_K":
         return words_q6_k(buffer, origin, at, mask, P0, P1, P2, P3)
+    elif FORMAT == "Q2_K":
+        return words_q2_k(buffer, origin, at, mask, P0, P1, P2)
+    elif FORMAT == "Q3_K":
+        return words_q3_k(buffer, origin, at, mask, P0, P1, P2, P3)
     elif FORMAT == "IQ4_XS":
         return words_iq4_xs(buffer, origin, at, mask, P0, P1)
     elif FORMAT == "Q8_0":
@@ -94,7 +101,7 @@ def words_of(buffer, origin, at, mask, FORMAT: tl.constexpr,
     elif is_int4(FORMAT):
         return words_int4(buffer, origin, at, mask, FORMAT, P0, P1)
     else:
-        return words_small(buffer, origin, at, mask, FORMAT, P0, P1, P2)
+        return words_small(buffer, origin, at, mask, FORMAT, P0, P1, P2, P3)
 
 
 @triton.jit
@@ -104,6 +111,10 @@ def fold(words, xs, FORMAT: tl.constexpr):
         return tl.sum(tl.sum(fold_k(words, xs, FORMAT == "Q5_K"), 2), 1)
     elif FORMAT == "Q6_K":
         return tl.sum(tl.sum(fold_q6_k(words, xs), 2), 1)
+    elif FORMAT == "Q2_K":
+        return tl.sum(tl.sum(fold_q2_k(words, xs), 2), 1)
+    elif FORMAT == "Q3_K":
+        return tl.sum(tl.sum(fold_q3_k(words, xs), 2), 1)
     elif FORMAT == "IQ4_XS":
         return tl.sum(tl.sum(fold_iq4_xs(words, xs), 2), 1)
     elif FORMAT == "Q8_0":

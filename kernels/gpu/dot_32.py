@@ -1,4 +1,4 @@
-"""Blocks of 32: Q4_0, Q4_1, Q5_0, IQ4_NL, MXFP4 in both orders and Q8_0."""
+"""Blocks of 32: Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, MXFP4 in both orders and Q8_0."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def fifth_bits(bits):
 
 @triton.jit
 def words_small(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
-                P2: tl.constexpr):  # fmt: skip
-    """Blocks of 32 in nibbles [R, U, 4]; their scale [R, U]; minimum or fifth bits [R, U], where there are."""
+                P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
+    """Blocks of 32 in nibbles [R, U, 4]; their scale [R, U]; minimum and fifth bits [R, U], where there are."""
     words = buffer.to(tl.pointer_type(tl.uint32))
-    QUANTS: tl.constexpr = P2 if (FORMAT == "Q4_1" or FORMAT == "Q5_0") else P1
+    QUANTS: tl.constexpr = P3 if FORMAT == "Q5_1" else P2 if (FORMAT == "Q4_1" or FORMAT == "Q5_0") else P1
     spot = (origin[None, :] + QUANTS // 4 + at * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
     quants = tl.load(words + spot, mask=mask[:, :, None], other=0)
     halves = buffer.to(tl.pointer_type(tl.float16)) + origin[None, :] * 2 + at
@@ -62,6 +62,10 @@ def words_small(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr
     elif FORMAT == "Q4_1":
         return (quants, tl.load(halves + P0 // 2, mask=mask, other=0.0),
                 tl.load(halves + P1 // 2, mask=mask, other=0.0))  # fmt: skip
+    elif FORMAT == "Q5_1":
+        return (quants, tl.load(halves + P0 // 2, mask=mask, other=0.0),
+                tl.load(words + origin[None, :] + P2 // 4 + at, mask=mask, other=0),
+                tl.load(halves + P1 // 2, mask=mask, other=0.0))  # fmt: skip
     else:
         return (quants, tl.load(halves + P0 // 2, mask=mask, other=0.0),
                 tl.load(words + origin[None, :] + P1 // 4 + at, mask=mask, other=0))  # fmt: skip
@@ -69,7 +73,7 @@ def words_small(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr
 
 @triton.jit
 def fold_small(words, xs, FORMAT: tl.constexpr):
-    """Q4_0, Q4_1, Q5_0, IQ4_NL, MXFP4 in both orders → [R, U]."""
+    """Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, MXFP4 in both orders → [R, U]."""
     quants, a, h, x_sum = words[0], xs[0], xs[1], xs[2][None]
     zero = tl.zeros(quants.shape, tl.float32)
     if FORMAT == "MXFP4" or FORMAT == "MXFP4_PAIRS":
@@ -80,11 +84,15 @@ def fold_small(words, xs, FORMAT: tl.constexpr):
     elif FORMAT == "IQ4_NL":
         total = dot_8(zero, iq4(quants), iq4(quants >> 16), a, h)
         return words[1].to(tl.float32) * (tl.sum(total, 2) * BACK - 128 * x_sum)
-    elif FORMAT == "Q5_0":
+    elif FORMAT == "Q5_0" or FORMAT == "Q5_1":
         bits = words[2][:, :, None] >> (4 * tl.arange(0, 4))[None, None, :]
         total = dot_bytes(zero, quants & 0x0F0F0F0F | fifth_bits(bits), a[0], a[1], a[2], a[3])
         total = dot_bytes(total, quants >> 4 & 0x0F0F0F0F | fifth_bits(bits >> 16), h[0], h[1], h[2], h[3])
-        return words[1].to(tl.float32) * (tl.sum(total, 2) * BACK - 16 * x_sum)
+        total = tl.sum(total, 2) * BACK
+        if FORMAT == "Q5_1":
+            return words[1].to(tl.float32) * total + words[3].to(tl.float32) * x_sum
+        else:
+            return words[1].to(tl.float32) * (total - 16 * x_sum)
     else:
         low, high = dot_nibbles(zero, zero, quants, a[0], a[1], a[2], a[3], h[0], h[1], h[2], h[3])
         total = tl.sum(low + high, 2) * BACK

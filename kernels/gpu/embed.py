@@ -47,7 +47,7 @@ def whole(buffer, p0, n, mask, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def small(buffer, p0, p1, p2, b, i, mask, FORMAT: tl.constexpr):
+def small(buffer, p0, p1, p2, p3, b, i, mask, FORMAT: tl.constexpr):
     """Value i of block b of 32, as kernels.formats has it."""
     if FORMAT == "Q8_0":
         x = signed(byte(buffer, p1 + b * 32 + i, mask)).to(tl.float32) * half(buffer, p0 + b * 2, mask)
@@ -61,6 +61,10 @@ def small(buffer, p0, p1, p2, b, i, mask, FORMAT: tl.constexpr):
         code = byte(buffer, p2 + b * 16 + i % 16, mask) >> (i // 16 * 4) & 15
         high = byte(buffer, p1 + b * 4 + i // 8, mask) >> (i % 8) & 1
         x = (code + high * 16 - 16).to(tl.float32) * half(buffer, p0 + b * 2, mask)
+    elif FORMAT == "Q5_1":
+        code = byte(buffer, p3 + b * 16 + i % 16, mask) >> (i // 16 * 4) & 15
+        high = byte(buffer, p2 + b * 4 + i // 8, mask) >> (i % 8) & 1
+        x = (code + high * 16).to(tl.float32) * half(buffer, p0 + b * 2, mask) + half(buffer, p1 + b * 2, mask)
     elif FORMAT == "IQ4_NL":
         code = byte(buffer, p1 + b * 16 + i % 16, mask) >> (i // 16 * 4) & 15
         x = (iq4(code.to(tl.uint32)) & 0xFF).to(tl.float32) - 128.0
@@ -87,6 +91,18 @@ def large(buffer, p0, p1, p2, p3, b, i, mask, FORMAT: tl.constexpr):
         high = byte(buffer, p1 + b * 64 + part * 32 + r % 32, mask) >> (r // 32 * 2) & 3
         scale = signed(byte(buffer, p2 + b * 16 + i // 16, mask)).to(tl.float32) * half(buffer, p3 + b * 2, mask)
         x = (code + high * 16 - 32).to(tl.float32) * scale
+    elif FORMAT == "Q2_K":
+        code = byte(buffer, p1 + b * 64 + i // 128 * 32 + i % 32, mask) >> (i % 128 // 32 * 2) & 3
+        both, at = byte(buffer, p0 + b * 16 + i // 16, mask), p2 + b * 4
+        scale, minimum = (both & 15).to(tl.float32), (both >> 4).to(tl.float32)
+        x = code.to(tl.float32) * (half(buffer, at, mask) * scale) - half(buffer, at + 2, mask) * minimum
+    elif FORMAT == "Q3_K":
+        code = byte(buffer, p1 + b * 64 + i // 128 * 32 + i % 32, mask) >> (i % 128 // 32 * 2) & 3
+        code += (byte(buffer, p0 + b * 32 + i % 32, mask) >> (i // 32) & 1) * 4 - 4
+        at, group = p2 + b * 12, i // 16
+        scale = byte(buffer, at + group % 8, mask) >> (group // 8 * 4) & 15
+        scale += (byte(buffer, at + 8 + group % 4, mask) >> (group // 4 * 2) & 3) * 16 - 32
+        x = code.to(tl.float32) * (half(buffer, p3 + b * 2, mask) * scale.to(tl.float32))
     elif FORMAT == "IQ4_XS":
         at, group = p0 + b * 8, i // 32
         code = byte(buffer, p1 + b * 128 + group * 16 + i % 16, mask) >> (i % 32 // 16 * 4) & 15
@@ -128,7 +144,7 @@ def _embed(
     if BLOCK == 1:
         x = whole(buffer, p0, b, mask, FORMAT)
     elif BLOCK == 32:
-        x = small(buffer, p0, p1, p2, b, i, mask, FORMAT)
+        x = small(buffer, p0, p1, p2, p3, b, i, mask, FORMAT)
     else:
         x = large(buffer, p0, p1, p2, p3, b, i, mask, FORMAT)
     spot = place(col, H) if STRIPED else col

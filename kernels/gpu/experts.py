@@ -33,7 +33,7 @@ from offmoe.kernels.gpu.striped import place
 from offmoe.kernels.planes import SlotLayout
 
 # Their gate and up take 158 to 168 registers.
-HEAVY = {"Q5_0", "Q5_K", "Q6_K", "Q8_0", "F8_E4M3", "F8_E4M3_BF16", "F8_E4M3_ROW", "NVFP4"}
+HEAVY = {"Q3_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F8_E4M3", "F8_E4M3_BF16", "F8_E4M3_ROW", "NVFP4"}
 
 
 @triton.jit
@@ -292,5 +292,5 @@ def expert_down(
         records, records.stride(0), slots, ids, weights, bias, count, inner, x, each, K=k, H=down.rows, INNER=down.cols,
         R=rows, U=units, FORMAT=down.format, WIDTH=UNIT[down.format], **planes("P", down),
         KP=triton.next_power_of_2(k), LATE=0 if count is None else 2 if down.format in SHARING else 1,
-        num_warps=warps, **dependent(pdl),
+        num_warps=warps, maxnreg=registers(WARPS), **dependent(pdl),
     )  # fmt: skip

@@ -16,6 +16,7 @@ from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.gpu.bits import four, fp4, half_of, in_order, iq4, number
 from offmoe.kernels.gpu.dot_32 import fifth_bits
 from offmoe.kernels.gpu.dot_256 import k_scales
+from offmoe.kernels.gpu.dot_crumbs import q3_scales
 from offmoe.kernels.gpu.dot_int4 import has_zeros, is_int4, scale_of, sharing
 from offmoe.kernels.gpu.dot_scaled import fp8, in_tiles, is_f8, scale_at
 from offmoe.kernels.gpu.gemv import planes
@@ -128,11 +129,46 @@ def tile_q6_k(base, row, there, step, COLS: tl.constexpr,
 
 
 @triton.jit
+def eight_words(address, there):
+    """[R, 1, 8]. A slice [:, None, :] of [R, 8] would do, but that Triton takes it through shared memory."""
+    return words_from(address[:, None, None], tl.arange(0, 8)[None, None], there[:, None, None])
+
+
+@triton.jit
+def tile_q2_k(base, row, there, step, COLS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr):
+    """Four sixteens: two bits of 32 bytes, then the next two."""
+    block, b, at = row * (COLS // 256) + step // 4, (8 * tl.arange(0, 4))[None], step % 2 * 4
+    words = eight_words(base + P1 + row * (COLS // 4) + step // 2 * 32, there)
+    head, both = words_from(base + P2, block, there), words_from(base + P0 + block * 16, step % 4, there)[:, None] >> b
+    scale = half_of(head, False)[:, None] * number(both & 15)  # [R, 4]
+    minimum = half_of(head, True)[:, None] * number(both >> 4 & 15)
+    values = in_halves(words >> at & 0x03030303, words >> at + 2 & 0x03030303, 0.0)
+    values = tl.reshape(values, (row.shape[0], 4, 16)) * scale[:, :, None]
+    return values - minimum[:, :, None]
+
+
+@triton.jit
+def tile_q3_k(base, row, there, step, COLS: tl.constexpr,
+              P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
+    """Likewise, with a third bit out of 32 bytes, which all eight such groups of a block share."""
+    block, b, q, at = row * (COLS // 256) + step // 4, (8 * tl.arange(0, 4))[None], step % 4, step % 2 * 4
+    words = eight_words(base + P1 + row * (COLS // 4) + step // 2 * 32, there)
+    upper = eight_words(base + P0 + block * 32, there) >> q * 2
+    scales = base + P2 + block * 12
+    low, high = words_from(scales, q % 2, there) >> (q // 2 * 4), words_from(scales, 2, there) >> (q * 2)
+    word = words_from(base + P3, block // 2, there) >> (block % 2 * 16).to(tl.uint32)
+    scale = half_of(word, False)[:, None] * (number(q3_scales(low, high)[:, None] >> b & 0xFF) - 32.0)
+    values = in_halves(words >> at & 0x03030303 | (upper & 0x01010101) << 2,
+                       words >> at + 2 & 0x03030303 | (upper & 0x02020202) << 1, 4.0)  # fmt: skip
+    return tl.reshape(values, (row.shape[0], 4, 16)) * scale[:, :, None]
+
+
+@triton.jit
 def tile_small(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
-               P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr):  # fmt: skip
-    """Two blocks of 32 in nibbles: Q4_0, Q4_1, Q5_0, IQ4_NL, MXFP4 in both orders; a row's last may hold one."""
+               P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
+    """Two blocks of 32 in nibbles: Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, MXFP4 in both orders; a row's last may hold one."""
     BLOCKS: tl.constexpr = COLS // 32
-    QUANTS: tl.constexpr = P2 if (FORMAT == "Q4_1" or FORMAT == "Q5_0") else P1
+    QUANTS: tl.constexpr = P3 if FORMAT == "Q5_1" else P2 if (FORMAT == "Q4_1" or FORMAT == "Q5_0") else P1
     words = tl.reshape(words_at(base + QUANTS, row, there, step, BLOCKS * 4, 8), (row.shape[0], 2, 4))
     if FORMAT == "MXFP4" or FORMAT == "MXFP4_PAIRS":
         exponent = bytes_at(base + P0, row, there, step, BLOCKS, 2)
@@ -150,8 +186,14 @@ def tile_small(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
             minimum = scales_at(base + P1, row, there, step, BLOCKS)[:, :, None, None, None, None]
             values = in_halves(low, high, 0.0) * scale + minimum
         else:
-            bits = words_at(base + P1, row, there, step, BLOCKS, 2)[:, :, None] >> (4 * tl.arange(0, 4))[None, None]
-            values = in_halves(low | fifth_bits(bits), high | fifth_bits(bits >> 16), 16.0) * scale
+            BITS: tl.constexpr = P2 if FORMAT == "Q5_1" else P1
+            bits = words_at(base + BITS, row, there, step, BLOCKS, 2)[:, :, None] >> (4 * tl.arange(0, 4))[None, None]
+            low, high = low | fifth_bits(bits), high | fifth_bits(bits >> 16)
+            if FORMAT == "Q5_1":
+                minimum = scales_at(base + P1, row, there, step, BLOCKS)[:, :, None, None, None, None]
+                values = in_halves(low, high, 0.0) * scale + minimum
+            else:
+                values = in_halves(low, high, 16.0) * scale
     return values
 
 
@@ -241,6 +283,10 @@ def tile(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
         values = tile_k(base, row, there, step, FORMAT == "Q5_K", COLS, P0)
     elif FORMAT == "Q6_K":
         values = tile_q6_k(base, row, there, step, COLS, P0, P1, P2, P3)
+    elif FORMAT == "Q2_K":
+        values = tile_q2_k(base, row, there, step, COLS, P0, P1, P2)
+    elif FORMAT == "Q3_K":
+        values = tile_q3_k(base, row, there, step, COLS, P0, P1, P2, P3)
     elif FORMAT == "IQ4_XS":
         values = tile_iq4_xs(base, row, there, step, COLS, P0, P1)
     elif FORMAT == "Q8_0":
@@ -254,7 +300,7 @@ def tile(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
     elif is_int4(FORMAT):
         values = tile_int4(base, row, there, step, FORMAT, COLS, P0, P1)
     else:
-        values = tile_small(base, row, there, step, FORMAT, COLS, P0, P1, P2)
+        values = tile_small(base, row, there, step, FORMAT, COLS, P0, P1, P2, P3)
     return tl.reshape(values, (row.shape[0], 64))
 
 

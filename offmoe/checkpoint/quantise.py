@@ -12,7 +12,7 @@ from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import GGML, Format
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BY_GGML = ("Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")  # the others by gguf
+BY_GGML = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")  # the others by gguf
 
 
 def packable(name: str) -> Format:
