@@ -184,9 +184,9 @@ def gpt_oss(pdl: bool) -> None:
                        biases=(wide, narrow))  # fmt: skip
 
 
-def prompt(block: int) -> None:
+def prompt(block: int, fmt: str = "Q4_K", down: str = "Q6_K") -> None:
     """A chunk's kernels: tiles of 16 pairs have the weights on the left, others on the right."""
-    layout = slot_layout(RecordLayout.of(("gate", "Q4_K", F, H), ("up", "Q4_K", F, H), ("down", "Q6_K", H, F)))
+    layout = slot_layout(RecordLayout.of(("gate", fmt, F, H), ("up", fmt, F, H), ("down", down, H, F)))
     x, ids = floats(64, H).bfloat16(), ints(64, K, dtype=torch.int64)
     out = x.new_empty((ids.numel(), H))
     tiles = plan_tiles(ids, EXPERTS, x.dtype, block)
@@ -369,6 +369,9 @@ def main(capability: int) -> None:
         prompt(16)
         prompt(64)
         prompt(128)
+        prompt(128, "Q2_K", "Q3_K")
+        prompt(128, "IQ4_XS", "NVFP4")
+        prompt(128, "INT4_128_F16", "F8_E4M3")
     for launch in launches:
         try:
             print(json.dumps(compiled(launch, capability)), flush=True)
