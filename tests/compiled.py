@@ -344,13 +344,11 @@ def main(capability: int) -> None:
         products("MXFP4", pdl)
         products("Q6_K", pdl)
         products("IQ4_XS", pdl)
-        products("Q5_1", pdl)
         products("Q2_K", pdl)
         products("Q3_K", pdl)
         products("F8_E4M3", pdl)
         products("NVFP4", pdl)
         products("INT4_128_F16_ZEROS", pdl)
-        products("INT4_32_BF16", pdl)
         gpt_oss(pdl)
         copies("Q6_K", pdl)
         residency("lru", pdl)
@@ -371,7 +369,6 @@ def main(capability: int) -> None:
         prompt(128)
         prompt(128, "Q2_K", "Q3_K")
         prompt(128, "IQ4_XS", "NVFP4")
-        prompt(128, "INT4_128_F16", "F8_E4M3")
     for launch in launches:
         try:
             print(json.dumps(compiled(launch, capability)), flush=True)
