@@ -172,18 +172,19 @@ def q4_1(blocks: Tensor) -> Tensor:
     return nibbles(blocks[..., 4:]).float().mul_(half(blocks[..., :2])).add_(half(blocks[..., 2:4]))
 
 
+def five_bits(high: Tensor, raw: Tensor) -> Tensor:
+    """Q5_0 and Q5_1: codes int8 [..., 32] of their fifth bits [..., 4] and nibbles [..., 16]."""
+    bit = torch.arange(8, dtype=torch.uint8, device=raw.device)
+    return nibbles(raw).add_((high[..., None] >> bit & 1).flatten(-2).view(torch.int8), alpha=16)
+
+
 def q5_0(blocks: Tensor) -> Tensor:
-    bit = torch.arange(8, dtype=torch.uint8, device=blocks.device)
-    high = (blocks[..., 2:6, None] >> bit & 1).flatten(-2).view(torch.int8)
-    weights = nibbles(blocks[..., 6:]).add_(high, alpha=16).sub_(16)
-    return weights.float().mul_(half(blocks[..., :2]))
+    return five_bits(blocks[..., 2:6], blocks[..., 6:]).sub_(16).float().mul_(half(blocks[..., :2]))
 
 
 def q5_1(blocks: Tensor) -> Tensor:
-    bit = torch.arange(8, dtype=torch.uint8, device=blocks.device)
-    high = (blocks[..., 4:8, None] >> bit & 1).flatten(-2).view(torch.int8)
-    weights = nibbles(blocks[..., 8:]).add_(high, alpha=16)
-    return weights.float().mul_(half(blocks[..., :2])).add_(half(blocks[..., 2:4]))
+    weights = five_bits(blocks[..., 4:8], blocks[..., 8:]).float()
+    return weights.mul_(half(blocks[..., :2])).add_(half(blocks[..., 2:4]))
 
 
 def crumbs(raw: Tensor) -> Tensor:

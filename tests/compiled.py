@@ -349,6 +349,7 @@ def main(capability: int) -> None:
         products("F8_E4M3", pdl)
         products("NVFP4", pdl)
         products("INT4_128_F16_ZEROS", pdl)
+        products("INT4_32_BF16", pdl)
         gpt_oss(pdl)
         copies("Q6_K", pdl)
         residency("lru", pdl)

@@ -36,9 +36,8 @@ def run(cache: Path, script: str, *arguments: str) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
     command = [sys.executable, "-P", str(Path(__file__).with_name(script)), *arguments]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )  # 5 minutes
+    limit = 900  # 5 minutes on an idle core
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

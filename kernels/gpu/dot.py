@@ -18,8 +18,17 @@ import triton.language as tl
 
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.gpu.dot_32 import fold_q8_0, fold_small, words_q8_0, words_small, x_32, x_pairs
-from offmoe.kernels.gpu.dot_256 import fold_iq4_xs, fold_k, fold_q6_k, words_iq4_xs, words_k, words_q6_k, x_k, x_q6_k
-from offmoe.kernels.gpu.dot_crumbs import fold_q2_k, fold_q3_k, words_q2_k, words_q3_k, x_crumbs
+from offmoe.kernels.gpu.dot_256 import (
+    fold_iq4_xs,
+    fold_k,
+    fold_q6_k,
+    words_iq4_xs,
+    words_k,
+    words_q6_k,
+    x_k,
+    x_sixteens,
+)
+from offmoe.kernels.gpu.dot_crumbs import fold_q2_k, fold_q3_k, words_q2_k, words_q3_k
 from offmoe.kernels.gpu.dot_int4 import fold_int4, is_int4, words_int4
 from offmoe.kernels.gpu.dot_scaled import fold_f8, fold_nvfp4, is_f8, words_f8, words_nvfp4
 from offmoe.kernels.gpu.striped import load_x, place
@@ -60,9 +69,9 @@ def x_of(x, norm, base, start, there, FORMAT: tl.constexpr, K: tl.constexpr, NOR
     if FORMAT == "Q4_K" or FORMAT == "Q5_K" or FORMAT == "IQ4_XS":
         return x_k(x, norm, base, start, there, K, NORM)
     elif FORMAT == "Q6_K":
-        return x_q6_k(x, norm, base, start, there, K, NORM)
+        return x_sixteens(x, norm, base, start, there, K, NORM, 32)
     elif FORMAT == "Q2_K" or FORMAT == "Q3_K":
-        return x_crumbs(x, norm, base, start, there, K, NORM)
+        return x_sixteens(x, norm, base, start, there, K, NORM, 16)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         at = place(start[:, None] + tl.arange(0, 32)[None, :], K)
         return (load_x(x, norm, base[:, None], at, there[:, None], NORM),)

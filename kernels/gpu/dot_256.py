@@ -85,14 +85,15 @@ def fold_k(words, xs, FIVE: tl.constexpr):
 
 
 @triton.jit
-def x_q6_k(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr):
-    """A lane j = 2 half + part has four sixteens [U, 4, 4], and their sums [U, 4]."""
+def x_sixteens(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr, PART: tl.constexpr):
+    """Of Q6_K (PART 32), Q2_K and Q3_K (16): a lane j = 2 half + part has four sixteens [U, 4, 4], at PART · part, 48 -
+    PART behind, and 64 behind both; and their sums [U, 4]."""
     j, w = tl.arange(0, 4), tl.arange(0, 4)[None, None, :]
-    begin = start[:, None] + (j // 2 * 128 + j % 2 * 32)[None, :]
+    begin = start[:, None] + (j // 2 * 128 + j % 2 * PART)[None, :]
     low, high = lane_of(begin, K)[:, :, None], lane_of(begin + 64, K)[:, :, None]
     b, m = base[:, None, None], there[:, None, None]
-    l0, l1 = load_4(x, norm, b, low, 0, w, m, K, NORM), load_4(x, norm, b, low, 16, w, m, K, NORM)
-    h0, h1 = load_4(x, norm, b, high, 0, w, m, K, NORM), load_4(x, norm, b, high, 16, w, m, K, NORM)
+    l0, l1 = load_4(x, norm, b, low, 0, w, m, K, NORM), load_4(x, norm, b, low, 48 - PART, w, m, K, NORM)
+    h0, h1 = load_4(x, norm, b, high, 0, w, m, K, NORM), load_4(x, norm, b, high, 48 - PART, w, m, K, NORM)
     return (l0, l1, h0, h1, tl.sum(sum_4(l0), 2), tl.sum(sum_4(l1), 2), tl.sum(sum_4(h0), 2), tl.sum(sum_4(h1), 2))
 
 

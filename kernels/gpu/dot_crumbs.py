@@ -6,20 +6,6 @@ import triton
 import triton.language as tl
 
 from offmoe.kernels.gpu.bits import BACK, code, dot_bytes, half_of, number
-from offmoe.kernels.gpu.striped import lane_of, load_4, sum_4
-
-
-@triton.jit
-def x_crumbs(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr):
-    """A lane j = 2 half + part has four sixteens [U, 4, 4], from 16 part on and each 32 behind the one before; and
-    their sums [U, 4]."""
-    j, w = tl.arange(0, 4), tl.arange(0, 4)[None, None, :]
-    begin = start[:, None] + (j // 2 * 128 + j % 2 * 16)[None, :]
-    low, high = lane_of(begin, K)[:, :, None], lane_of(begin + 64, K)[:, :, None]
-    b, m = base[:, None, None], there[:, None, None]
-    x0, x1 = load_4(x, norm, b, low, 0, w, m, K, NORM), load_4(x, norm, b, low, 32, w, m, K, NORM)
-    x2, x3 = load_4(x, norm, b, high, 0, w, m, K, NORM), load_4(x, norm, b, high, 32, w, m, K, NORM)
-    return (x0, x1, x2, x3, tl.sum(sum_4(x0), 2), tl.sum(sum_4(x1), 2), tl.sum(sum_4(x2), 2), tl.sum(sum_4(x3), 2))
 
 
 @triton.jit

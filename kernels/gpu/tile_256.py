@@ -8,7 +8,15 @@ import triton.language as tl
 from offmoe.kernels.gpu.bits import four, half_of, iq4, number
 from offmoe.kernels.gpu.dot_256 import k_scales
 from offmoe.kernels.gpu.dot_crumbs import q3_scales
-from offmoe.kernels.gpu.tile_words import double_from, eight_words, in_halves, looked_up, words_at, words_from
+from offmoe.kernels.gpu.tile_words import (
+    double_from,
+    eight_words,
+    half_from,
+    in_halves,
+    looked_up,
+    words_at,
+    words_from,
+)
 
 
 @triton.jit
@@ -54,7 +62,7 @@ def tile_q3_k(base, row, there, step, COLS: tl.constexpr,
     upper = eight_words(base + P0 + block * 32, there) >> q * 2
     scales = base + P2 + block * 12
     low, high = words_from(scales, q % 2, there) >> (q // 2 * 4), words_from(scales, 2, there) >> (q * 2)
-    word = words_from(base + P3, block // 2, there) >> (block % 2 * 16).to(tl.uint32)
+    word = half_from(base + P3, block, there)
     scale = half_of(word, False)[:, None] * (number(q3_scales(low, high)[:, None] >> b & 0xFF) - 32.0)
     values = in_halves(words >> at & 0x03030303 | (upper & 0x01010101) << 2,
                        words >> at + 2 & 0x03030303 | (upper & 0x02020202) << 1, 4.0)  # fmt: skip
@@ -73,7 +81,7 @@ def tile_q6_k(base, row, there, step, COLS: tl.constexpr,
     codes = low >> (4 * part) & 0x0F0F0F0F
     codes |= (high >> (4 * part + 2 * tl.arange(0, 2))[None, :, None] & 0x03030303) << 4
     scale = words_from(base + P2 + block * 16, step % 4, there)[:, None] >> (8 * g)[None]  # [R, 4]
-    word = words_from(base + P3, block // 2, there) >> (block % 2 * 16).to(tl.uint32)
+    word = half_from(base + P3, block, there)
     scale = (number(scale & 0xFF ^ 0x80) - 128.0) * half_of(word, False)[:, None]
     return four(tl.reshape(codes, (R, 4, 4)), 32.0) * scale[:, :, None, None, None]
 

@@ -9,7 +9,16 @@ from offmoe.kernels.gpu.bits import four, fp4, in_order, iq4, number
 from offmoe.kernels.gpu.dot_32 import fifth_bits
 from offmoe.kernels.gpu.dot_int4 import has_zeros, scale_of, sharing
 from offmoe.kernels.gpu.dot_scaled import fp8, in_tiles, scale_at
-from offmoe.kernels.gpu.tile_words import bytes_at, halves_at, in_halves, looked_up, scales_at, words_at, words_from
+from offmoe.kernels.gpu.tile_words import (
+    bytes_at,
+    half_from,
+    halves_at,
+    in_halves,
+    looked_up,
+    scales_at,
+    words_at,
+    words_from,
+)
 
 
 @triton.jit
@@ -61,7 +70,7 @@ def tile_int4(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr, 
             head = words_at(base + P0, row, there, step, GROUPS, 2)
         zero = number(head >> 16)[:, :, None]
     elif SHARED:
-        head = words_from(base + P0, group // 2, there)[:, None] >> (group % 2 * 16).to(tl.uint32)[:, None]
+        head = half_from(base + P0, group, there)[:, None]
     else:
         head = halves_at(base + P0, row, there, step, GROUPS)
     low, high = four(words & 0x0F0F0F0F, zero), four(words >> 4 & 0x0F0F0F0F, zero)

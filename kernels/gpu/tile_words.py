@@ -39,6 +39,12 @@ def double_from(address, at, mask):
 
 
 @triton.jit
+def half_from(address, at, mask):
+    """The at-th 16 bits, in the lower half of a word."""
+    return words_from(address, at // 2, mask) >> (at % 2 * 16).to(tl.uint32)
+
+
+@triton.jit
 def halves_at(base, row, there, step, ROW: tl.constexpr):
     """The 16-bit numbers 2 · step and the next of ROW a row, as bits [R, 2]."""
     b = tl.arange(0, 2)[None]
