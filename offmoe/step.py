@@ -24,13 +24,13 @@ from offmoe.kernels.gpu import mla, sandwich
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, pick_splits
 from offmoe.kernels.gpu.embed import embed
-from offmoe.kernels.gpu.experts import expert_down, expert_gate_up
+from offmoe.kernels.gpu.experts import expert_down, expert_gate_up, movers_scratch
 from offmoe.kernels.gpu.foretell import Past, foretell
 from offmoe.kernels.gpu.gemv import dense
 from offmoe.kernels.gpu.keyless import mix_step
 from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.gpu.norm_rope import rms_norm
-from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, page_in, scratch_for
+from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
@@ -88,7 +88,7 @@ class DecodeStep:
         self.ring = Ring(memory, c.places, c.top_k)
         self._forced: Tensor | None = None
         self._predicted: Tensor | None = None
-        self._scratch, self._ahead_scratch = scratch_for(device, MOVERS * MOVER_CHUNK), scratch_for(device)
+        self._scratch, self._ahead_scratch = movers_scratch(store.layouts, device), scratch_for(device)
         self._units = [nbytes // 16 for nbytes in store.record_bytes]
         self._beside, self._ahead, self._fetching = (Lane(device) for _ in range(3))
         self._forked, self._listed, self._routed = (Mark(device) for _ in range(3))

@@ -38,7 +38,7 @@ from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
 from offmoe.kernels.gpu.gemv import dense
 from offmoe.kernels.gpu.mla import decode_latents
 from offmoe.kernels.gpu.norm_rope import norm_rope_write, rms_norm
-from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, page_in, scratch_for
+from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 from offmoe.kernels.gpu.prefill import prefill_attention
 from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
@@ -110,6 +110,7 @@ def compiled(launch: Launch, capability: int) -> dict[str, Any]:
     return {
         "kernel": name_of(launch),
         "format": launch[2].get("FG", launch[2].get("FORMAT")),
+        "warps": made.metadata.num_warps,
         "flushing_fma": re.findall(r"fma[.\w]*ftz", ptx),
         "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v4", ptx)),
         **resources(made.asm["cubin"]),
@@ -135,7 +136,7 @@ def ints(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 
 def absent() -> Copies:
-    return Copies(ints(1), ints(K), scratch_for(CPU, MOVERS * MOVER_CHUNK), None, ints(K), 1 << 40, 1 << 21)
+    return Copies(ints(1), ints(K), scratch_for(CPU, 16 << 20), None, ints(K), 1 << 40, 1 << 21)
 
 
 def products(fmt: str, pdl: bool) -> None:
@@ -149,6 +150,20 @@ def products(fmt: str, pdl: bool) -> None:
     dense(floats(1, H), parts, floats(1, 1024), norm=floats(H), eps=1e-6, pdl=pdl)
     dense(floats(1, H), parts, floats(1, 1024), norm=floats(H), eps=1e-6, bias=floats(1024), pdl=pdl)
     dense(floats(1, H), parts, floats(1, 1024), bias=floats(1024), residual=True, pdl=pdl)
+
+
+def mixtral(pdl: bool) -> None:
+    """A row as long as that of four of Mixtral's experts: as many warps as a program may have."""
+    layout = slot_layout(
+        RecordLayout.of(
+            *(
+                (part, "Q6_K", *shape)
+                for part, shape in (("gate", (14336, 1024)), ("up", (14336, 1024)), ("down", (1024, 14336)))
+            )
+        )
+    )
+    records = torch.empty((2, -(-layout.nbytes // 256) * 256), dtype=torch.uint8)
+    expert_down(records, layout, ints(4), floats(4, 14336), floats(1, 1024), pdl=pdl)
 
 
 def gpt_oss(pdl: bool) -> None:
@@ -350,6 +365,7 @@ def main(capability: int) -> None:
         products("NVFP4", pdl)
         products("INT4_128_F16_ZEROS", pdl)
         products("INT4_32_BF16", pdl)
+        mixtral(pdl)
         gpt_oss(pdl)
         copies("Q6_K", pdl)
         residency("lru", pdl)

@@ -50,8 +50,11 @@ def test_kernels_are_compiled_side_by_side_and_not_launched(tmp_path: Path) -> N
 def test_all_kernels_compile(made: list[dict[str, Any]]) -> None:
     assert not [line for line in made if "error" in line]
     assert {line["kernel"] for line in made} == KERNELS
-    for line in made:  # what spills is read and written all the time, but for what movers hold: see experts.registers
-        assert line["stack"] <= {"experts._gate_up": 56, "gemm._down": 24}.get(line["kernel"], 0), line
+    # What spills is read and written all the time, but for what movers hold: see experts.registers; and where a row
+    # takes as many warps as there can be, it has to.
+    for line in made:
+        allowed = {"experts._gate_up": 56, "gemm._down": 24, "experts._down": 328 * (line["warps"] == 32)}
+        assert line["stack"] <= allowed.get(line["kernel"], 0), line
 
 
 def test_products_read_wide_words_and_flush_nothing(made: list[dict[str, Any]]) -> None:
@@ -64,6 +67,7 @@ def test_as_many_warps_run_at_once_as_a_launch_counts_on(made: list[dict[str, An
     """gemv.WARPS and FEWER_WARPS of 65,536 registers; one more and a second round begins."""
     products = [line for line in made if line["kernel"] in PRODUCTS]
     assert {line["format"] for line in products} & HEAVY
+    assert {line["warps"] for line in products} >= {1, 4, 32}
     for line in products:
         heavy = line["kernel"] == "gemv._dense" or (line["kernel"] == "experts._gate_up" and line["format"] in HEAVY)
-        assert line["reg"] <= 65536 // 32 // (FEWER_WARPS if heavy else WARPS), line
+        assert line["reg"] <= 65536 // 32 // max(line["warps"], FEWER_WARPS if heavy else WARPS), line

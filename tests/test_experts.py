@@ -19,7 +19,8 @@ from offmoe.kernels.striped import unstripe
 
 pytest.importorskip("triton")
 from offmoe.kernels.gpu import experts as fast
-from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, Strips, scratch_for
+from offmoe.kernels.gpu.experts import MOVER_CHUNK, movers_scratch
+from offmoe.kernels.gpu.page_in import Copies, Strips
 
 RATIO = 2e-6
 
@@ -67,25 +68,38 @@ def test_experts_of_two_formats(fmt: str, down: str) -> None:
 
 
 def test_rows_come_with_their_scales() -> None:
-    """16 tiles a row: 32 rows would be a whole number of 16 bytes of scales, but of a quarter of a tile."""
+    """16 tiles a row, of 128 rows each: rows come one by one all the same, or six movers would bring a whole expert."""
     layout = slot_layout(
         RecordLayout.of(("gate", "F8_E4M3", 256, 2048), ("up", "F8_E4M3", 256, 2048), ("down", "Q4_0", 2048, 256))
     )
-    assert Strips.of(layout, MOVER_CHUNK).rows == 128
+    strips = Strips.of(layout, MOVER_CHUNK)
+    assert strips.rows == 1
+    assert sorted(strips.tiles) == [1, 1, 128, 128]
 
 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("fmt", [fmt for fmt in TESTED if fmt != "IQ4_XS"])  # its planes move as Q6_K's do
 def test_what_is_missing_is_brought_and_multiplied(fmt: str, stacked: bool) -> None:
+    check_bringing(record_of(fmt, fmt, stacked))
+
+
+def test_scales_of_a_tile_begin_within_sixteen_bytes() -> None:
+    """Five of a row of tiles, and four rows of tiles."""
+    shape, fmt = (512, 640), "F8_E4M3"
+    check_bringing(RecordLayout.of(("gate", fmt, *shape), ("up", fmt, *shape), ("down", "Q4_0", 640, 512)))
+
+
+def check_bringing(record: RecordLayout) -> None:
     """Two experts of three, into slots that hold NaN; one that is not on the list any more stays out."""
-    records, layout = slots_of(fmt, fmt, stacked=stacked)
-    rows, want = rows_of_three(fmt, stacked), records.clone()
+    layout = slot_layout(record)
+    records = filled_slots(random_records(record, 3), layout, [0, 2, 3], 4).to(DEVICE)
+    rows, want = rows_of_three(record), records.clone()
     listed, to, count = ints(4, 0, 1), ints(1, 0, 3), ints(2)
     slots, weights, x = ints(0, 2, 1), randn(3, seed=3).abs(), 0.05 * randn(1, layout.hidden)
     naive_page_in(rows.to(DEVICE), listed, count, to, want, layout)
     whole, out = nan(3, layout.expert_hidden), nan(3, layout.expert_hidden)
     fast.expert_gate_up(want, layout, slots, weights, x, whole)
-    copies = Copies(count, to, scratch_for(DEVICE, MOVERS * MOVER_CHUNK), None, listed, rows.data_ptr(), rows.stride(0))
+    copies = Copies(count, to, movers_scratch([layout], DEVICE), None, listed, rows.data_ptr(), rows.stride(0))
     fast.expert_gate_up(records, layout, slots, weights, x, out, copies=copies)
     assert not whole.isnan().any()
     assert torch.equal(out, whole)  # bit for bit: what is resident does not change a token
@@ -99,17 +113,16 @@ def test_nothing_is_missing() -> None:
     slots, weights, x = ints(2, 3, 0), randn(3, seed=3).abs(), 0.05 * randn(1, layout.hidden)
     whole, out, before = nan(3, layout.expert_hidden), nan(3, layout.expert_hidden), records.clone()
     fast.expert_gate_up(records, layout, slots, weights, x, whole)
-    copies = Copies(ints(0), ints(2, 3, 9), scratch_for(DEVICE, MOVERS * MOVER_CHUNK), None, ints(2**30, -5, 7), 0, 256)
+    copies = Copies(ints(0), ints(2, 3, 9), movers_scratch([layout], DEVICE), None, ints(2**30, -5, 7), 0, 256)
     fast.expert_gate_up(records, layout, slots, weights, x, out, copies=copies)
     assert torch.equal(out, whole)
     assert torch.equal(records, before)
 
 
-def rows_of_three(fmt: str, stacked: bool) -> Tensor:
+def rows_of_three(record: RecordLayout) -> Tensor:
     """Five rows of RAM, of which 4, 0 and 1 hold records."""
-    layout = record_of(fmt, fmt, stacked)
-    rows = torch.full((5, -(-layout.nbytes // 256) * 256), 0xFF, dtype=torch.uint8)
-    rows[[4, 0, 1], : layout.nbytes] = random_records(layout, 3, "normal")
+    rows = torch.full((5, -(-record.nbytes // 256) * 256), 0xFF, dtype=torch.uint8)
+    rows[[4, 0, 1], : record.nbytes] = random_records(record, 3, "normal")
     return rows.pin_memory() if DEVICE.type == "cuda" else rows
 
 
@@ -142,7 +155,7 @@ def test_biases_and_a_clamped_glu(fmt: str, interleaved: bool) -> None:
     rows = torch.zeros((2, absent.shape[1]), dtype=torch.uint8)
     rows[:, : record.nbytes] = random_records(record, 3)[[0, 2]]
     rows = rows.pin_memory() if DEVICE.type == "cuda" else rows
-    copies = Copies(ints(2), ints(0, 3), scratch_for(DEVICE, MOVERS * MOVER_CHUNK), None, ints(0, 1), rows.data_ptr(),
+    copies = Copies(ints(2), ints(0, 3), movers_scratch([layout], DEVICE), None, ints(0, 1), rows.data_ptr(),
                     rows.stride(0))  # fmt: skip
     fast.expert_gate_up(absent, layout, slots[:3], weights[:3], x[:1], brought, copies=copies, **chosen)
     assert torch.equal(brought, all_there)

@@ -6,32 +6,38 @@ are missing the first of these are movers, who bring a few rows of one out of pi
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.gpu.dot import SHARING, UNIT, fold, x_of
-from offmoe.kernels.gpu.gemv import FEWER_WARPS, WARPS, across, interpreted, planes, programs, rows_of, stream, tile
+from offmoe.kernels.gpu.gemv import FEWER_WARPS, WARPS, across, planes, programs, rows_of, stream, tile
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.norm_rope import clipped
 from offmoe.kernels.gpu.page_in import (
     FIELDS,
-    MOVER_CHUNK,
-    MOVERS,
     Copies,
     Strips,
     bring,
     check,
     copy_part,
     described,
+    scratch_for,
     source_of,
 )
 from offmoe.kernels.gpu.striped import place
 from offmoe.kernels.planes import SlotLayout
 
+MOVER_CHUNK = 2048  # bytes that a warp brings before it multiplies them
+# One of so many programs that run at once is a mover where anything is missing. They spend much of their time with what
+# they have brought: of gpt-oss-20b's records 128 brought 43.2 GB/s, 256 46.6 and 512 48.1, of 49.5 that cores can read.
+MOVING = 2
 # Their gate and up take 158 to 168 registers.
 HEAVY = {"Q3_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F8_E4M3", "F8_E4M3_BF16", "F8_E4M3_ROW", "NVFP4"}
 
@@ -74,20 +80,26 @@ def glu(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, 
 
 
 @triton.jit
-def bring_rows(source, record, stage, turn, ROWS: tl.constexpr, INNER: tl.constexpr, STRIPS: tl.constexpr,
-               CHUNK: tl.constexpr):  # fmt: skip
-    """The turn-th ROWS rows of gate and up, from address `source` into the slot at `record`."""
+def bring_rows(source, record, stage, first, end, ROWS: tl.constexpr, INNER: tl.constexpr, STRIPS: tl.constexpr,
+               TILES: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """ROWS rows of gate and up, first … end, from address `source` into the slot at `record`; with them the scales that
+    they share with rows of other movers."""
     for strip in tl.static_range(len(STRIPS) // FIELDS):
-        bring_strip(source, record, stage, turn, ROWS, INNER, STRIPS, 1 + strip * FIELDS, CHUNK)
+        bring_strip(source, record, stage, first, end, ROWS, INNER, STRIPS, 1 + strip * FIELDS, TILES[strip], CHUNK)
     tl.debug_barrier()  # other threads read them
 
 
 @triton.jit
-def bring_strip(source, record, stage, turn, ROWS: tl.constexpr, INNER: tl.constexpr, RUNS: tl.constexpr,
-                AT: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    EACH: tl.constexpr = RUNS[AT + 3] * ROWS // INNER  # blocks
-    last = tl.minimum(turn * EACH + EACH, RUNS[AT + 3])
-    for block in range(turn * EACH, last, RUNS[AT + 5]):
+def bring_strip(source, record, stage, first, end, ROWS: tl.constexpr, INNER: tl.constexpr, RUNS: tl.constexpr,
+                AT: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    BLOCKS: tl.constexpr = RUNS[AT + 3]
+    TOGETHER: tl.constexpr = ROWS if TILE == 1 else TILE
+    EACH: tl.constexpr = BLOCKS * ROWS // INNER if TILE == 1 else BLOCKS // tl.cdiv(INNER, TILE)
+    begin, last = first // TOGETHER * EACH, tl.cdiv(end, TOGETHER) * EACH
+    if TILE > 1:  # of whole words of 16 bytes
+        begin, last = begin // 4 * 4, tl.cdiv(last, 4) * 4
+    last = tl.minimum(last, BLOCKS)
+    for block in range(begin, last, RUNS[AT + 5]):
         copy_part(source, record, stage, block, tl.minimum(RUNS[AT + 5], last - block), RUNS, AT, CHUNK)
 
 
@@ -134,8 +146,9 @@ def gate_up_rows(
 def _gate_up(
     records, stride, slots, weights, ids, bias, x, out, k, pairs,
     sources, numbers, base, row_stride, count, targets, scratch,
-    MOVERS: tl.constexpr, STRIPS: tl.constexpr, ROWS: tl.constexpr, DOWN: tl.constexpr, CHUNK: tl.constexpr,
-    LISTED: tl.constexpr, KP: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,
+    MOVERS: tl.constexpr, STRIPS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, DOWN: tl.constexpr,
+    CHUNK: tl.constexpr, LISTED: tl.constexpr, KP: tl.constexpr,
+    H: tl.constexpr, INNER: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,
     PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, CUBIC: tl.constexpr,
     BEFORE: tl.constexpr,
     FG: tl.constexpr, UG: tl.constexpr, WG: tl.constexpr,
@@ -173,8 +186,8 @@ def _gate_up(
                 first = now % TURNS * ROWS
                 end = tl.minimum(first + ROWS, INNER)
                 source = source_of(sources, numbers, base, row_stride, i)
-                bring_rows(source, records + slot.to(tl.int64) * stride, scratch + pid * CHUNK, now % TURNS, ROWS,
-                           INNER, STRIPS, CHUNK)  # fmt: skip
+                bring_rows(source, records + slot.to(tl.int64) * stride, scratch + pid * CHUNK, first, end, ROWS,
+                           INNER, STRIPS, TILES, CHUNK)  # fmt: skip
         record = records + slot.to(tl.int64) * stride
         gate_up_rows(record, weight, None if bias is None else bias + expert * (2 * INNER), x + (pair // k) * H,
                      out + pair * INNER, first, end, H, INNER, R, PITCH, ALPHA, LIMIT, PLUS, CUBIC, BEFORE,
@@ -200,11 +213,9 @@ def expert_gate_up(
     assert x.is_contiguous() and out.is_contiguous() and records.stride(1) == 1
     assert copies is None or len(x) == 1
     gate, up, h, pairs = layout.gate, layout.up, x.shape[1], len(slots)
-    (ug, warps), (uu, warps_up) = across(gate.format, h), across(up.format, h)
-    warps = max(warps, warps_up)
-    heavy = not HEAVY.isdisjoint((gate.format, up.format))
-    most = programs(x.device, warps, heavy)
-    moving = moving_of(copies, records, layout, warps)
+    (ug, _), (uu, _) = across(gate.format, h), across(up.format, h)
+    warps, heavy, most = sharing_of(layout, x.device)
+    moving = moving_of(copies, records, layout)
     _gate_up[(max(most, pairs + moving["MOVERS"]),)](
         records, records.stride(0), slots, weights, ids, bias, x, out, pairs // len(x), pairs,
         *(copies.arguments if copies else [None] * 7), **moving,
@@ -212,7 +223,7 @@ def expert_gate_up(
         ALPHA=glu.alpha, LIMIT=glu.limit, PLUS=glu.plus, CUBIC=glu.cubic, BEFORE=before,
         FG=gate.format, UG=ug, WG=UNIT[gate.format], **planes("G", gate),
         FU=up.format, UU=uu, WU=UNIT[up.format], **planes("U", up), num_warps=warps,
-        maxnreg=registers(FEWER_WARPS if heavy else WARPS), **dependent(pdl),
+        maxnreg=registers(max(warps, FEWER_WARPS if heavy else WARPS)), **dependent(pdl),
     )  # fmt: skip
 
 
@@ -222,14 +233,32 @@ def registers(warps: int) -> int:
     return 65536 // (32 * warps) // 8 * 8
 
 
-def moving_of(copies: Copies | None, records: Tensor, layout: SlotLayout, warps: int) -> dict[str, Any]:
+def sharing_of(layout: SlotLayout, device: torch.device) -> tuple[int, bool, int]:
+    """Of a launch of gate and up: a program's warps, whether it takes many registers, how many run at once."""
+    forms = layout.gate, layout.up
+    warps, heavy = max(across(form.format, form.cols)[1] for form in forms), any(form.format in HEAVY for form in forms)
+    return warps, heavy, programs(device, warps, heavy)
+
+
+def movers_of(layout: SlotLayout, device: torch.device) -> tuple[int, int]:
+    """How many programs move, and how many bytes each stages."""
+    warps, _, most = sharing_of(layout, device)
+    return max(1, most // MOVING), MOVER_CHUNK * warps
+
+
+def movers_scratch(layouts: Iterable[SlotLayout], device: torch.device) -> Tensor:
+    """`Copies.scratch` of expert_gate_up for any of `layouts`."""
+    return scratch_for(device, max(math.prod(movers_of(layout, device)) for layout in layouts))
+
+
+def moving_of(copies: Copies | None, records: Tensor, layout: SlotLayout) -> dict[str, Any]:
     """How many programs move, and what."""
     if copies is None:
-        return {"MOVERS": 0, "STRIPS": None, "ROWS": 1, "DOWN": None, "CHUNK": 0, "LISTED": 0, "KP": 1}
-    movers, chunk = 1 if interpreted() else MOVERS // warps, MOVER_CHUNK * warps
+        return {"MOVERS": 0, "STRIPS": None, "TILES": None, "ROWS": 1, "DOWN": None, "CHUNK": 0, "LISTED": 0, "KP": 1}
+    movers, chunk = movers_of(layout, records.device)
     check(copies, records, movers, chunk)
     strips, listed = Strips.of(layout, chunk), len(copies.slots)
-    return {"MOVERS": movers, "STRIPS": described(strips.runs, chunk), "ROWS": strips.rows,
+    return {"MOVERS": movers, "STRIPS": described(strips.runs, chunk), "TILES": strips.tiles, "ROWS": strips.rows,
             "DOWN": described(strips.down, chunk), "CHUNK": chunk, "LISTED": listed,
             "KP": triton.next_power_of_2(listed)}  # fmt: skip
 
@@ -292,5 +321,5 @@ def expert_down(
         records, records.stride(0), slots, ids, weights, bias, count, inner, x, each, K=k, H=down.rows, INNER=down.cols,
         R=rows, U=units, FORMAT=down.format, WIDTH=UNIT[down.format], **planes("P", down),
         KP=triton.next_power_of_2(k), LATE=0 if count is None else 2 if down.format in SHARING else 1,
-        num_warps=warps, maxnreg=registers(WARPS), **dependent(pdl),
+        num_warps=warps, maxnreg=registers(max(warps, WARPS)), **dependent(pdl),
     )  # fmt: skip

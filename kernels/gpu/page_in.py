@@ -23,13 +23,11 @@ from torch import Tensor
 
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.gpu.launch import dependent
-from offmoe.kernels.planes import PLANES, Run, SlotLayout
+from offmoe.kernels.planes import PLANES, Matrix, Run, SlotLayout
 
 CHUNK = 2048  # bytes that a warp has under way: 64 a lane
 PROGRAMS, WARPS = 16, 8  # of a launch of its own
 UNDER_WAY = PROGRAMS * WARPS * CHUNK  # bytes: 256 KiB keep a PCIe 5 link full
-MOVER_CHUNK = 4096  # bytes that a warp brings before it multiplies them
-MOVERS = 256  # warps of movers: each spends half of its time with what it has brought
 FIELDS = tl.constexpr(14)
 
 
@@ -226,12 +224,17 @@ def described(runs: tuple[Run, ...], chunk: int) -> tuple[int, ...]:
     for run in runs:
         size, sizes = FORMATS[run.format].bytes, PLANES[run.format]
         assert len(sizes) > 1 or run.source % 16 == 0, f"{run.format} at byte {run.source} of a record is not aligned"
-        blocks = (chunk - (16 if len(sizes) > 1 else 0)) // size // step_of(run) * step_of(run)
+        blocks = room_of(run, chunk) // size // step_of(run) * step_of(run)
         chunks = -(-run.blocks // blocks)
         planes = [n for i in range(4) for n in ((sizes[i], run.planes[i]) if i < len(sizes) else (0, 0))]
         numbers += [first, chunks, run.source, run.blocks, size, blocks, *planes]
         first += chunks
     return (first, *numbers)
+
+
+def room_of(run: Run, chunk: int) -> int:
+    """Bytes of a chunk: what is taken apart begins anywhere in 16 of them."""
+    return chunk - (16 if len(PLANES[run.format]) > 1 else 0)
 
 
 def step_of(run: Run) -> int:
@@ -241,9 +244,11 @@ def step_of(run: Run) -> int:
 
 @dataclass(frozen=True)
 class Strips:
-    """Gate and up of a layout as runs of their own, and of how many rows both are brought together."""
+    """Gate and up of a layout as runs of their own, how many rows of the matrix a row of each run's blocks is for (1,
+    but where rows share scales), and of how many rows both matrices are brought together."""
 
     runs: tuple[Run, ...]
+    tiles: tuple[int, ...]
     down: tuple[Run, ...]
     rows: int
 
@@ -263,13 +268,22 @@ class Strips:
                 strips.append(Run(run.format, run.source + part * run.nbytes // parts, blocks, planes))
             if not of_gate and not of_up:
                 down.append(run)
-        tiled = (FORMATS[form.format].scales for form in (layout.gate, layout.up))
-        rows = max([1, *(scales.rows for scales in tiled if scales)])  # their scales come with them
-        while any(run.blocks * rows % (inner * step_of(run)) for run in strips):
+        tiles = tuple(rows_sharing(run, (layout.gate, layout.up)) for run in strips)
+        rows, alone = 1, [run for run, tile in zip(strips, tiles, strict=True) if tile == 1]
+        while any(run.blocks * rows % (inner * step_of(run)) for run in alone):
             rows *= 2
-        while rows < inner and all(run.nbytes * rows * 2 <= inner * (chunk - 16) for run in strips):
+        while rows < inner and all(run.nbytes * rows * 2 <= inner * room_of(run, chunk) for run in strips):
             rows *= 2
-        return cls(tuple(strips), merged(tuple(down)), rows)
+        return cls(tuple(strips), tiles, merged(tuple(down)), rows)
+
+
+def rows_sharing(run: Run, matrices: tuple[Matrix, ...]) -> int:
+    """Rows that share what is in the run, if it is the plane of a matrix's scales; else 1."""
+    for form in matrices:
+        scales = FORMATS[form.format].scales
+        if scales and run.planes[0] == form.planes[0]:
+            return scales.rows
+    return 1
 
 
 def scratch_for(device: torch.device, nbytes: int = UNDER_WAY) -> Tensor:

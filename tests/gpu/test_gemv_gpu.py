@@ -21,7 +21,7 @@ if torch.cuda.is_available():
     from offmoe.kernels.gpu import experts
     from offmoe.kernels.gpu import gemv as fast
     from offmoe.kernels.gpu.launch import pdl_supported
-    from offmoe.kernels.gpu.page_in import MOVER_CHUNK, MOVERS, Copies, page_in, scratch_for
+    from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 
 RATIO = 3e-6  # interpreted, rows of 2,048 and 14,336 weights are within 8e-7 in every format
 LAYERS, REPLAYS = 8, 50
@@ -83,7 +83,7 @@ def test_movers_multiply_what_they_bring(fmt: str) -> None:
     slots, weights, x = ints(5, 1, 0, 4), randn(4, seed=3).abs(), 0.02 * randn(1, layout.hidden)
     out, whole = nan(4, layout.expert_hidden), nan(4, layout.expert_hidden)
     count, listed, to = ints(0), ints(0, 0, 0, 0), ints(0, 0, 0, 0)
-    copies = Copies(count, to, scratch_for(DEVICE, MOVERS * MOVER_CHUNK), None, listed, rows.data_ptr(), rows.stride(0))
+    copies = Copies(count, to, experts.movers_scratch([layout], DEVICE), None, listed, rows.data_ptr(), rows.stride(0))
     y, summed, pdl = randn(1, layout.hidden, seed=4), randn(1, layout.hidden, seed=4), pdl_supported(DEVICE)
 
     def launch() -> None:  # down starts early: what movers still bring it must not read
