@@ -1,6 +1,6 @@
 """Decoding on a GPU: a CSV row and a line of a table for every cap, policy, prefetcher, context and routing.
 
-    python3 -P bench/decode.py --shape qwen3-30b-a3b --caps 25,50,75,100 --routing realistic,uniform \
+    python3 bench/decode.py --shape qwen3-30b-a3b --caps 25,50,75,100 --routing realistic,uniform \
         --policies crf:h=16,lru@50 --prefetch none --context 128,32768 --out bench/results/decode.csv
 
 `lru@50` runs that policy at 50 % only. Routings: realistic (Qwen3-30B-A3B's), uniform, trace (gpt-oss-20b's), own (the

@@ -2,8 +2,8 @@
 # Everything for a GPU machine, in stages; a stage prints the end of its output, $OUT/log.txt holds all of it.
 #   bash bench/gpu.sh OUT [STAGE …]      OUT: a folder for the log and the rows; no stage: all of them
 # Stages: build (the peer, in the background: it goes on when this script ends), tests, kernels, peer (waits for its
-# build), decode, decode-long, decode-gpt-oss, decode-prefetch, families, quick, prefill, memory, demo; sweep (tiles of
-# the GEMV).
+# build), decode, decode-long, decode-gpt-oss, decode-prefetch, misses, families, quick, prefill, memory, demo; sweep
+# (tiles of the GEMV).
 # Ignored folders that it takes if they are there: .whl (wheels of missing packages), .traces, .peer (bench/peer.sh pack).
 # ARGS_decode="--caps 50" and so on: further arguments of a stage.
 set -uo pipefail
@@ -12,7 +12,7 @@ out=${1:?a folder for the log and the rows}
 shift
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-[ $# -gt 0 ] || set -- build tests kernels peer decode decode-long decode-gpt-oss decode-prefetch families prefill memory demo
+[ $# -gt 0 ] || set -- build tests kernels peer decode decode-long decode-gpt-oss decode-prefetch misses families prefill memory demo
 peer=/tmp/offmoe-peer
 
 export OFFMOE_TRACES=${OFFMOE_TRACES:-$([ -d .traces ] && echo "$PWD/.traces" || echo "$PWD/../shared/traces")}
@@ -81,6 +81,11 @@ for name in "$@"; do
         decode-gpt-oss) stage decode-gpt-oss 10 240 python3 bench/decode.py --shape gpt-oss-20b --caps 25,50,100 --routing trace --policies crf:h=16,lru@50 --out "$out/decode.csv" ;;
         decode-prefetch) # published pairs of recall and precision on the misses; and the bound
             stage decode-prefetch 14 300 python3 bench/decode.py --caps 25,50 --routing realistic --prefetch none emulated:recall=0.727,precision=0.557,d=1 emulated:recall=0.142,precision=0.987,d=1 oracle:d=2 --out "$out/decode.csv" ;;
+        misses) # what a missing record costs: rows of 13 MB that are taken apart, and of 2.7 MB that are not
+            for shape in gpt-oss-20b qwen3-30b-a3b; do
+                stage misses 11 120 python3 bench/misses.py --shape $shape --out "$out/misses.csv"
+            done
+            ;;
         families) # a file of 5 to 20 GB each, written and deleted
             for shape in ${SHAPES:-deepseek-v2-lite glm-4.7-flash qwen3.6-35b-a3b gemma-4-26b-a4b lfm2-8b-a1b llama-4-scout}; do
                 stage families 5 150 python3 bench/decode.py --shape "$shape" --caps 50,100 --routing own,uniform --tokens 200 --out "$out/decode.csv"

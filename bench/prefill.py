@@ -1,6 +1,6 @@
 """Prompts of random ids on a GPU: tok/s beside what the link and the tensor cores allow.
 
-    python3 -P bench/prefill.py --shape qwen3-30b-a3b --caps 50,100 --tokens 512,4096 --out bench/results/prefill.csv
+    python3 bench/prefill.py --shape qwen3-30b-a3b --caps 50,100 --tokens 512,4096 --out bench/results/prefill.csv
 
 Every prompt is a new one, after one of the same length that does not count; the cache is as that one left it.
 """

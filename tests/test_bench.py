@@ -20,6 +20,7 @@ BENCH = str(Path(__file__).parents[1] / "bench")
 sys.path.insert(0, BENCH)  # for a moment: there are common names in that folder
 try:
     import decode
+    import misses
     import rig
     import routing
     import shapes
@@ -118,6 +119,15 @@ def test_an_absent_trace_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("OFFMOE_TRACES", str(tmp_path))
     with pytest.raises(SystemExit, match=r"gpt-oss-20b.npz is absent: set OFFMOE_TRACES"):
         routing.from_trace(tokens=10)
+
+
+@pytest.mark.parametrize(("missing", "every"), [(0, 1), (1, 1), (1, 8), (4, 2)])
+def test_so_many_of_the_forced_records_are_missing(missing: int, every: int) -> None:
+    rig = SimpleNamespace(layers=24, experts=32, k=4)
+    ids = misses.in_turn(rig, missing, every, 80)
+    assert all(len(set(row)) == 4 for row in ids.reshape(-1, 4).tolist())
+    hit = routing.replayed(ids, 32, "lru", 16).hit[40:].reshape(40, 24, 4)
+    assert ((~hit).sum(2) == missing * (np.arange(24) % every == 0)).all()
 
 
 def test_cells_are_those_asked_for() -> None:

@@ -1,0 +1,83 @@
+"""What a missing record costs in a decode step, by how many a layer misses and how many layers miss any.
+
+    python3 bench/misses.py --shape gpt-oss-20b --out bench/results/misses.csv
+
+Routing is forced: in every n-th layer some of the k experts come in turn, more than there are slots, so that the policy
+lru misses each of them; all others hit. The floor is a step in which all hit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rig import Rig, Row, add_row, machine, model_file, table
+from shapes import SHAPES
+
+COLUMNS = {"missing": "missing", "every": "every", "floor_ms": "floor", "ms": "ms", "misses": "misses",
+           "us_a_miss": "µs a miss", "gb_s": "GB/s", "link_gb_s": "link"}  # fmt: skip
+TOKENS = 60  # timed, after as many that are not
+
+
+def in_turn(rig: Rig, missing: int, every: int, tokens: int) -> NDArray[np.int16]:
+    """[tokens, layers, k]: the last k experts, of whom `missing` make room for others in every so many-th layer."""
+    ids = np.empty((tokens, rig.layers, rig.k), np.int16)
+    ids[:] = np.arange(rig.experts - rig.k, rig.experts)
+    others = (rig.experts - rig.k) // max(1, missing) * missing
+    if missing:
+        turn = np.arange(tokens)[:, None] * missing + np.arange(missing)
+        ids[:, ::every, :missing] = (turn % others)[:, None]
+    return ids
+
+
+def median_ms(rig: Rig, missing: int, every: int) -> tuple[float, float]:
+    """Of a step, and its misses."""
+    ids = in_turn(rig, missing, every, 2 * TOKENS)
+    for part in np.split(ids, 2):
+        rig.force(part)
+        steps = rig.run(TOKENS)
+    return float(np.median(steps.seconds)) * 1e3, float(steps.misses.mean())
+
+
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    with Rig(model_file(args.shape, args.layers), args.shape, "50%", 704, policy="lru") as rig:
+        rig.prefill(512, seed=0)  # every slot holds something
+        rig.context(128)
+        floor, _ = median_ms(rig, 0, 1)
+        link = rig.bandwidths()[1]
+        for missing in (1, 2, rig.k):
+            for every in (1, 2, 8):
+                ms, misses = median_ms(rig, missing, every)
+                each = (ms - floor) / misses
+                yield {**machine(), "shape": args.shape, "missing": missing, "every": every,
+                       "floor_ms": f"{floor:.3f}", "ms": f"{ms:.3f}", "misses": f"{misses:.1f}",
+                       "us_a_miss": f"{each * 1e3:.1f}", "gb_s": f"{rig.record / each / 1e6:.1f}",
+                       "link_gb_s": f"{link / 1e9:.1f}"}  # fmt: skip
+
+
+def parsed(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="gpt-oss-20b", choices=list(SHAPES))
+    parser.add_argument("--layers", type=int, help="fewer than the shape has, for a try")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/misses.csv"))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parsed(argv)
+    if not torch.cuda.is_available():
+        raise SystemExit("bench/misses.py measures a GPU, and torch sees none")
+    rows = []
+    for made in measure(args):
+        rows.append(made)
+        add_row(args.out, made)
+    print(f"\n{args.shape} on {rows[0]['gpu']}, commit {rows[0]['commit']}\n{table(rows, COLUMNS)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
