@@ -19,8 +19,9 @@ from offmoe.kernels.striped import unstripe
 
 pytest.importorskip("triton")
 from offmoe.kernels.gpu import experts as fast
-from offmoe.kernels.gpu.experts import MOVER_CHUNK, movers_scratch
-from offmoe.kernels.gpu.page_in import Copies, Strips
+from offmoe.kernels.gpu.experts import movers_scratch
+from offmoe.kernels.gpu.movers import MOVER_CHUNK, Strips
+from offmoe.kernels.gpu.page_in import Copies
 
 RATIO = 2e-6
 

@@ -1,14 +1,13 @@
 """The experts of one to eight tokens, straight from their slots; what is missing is multiplied as it comes.
 
 A launch for gate and up, one for down. The rows of the first are shared by all programs that run at once; while records
-are missing the first of these are movers, who bring a few rows of one out of pinned memory and multiply them.
+are missing the first of these are movers (`movers.py`), who bring a few rows of one out of pinned memory and multiply
+them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import triton
@@ -19,25 +18,12 @@ from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.gpu.dot import SHARING, UNIT, fold, x_of
 from offmoe.kernels.gpu.gemv import FEWER_WARPS, WARPS, across, planes, programs, rows_of, stream, tile
 from offmoe.kernels.gpu.launch import dependent
+from offmoe.kernels.gpu.movers import bring_rows, chunk_of, movers_of, moving_of
 from offmoe.kernels.gpu.norm_rope import clipped
-from offmoe.kernels.gpu.page_in import (
-    FIELDS,
-    Copies,
-    Strips,
-    bring,
-    check,
-    copy_part,
-    described,
-    scratch_for,
-    source_of,
-)
+from offmoe.kernels.gpu.page_in import Copies, bring, scratch_for, source_of
 from offmoe.kernels.gpu.striped import place
 from offmoe.kernels.planes import SlotLayout
 
-MOVER_CHUNK = 2048  # bytes that a warp brings before it multiplies them
-# One of so many programs that run at once is a mover where anything is missing. They spend much of their time with what
-# they have brought: of gpt-oss-20b's records 128 brought 43.2 GB/s, 256 46.6 and 512 48.1, of 49.5 that cores can read.
-MOVING = 2
 # Their gate and up take 158 to 168 registers.
 HEAVY = {"Q3_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F8_E4M3", "F8_E4M3_BF16", "F8_E4M3_ROW", "NVFP4"}
 
@@ -77,30 +63,6 @@ def glu(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, 
     slope = gate if CUBIC == 0 else gate + CUBIC * gate * gate * gate
     slope = slope if ALPHA == 1 else slope * ALPHA
     return gate * tl.sigmoid(slope) * (up if PLUS == 0 else up + PLUS)
-
-
-@triton.jit
-def bring_rows(source, record, stage, first, end, ROWS: tl.constexpr, INNER: tl.constexpr, STRIPS: tl.constexpr,
-               TILES: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """ROWS rows of gate and up, first … end, from address `source` into the slot at `record`; with them the scales that
-    they share with rows of other movers."""
-    for strip in tl.static_range(len(STRIPS) // FIELDS):
-        bring_strip(source, record, stage, first, end, ROWS, INNER, STRIPS, 1 + strip * FIELDS, TILES[strip], CHUNK)
-    tl.debug_barrier()  # other threads read them
-
-
-@triton.jit
-def bring_strip(source, record, stage, first, end, ROWS: tl.constexpr, INNER: tl.constexpr, RUNS: tl.constexpr,
-                AT: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    BLOCKS: tl.constexpr = RUNS[AT + 3]
-    TOGETHER: tl.constexpr = ROWS if TILE == 1 else TILE
-    EACH: tl.constexpr = BLOCKS * ROWS // INNER if TILE == 1 else BLOCKS // tl.cdiv(INNER, TILE)
-    begin, last = first // TOGETHER * EACH, tl.cdiv(end, TOGETHER) * EACH
-    if TILE > 1:  # of whole words of 16 bytes
-        begin, last = begin // 4 * 4, tl.cdiv(last, 4) * 4
-    last = tl.minimum(last, BLOCKS)
-    for block in range(begin, last, RUNS[AT + 5]):
-        copy_part(source, record, stage, block, tl.minimum(RUNS[AT + 5], last - block), RUNS, AT, CHUNK)
 
 
 @triton.jit
@@ -215,7 +177,7 @@ def expert_gate_up(
     gate, up, h, pairs = layout.gate, layout.up, x.shape[1], len(slots)
     (ug, _), (uu, _) = across(gate.format, h), across(up.format, h)
     warps, heavy, most = sharing_of(layout, x.device)
-    moving = moving_of(copies, records, layout)
+    moving = moving_of(copies, records, layout, warps, most)
     _gate_up[(max(most, pairs + moving["MOVERS"]),)](
         records, records.stride(0), slots, weights, ids, bias, x, out, pairs // len(x), pairs,
         *(copies.arguments if copies else [None] * 7), **moving,
@@ -240,27 +202,10 @@ def sharing_of(layout: SlotLayout, device: torch.device) -> tuple[int, bool, int
     return warps, heavy, programs(device, warps, heavy)
 
 
-def movers_of(layout: SlotLayout, device: torch.device) -> tuple[int, int]:
-    """How many programs move, and how many bytes each stages."""
-    warps, _, most = sharing_of(layout, device)
-    return max(1, most // MOVING), MOVER_CHUNK * warps
-
-
 def movers_scratch(layouts: Iterable[SlotLayout], device: torch.device) -> Tensor:
     """`Copies.scratch` of expert_gate_up for any of `layouts`."""
-    return scratch_for(device, max(math.prod(movers_of(layout, device)) for layout in layouts))
-
-
-def moving_of(copies: Copies | None, records: Tensor, layout: SlotLayout) -> dict[str, Any]:
-    """How many programs move, and what."""
-    if copies is None:
-        return {"MOVERS": 0, "STRIPS": None, "TILES": None, "ROWS": 1, "DOWN": None, "CHUNK": 0, "LISTED": 0, "KP": 1}
-    movers, chunk = movers_of(layout, records.device)
-    check(copies, records, movers, chunk)
-    strips, listed = Strips.of(layout, chunk), len(copies.slots)
-    return {"MOVERS": movers, "STRIPS": described(strips.runs, chunk), "TILES": strips.tiles, "ROWS": strips.rows,
-            "DOWN": described(strips.down, chunk), "CHUNK": chunk, "LISTED": listed,
-            "KP": triton.next_power_of_2(listed)}  # fmt: skip
+    launches = ((warps, most) for warps, _, most in (sharing_of(layout, device) for layout in layouts))
+    return scratch_for(device, max(movers_of(most) * chunk_of(warps) for warps, most in launches))
 
 
 @triton.jit

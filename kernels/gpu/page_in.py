@@ -23,7 +23,7 @@ from torch import Tensor
 
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.gpu.launch import dependent
-from offmoe.kernels.planes import PLANES, Matrix, Run, SlotLayout
+from offmoe.kernels.planes import PLANES, Run, SlotLayout
 
 CHUNK = 2048  # bytes that a warp has under way: 64 a lane
 PROGRAMS, WARPS = 16, 8  # of a launch of its own
@@ -240,50 +240,6 @@ def room_of(run: Run, chunk: int) -> int:
 def step_of(run: Run) -> int:
     """Of so many blocks every part of a plane is aligned."""
     return 16 // math.gcd(16, *PLANES[run.format])
-
-
-@dataclass(frozen=True)
-class Strips:
-    """Gate and up of a layout as runs of their own, how many rows of the matrix a row of each run's blocks is for (1,
-    but where rows share scales), and of how many rows both matrices are brought together."""
-
-    runs: tuple[Run, ...]
-    tiles: tuple[int, ...]
-    down: tuple[Run, ...]
-    rows: int
-
-    @classmethod
-    @cache
-    def of(cls, layout: SlotLayout, chunk: int) -> Strips:
-        strips, down, inner = [], [], layout.gate.rows
-        for run in layout.runs:
-            end = run.planes[0] + run.blocks * PLANES[run.format][0]
-            of_gate, of_up = (any(run.planes[0] <= at < end for at in form.planes) for form in (layout.gate, layout.up))
-            parts = 2 if of_gate and of_up and layout.gate.pitch == 1 else 1
-            blocks = run.blocks // parts
-            for part in range(parts if of_gate or of_up else 0):
-                planes = tuple(
-                    at + part * blocks * size for at, size in zip(run.planes, PLANES[run.format], strict=True)
-                )
-                strips.append(Run(run.format, run.source + part * run.nbytes // parts, blocks, planes))
-            if not of_gate and not of_up:
-                down.append(run)
-        tiles = tuple(rows_sharing(run, (layout.gate, layout.up)) for run in strips)
-        rows, alone = 1, [run for run, tile in zip(strips, tiles, strict=True) if tile == 1]
-        while any(run.blocks * rows % (inner * step_of(run)) for run in alone):
-            rows *= 2
-        while rows < inner and all(run.nbytes * rows * 2 <= inner * room_of(run, chunk) for run in strips):
-            rows *= 2
-        return cls(tuple(strips), tiles, merged(tuple(down)), rows)
-
-
-def rows_sharing(run: Run, matrices: tuple[Matrix, ...]) -> int:
-    """Rows that share what is in the run, if it is the plane of a matrix's scales; else 1."""
-    for form in matrices:
-        scales = FORMATS[form.format].scales
-        if scales and run.planes[0] == form.planes[0]:
-            return scales.rows
-    return 1
 
 
 def scratch_for(device: torch.device, nbytes: int = UNDER_WAY) -> Tensor:
