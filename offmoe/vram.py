@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offmoe.experts import Counters, ExpertStore, Ints
-from offmoe.kernels.gpu.gemm import blocks, combine, expert_mlp, plan_tiles
+from offmoe.kernels.gpu.gemm import Tiles, blocks, combine, expert_mlp, plan_tiles
 from offmoe.kernels.gpu.page_in import CHUNK, WARPS, Copies, page_in, scratch_for
 from offmoe.kernels.planes import slot_layout
 from offmoe.models.model import Model
@@ -41,6 +41,7 @@ class VramStore(ExpertStore):
         self._scratch = scratch_for(plan.device, PROGRAMS * WARPS * CHUNK)
         self._k, self._glu = config.top_k, config.glu
         self._streaming = False
+        self._all: list[Tensor] = []  # by layer, where every record lies, once all have slots
 
     def preload(self, progress: Callable[[int, int], None]) -> None:
         experts = np.arange(self.table.experts)
@@ -49,6 +50,8 @@ class VramStore(ExpertStore):
             self._stream(layer, experts, lambda *_: None)
             progress(layer + 1, self.table.layers)
         self.counts = Counters()
+        slots = self.table.slot_of.reshape(self.table.layers, -1)
+        self._all = [on_gpu(self._address(row), self.device) for row in slots]
 
     def begin(self, tokens: int) -> None:
         """Where a chunk routes to nearly every expert, all absent ones stream ahead of the routing."""
@@ -57,6 +60,8 @@ class VramStore(ExpertStore):
         self._send_ahead(0)
 
     def apply(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if self._all and not self.routed:
+            return self._apply_all(layer, x, ids, weights)
         host_ids = ids.cpu().numpy()  # waits for the router: about 0.1 ms a layer
         if self.routed:
             self.routed(layer, host_ids, weights)
@@ -67,19 +72,28 @@ class VramStore(ExpertStore):
         self._admit(layer, experts, counts[experts])
         tiles = plan_tiles(ids, self.table.experts, x.dtype)
         out = x.new_empty((ids.numel(), x.shape[1]))
-        biases = self.biases[layer] if self.biases else None
 
         def multiply(some: Ints, places: Ints) -> None:
             addresses = np.zeros(self.table.experts, np.int64)
             addresses[some] = places
-            expert_mlp(x, ids, tiles, on_gpu(addresses, self.device), self.layouts[layer], out, glu=self._glu,
-                       biases=biases)  # fmt: skip
+            self._multiply(layer, x, ids, tiles, on_gpu(addresses, self.device), out)
 
         there = resident >= 0
         if there.any():
             multiply(experts[there], self._address(resident[there]))
         self._stream(layer, experts[~there], multiply)
         return combine(out, weights)
+
+    def _apply_all(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Nothing can be missing or leave: the host asks for nothing, counts nothing, and waits for nobody."""
+        x, weights = self.weighted(x, weights)
+        out = x.new_empty((ids.numel(), x.shape[1]))
+        self._multiply(layer, x, ids, plan_tiles(ids, self.table.experts, x.dtype), self._all[layer], out)
+        return combine(out, weights)
+
+    def _multiply(self, layer: int, x: Tensor, ids: Tensor, tiles: Tiles, addresses: Tensor, out: Tensor) -> None:
+        biases = self.biases[layer] if self.biases else None
+        expert_mlp(x, ids, tiles, addresses, self.layouts[layer], out, glu=self._glu, biases=biases)
 
     def compile(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> None:
         """Launch what `apply` may, for chunks of every length; within compiled_at_once, where nothing is done."""
@@ -88,10 +102,9 @@ class VramStore(ExpertStore):
         page_in(copies, self.uploads.zones[0])
         page_in(copies, self.records, self.layouts[layer], programs=PROGRAMS)
         x, weights = self.weighted(x, weights)
-        out, biases = x.new_empty((ids.numel(), x.shape[1])), self.biases[layer] if self.biases else None
+        out = x.new_empty((ids.numel(), x.shape[1]))
         for block in blocks(x.dtype):
-            tiles = plan_tiles(ids, self.table.experts, x.dtype, block)
-            expert_mlp(x, ids, tiles, nothing, self.layouts[layer], out, glu=self._glu, biases=biases)
+            self._multiply(layer, x, ids, plan_tiles(ids, self.table.experts, x.dtype, block), nothing, out)
         combine(out, weights)
 
     def _admit(self, layer: int, experts: Ints, uses: Ints) -> None:

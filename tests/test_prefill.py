@@ -48,7 +48,9 @@ def prefill(path: Path, chunk: int, batch: int, **settings: Any) -> torch.Tensor
     trunk = DeviceTrunk(model, plan.device, torch.float32, plan.ctx)
     trunk.load_layers(lambda *_: None)
     kv = KVCache(model.config, plan.ctx, plan.device, torch.float32)
-    if plan.ram_rows >= model.records:
+    if plan.all_in_slots:
+        store.preload(lambda *_: None)
+    elif plan.ram_rows >= model.records:
         store.ram.fill()
     if batch == 2:  # interpreted kernels run, and nothing may come of it
         compile_prompt_kernels(trunk, store, kv)
@@ -73,3 +75,13 @@ def test_what_is_resident_changes_no_bit(scope: str, tmp_path: Path) -> None:
     assert torch.equal(rows[0], rows[1])
     assert torch.equal(rows[0], rows[2])
     assert torch.equal(rows[0], prefill(path, 5, 2, vram="50%", ram=0)), "out of a RAM tier that is too small"
+
+
+def test_with_all_in_slots_the_host_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so has no need to wait for a router."""
+    asked, access = [], VramStore.access
+    monkeypatch.setattr(
+        VramStore, "access", lambda self, layer, *rest: asked.append(layer) or access(self, layer, *rest)
+    )
+    prefill(saved("qwen3_moe", tmp_path), 5, 3, vram="100%")
+    assert asked == sorted(set(asked)), "once a layer, when the slots were filled"

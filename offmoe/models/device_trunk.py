@@ -77,7 +77,7 @@ class DeviceTrunk:
         from offmoe.kernels.gpu.prefill import prefill_attention
 
         c, w = self.config, self.layers[layer]
-        qkv = self._product(rms_norm(x, w.attn_norm, c.stream_eps, w.attn_norm_bias).to(self._dtype), w.qkv)
+        qkv = self._product(self._normed(x, w.attn_norm, w.attn_norm_bias), w.qkv)
         if w.mixer:
             states, index = kv.state_of(layer)
             return self._product(states.mix(index, qkv, w.mixer, start, mix_chunk), w.o)
@@ -102,7 +102,7 @@ class DeviceTrunk:
             mixed = mixed * qkv[:, : c.gate_rows].sigmoid()
         out = self._product(mixed, w.o)
         out = out if w.o_bias is None else out + w.o_bias
-        return rms_norm(out, w.sandwich.attention, c.stream_eps) if w.sandwich else out
+        return self._normed(out, w.sandwich.attention, dtype=torch.float32) if w.sandwich else out
 
     def _attend_latents(self, w: DeviceLatent, qkv: Tensor, cache: Tensor, positions: Tensor, start: int) -> Tensor:
         """qkv [T, q_rank or Q, and L + R], cache [ctx, L + R] → [T, heads · V]. Keys and values are expanded."""
@@ -112,7 +112,7 @@ class DeviceTrunk:
         assert z is not None, "its weights are there"
         query, fresh = qkv.split((qkv.shape[1] - z.width, z.width), dim=1)
         if w.q_a_norm is not None:
-            query = self._product(unstripe(rms_norm(query, w.q_a_norm, LATENT_EPS).to(self._dtype)), w.q_b)
+            query = self._product(unstripe(self._normed(query.contiguous(), w.q_a_norm, eps=LATENT_EPS)), w.q_b)
         query = torch.cat((unstripe(query[:, : c.heads * z.plain]), query[:, c.heads * z.plain :]), dim=1)
         plain, turned, rows = positioned(query, fresh, w.kv_a_norm, self.ropes[c.heads_of(0)], positions, c.heads, z)
         end = start + len(rows)
@@ -133,7 +133,7 @@ class DeviceTrunk:
         """x [T, H] → the experts' input [T, H], ids [T, k], weights [T, k] float32."""
         w = self.layers[layer]
         assert w.router is not None, f"layer {layer} has experts"
-        normed = rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias)
+        normed = self._normed(x, w.ffn_norm, w.ffn_norm_bias, dtype=torch.float32)
         apart = rms_norm(x, None, self.config.stream_eps) if w.sandwich else normed
         logits = stripe(apart) @ w.router[: self.config.experts].float().t()
         if w.router_offset is not None:
@@ -147,7 +147,7 @@ class DeviceTrunk:
         if w.beside is None:
             return None
         if w.sandwich:
-            normed = rms_norm(x, w.sandwich.beside_in, self.config.stream_eps).to(self._dtype)
+            normed = self._normed(x, w.sandwich.beside_in)
         out = self._resident(normed, w.beside)
         if w.router is None or not self.config.shared_gated:
             return out
@@ -157,9 +157,7 @@ class DeviceTrunk:
         """The whole feed-forward part of a layer without experts: what to add to x [T, H]."""
         w = self.layers[layer]
         assert w.beside is not None, f"layer {layer} has no experts"
-        return self._resident(
-            rms_norm(x, w.ffn_norm, self.config.stream_eps, w.ffn_norm_bias).to(self._dtype), w.beside
-        )
+        return self._resident(self._normed(x, w.ffn_norm, w.ffn_norm_bias), w.beside)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, H] → [T, V] float32; T is small."""
@@ -171,6 +169,16 @@ class DeviceTrunk:
         """x [T, H] striped → out [T, V]; `normed` [T, H] is scratch."""
         normed_dense(x, self.final_norm, self.final_norm_bias, self.config.stream_eps, normed, self.head, out,
                      self.head_bias, pdl, self.config.logit_cap)  # fmt: skip
+
+    def _normed(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x [T, H] by its RMS norm, or LayerNorm, in one launch where torch's products would be seven."""
+        from offmoe.kernels.gpu.norm_rope import rms_norm as norm_into
+
+        out = torch.empty_like(x, dtype=dtype or self._dtype)
+        return norm_into(x, weight, self.config.stream_eps if eps is None else eps, out, bias)
 
     def _resident(self, x: Tensor, part: Resident) -> Tensor:
         gate, up, down = ((part.records[0], form) for form in (part.layout.gate, part.layout.up, part.layout.down))
