@@ -20,9 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import routing as routes
-import torch
 from numpy.typing import NDArray
-from rig import Peer, Rig, Row, Steps, add_row, machine, model_file, table
+from rig import Peer, Rig, Row, Steps, machine, model_file, report
 from shapes import SHAPES
 
 Ids = NDArray[np.int16]
@@ -184,17 +183,6 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str]) -> None:
-    args = parsed(argv)
-    if not torch.cuda.is_available():
-        raise SystemExit("bench/decode.py measures a GPU, and torch sees none")
-    rows = []
-    for made in measure(args):
-        rows.append(made)
-        add_row(args.out, made)
-        print("  ".join(f"{made[name]}" for name in COLUMNS), flush=True)
-    print(f"\n{args.shape} on {rows[0]['gpu']}, commit {rows[0]['commit']}\n{table(rows, COLUMNS)}")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    args = parsed(sys.argv[1:])
+    report("decode", measure(args), COLUMNS, args.out)

@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from rig import Rig, Row, add_row, machine, model_file, table
+from rig import Rig, Row, machine, model_file, report
 from shapes import SHAPES
 
 COLUMNS = {"missing": "missing", "every": "every", "floor_ms": "floor", "ms": "ms", "misses": "misses",
@@ -68,16 +67,6 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str]) -> None:
-    args = parsed(argv)
-    if not torch.cuda.is_available():
-        raise SystemExit("bench/misses.py measures a GPU, and torch sees none")
-    rows = []
-    for made in measure(args):
-        rows.append(made)
-        add_row(args.out, made)
-    print(f"\n{args.shape} on {rows[0]['gpu']}, commit {rows[0]['commit']}\n{table(rows, COLUMNS)}")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    args = parsed(sys.argv[1:])
+    report("misses", measure(args), COLUMNS, args.out)

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from rig import Peer, Rig, Row, add_row, machine, model_file, table
+from rig import Peer, Rig, Row, machine, model_file, report
 from shapes import SHAPES
 
 from offmoe.links import best_time
@@ -81,16 +81,6 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: list[str]) -> None:
-    args = parsed(argv)
-    if not torch.cuda.is_available():
-        raise SystemExit("bench/prefill.py measures a GPU, and torch sees none")
-    rows = []
-    for made in measure(args):
-        rows.append(made)
-        add_row(args.out, made)
-    print(f"\nprefill on {rows[0]['gpu']}, commit {rows[0]['commit']}\n{table(rows, COLUMNS)}")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    args = parsed(sys.argv[1:])
+    report("prefill", measure(args), COLUMNS, args.out)

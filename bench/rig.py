@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -196,6 +197,18 @@ def table(rows: list[Row], columns: dict[str, str]) -> str:
                   for text, width, to_left in zip(line, widths, left, strict=True)).rstrip()
         for line in lines
     )  # fmt: skip
+
+
+def report(what: str, made: Iterator[Row], columns: dict[str, str], out: Path) -> None:
+    """Rows as they are made, to the file and to the screen; at the end a table of all."""
+    if not torch.cuda.is_available():
+        raise SystemExit(f"bench/{what}.py measures a GPU, and torch sees none")
+    rows = []
+    for row in made:
+        rows.append(row)
+        add_row(out, row)
+        print("  ".join(f"{row[name]}" for name in columns), flush=True)
+    print(f"\n{what}, {rows[0]['shape']} on {rows[0]['gpu']}, commit {rows[0]['commit']}\n{table(rows, columns)}")
 
 
 if __name__ == "__main__":
