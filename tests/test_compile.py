@@ -53,7 +53,7 @@ def test_all_kernels_compile(made: list[dict[str, Any]]) -> None:
     # What spills is read and written all the time, but for what movers hold: see experts.registers; and where a row
     # takes as many warps as there can be, it has to.
     for line in made:
-        allowed = {"experts._gate_up": 56, "gemm._down": 24, "experts._down": 328 * (line["warps"] == 32)}
+        allowed = {"experts._gate_up": 64, "gemm._down": 24, "experts._down": 328 * (line["warps"] == 32)}
         assert line["stack"] <= allowed.get(line["kernel"], 0), line
 
 
