@@ -111,6 +111,7 @@ def compiled(launch: Launch, capability: int) -> dict[str, Any]:
         "kernel": name_of(launch),
         "format": launch[2].get("FG", launch[2].get("FORMAT")),
         "warps": made.metadata.num_warps,
+        "shared": made.metadata.shared,
         "flushing_fma": re.findall(r"fma[.\w]*ftz", ptx),
         "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v4", ptx)),
         **resources(made.asm["cubin"]),
