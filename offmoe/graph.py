@@ -28,7 +28,8 @@ from offmoe.meter import Meter
 from offmoe.models.device_trunk import DeviceTrunk
 from offmoe.plan import Plan
 from offmoe.settings import Sampling
-from offmoe.step import DecodeStep, Variant
+from offmoe.step import DecodeStep
+from offmoe.variant import Variant
 from offmoe.vram import VramStore
 
 AHEAD = 2  # launches beyond what the host has read: it may be this late without the GPU noticing
@@ -109,13 +110,13 @@ class Decoder:
 
     def force(self, ids: NDArray[np.int16] | None) -> None:
         """Routing [tokens, layers, k] to replay from the next run's first step on; None: the router's own."""
-        moved = self.step.force(ids)
+        moved = self.step.experts.force(ids)
         self._forget(lambda variant: variant.forced and moved)
         self._variant = replace(self._variant, forced=ids is not None)
 
     def emulate(self, predicted: NDArray[np.int16] | None) -> None:
         """What a predictor would say [tokens, layers, m], −1 padded, beside a forced routing; None: the real one."""
-        moved = self.step.emulate(predicted)
+        moved = self.step.experts.emulate(predicted)
         self._forget(lambda variant: variant.emulated and moved)
         self._variant = replace(self._variant, emulated=predicted is not None)
 
@@ -174,7 +175,7 @@ class Decoder:
                 self._capture(variant)  # another way than that of the answer's start
             with torch.cuda.stream(self._stream):
                 if variant.served:
-                    self.step.know_rows()
+                    self.step.experts.know_rows()
                 self._graphs[variant].replay()
             launched += 1
         return launched

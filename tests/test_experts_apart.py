@@ -94,7 +94,7 @@ def test_the_step_multiplies_what_it_is_given(family: str, tmp_path: Path) -> No
     pytest.importorskip("triton")
     import test_step
 
-    from offmoe.step import Variant
+    from offmoe.variant import Variant
 
     path, model = made(family, "float-quantized", APART.get(family, "experts"), tmp_path)
     with test_step.step_of(path, vram="60%") as step:

@@ -77,7 +77,7 @@ def test_the_step_and_a_chunk_multiply_the_records_as_they_are(tmp_path: Path) -
     import test_prefill
     import test_step
 
-    from offmoe.step import Variant
+    from offmoe.variant import Variant
 
     path, model = made(tmp_path)
     with torch.no_grad():

@@ -103,7 +103,7 @@ def test_experts_of_floats_that_lie_column_by_column_are_turned_as_they_are_read
         return
     import test_step
 
-    from offmoe.step import Variant
+    from offmoe.variant import Variant
 
     with test_step.step_of(path, vram="60%") as step:
         assert_close("logits", test_step.run(step, Variant()), reference("gpt_oss", test_step.IDS)[0], 1e-5)

@@ -114,7 +114,7 @@ def test_the_step_and_a_chunk_multiply_what_they_are_given(tmp_path: Path) -> No
     import test_prefill
     import test_step
 
-    from offmoe.step import Variant
+    from offmoe.variant import Variant
 
     path, model = made(tmp_path, "awq")
     with test_step.step_of(path, vram="60%") as step:

@@ -100,7 +100,7 @@ def test_the_step_multiplies_what_it_is_given(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     import test_step
 
-    from offmoe.step import Variant
+    from offmoe.variant import Variant
 
     path, model = made(tmp_path, "mixed")
     with test_step.step_of(path, vram="60%") as step:

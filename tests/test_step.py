@@ -35,7 +35,8 @@ from offmoe.models.model import open_model
 from offmoe.plan import make_plan
 from offmoe.settings import Sampling, Settings
 from offmoe.states import NOWHERE
-from offmoe.step import DecodeStep, Variant
+from offmoe.step import DecodeStep
+from offmoe.variant import Variant
 from offmoe.vram import VramStore
 
 pytestmark = pytest.mark.usefixtures("whole_model")
