@@ -203,6 +203,8 @@ class Engine:
                 if self._cancelled:
                     break
                 logits = self._forward(ids[at : at + self.plan.chunk])
+                if self.plan.device.type == "cuda":  # launches run ahead: here a prompt can be cancelled, and is timed
+                    torch.cuda.current_stream(self.plan.device).synchronize()
         finally:
             self.store.prompt = []
         return logits
