@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import routing as routes
 from numpy.typing import NDArray
-from rig import Peer, Rig, Row, Steps, machine, model_file, report
+from rig import Peer, Rig, Row, Steps, machine, model_file, parser, report
 from shapes import SHAPES
 
 Ids = NDArray[np.int16]
@@ -162,21 +162,19 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="qwen3-30b-a3b", choices=[*SHAPES, "demo"])
-    parser.add_argument("--layers", type=int, help="fewer than the shape has, for a try")
-    parser.add_argument("--caps", default="25,50,75,100", help="%% of the routed experts that have a slot")
-    parser.add_argument("--routing", default="realistic,uniform")
-    parser.add_argument("--policies", default="crf:h=16")
-    parser.add_argument("--prefetch", default=["none"], nargs="+")
-    parser.add_argument("--context", default="128")
-    parser.add_argument("--kv", choices=["int8"], help="keys and values, instead of the activations' type")
-    parser.add_argument("--tokens", type=int, default=400, help="timed")
-    parser.add_argument("--warm", type=int, default=200, help="tokens before them")
-    parser.add_argument("--quick", action="store_true", help="50 and 100 %%, realistic, fewer tokens: about a minute")
-    parser.add_argument("--peer", type=Path, help="llama-bench's CSV of this call")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/decode.csv"))
-    args = parser.parse_args(argv)
+    options = parser("decode", __doc__)
+    options.add_argument("--shape", default="qwen3-30b-a3b", choices=[*SHAPES, "demo"])
+    options.add_argument("--caps", default="25,50,75,100", help="%% of the routed experts that have a slot")
+    options.add_argument("--routing", default="realistic,uniform")
+    options.add_argument("--policies", default="crf:h=16")
+    options.add_argument("--prefetch", default=["none"], nargs="+")
+    options.add_argument("--context", default="128")
+    options.add_argument("--kv", choices=["int8"], help="keys and values, instead of the activations' type")
+    options.add_argument("--tokens", type=int, default=400, help="timed")
+    options.add_argument("--warm", type=int, default=200, help="tokens before them")
+    options.add_argument("--quick", action="store_true", help="50 and 100 %%, realistic, fewer tokens: about a minute")
+    options.add_argument("--peer", type=Path, help="llama-bench's CSV of this call")
+    args = options.parse_args(argv)
     if args.quick:
         args.caps, args.tokens, args.warm, args.context = "50,100", 160, 120, "128"
         args.routing = args.routing.partition(",")[0]

@@ -81,7 +81,7 @@ for name in "$@"; do
         decode-gpt-oss) stage decode-gpt-oss 10 240 python3 bench/decode.py --shape gpt-oss-20b --caps 25,50,100 --routing trace --policies crf:h=16,lru@50 --out "$out/decode.csv" ;;
         decode-prefetch) # published pairs of recall and precision on the misses; and the bound
             stage decode-prefetch 14 300 python3 bench/decode.py --caps 25,50 --routing realistic --prefetch none emulated:recall=0.727,precision=0.557,d=1 emulated:recall=0.142,precision=0.987,d=1 oracle:d=2 --out "$out/decode.csv" ;;
-        misses) # what a missing record costs: rows of 13 MB that are taken apart, and of 2.7 MB that are not
+        misses) # what a missing record costs: one of 13 MB that is taken apart, and one of 2.7 MB that is not
             for shape in gpt-oss-20b qwen3-30b-a3b; do
                 stage misses 11 120 python3 bench/misses.py --shape $shape --out "$out/misses.csv"
             done

@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rig import Rig, Row, machine, model_file, report
+from rig import Rig, Row, machine, model_file, parser, report
 from shapes import SHAPES
 
 COLUMNS = {"missing": "missing", "every": "every", "floor_ms": "floor", "ms": "ms", "misses": "misses",
@@ -60,11 +59,9 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="gpt-oss-20b", choices=list(SHAPES))
-    parser.add_argument("--layers", type=int, help="fewer than the shape has, for a try")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/misses.csv"))
-    return parser.parse_args(argv)
+    options = parser("misses", __doc__)
+    options.add_argument("--shape", default="gpt-oss-20b", choices=list(SHAPES))
+    return options.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from rig import Peer, Rig, Row, machine, model_file, report
+from rig import Peer, Rig, Row, machine, model_file, parser, report
 from shapes import SHAPES
 
 from offmoe.links import best_time
@@ -69,16 +69,14 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="qwen3-30b-a3b", help=f"of {', '.join(SHAPES)}, demo; several by commas")
-    parser.add_argument("--layers", type=int, help="fewer than the shape has, for a try")
-    parser.add_argument("--caps", default="50,100")
-    parser.add_argument("--tokens", default="512,4096")
-    parser.add_argument("--chunk", type=int, default=4096)
-    parser.add_argument("--runs", type=int, default=3, help="timed, after one that is not")
-    parser.add_argument("--peer", type=Path, help="llama-bench's CSV of this call")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/prefill.csv"))
-    return parser.parse_args(argv)
+    options = parser("prefill", __doc__)
+    options.add_argument("--shape", default="qwen3-30b-a3b", help=f"of {', '.join(SHAPES)}, demo; several by commas")
+    options.add_argument("--caps", default="50,100")
+    options.add_argument("--tokens", default="512,4096")
+    options.add_argument("--chunk", type=int, default=4096)
+    options.add_argument("--runs", type=int, default=3, help="timed, after one that is not")
+    options.add_argument("--peer", type=Path, help="llama-bench's CSV of this call")
+    return options.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import subprocess
@@ -197,6 +198,14 @@ def table(rows: list[Row], columns: dict[str, str]) -> str:
                   for text, width, to_left in zip(line, widths, left, strict=True)).rstrip()
         for line in lines
     )  # fmt: skip
+
+
+def parser(what: str, description: str | None) -> argparse.ArgumentParser:
+    """With what all benchmarks of an engine take; rows go to `what`.csv."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--layers", type=int, help="fewer than the shape has, for a try")
+    made.add_argument("--out", type=Path, default=Path(f"bench/results/{what}.csv"))
+    return made
 
 
 def report(what: str, made: Iterator[Row], columns: dict[str, str], out: Path) -> None:
