@@ -66,6 +66,6 @@ NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 $(VENV)/with-llama: $(METADATA) | $(VENV)/with-test
 	echo "compiling llama-cpp-python into $(VENV), once; this takes minutes" >&2
 	flags=$$($(CC) $(NO_AMX) -E -x c /dev/null >/dev/null 2>&1 && echo $(NO_AMX)); \
-	CFLAGS="$$flags" CXXFLAGS="$$flags" CMAKE_ARGS="-DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) \
-		$(PIP) -e '.[llama]'
+	CFLAGS="$$CFLAGS $$flags" CXXFLAGS="$$CXXFLAGS $$flags" \
+		CMAKE_ARGS="-DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) $(PIP) -e '.[llama]'
 	touch $@

@@ -1,6 +1,8 @@
 """The demo model on a machine without a GPU, beside llama.cpp on the same file and as many threads.
 
-    python -P bench/demo_cpu.py bench/results/demo-cpu.csv      # needs offmoe[llama] for the peer
+    python -P bench/demo_cpu.py bench/results/demo-cpu.csv
+
+The peer needs offmoe[llama], by pip: make compiles it without AMX.
 
 Rounds of the configurations are interleaved, so that they share the machine's moods; a figure is the median of the
 rounds, with the lowest and the highest beside it. Absolute times of a shared machine are worth little: read the ratios.
