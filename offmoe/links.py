@@ -34,16 +34,26 @@ def copy_bandwidth() -> float:
 @cache
 def vram_bandwidth(device: torch.device) -> float:
     """Of plain reads by the GPU."""
-    block = torch.ones(1024 * MIB // 4, device=device)
+    block = as_much_as_fits(1024 * MIB, device)
     return block.nbytes / best_time(block.sum, device, repeats=10)
 
 
 @cache
 def pcie_bandwidth(device: torch.device) -> float:
     """Of copies from pinned memory to the GPU."""
-    source = torch.ones(256 * MIB, dtype=torch.uint8).pin_memory()
-    target = torch.empty_like(source, device=device)
+    target = as_much_as_fits(256 * MIB, device)
+    source = torch.ones(target.shape).pin_memory()
     return source.nbytes / best_time(lambda: target.copy_(source, non_blocking=True), device)
+
+
+def as_much_as_fits(nbytes: int, device: torch.device) -> torch.Tensor:
+    """So many bytes of float32 ones or, where there is no room for them beside a model, a half, down to a sixteenth."""
+    for part in (1, 2, 4, 8):
+        try:
+            return torch.ones(nbytes // part // 4, device=device)
+        except torch.OutOfMemoryError:
+            continue
+    return torch.ones(nbytes // 16 // 4, device=device)
 
 
 def slot_bandwidth(device: torch.device) -> float:
