@@ -1,8 +1,15 @@
 """What opening and running a large GGUF really takes of host memory and of VRAM, against what was planned.
 
-python bench/memory.py [LAYERS]     a Qwen3-30B-A3B-shaped Q4_K file, 17.6 GB with all 48 layers
+    python3 bench/memory.py [LAYERS]     a Qwen3-30B-A3B-shaped Q4_K file, 17.6 GB with all 48 layers
+
+Every case is a process of its own. What it takes of VRAM beyond its plan is what offmoe.plan.VRAM_MARGIN has to cover:
+libraries, compiled kernels, graphs, what torch's allocator leaves between its blocks. The last case on a GPU finds as
+much free as a card of so many GiB has, and takes what it likes.
 """
 
+from __future__ import annotations
+
+import subprocess
 import sys
 import tempfile
 import time
@@ -13,10 +20,13 @@ from shapes import write
 
 from offmoe.engine import Engine
 from offmoe.models.model import open_model
+from offmoe.plan import VRAM_MARGIN
 from offmoe.settings import Settings, format_size
 
 CTX = 4608
 PROMPT = {"cpu": 300, "cuda": 4400}  # more than a chunk on a GPU
+SMALL_CARD = 12 << 30
+CASES = {"cpu": (("30%", 300 << 20),), "cuda": (("25%", 4 << 30), ("50%", 32 << 30), ("25%", 0), ("", 32 << 30))}
 
 
 def anonymous() -> int:
@@ -27,43 +37,57 @@ def anonymous() -> int:
 
 
 def measure(path: Path, device: str, vram: str, ram: int) -> None:
-    if device == "cuda":
-        half = torch.ones((64, 64), device="cuda", dtype=torch.bfloat16)
-        (half @ half).softmax(-1).cpu()  # what CUDA and its libraries take once (0.8 GB) is not the engine's
-        free = torch.cuda.mem_get_info()[0]
+    """One case, in this process; "" is the default."""
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else 0  # as the plan finds it: CUDA's context is there
     before, began = anonymous(), time.perf_counter()
-    settings = Settings.of(device=device, vram=vram, ram=ram, ctx=CTX)
+    settings = Settings.of(device=device, vram=vram or None, ram=ram, ctx=CTX)
     with Engine(open_model(path), settings) as engine:
         opened = time.perf_counter() - began
         list(engine.generate(list(range(100, 100 + PROMPT[device])), temperature=0.0, max_tokens=32))
-        plan, stats = engine.plan, engine.stats()
-        budget = plan.ram_bytes
+        plan = engine.plan
+        print(f"{path.stat().st_size} bytes, {plan.summary()}", *engine.notes)
+        host = plan.ram_bytes
         if device == "cpu":
-            budget += plan.real_slot_bytes + plan.trunk_bytes + plan.kv_bytes
-        taken = anonymous() - before
-        size, paged, read = path.stat().st_size, stats.pcie_bytes_per_token, stats.nvme_bytes_per_token
-        print(f"{size} bytes, {plan.summary()}")
-        print(f"  open {opened:.1f} s; anonymous and pinned {format_size(taken)}, budgets {format_size(budget)}")
-        print(f"  beyond the budgets: {(taken - budget) / size:+.1%} of the file")
+            host += plan.real_slot_bytes + plan.trunk_bytes + plan.kv_bytes
+        print(f"  open {opened:.1f} s; anonymous and pinned {beyond(anonymous() - before, host)}")
         if device == "cuda":
             planned = plan.real_slot_bytes + plan.trunk_bytes + plan.kv_bytes + plan.workspace_bytes
-            used = free - torch.cuda.mem_get_info()[0]
-            print(f"  VRAM {format_size(used)}, planned {format_size(planned)}: {format_size(abs(used - planned))} "
-                  f"{'beyond' if used > planned else 'below'}")  # fmt: skip
+            left = torch.cuda.mem_get_info()[0]
+            print(f"  VRAM {beyond(free - left, planned)} (margin {format_size(VRAM_MARGIN)}); "
+                  f"left {format_size(left)}, torch took {format_size(torch.cuda.max_memory_reserved())} and used "
+                  f"{format_size(torch.cuda.max_memory_allocated())}, {retries()} retries")  # fmt: skip
+        stats = engine.stats()  # measures bandwidths, in what is left of VRAM
         print(f"  prefill {stats.prefill_tok_s:.0f} tok/s, decode {stats.decode_tok_s:.2f} tok/s, {stats.roof}")
-        print(f"  hit {stats.hit_rate:.1%}, stall {stats.stall_ms_per_token:.1f} ms a token")
-        print(f"  {format_size(paged)} a token over the link, {format_size(read)} from disk")
+        paged, read = stats.pcie_bytes_per_token, stats.nvme_bytes_per_token
+        print(f"  hit {stats.hit_rate:.1%}, stall {stats.stall_ms_per_token:.1f} ms a token; "
+              f"{format_size(paged)} a token over the link, {format_size(read)} from disk")  # fmt: skip
+
+
+def beyond(taken: int, planned: int) -> str:
+    way = "beyond" if taken > planned else "below"
+    return f"{format_size(taken)}, planned {format_size(planned)}: {format_size(abs(taken - planned))} {way}"
+
+
+def retries() -> int:
+    return int(torch.cuda.memory_stats()["num_alloc_retries"])
+
+
+def main(layers: int | None) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        path, began = Path(folder) / "qwen3.gguf", time.perf_counter()
+        write("qwen3-30b-a3b", path, layers)
+        print(f"written in {time.perf_counter() - began:.1f} s", flush=True)
+        for vram, ram in CASES[device]:
+            held = None
+            if device == "cuda" and not vram:  # the rest of the card is somebody else's
+                held = torch.empty(torch.cuda.mem_get_info()[0] - SMALL_CARD, dtype=torch.uint8, device=device)
+            subprocess.run([sys.executable, __file__, "case", path, device, vram, str(ram)], check=True)
+            del held
 
 
 if __name__ == "__main__":
-    layers = int(sys.argv[1]) if len(sys.argv) > 1 and sys.argv[1] else None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "qwen3.gguf"
-        began = time.perf_counter()
-        write("qwen3-30b-a3b", path, layers)
-        print(f"written in {time.perf_counter() - began:.1f} s")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        for vram, ram in (
-            (("25%", 4 << 30), ("50%", 32 << 30), ("25%", 0)) if device == "cuda" else (("30%", 300 << 20),)
-        ):
-            measure(path, device, vram, ram)
+    if sys.argv[1:2] == ["case"]:
+        measure(Path(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5]))
+    else:
+        main(int(sys.argv[1]) if sys.argv[1:] else None)

@@ -24,7 +24,7 @@ DEFAULT_POLICY = "echo"
 DEFAULT_SCOPE = "layer"  # hits 1.6–3 points more than one global pool on traces of gpt-oss-20b and the demo model
 DEFAULT_CTX = 8192
 SHARE_OF_FREE = 0.6  # of free memory: the desktop goes on living
-VRAM_MARGIN = 512 << 20  # what CUDA's libraries and compiled kernels take after the start
+VRAM_MARGIN = 512 << 20  # libraries, kernels and graphs took 231 MiB more than planned, at most (bench/memory.py)
 # Of records that cross the link together: 2 ms on PCIe 5; half of it took a prompt 1.3 × the time.
 BATCH_BYTES = 96 << 20
 BATCHES = 3  # two under way, one rearranged
