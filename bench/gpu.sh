@@ -16,7 +16,9 @@ out=$(cd "$out" && pwd)
 peer=/tmp/offmoe-peer
 
 export OFFMOE_TRACES=${OFFMOE_TRACES:-$([ -d .traces ] && echo "$PWD/.traces" || echo "$PWD/../shared/traces")}
-[ -f "$OFFMOE_TRACES/gpt-oss-20b.npz" ] || { echo "$OFFMOE_TRACES/gpt-oss-20b.npz is absent: carry .traces, or set OFFMOE_TRACES" >&2; exit 1; }
+need_trace() {
+    [ -f "$OFFMOE_TRACES/gpt-oss-20b.npz" ] || { echo "$OFFMOE_TRACES/gpt-oss-20b.npz is absent: carry .traces, or set OFFMOE_TRACES" >&2; exit 1; }
+}
 
 # The installed shape. Never the root itself: its folders would be found under their own names.
 view=$(mktemp -d)
@@ -61,7 +63,8 @@ for name in "$@"; do
     case $name in
         build) build ;;
         tests) # most of the time goes to compiling: several processes, where pytest-xdist is among the wheels
-            workers=$(python3 -P -c 'import xdist' 2>/dev/null && echo -n 8)
+            need_trace
+            workers=$(python3 -P -c 'import xdist' 2>/dev/null && echo "-n $(($(nproc) * 2 / 3))")
             # shellcheck disable=SC2086
             stage tests 25 420 python3 -P -m pytest tests/gpu -q -p no:cacheprovider --durations=5 $workers
             ;;
@@ -78,7 +81,10 @@ for name in "$@"; do
         quick) stage quick 12 150 python3 bench/decode.py --quick --peer "$out/peer.csv" --out "$out/decode.csv" ;;
         decode) stage decode 24 420 python3 bench/decode.py --caps 25,50,75,100 --routing realistic,uniform --policies crf:h=16,lru@25,lru@50 --peer "$out/peer.csv" --out "$out/decode.csv" ;;
         decode-long) stage decode-long 10 200 python3 bench/decode.py --caps 50,100 --routing realistic --context 128,32768 --tokens 256 --peer "$out/peer.csv" --out "$out/decode.csv" ;;
-        decode-gpt-oss) stage decode-gpt-oss 10 240 python3 bench/decode.py --shape gpt-oss-20b --caps 25,50,100 --routing trace --policies crf:h=16,lru@50 --out "$out/decode.csv" ;;
+        decode-gpt-oss)
+            need_trace
+            stage decode-gpt-oss 10 240 python3 bench/decode.py --shape gpt-oss-20b --caps 25,50,100 --routing trace --policies crf:h=16,lru@50 --out "$out/decode.csv"
+            ;;
         decode-prefetch) # published pairs of recall and precision on the misses; and the bound
             stage decode-prefetch 14 300 python3 bench/decode.py --caps 25,50 --routing realistic --prefetch none emulated:recall=0.727,precision=0.557,d=1 emulated:recall=0.142,precision=0.987,d=1 oracle:d=2 --out "$out/decode.csv" ;;
         misses) # what a missing record costs: one of 13 MB that is taken apart, and one of 2.7 MB that is not
