@@ -22,7 +22,7 @@ from offmoe.plan import Plan
 from offmoe.uploads import Landing, Uploads, on_gpu
 
 Multiply = Callable[[Ints, Ints], None]  # experts, and the addresses of their records
-PROGRAMS = 128  # within VRAM it is many that saturate, not few
+PROGRAMS = 256  # within VRAM it is many that saturate, not few
 
 
 class VramStore(ExpertStore):
@@ -100,7 +100,7 @@ class VramStore(ExpertStore):
         nothing = torch.zeros(self.table.experts, dtype=torch.int64, device=self.device)
         copies = Copies(nothing[:1], nothing, self._scratch, nothing)
         page_in(copies, self.uploads.zones[0])
-        page_in(copies, self.records, self.layouts[layer], most=PROGRAMS)
+        page_in(copies, self.records, self.layouts[layer], programs=PROGRAMS)
         x, weights = self.weighted(x, weights)
         out = x.new_empty((ids.numel(), x.shape[1]))
         for block in blocks(x.dtype):
@@ -142,7 +142,7 @@ class VramStore(ExpertStore):
         if n:
             packed = on_gpu(np.concatenate([sources, slots, [n]]), self.device)
             copies = Copies(packed[2 * n :], packed[n : 2 * n], self._scratch, packed[:n])
-            page_in(copies, self.records, self.layouts[landing.layer], most=PROGRAMS)
+            page_in(copies, self.records, self.layouts[landing.layer], programs=PROGRAMS)
         self.uploads.release(landing)
         self.counts.pcie_bytes += self.record_bytes[landing.layer] * len(landing.experts)
         if n:

@@ -13,7 +13,7 @@ from offmoe.kernels.planes import SlotLayout, slot_layout, unplane
 from offmoe.kernels.record import RecordLayout
 
 pytest.importorskip("triton")
-from offmoe.kernels.gpu.page_in import CHUNK, WARPS, Copies, even, page_in, scratch_for
+from offmoe.kernels.gpu.page_in import CHUNK, WARPS, Copies, page_in, scratch_for
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROGRAMS = 2
@@ -42,7 +42,7 @@ class Memory:
         else:
             copies = Copies(*to, records=records, base=self.rows.data_ptr(), stride=self.stride)
         page_in(
-            copies, self.target, self.layout, most=PROGRAMS, landed=self.landed, progress=self.progress
+            copies, self.target, self.layout, programs=PROGRAMS, landed=self.landed, progress=self.progress
         )  # fmt: skip
         naive.page_in(self.rows.to(DEVICE), records, ints(count), slots, self.want, self.layout)
         filled = slots[:count].tolist()
@@ -68,12 +68,6 @@ def test_first_of_a_list(fmt: str, stacked: bool) -> None:
     """Two of three records; runs end within a chunk."""
     memory = Memory(record_of(fmt, fmt if stacked else "Q8_0", stacked))
     memory.check(ints(4, 2, 1), 2, ints(3, 1, 0), addressed=stacked)
-
-
-@pytest.mark.parametrize(("chunks", "most", "programs"), [(162, 16, 15), (324, 36, 36), (325, 36, 33), (5, 36, 5)])
-def test_no_last_round_is_for_a_few(chunks: int, most: int, programs: int) -> None:
-    assert even(chunks, most) == programs
-    assert -(-chunks // programs) == -(-chunks // most)
 
 
 def test_several_chunks_a_run() -> None:

@@ -26,9 +26,9 @@ from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.planes import PLANES, Run, SlotLayout
 
 CHUNK, WARPS = 1024, 8  # bytes that a warp has under way, 32 a lane; warps of a program
-# Of a launch of its own, at most. A PCIe 5 link needs 256 KiB under way while others read VRAM; of twice the bytes a
-# program, half as many make 11 rounds of a record of 2.65 MB where 10 would do, and take 60 µs for 55.
-PROGRAMS = 34
+# Of a launch of its own. A PCIe 5 link needs 256 KiB under way while others read VRAM. Half as many programs with twice
+# the bytes share a record of 2.65 MB less evenly, in 11 rounds, the last for two of them: 60 µs where these take 55.
+PROGRAMS = 33
 UNDER_WAY = PROGRAMS * WARPS * CHUNK
 FIELDS = tl.constexpr(14)
 
@@ -179,25 +179,19 @@ def _page_in(
 
 def page_in(
     copies: Copies, target: Tensor, layout: SlotLayout | None = None, *, landed: Tensor | None = None,
-    progress: Tensor | None = None, most: int = PROGRAMS, pdl: bool = False,
+    progress: Tensor | None = None, programs: int = PROGRAMS, pdl: bool = False,
 ) -> None:  # fmt: skip
     """Make `copies` into slots of target [S, stride] uint8; without a layout, as they are, the whole stride.
 
-    `landed` [S] int32: set to 1 once a slot is whole; `progress` [S] int32 is 0 before and after. `most` programs.
+    `landed` [S] int32: set to 1 once a slot is whole; `progress` [S] int32 is 0 before and after.
     """
     chunk = CHUNK * WARPS
-    check(copies, target, most, chunk)
-    whole = layout.runs if layout else (Run("F32", 0, target.stride(0) // 4, (0,)),)
-    runs = described(merged(whole), chunk)
-    _page_in[(even(runs[0], most),)](
-        *copies.arguments, target, target.stride(0), landed, progress, RUNS=runs, CHUNK=chunk,
-        LANDED=landed is not None, num_warps=WARPS, **dependent(pdl),
+    check(copies, target, programs, chunk)
+    runs = layout.runs if layout else (Run("F32", 0, target.stride(0) // 4, (0,)),)
+    _page_in[(programs,)](
+        *copies.arguments, target, target.stride(0), landed, progress, RUNS=described(merged(runs), chunk),
+        CHUNK=chunk, LANDED=landed is not None, num_warps=WARPS, **dependent(pdl),
     )  # fmt: skip
-
-
-def even(chunks: int, most: int) -> int:
-    """Programs, `most` at most, among whom a record's chunks are shared evenly: no last round is for a few of them."""
-    return triton.cdiv(chunks, triton.cdiv(chunks, most))
 
 
 def check(copies: Copies, target: Tensor, programs: int, chunk: int) -> None:
