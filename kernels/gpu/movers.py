@@ -38,11 +38,12 @@ def bring_rows(source, record, stage, first, end, ROWS: tl.constexpr, INNER: tl.
 def bring_strip(source, record, stage, first, end, ROWS: tl.constexpr, INNER: tl.constexpr, RUNS: tl.constexpr,
                 AT: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     BLOCKS: tl.constexpr = RUNS[AT + 3]
-    TOGETHER: tl.constexpr = ROWS if TILE == 1 else TILE
-    EACH: tl.constexpr = BLOCKS * ROWS // INNER if TILE == 1 else BLOCKS // tl.cdiv(INNER, TILE)
-    begin, last = first // TOGETHER * EACH, tl.cdiv(end, TOGETHER) * EACH
-    if TILE > 1:  # of whole words of 16 bytes
-        begin, last = begin // 4 * 4, tl.cdiv(last, 4) * 4
+    if TILE == 1:
+        EACH: tl.constexpr = BLOCKS * ROWS // INNER
+        begin, last = first // ROWS * EACH, tl.cdiv(end, ROWS) * EACH
+    else:  # whole words of 16 bytes; a row of tiles may begin within a block
+        DEEP: tl.constexpr = tl.cdiv(INNER, TILE)
+        begin, last = first // TILE * BLOCKS // DEEP // 4 * 4, tl.cdiv(tl.cdiv(end, TILE) * BLOCKS, DEEP * 4) * 4
     last = tl.minimum(last, BLOCKS)
     for block in range(begin, last, RUNS[AT + 5]):
         copy_part(source, record, stage, block, tl.minimum(RUNS[AT + 5], last - block), RUNS, AT, CHUNK)
