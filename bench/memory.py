@@ -46,14 +46,11 @@ def measure(path: Path, device: str, vram: str, ram: int) -> None:
         list(engine.generate(list(range(100, 100 + PROMPT[device])), temperature=0.0, max_tokens=32))
         plan = engine.plan
         print(f"{path.stat().st_size} bytes, {plan.summary()}", *engine.notes)
-        host = plan.ram_bytes
-        if device == "cpu":
-            host += plan.real_slot_bytes + plan.trunk_bytes + plan.kv_bytes
+        host = plan.ram_bytes + (plan.resident_bytes if device == "cpu" else 0)
         print(f"  open {opened:.1f} s; anonymous and pinned {beyond(anonymous() - before, host)}")
         if device == "cuda":
-            planned = plan.real_slot_bytes + plan.trunk_bytes + plan.kv_bytes + plan.workspace_bytes
             left = torch.cuda.mem_get_info()[0]
-            print(f"  VRAM {beyond(free - left, planned)} (margin {format_size(VRAM_MARGIN)}); "
+            print(f"  VRAM {beyond(free - left, plan.resident_bytes)} (margin {format_size(VRAM_MARGIN)}); "
                   f"left {format_size(left)}, torch took {format_size(torch.cuda.max_memory_reserved())} and used "
                   f"{format_size(torch.cuda.max_memory_allocated())}, {retries()} retries")  # fmt: skip
         stats = engine.stats()  # measures bandwidths, in what is left of VRAM

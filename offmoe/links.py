@@ -49,12 +49,14 @@ def pcie_bandwidth(device: torch.device) -> float:
 def as_much_as_fits(nbytes: int, device: torch.device) -> torch.Tensor:
     """So many bytes of float32 ones or, where there is no room for them beside a model, a half, down to a sixteenth:
     64 MiB of VRAM are partly read from L2, and the figure is too high rather than none."""
-    for part in (1, 2, 4, 8):
+    least = nbytes // 16
+    while True:
         try:
-            return torch.ones(nbytes // part // 4, device=device)
+            return torch.ones(nbytes // 4, device=device)
         except torch.OutOfMemoryError:
-            continue
-    return torch.ones(nbytes // 16 // 4, device=device)
+            if nbytes <= least:
+                raise
+            nbytes //= 2
 
 
 def slot_bandwidth(device: torch.device) -> float:

@@ -71,6 +71,16 @@ class Plan:
         return self.ram_rows * self.stride
 
     @property
+    def context_bytes(self) -> int:
+        """Keys, values and states, with the copies that are kept of these."""
+        return self.kv_bytes + STATES * self.state_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of fast memory: VRAM on a GPU."""
+        return self.trunk_bytes + self.context_bytes + self.real_slot_bytes + self.workspace_bytes
+
+    @property
     def all_in_slots(self) -> bool:
         return self.slots >= self.records
 
@@ -299,13 +309,12 @@ def wasted(model: Model, slots: int) -> int:
 
 
 def check_fits(plan: Plan, free: Free) -> None:
-    context = plan.kv_bytes + STATES * plan.state_bytes
-    resident = plan.trunk_bytes + context + plan.real_slot_bytes + plan.workspace_bytes
+    resident = plan.resident_bytes
     if free.vram is not None and resident > free.vram:
         smallest = plan.vram_bytes - (resident - free.vram)
         raise OffmoeError(
             f"the GPU has {format_size(free.vram)} free; the model's other weights need "
-            f"{format_size(plan.trunk_bytes)}, the context {format_size(context)}, a chunk of the prompt "
+            f"{format_size(plan.trunk_bytes)}, the context {format_size(plan.context_bytes)}, a chunk of the prompt "
             f"{format_size(plan.workspace_bytes)} and the slots {format_size(plan.real_slot_bytes)}: "
             f"give at most --vram {max(smallest, 0)}, or a smaller --ctx"
         )
