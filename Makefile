@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 WARM := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -P -c 'import prompt_toolkit, offmoe.__main__ as offmoe; offmoe.main()' \
 	chat </dev/null 2>/dev/null
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
-CACHE_TESTS := $(wildcard tests/test_cache_*.py) tests/test_policy_echo.py tests/test_plugin.py
+CACHE_TESTS := tests/cache
 METADATA := setup.py pyproject.toml constraints.txt
 VIEW := build/view/offmoe
 
@@ -24,7 +24,7 @@ install: $(VENV)/installed
 test: $(VENV)/with-test
 	$(PYTEST) --cov --cov-report= $(CACHE_TESTS)
 	$(BIN)/coverage report --include='*/cache/*' --fail-under=95
-	$(PYTEST) $(addprefix --ignore=,$(CACHE_TESTS))
+	$(PYTEST) --ignore=$(CACHE_TESTS)
 
 test-llama: $(VENV)/with-llama
 	$(PYTEST) -m llama

@@ -52,5 +52,5 @@ setup(
             "mypy>=1.18",
         ],
     },
-    entry_points={"console_scripts": ["offmoe = offmoe.cli:main"]},
+    entry_points={"console_scripts": ["offmoe = offmoe.app.cli:main"]},
 )

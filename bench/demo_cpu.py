@@ -27,7 +27,7 @@ import torch
 from packaging.requirements import Requirement
 
 import offmoe
-from offmoe.download import DEMO
+from offmoe.checkpoint.find_model import DEMO
 from offmoe.engine import Engine
 
 ROUNDS, TOKENS = 7, 64

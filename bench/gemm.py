@@ -17,8 +17,8 @@ import torch
 from rig import Row, add_row, machine, table
 from torch import Tensor
 
+from offmoe.kernels.gpu.formats.unpack import dequantise_into
 from offmoe.kernels.gpu.gemm import Tiles, Tuning, block_of, combine, expert_mlp, plan_tiles, tuning_of
-from offmoe.kernels.gpu.unpack import dequantise_into
 from offmoe.kernels.planes import PLANES, SlotLayout, matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
 

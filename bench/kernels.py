@@ -23,7 +23,7 @@ from torch import Tensor
 
 from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
-from offmoe.device_table import device_table
+from offmoe.decode.device_table import device_table
 from offmoe.kernels.gpu import gemv, mla
 from offmoe.kernels.gpu.attention import decode_attention, partial_size, pick_splits
 from offmoe.kernels.gpu.experts import expert_down, expert_gate_up
@@ -40,7 +40,7 @@ from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.ring import COUNTED
 from offmoe.kernels.rope import rope_table
 from offmoe.kernels.route import Rule
-from offmoe.links import link_bandwidth, vram_bandwidth
+from offmoe.machine.bandwidth import link_bandwidth, vram_bandwidth
 
 H, F, EXPERTS, K, LAYERS, VOCAB = 2048, 768, 128, 8, 48, 151936
 HEADS, KV_HEADS, DIM, CTX = 32, 4, 128, 32768

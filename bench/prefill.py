@@ -19,7 +19,7 @@ import torch
 from rig import Peer, Rig, Row, machine, model_file, parser, report
 from shapes import SHAPES
 
-from offmoe.links import best_time
+from offmoe.machine.bandwidth import best_time
 from offmoe.models.parameters import count_weights
 
 COLUMNS = {"shape": "shape", "cap": "cap", "tokens": "tokens", "tok_s": "tok/s", "low": "low", "high": "high",

@@ -20,9 +20,9 @@ import shapes
 import torch
 from numpy.typing import NDArray
 
-from offmoe.download import DEMO
+from offmoe.checkpoint.find_model import DEMO
 from offmoe.engine import Engine
-from offmoe.links import link_bandwidth, vram_bandwidth
+from offmoe.machine.bandwidth import link_bandwidth, vram_bandwidth
 from offmoe.models.model import open_model
 from offmoe.settings import Settings
 

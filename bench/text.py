@@ -18,9 +18,9 @@ from pathlib import Path
 
 os.environ["RAYON_NUM_THREADS"] = "1"  # of the tokenizers library: before it is imported
 
-from offmoe.checkpoint import open_checkpoint
-from offmoe.download import DEMO
-from offmoe.tokenizer import Tokenizer, load_tokenizer
+from offmoe.checkpoint.find_model import DEMO
+from offmoe.checkpoint.open import open_checkpoint
+from offmoe.text.tokenizer import Tokenizer, load_tokenizer
 
 ROUNDS, SIZE = 5, 1_000_000
 COLUMNS = ("vocabulary", "cut", "figure", "value", "unit", "target")

@@ -2,7 +2,7 @@
 
 import sys
 
-from offmoe.cli import main
+from offmoe.app.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,28 +16,28 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from offmoe.checkpoint import Checkpoint
-from offmoe.download import find_model
-from offmoe.eager import EagerDecoder
+from offmoe.checkpoint.base import Checkpoint
+from offmoe.checkpoint.find_model import find_model
+from offmoe.decode.eager import EagerDecoder
 from offmoe.errors import ContextFull, OffmoeError
-from offmoe.experts import ExpertStore
-from offmoe.host_store import HostStore
+from offmoe.experts.host_store import HostStore
+from offmoe.experts.store import ExpertStore
 from offmoe.kernels.sandwich import fed
-from offmoe.kvcache import KVCache
-from offmoe.meter import Meter
 from offmoe.models.model import Model, open_model
-from offmoe.models.trunk import Trunk
 from offmoe.plan import Plan, make_plan, smaller
-from offmoe.roof import roof
 from offmoe.settings import SAMPLING_DEFAULTS, Sampling, Settings
-from offmoe.speech import Speech
-from offmoe.stats import Stats
-from offmoe.tokenizer import Message, Tokenizer, load_tokenizer
+from offmoe.stats.meter import Meter
+from offmoe.stats.roof import roof
+from offmoe.stats.stats import Stats
+from offmoe.text.speech import Speech
+from offmoe.text.tokenizer import Message, Tokenizer, load_tokenizer
+from offmoe.trunk.host_trunk import Trunk
+from offmoe.trunk.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from offmoe.graph import Decoder
-    from offmoe.models.device_trunk import DeviceTrunk
-    from offmoe.vram import VramStore
+    from offmoe.decode.graph import Decoder
+    from offmoe.experts.vram_store import VramStore
+    from offmoe.trunk.device_trunk import DeviceTrunk
 
 Prompt = str | Sequence[Message] | Sequence[int]
 Progress = Callable[[str, int, int], None]  # what, done, of how many
@@ -265,8 +265,8 @@ class Engine:
     def _make_decoder(self, progress: Progress) -> EagerDecoder | Decoder:
         if self.plan.device.type == "cpu":
             return EagerDecoder(self.step, self.kv, self.plan.device)
-        from offmoe.graph import Decoder  # imports triton
-        from offmoe.prompt_kernels import compile_prompt_kernels
+        from offmoe.decode.graph import Decoder  # imports triton
+        from offmoe.prefill import compile_prompt_kernels
 
         trunk, store = cast("DeviceTrunk", self.trunk), cast("VramStore", self.store)
         progress("kernels", 0, 1)  # the first time on a machine they are compiled, which takes half a minute
@@ -320,8 +320,8 @@ def backend(plan: Plan) -> tuple[type[ExpertStore], type[Trunk] | type[DeviceTru
     """Who holds the experts and the other weights."""
     if plan.device.type == "cpu":
         return HostStore, Trunk
-    from offmoe.models.device_trunk import DeviceTrunk
-    from offmoe.vram import VramStore
+    from offmoe.experts.vram_store import VramStore
+    from offmoe.trunk.device_trunk import DeviceTrunk
 
     return VramStore, DeviceTrunk
 

@@ -11,13 +11,13 @@ import torch
 from offmoe.cache.policies import POLICIES
 from offmoe.cache.policy import make_policy
 from offmoe.errors import OffmoeError, users_mistakes
-from offmoe.gate import NONE, Gate
 from offmoe.kernels.mla import HEADS_AT_ONCE
-from offmoe.kvcache import kv_nbytes
 from offmoe.models.model import Model
 from offmoe.models.parameters import bias_weights, count_weights, trunk_weights
+from offmoe.prefetch import NONE, Gate
 from offmoe.settings import Budget, Settings, format_size
-from offmoe.states import STATES, segment_nbytes, state_nbytes
+from offmoe.trunk.kv_cache import kv_nbytes
+from offmoe.trunk.recurrent_state import STATES, segment_nbytes, state_nbytes
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DEFAULT_POLICY = "echo"

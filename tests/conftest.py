@@ -13,13 +13,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if find_spec("triton"):
-        import interpreted
+        import fast_interpreter
 
-        interpreted.patch_once()
+        fast_interpreter.patch_once()
 
 
 @pytest.fixture(scope="module")
 def whole_model() -> Iterator[None]:
     """What runs whole models through the interpreter asks for this."""
-    with interpreted.overflow_unchecked():
+    with fast_interpreter.overflow_unchecked():
         yield

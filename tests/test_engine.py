@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import saved
+from tiny_models import saved
 
-from offmoe.download import DEMO
+from offmoe.checkpoint.find_model import DEMO
 from offmoe.engine import Engine
 from offmoe.errors import ContextFull, OffmoeError
-from offmoe.host_store import HostStore, UnpackedSlots
+from offmoe.experts.host_store import HostStore, UnpackedSlots
 
 PROMPT = "Tell me a short story about a fox who learns to share. Use simple words, and end with a moral."
 CPU = {

@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close
-from tiny import FAMILIES, reference, saved
+from tiny_models import FAMILIES, reference, saved
+from tolerance import assert_close
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("tests/gpu runs the engine itself", allow_module_level=True)
 
 from offmoe.engine import feed_forward
-from offmoe.kvcache import KVCache
-from offmoe.models.device_trunk import DeviceTrunk
+from offmoe.experts.vram_store import VramStore
 from offmoe.models.model import open_model
 from offmoe.plan import make_plan
-from offmoe.prompt_kernels import compile_prompt_kernels
+from offmoe.prefill import compile_prompt_kernels
 from offmoe.settings import Settings
-from offmoe.vram import VramStore
+from offmoe.trunk.device_trunk import DeviceTrunk
+from offmoe.trunk.kv_cache import KVCache
 
 pytestmark = pytest.mark.usefixtures("whole_model")
 IDS = [5, 17, 3, 60, 9, 33, 2, 71, 14, 8]

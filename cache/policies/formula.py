@@ -22,7 +22,7 @@ class Formula(Policy):
     """A value per record, changed by every use, and what it is worth some tokens later.
 
     Both are static methods over float32: `value` after the last use (0 before the first), `age` in tokens since then,
-    and the policy's parameters by name. A GPU compiles them from their text (offmoe/device_formula.py).
+    and the policy's parameters by name. A GPU compiles them from their text (offmoe/decode/device_formula.py).
     """
 
     state: ClassVar[tuple[str, ...]] = ("value", "last")

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.formats import FORMATS
-from offmoe.kernels.gpu.bits import iq4
+from offmoe.kernels.gpu.formats.bits import iq4
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.striped import place
 from offmoe.kernels.planes import Matrix

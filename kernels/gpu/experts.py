@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.feed_forward import SILU, Glu
-from offmoe.kernels.gpu.dot import SHARING, UNIT, fold, x_of
+from offmoe.kernels.gpu.formats.dot import SHARING, UNIT, fold, x_of
 from offmoe.kernels.gpu.gemv import FEWER_WARPS, WARPS, across, planes, programs, rows_of, stream, tile
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.movers import bring_rows, chunk_of, movers_of, moving_of

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.gpu.experts import glu
+from offmoe.kernels.gpu.formats.unpack import tile
 from offmoe.kernels.gpu.gemv import planes
-from offmoe.kernels.gpu.unpack import tile
 from offmoe.kernels.planes import Matrix, SlotLayout
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offmoe.kernels.gpu.dot import UNIT, fold, words_of, x_of
+from offmoe.kernels.gpu.formats.dot import UNIT, fold, words_of, x_of
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.striped import place
 from offmoe.kernels.planes import Matrix

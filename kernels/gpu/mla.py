@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.gpu.attention import LOG2E, dot_type, joined, partial_of, to_l2, unjoined
-from offmoe.kernels.gpu.dot import UNIT, fold, x_of
+from offmoe.kernels.gpu.formats.dot import UNIT, fold, x_of
 from offmoe.kernels.gpu.gemv import Part, interpreted, multiprocessors, planes, rows_of, tile
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.striped import place

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from offmoe.options import LazyGroup
+from offmoe.app.options import LazyGroup
 
 
 @click.group(
     cls=LazyGroup,
-    modules={"policies": "offmoe.lab.policies_cli", "latency": "offmoe.lab.latency_cli"},
+    modules={"policies": "offmoe.lab.policies.cli", "latency": "offmoe.lab.live.cli"},
 )
 def bench() -> None:
     """Measure cache and prefetch policies: replayed on a trace, or live."""

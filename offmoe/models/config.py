@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from offmoe.errors import OffmoeError
 from offmoe.kernels.deltanet import Delta
 from offmoe.kernels.feed_forward import SILU, Glu
-from offmoe.kernels.keyless import Mixer
 from offmoe.kernels.mla import Latent
+from offmoe.kernels.recurrent import Mixer
 from offmoe.kernels.rope import PLAIN, Scaling, Temper
 from offmoe.kernels.route import Rule
 from offmoe.models.rope import check_rope

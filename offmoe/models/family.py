@@ -232,7 +232,7 @@ class Family:
 
 
 def families() -> list[Family]:
-    return [importlib.import_module(f"offmoe.models.{name}").FAMILY for name in MODULES]
+    return [importlib.import_module(f"offmoe.models.families.{name}").FAMILY for name in MODULES]
 
 
 def family_of(key: str, value: object, gate: object = None) -> Family:

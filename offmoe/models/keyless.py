@@ -10,7 +10,7 @@ from torch import Tensor
 from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
 from offmoe.kernels.deltanet import DeltaWeights
-from offmoe.kernels.keyless import Mixer, MixerWeights
+from offmoe.kernels.recurrent import Mixer, MixerWeights
 from offmoe.kernels.shortconv import ConvWeights, ShortConv
 
 if TYPE_CHECKING:

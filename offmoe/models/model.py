@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offmoe.checkpoint import ByteRange, Checkpoint, TensorInfo, open_checkpoint
+from offmoe.checkpoint.base import ByteRange, Checkpoint, TensorInfo
+from offmoe.checkpoint.open import open_checkpoint
 from offmoe.checkpoint.upright import Bytes
-from offmoe.garbage import collecting_no_garbage
 from offmoe.kernels.planes import slot_layout
 from offmoe.kernels.record import RecordLayout
+from offmoe.machine.gc_pause import collecting_no_garbage
 from offmoe.models.config import ModelConfig
 from offmoe.models.family import Family, Names, Values
 from offmoe.models.held import held_rows

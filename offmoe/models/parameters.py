@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from offmoe.checkpoint import TensorInfo
+from offmoe.checkpoint.base import TensorInfo
 from offmoe.kernels.formats import FORMATS
 from offmoe.models.config import ModelConfig
 from offmoe.models.model import Model

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from offmoe.checkpoint import Checkpoint
-from offmoe.checkpoint.base import shown
+from offmoe.checkpoint.base import Checkpoint, shown
 from offmoe.checkpoint.int4 import Packing, Parts, check_small
 from offmoe.checkpoint.safetensors import unsupported
 from offmoe.checkpoint.scaled import Scaled

@@ -7,8 +7,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-from offmoe.checkpoint import Checkpoint
-from offmoe.checkpoint.base import shown
+from offmoe.checkpoint.base import Checkpoint, shown
 from offmoe.errors import OffmoeError
 from offmoe.kernels.route import Rule
 from offmoe.models.config import ModelConfig, checked

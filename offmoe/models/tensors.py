@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from offmoe.checkpoint import Checkpoint, TensorInfo
+from offmoe.checkpoint.base import Checkpoint, TensorInfo
 from offmoe.checkpoint.upright import Columns
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from close import assert_close
+from tolerance import assert_close
 from torch import Tensor
 
 from offmoe.kernels import kv as naive_kv

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close
+from paths import ROOT
+from tolerance import assert_close
 
 from offmoe.engine import Engine
 from offmoe.kernels.deltanet import Delta, DeltaWeights, delta_mix
@@ -24,7 +25,7 @@ if torch.cuda.is_available():
     from offmoe.kernels.gpu.gemv import dense
     from offmoe.kernels.gpu.launch import pdl_supported
 
-BENCH = str(Path(__file__).parents[2] / "bench")
+BENCH = str(ROOT / "bench")
 SHAPE = Delta(key_heads=16, value_heads=32, key_dim=128, value_dim=128, taps=4)
 SMALL = {"layers": 8, "hidden": 512, "heads": 4, "kv_heads": 2, "head_dim": 256, "vocab": 1024, "experts": 16,
          "top_k": 4, "inner": 256, "ctx": 1024, "key_heads": 4, "value_heads": 8}  # fmt: skip

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from close import assert_close
-from teacher import graph_logits
+from teacher_forcing import graph_logits
+from tolerance import assert_close
 
-from offmoe.download import DEMO
+from offmoe.checkpoint.find_model import DEMO
 from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS, dequantise
@@ -102,7 +102,7 @@ def test_two_turns_import_no_compiler_of_torch() -> None:
     """4 s."""
     code = """
 import sys
-from offmoe.download import DEMO
+from offmoe.checkpoint.find_model import DEMO
 from offmoe.engine import Engine
 with Engine.load(str(DEMO), device="cuda", vram="50%", ctx=512) as engine:
     said = "".join(p.text for p in engine.generate("Who are you?", temperature=0.0, max_tokens=8))
@@ -148,7 +148,7 @@ def test_the_floor_is_known_beside_prefetching() -> None:
 
 
 def test_a_dead_disk_is_an_error_and_the_next_answer_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    from offmoe import transfer
+    from offmoe.machine import disk_reader as transfer
 
     with demo(vram="50%", ram=0) as engine:
         tokens = greedy(engine)

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close
-from teacher import graph_logits
-from tiny import FAMILIES, saved
+from teacher_forcing import graph_logits
+from tiny_models import FAMILIES, saved
+from tolerance import assert_close
 
-from offmoe import kvcache
 from offmoe.engine import Engine
 from offmoe.models.model import open_model
 from offmoe.settings import Settings
+from offmoe.trunk import kv_cache as kvcache
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import TESTED
-from close import assert_close
+from quantised_matrices import TESTED
+from tolerance import assert_close
 from torch import Tensor
 
 from offmoe.kernels import gemm as naive
@@ -14,7 +14,7 @@ from offmoe.kernels.record import RecordLayout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 if torch.cuda.is_available():
-    from blocks import filled_slots, random_records
+    from quantised_matrices import filled_slots, random_records
     from test_gemm import EXPERTS, RATIOS, addresses_of, check_experts, run, scaled, test_unpacked_bit_for_bit
 
     from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from blocks import EXTREMES, TESTED, filled_slots, random_matrix, random_records
-from close import assert_close
-from tensors import DEVICE, ints, nan, randn
+from kernel_tensors import DEVICE, ints, nan, randn
+from quantised_matrices import EXTREMES, TESTED, filled_slots, random_matrix, random_records
+from tolerance import assert_close
 from torch import Tensor
 
 from offmoe.kernels import experts as naive_experts

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from close import assert_close
-from teacher import graph_logits
+from teacher_forcing import graph_logits
 from test_int4 import CASES, IDS, logits_of, made
 from test_models import engine_of
-from tiny import reference, saved
+from tiny_models import reference, saved
+from tolerance import assert_close
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from offmoe.links import pcie_bandwidth, vram_bandwidth
+from offmoe.machine.bandwidth import pcie_bandwidth, vram_bandwidth
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICE = torch.device("cuda", 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from close import assert_close
+from tolerance import assert_close
 from torch import Tensor
 
 from offmoe.kernels.mla import Latent, latent_attention

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from paths import ROOT, SHARED
 
 from offmoe.cache.policies.echo import Echo
 from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
 from offmoe.cache.trace import Trace
 
-ROOT = Path(__file__).parents[2]
-FOLDERS = [Path(f) for f in (os.environ.get("OFFMOE_TRACES"), ROOT / ".traces", ROOT.parent / "shared/traces") if f]
+FOLDERS = [Path(f) for f in (os.environ.get("OFFMOE_TRACES"), ROOT / ".traces", SHARED / "traces") if f]
 TRACE = next((f / "gpt-oss-20b.npz" for f in FOLDERS if (f / "gpt-oss-20b.npz").exists()), None)
 
 pytestmark = [
@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(TRACE is None, reason="gpt-oss-20b.npz is not here: set OFFMOE_TRACES"),
 ]
 if torch.cuda.is_available():
-    from offmoe.device_table import device_table, pull, push, reach
+    from offmoe.decode.device_table import device_table, pull, push, reach
     from offmoe.kernels.gpu.foretell import foretell
     from offmoe.kernels.gpu.launch import pdl_supported
     from offmoe.kernels.gpu.resolve import candidates
@@ -37,7 +37,7 @@ if torch.cuda.is_available():
     from offmoe.kernels.route import Rule
 
 CUDA = torch.device("cuda")
-FORMULA = f"{ROOT / 'tests/formulas.py'}:Signed"
+FORMULA = f"{ROOT / 'tests/helpers/formula_policies.py'}:Signed"
 TOKENS, SLOTS, HIDDEN, MOST, PREDICTED = 10_000, 8, 64, 2, 4
 Guesses = NDArray[np.int16]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from close import assert_close
-from teacher import graph_logits
+from teacher_forcing import graph_logits
 from test_int4 import IDS, logits_of
 from test_models import engine_of
 from test_scaled import CASES, made
+from tolerance import assert_close
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from close import assert_close
+from tolerance import assert_close
 
 pytest.importorskip("triton")
 if not torch.cuda.is_available():

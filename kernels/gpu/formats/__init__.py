@@ -1,0 +1,1 @@
+"""Quantised formats in Triton: dot products (`dot_*`) and tiles (`tile_*`)."""

@@ -1,0 +1,1 @@
+"""The command line, the chat, and what they print."""

@@ -1,0 +1,282 @@
+"""The command line. Options and the model's path are checked before torch, which takes a second to import."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from offmoe import __version__
+from offmoe.app.answer import Answer
+from offmoe.app.options import (
+    Command,
+    LazyGroup,
+    json_option,
+    option,
+    parse,
+    placement_options,
+    profile_option,
+    raw_option,
+    reasoning_option,
+    sampling_options,
+    spare_existing,
+    system_option,
+    think_option,
+)
+from offmoe.app.profile import use_profile
+from offmoe.app.report import section_tables
+from offmoe.app.terminal import choose_output, choose_ui, clean, console, decode, interruptible, one_line, progress_bar
+from offmoe.checkpoint.find_model import find_model
+from offmoe.errors import OffmoeError
+from offmoe.machine.gc_pause import collecting_no_garbage
+from offmoe.settings import Sampling, Settings
+
+if TYPE_CHECKING:
+    from offmoe.engine import Engine
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+CHAT = "offmoe chat", "offmoe chat model.gguf --vram 8GiB", "echo 'Hello!' | offmoe chat --greedy"
+RUN = (
+    "offmoe run demo 'Why is the sky blue?'",
+    "offmoe run model.gguf --json --greedy < prompt.txt",
+    "offmoe run org/name:Q4_K_M 'Once upon a time' --raw --max-tokens 100",
+)
+DOCTOR = "offmoe doctor", "offmoe doctor /models/model.gguf --json"
+INFO = "offmoe info", "offmoe info model.gguf --vram 8GiB --ram 16GiB", "offmoe info org/name --json"
+PACK = ("offmoe pack ./olmoe olmoe-q4_0.gguf --format q4_0",)
+
+
+LAB = {"trace": "offmoe.lab.trace.cli", "bench": "offmoe.lab.bench_cli", "tune": "offmoe.lab.tune.cli"}
+
+
+@click.group(cls=LazyGroup, modules=LAB, invoke_without_command=True, context_settings=CONTEXT)
+@click.version_option(__version__, message="offmoe %(version)s")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Chat with a mixture-of-experts model that does not fit in your GPU's memory.
+
+    MODEL is a .gguf file, a directory of safetensors, a Hugging Face name (org/name, or org/name:Q4_K_M for
+    one GGUF of several), or demo: the small model that comes with offmoe.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@cli.command(cls=Command, examples=CHAT)
+@click.argument("model", default="demo")
+@placement_options
+@profile_option
+@sampling_options
+@system_option
+@think_option
+@reasoning_option
+def chat(model: str, system: str | None, think: str | None, reasoning: str, no_profile: bool, **chosen: Any) -> None:
+    """Talk to MODEL, by default the demo; /help lists the commands."""
+    settings, sampling = parse(chosen)
+    path = find_model(model)
+    settings, told = (settings, None) if no_profile else use_profile(path, settings)
+    from offmoe.app.chat import COMMANDS, Chat
+
+    ui = choose_ui(list(COMMANDS))
+    with load(path, settings, think) as engine:
+        for line in (f"{model} · {engine.plan.summary()}", *filter(None, [told]), *engine.notes):
+            ui.note(line)
+        Chat(engine, ui, str(path.resolve()), sampling, system, reasoning, think).loop()
+
+
+@cli.command(cls=Command, examples=RUN)
+@click.argument("model")
+@click.argument("prompt", required=False)
+@placement_options
+@profile_option
+@sampling_options
+@system_option
+@think_option
+@reasoning_option
+@raw_option
+@json_option
+def run(
+    model: str,
+    prompt: str | None,
+    system: str | None,
+    think: str | None,
+    reasoning: str,
+    raw: bool,
+    as_json: bool,
+    no_profile: bool,
+    **chosen: Any,
+) -> None:
+    """One answer of MODEL to PROMPT, or to standard input."""
+    if raw and system:
+        raise click.UsageError("--raw leaves no place for --system.")
+    if raw and think:
+        raise click.UsageError("--raw leaves no place for --think: no template is used.")
+    settings, sampling = parse(chosen)
+    path, text = find_model(model), read_prompt(prompt)
+    settings, told = (settings, None) if no_profile else use_profile(path, settings)
+    if told:
+        click.echo(clean(told), err=True)
+    with load(path, settings, think) as engine:
+        answer(engine, as_prompt(engine, text, system, raw), sampling, None if as_json else reasoning)
+
+
+@cli.command(cls=Command, examples=DOCTOR)
+@click.argument("model", default="demo")
+@json_option
+def doctor(model: str, as_json: bool) -> int:
+    """What this machine offers, and why something is not used.
+
+    MODEL (default: the demo) is the one whose disk is measured.
+    """
+    path = find_model(model)
+    from offmoe.app.doctor import PROBLEM, examine, table
+
+    checks = examine(path)
+    if as_json:
+        show_json([vars(check) for check in checks])
+    else:
+        console().print(table(checks))
+    return int(any(check.status == PROBLEM for check in checks))
+
+
+@cli.command(cls=Command, examples=INFO)
+@click.argument("model", default="demo")
+@placement_options
+@json_option
+def info(model: str, as_json: bool, **chosen: Any) -> None:
+    """What MODEL is and what a token of it costs, before loading."""
+    settings, path = Settings.of(**chosen), find_model(model)
+    from offmoe.app.info import inspect
+    from offmoe.models.model import open_model
+
+    opened = open_model(path)
+    with opened.checkpoint:
+        facts = inspect(opened, settings)
+    if as_json:
+        show_json(facts.as_dict())
+    else:
+        console().print(*section_tables(facts.sections()), sep="\n")
+
+
+@cli.command("pack", cls=Command, examples=PACK)
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@option("Output", "--format", "fmt", required=True, metavar="NAME", help="q8_0, q4_0, mxfp4, q4_k, …")
+@option("Output", "--force", is_flag=True, help="Write over OUT.")
+def pack_command(model: str, out: Path, fmt: str, force: bool) -> None:
+    """Write the safetensors MODEL as a GGUF, which llama.cpp reads too."""
+    path = find_model(model)
+    spare_existing(out, force)
+    from offmoe.checkpoint.open import open_checkpoint
+    from offmoe.pack.convert import pack
+
+    with open_checkpoint(path) as checkpoint, progress_bar(out.name) as progress:
+        report = pack(checkpoint, out, fmt, partial(progress, out.name))
+    for fallback in report.fallbacks:
+        click.echo(str(fallback))
+
+
+def load(path: Path, settings: Settings, think: str | None = None) -> Engine:
+    with collecting_no_garbage(), progress_bar("loading") as progress:
+        from offmoe.engine import Engine
+
+        engine = Engine.load(str(path), progress, think, **vars(settings))
+        gc.freeze()  # what is there now stays
+        return engine
+
+
+def read_prompt(prompt: str | None) -> str:
+    """PROMPT or standard input, refused where it is empty or no UTF-8."""
+    raw = os.fsencode(prompt) if prompt is not None else sys.stdin.buffer.read()
+    text = decode(raw, source="PROMPT" if prompt is not None else "standard input")
+    if not text.strip():
+        raise OffmoeError("the prompt is empty: give PROMPT, or write it to standard input")
+    return text
+
+
+def as_prompt(engine: Engine, text: str, system: str | None, raw: bool) -> Any:
+    """What `Engine.generate` takes: ids of raw text, messages, or one user message."""
+    if raw:
+        if engine.tokenizer is None:
+            raise OffmoeError("--raw needs a tokenizer, and the model has none")
+        return engine.tokenizer.encode(text)
+    if system:
+        return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+    return text
+
+
+def answer(engine: Engine, prompt: Any, sampling: Sampling, reasoning: str | None) -> None:
+    """Print the answer while it is made; reasoning None: one JSON object at its end."""
+    given = Answer(choose_output(), reasoning) if reasoning else Answer(None)
+    with interruptible(engine.cancel):
+        for piece in engine.generate(prompt, sampling):
+            given.take(piece)
+    given.end()
+    stats = engine.stats()
+    if not reasoning:
+        told = {"text": given.text, "reasoning": given.reasoning}
+        show_json({**told, **stats.as_dict(), "tokens": engine.answer_tokens})
+    if stats.finish_reason == "cancelled":
+        raise KeyboardInterrupt
+
+
+def show_json(value: Any) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def explain(error: BaseException) -> str | None:
+    """The line that tells a person what went wrong; None: a defect of ours, whose traceback is wanted."""
+    match error:
+        case click.UsageError():
+            command = error.ctx.command_path if error.ctx else "offmoe"
+            return f"{error.format_message()} Try '{command} --help'."
+        case click.ClickException():
+            return error.format_message()
+        case OffmoeError():
+            return str(error)
+        case MemoryError():
+            return "out of memory: lower --vram, --ram or --ctx"
+        case OSError(strerror=str()):
+            where = f"{error.filename}: " if error.filename else ""
+            return f"{where}{error.strerror}"
+    from offmoe.cache.plugin import PluginError  # imports NumPy: only where something is wrong
+
+    if isinstance(error, PluginError):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's
+        return "out of memory: lower --vram, --ram or --ctx"
+    return None
+
+
+def open_streams() -> None:
+    """A closed standard stream is None, and the next file that is opened takes its number: put /dev/null there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # for the life of the process
+
+
+def main() -> int:
+    """Every error ends here, in one line. OFFMOE_DEBUG=1 shows where it came from."""
+    open_streams()
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a locale without "·" or "…"
+    try:
+        status = cli.main(prog_name="offmoe", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except click.Abort:  # what click makes of Ctrl-C
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit's flush fails again
+        return 1
+    except Exception as error:
+        line = explain(error)
+        if line is None or os.environ.get("OFFMOE_DEBUG"):
+            raise
+        click.echo(f"offmoe: {one_line(line)}", err=True)
+        return 2 if isinstance(error, click.UsageError) else 1

@@ -1,0 +1,152 @@
+"""What a model is and what it will cost here, answered before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from offmoe.machine.bandwidth import disk_bandwidth, link_bandwidth, slot_bandwidth
+from offmoe.machine.disk_reader import PAGE
+from offmoe.models.model import Model
+from offmoe.models.parameters import Weights, count_weights
+from offmoe.plan import Plan, make_plan, plan_numbers
+from offmoe.settings import Settings, format_size
+from offmoe.trunk.recurrent_state import STATES
+
+Rows = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class TierCost:
+    """A decoded token whose routed records all come from one tier."""
+
+    tier: str  # vram, pcie or nvme
+    bytes: int
+    bandwidth: float  # bytes a second, measured here
+
+    @property
+    def ms(self) -> float:
+        return self.bytes / self.bandwidth * 1e3
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """For `offmoe info`."""
+
+    model: Model
+    plan: Plan
+    weights: Weights
+    costs: tuple[TierCost, ...]
+    direct: bool  # the disk can be read past the page cache
+
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers of `offmoe info --json`."""
+        c, w = self.model.config, self.weights
+        return {
+            "path": str(self.model.checkpoint.path),
+            "model_type": c.model_type,
+            "parameters": w.total,
+            "active_parameters": w.active,
+            "active_parameters_without_embedding": w.active_without_embedding,
+            "layers": c.layers,
+            "hidden": c.hidden,
+            "experts": c.experts,
+            "top_k": c.top_k,
+            "routing": str(c.rule),
+            "shared_experts": c.shared,
+            "dense_layers": len(c.dense),
+            "trained_context": c.ctx,
+            "record_bytes": sorted({layout.nbytes for layout in self.model.layouts}),
+            "record_formats": self.formats(),
+            "routed_bytes": self.model.record_bytes,
+            "other_bytes": w.trunk_bytes,
+            "token_cost": {
+                cost.tier: {"bytes": cost.bytes, "ms": cost.ms, "bytes_per_s": cost.bandwidth} for cost in self.costs
+            },
+            "o_direct": self.direct,
+            "plan": plan_numbers(self.plan),
+        }
+
+    def sections(self) -> dict[str, Rows]:
+        """For people: title → rows of (label, value)."""
+        return {
+            "Model": self._model_rows(),
+            "A decoded token": self._cost_rows(),
+            "Placement": self._plan_rows(),
+        }
+
+    def formats(self) -> list[str]:
+        """Of the records: `Q4_K gate and up, Q6_K down`, one for each kind of layer."""
+        kinds = {" ".join(f"{part.name}:{part.format}" for part in layout.parts) for layout in self.model.layouts}
+        return sorted(kinds)
+
+    def _model_rows(self) -> Rows:
+        c, w, sizes = self.model.config, self.weights, {layout.nbytes for layout in self.model.layouts}
+        kinds = [f"{len(c.dense)} without experts"] if c.dense else []
+        instead = "DeltaNet" if c.delta else "convolution"
+        kinds += [f"{len(c.keyless)} with a {instead} for attention"] if c.keyless else []
+
+        told = f" ({', '.join(kinds)})" if kinds else ""
+        record = " to ".join(format_size(size) for size in sorted({min(sizes), max(sizes)}))
+        kept = f"{' or '.join(str(h.kv_heads) for h in c.kinds_of_heads)} key-value heads"
+        if c.latent:
+            kept = f"a latent of {c.latent.width} values a position"
+        return [
+            ("family", f"{c.model_type} ({self.model.checkpoint.kind})"),
+            ("parameters", f"{billions(w.total)} in total, {billions(w.active)} active a token"),
+            ("", f"{billions(w.active_without_embedding)} active without the input embedding"),
+            ("layers", f"{c.layers}{told}, hidden {c.hidden}, {c.heads} heads, {kept}"),
+            ("experts", f"{c.experts} a layer, {c.top_k} routed a token, {c.shared or 'none'} shared"),
+            ("routing", str(c.rule)),
+            ("record", f"{record} ({'; '.join(self.formats())})"),
+            ("all experts", format_size(self.model.record_bytes)),
+            ("everything else", f"{format_size(w.trunk_bytes)} in the file"),
+        ]
+
+    def _cost_rows(self) -> Rows:
+        names = {"vram": "all from slots", "pcie": "all from RAM", "nvme": "all from disk"}
+        return [
+            (
+                names[cost.tier],
+                f"{format_size(cost.bytes)}, {cost.ms:.3g} ms at {cost.bandwidth / 1e9:.3g} GB/s",
+            )
+            for cost in self.costs
+        ]
+
+    def _plan_rows(self) -> Rows:
+        p = self.plan
+        unpacked = f", {format_size(p.real_slot_bytes)} of memory once unpacked" if p.device.type == "cpu" else ""
+        states = f", and {format_size(STATES * p.state_bytes)} of states" if p.state_bytes else ""
+        return [
+            ("device", f"{p.device}, {str(p.dtype).removeprefix('torch.')}"),
+            ("slots", f"{p.slots} of {p.records} records, charged {format_size(p.vram_bytes)}{unpacked}"),
+            (
+                "slot waste",
+                f"{format_size(p.waste_bytes)} (a slot of {format_size(p.stride)} holds the largest record)",
+            ),
+            ("RAM tier", f"{p.ram_rows} records, {format_size(p.ram_bytes)}"),
+            ("tiers", p.tiers),
+            ("policy", f"{p.policy}, scope {p.scope}"),
+            ("other weights", f"{format_size(p.trunk_bytes)} in {str(p.dtype).removeprefix('torch.')}"),
+            ("context", f"{p.ctx} tokens, {format_size(p.kv_bytes)}{states}"),
+        ]
+
+
+def inspect(model: Model, settings: Settings) -> ModelInfo:
+    """Count `model` and plan it; the links are measured, which takes half a second."""
+    plan = make_plan(model, settings)
+    c = model.config
+    read = model.record_bytes * c.top_k // c.experts
+    used = plan.real_slot_bytes // plan.slots * c.places * c.top_k  # on the CPU device slots are unpacked
+    paged = read + c.places * c.top_k * len(model.layouts[0].parts) * PAGE  # a page more a part, on average
+    disk, direct = disk_bandwidth(model.checkpoint.files[0])
+    costs = (
+        TierCost("vram", used, slot_bandwidth(plan.device)),
+        TierCost("pcie", read, link_bandwidth(plan.device)),
+        TierCost("nvme", paged if direct else read, disk),
+    )
+    return ModelInfo(model, plan, count_weights(model), costs, direct)
+
+
+def billions(count: int) -> str:
+    return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"

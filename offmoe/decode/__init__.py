@@ -1,0 +1,1 @@
+"""Decoding one token at a time: a captured CUDA graph, or eagerly on the CPU."""

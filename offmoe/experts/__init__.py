@@ -1,0 +1,1 @@
+"""Routed experts: slots in VRAM, rows in RAM, and the disk behind them."""

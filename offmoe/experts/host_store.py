@@ -1,0 +1,107 @@
+"""Slots in ordinary memory, for a machine without a GPU: the naive twin of the store in VRAM."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offmoe.experts.store import ExpertStore, Ints, grouped
+from offmoe.kernels.feed_forward import swiglu_experts
+from offmoe.kernels.record import RecordLayout, unpack
+from offmoe.models.model import Model
+from offmoe.plan import Plan
+
+TOGETHER = 4 << 20  # bytes unpacked in one call, which come on top of the budgets
+
+
+class HostStore(ExpertStore):
+    """Experts multiply one after another with plain torch products."""
+
+    def __init__(self, model: Model, plan: Plan) -> None:
+        super().__init__(model, plan)
+        self.layouts = model.layouts
+        self.slots = UnpackedSlots(plan.slots, model.layouts[0], plan.dtype)
+        self._glu = model.config.glu
+
+    def preload(self, progress: Callable[[int, int], None]) -> None:
+        experts = np.arange(self.table.experts)
+        for layer in range(self.table.layers):
+            self._ensure(layer, experts, experts * 0)
+            progress(layer + 1, self.table.layers)
+        self.counts = type(self.counts)()
+
+    def apply(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        host_ids = ids.numpy()
+        if self.routed:
+            self.routed(layer, host_ids, weights)
+        x, weights = self.weighted(x, weights)
+        k = host_ids.shape[1]
+        experts, uses, pairs = grouped(host_ids.ravel())
+        products: list[Tensor] = []
+        used: list[Ints] = []
+        for order in self.table.waves(layer, experts, uses):
+            slots = self._ensure(layer, experts[order], uses[order])
+            flat = [torch.from_numpy(pairs[i]) for i in order]
+            inputs = x.index_select(0, torch.cat(flat) // k).split([len(part) for part in flat])
+            biases = self._biases_of(layer, experts[order]) if self.biases else None
+            products += swiglu_experts(inputs, self.slots.weights(slots), self._glu, biases)
+            used += [pairs[i] for i in order]
+        outputs = torch.cat(products).float()
+        place = torch.from_numpy(np.concatenate(used))
+        ranked = outputs.new_zeros((host_ids.size, outputs.shape[1])).index_copy_(0, place, outputs)
+        return (ranked.unflatten(0, (-1, k)) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+    def _biases_of(self, layer: int, experts: Ints) -> list[tuple[Tensor, Tensor]]:
+        gate_up, down = self.biases[layer]
+        return [(gate_up[expert], down[expert]) for expert in experts.tolist()]
+
+    def _ensure(self, layer: int, experts: Ints, uses: Ints) -> list[int]:
+        """Slots that hold these experts, paged in where they were not."""
+        access = self.access(layer, experts, uses)
+        if not access.hit.all():
+            began = time.perf_counter()
+            missing = ~access.hit
+            self._page_in(layer, experts[missing], access.slots[missing])
+            self.counts.stall_s += time.perf_counter() - began
+        return access.slots.tolist()
+
+    def _page_in(self, layer: int, experts: Ints, slots: Ints) -> None:
+        layout, capacity = self.layouts[layer], self.ram.table.capacity
+        try:
+            for at in range(0, len(experts), capacity):
+                rows = self.ram.fetch(layer, experts[at : at + capacity], self.clock)
+                part = torch.from_numpy(slots[at : at + capacity].astype(np.int64))
+                self.slots.fill(part, self.ram.rows, rows, layout)
+        except BaseException:
+            self.table.abandon(slots)
+            raise
+        self.table.landed(slots)
+        self.counts.pcie_bytes += layout.nbytes * len(experts)
+
+
+class UnpackedSlots:
+    """Records are dequantised on their way in, once, since a miss is rarer than a use."""
+
+    def __init__(self, slots: int, layout: RecordLayout, dtype: torch.dtype) -> None:
+        hidden, inner = layout.hidden, layout.expert_hidden
+        self._gate_up = torch.empty((slots, 2 * inner, hidden), dtype=dtype)
+        self._down = torch.empty((slots, hidden, inner), dtype=dtype)
+        self.nbytes = self._gate_up.nbytes + self._down.nbytes
+        self._batch = max(1, TOGETHER // (self.nbytes // slots))
+        self._ready = list(zip(self._gate_up.mT.unbind(), self._down.mT.unbind(), strict=True))
+
+    def fill(self, slots: Tensor, records: Tensor, rows: Tensor, layout: RecordLayout) -> None:
+        """Put rows [n] of records [R, ≥ nbytes] uint8 into slots [n]; once it returns the rows may change."""
+        for some, source in zip(slots.split(self._batch), rows.split(self._batch), strict=True):
+            gate_up, down = unpack(records[source], layout, self._gate_up.dtype)
+            for slot, *matrices in zip(some.tolist(), gate_up, down, strict=True):  # 3 × as fast as index_copy_
+                self._gate_up[slot].copy_(matrices[0])
+                self._down[slot].copy_(matrices[1])
+
+    def weights(self, slots: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Of each slot: gate beside up [H, 2F] and down [F, H], ready for `x @ w`."""
+        return [self._ready[slot] for slot in slots]

@@ -1,0 +1,96 @@
+"""Answers the GPU that asks for records in the middle of a step: a thread that looks into the mailbox.
+
+It makes no CUDA call. While it serves, nobody else fetches: see RamTier.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from offmoe.errors import OffmoeError
+from offmoe.kernels.mailbox import ADDRESSES, COUNT, ERROR, RECORDS, answer_word, mailbox_words
+from offmoe.machine.pinned_memory import host_memory, register, unregister
+
+if TYPE_CHECKING:
+    from offmoe.experts.ram_tier import RamTier
+
+ANSWER_S = 1.5  # before the GPU gives up after 2, so that the user hears why
+LOOK_S = 20e-6  # between two looks
+SWITCH_S = 2e-4  # instead of 5 ms, which the engine's thread may otherwise keep the interpreter for
+
+
+class MissService:
+    """The thread lives from the first answer on, and waits without looking while it does not serve."""
+
+    def __init__(self, ram: RamTier, k: int, pin: bool) -> None:
+        self.error: OffmoeError | None = None  # of the last request that failed
+        self._ram, self._k, self._pin = ram, k, pin
+        self.memory = host_memory(4 * mailbox_words(k)).view(torch.int32)
+        if pin:
+            register(self.memory)
+        self._words = self.memory.numpy()
+        self._answer = self._words[answer_word(k) :]
+        self._addresses = self._answer[ADDRESSES:][: 2 * k].view(np.int64)
+        self._served = 0
+        self._wanted, self._turn = threading.Event(), threading.Lock()  # the lock is held during a look
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def address(self) -> int:
+        return self.memory.data_ptr()
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """No request is under way at the start, and none may be at the end but one that the GPU gave up."""
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+        self._words[:] = self._served = 0  # what was given up before is not served
+        self.error = None
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
+        self._wanted.set()
+        try:
+            yield
+        finally:
+            self._wanted.clear()
+            with self._turn:
+                sys.setswitchinterval(interval)
+
+    def close(self) -> None:
+        """Only after the reader is closed, whom the thread may wait for."""
+        self._closed = True
+        self._wanted.set()
+        if self._thread:
+            self._thread.join()
+        if self._pin:
+            unregister(self.memory)
+
+    def _run(self) -> None:
+        while self._wanted.wait() and not self._closed:
+            with self._turn:
+                if self._wanted.is_set() and (number := int(self._words[0])) != self._served:
+                    self._serve(number)
+                    self._served = number
+            time.sleep(LOOK_S)
+
+    def _serve(self, number: int) -> None:
+        """The sequence number is stored last: x86 keeps stores in order."""
+        failed = 0
+        try:
+            records = self._words[RECORDS:][: int(self._words[COUNT])].copy()
+            self._addresses[: len(records)] = self._ram.addresses(records, time.monotonic() + ANSWER_S)
+        except Exception as error:
+            failed = 1
+            self.error = error if isinstance(error, OffmoeError) else OffmoeError(f"a record did not come: {error!r}")
+        self._answer[ERROR] = failed
+        self._answer[0] = number

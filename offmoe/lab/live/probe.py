@@ -1,0 +1,104 @@
+"""Listens to an engine from outside while it answers: who was routed, who missed, where the time went.
+
+Nothing of it stays behind, and nothing of it is in the engine's own loop: methods are wrapped while it listens, at
+about 1 µs a call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from offmoe.cache.residency import Access
+from offmoe.engine import Engine
+from offmoe.experts.store import Ints
+from offmoe.lab.live.truth import Answer
+from offmoe.lab.trace.recorder import Recorder
+
+
+@dataclass
+class Watched(Answer):
+    """An answer with what was seen of its steps."""
+
+    missed: list[Ints]  # records, an event each
+    hits: Ints  # [layers]
+    seconds: dict[str, float]  # by part
+
+
+class Probe:
+    """A context manager over an engine; `run` answers, `recorder` keeps the routing.
+
+    The parts of a step and its misses layer by layer are seen on the CPU only: on a GPU a step is one launch.
+    """
+
+    PARTS = (("attention", "trunk", "attend"), ("router", "trunk", "route"), ("experts", "store", "apply"))
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.recorder = engine, Recorder(engine)
+        self.sees_steps = engine.plan.device.type == "cpu"
+        self._seconds = {part: 0.0 for part, _, _ in self.PARTS}
+        self._missed: list[Ints] = []
+        self._hits = np.zeros(engine.config.places, np.int64)
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Probe:
+        self._undo.enter_context(self.recorder)
+        if self.sees_steps:
+            for part, owner, method in self.PARTS:
+                self._wrap(getattr(self.engine, owner), method, partial(self._timed, part))
+            self._wrap(self.engine.store.table, "access", self._watched)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._undo.close()
+
+    def run(self, ids: list[int], most: int) -> Watched:
+        """Answer `ids` greedily from a fresh conversation, at most `most` steps behind the first token."""
+        self.engine.reset()
+        before: dict[str, float] = {}
+        for _ in self.engine.generate(ids, temperature=0.0, max_tokens=most + 1):
+            if not before:  # the first token is the prompt's
+                before = self._spent()
+                self._missed, self._hits = [], np.zeros_like(self._hits)
+        after, seen = self._spent(), self.recorder.answers[-1]
+        missed, self._missed = self._missed, []
+        hits, self._hits = self._hits, np.zeros_like(self._hits)
+        seconds = {part: after[part] - before.get(part, after[part]) for part in after}
+        seconds["experts"] -= seconds["page-in"]
+        seen.decoded.settle(self.recorder.dtype)
+        steps = [ids[None] for some in seen.decoded.ids for ids in some]
+        return Watched(seen.prefill.ids, steps, missed, hits, seconds)
+
+    def _spent(self) -> dict[str, float]:
+        return self._seconds | {"page-in": self.engine.store.counters.stall_s}
+
+    def _watched(self, access: Callable[..., Access]) -> Callable[..., Access]:
+        experts_of_a_layer = self.engine.config.experts
+
+        def watched(layer: int, experts: Ints, *rest: Any) -> Access:
+            result = access(layer, experts, *rest)
+            self._hits[layer] += np.count_nonzero(result.hit)
+            self._missed.append(layer * experts_of_a_layer + experts[~result.hit])
+            return result
+
+        return watched
+
+    def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            result = call(*arguments)
+            self._seconds[part] += time.perf_counter() - began
+            return result
+
+        return timed
+
+    def _wrap(self, owner: object, method: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        setattr(owner, method, wrapper(getattr(owner, method)))
+        self._undo.callback(delattr, owner, method)  # the class's own shows again

@@ -1,0 +1,1 @@
+"""Replay of policies and predictors over traces (`offmoe bench policies`)."""

@@ -1,0 +1,88 @@
+"""A trace's facts as tables for a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from offmoe.app.terminal import clean
+from offmoe.lab.trace.info import LAGS, WINDOWS, Array, Facts
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+
+def tables(facts: Facts) -> list[RenderableType]:
+    from rich.text import Text
+
+    meta = facts.meta
+    head = (
+        f"{meta['model']} · {meta['layers']} layers of {meta['experts']} experts, top {meta['top_k']} · "
+        f"{facts.tokens} tokens decoded in {facts.sequences} sequences, {facts.prompt_tokens} of prompts"
+    )
+    return [
+        Text(clean(head), "bold"),
+        heading("How uneven, layer by layer"),
+        by_layer(facts),
+        heading("How stable: of a token's experts, how many a later token asks for too"),
+        over_time("tokens later", LAGS, facts.reuse, "{:.1%}"),
+        Text(f"by popularity alone {facts.popular.mean():.1%}, with dice {facts.uniform:.1%}", "dim"),
+        heading("How many different experts a layer uses in a window"),
+        over_time("tokens", WINDOWS, facts.working, "{:.1f}"),
+        heading("Do experts specialise: what one of a token's experts tells of its class"),
+        specialisation(facts),
+    ]
+
+
+def heading(text: str) -> RenderableType:
+    from rich.text import Text
+
+    return Text(f"\n{text}", "bold")
+
+
+def by_layer(facts: Facts) -> Table:
+    from rich.table import Table
+
+    table = Table("layer", box=None, pad_edge=False)
+    for name in ("entropy", "hottest quarter", "dead", "reuse +1", "by popularity"):
+        table.add_column(name, justify="right")
+    columns: list[Any] = [facts.entropy, facts.hottest, facts.dead, facts.reuse[0], facts.popular]
+    for layer, row in enumerate(zip(*columns, strict=True)):
+        table.add_row(str(layer), *cells(row))
+    table.add_row("mean", *cells([np.mean(column) for column in columns]), style="bold")
+    return table
+
+
+def cells(row: Any) -> list[str]:
+    entropy, hottest, dead, reuse, popular = row
+    again = "–" if np.isnan(reuse) else f"{reuse:.1%}"  # no sequence has two tokens
+    return [f"{entropy:.1%}", f"{hottest:.1%}", f"{dead:.3g}", again, f"{popular:.1%}"]
+
+
+def over_time(label: str, steps: tuple[int, ...], values: Array, form: str) -> Table:
+    """Mean, lowest and highest layer at every step; steps that no sequence reaches are left out."""
+    from rich.table import Table
+
+    there = [i for i in range(len(steps)) if not np.isnan(values[i]).any()]
+    table = Table(label, box=None, pad_edge=False)
+    for i in there:
+        table.add_column(str(steps[i]), justify="right")
+    for name, of in (("mean", np.mean), ("lowest layer", np.min), ("highest layer", np.max)):
+        table.add_row(name, *(form.format(of(values[i])) for i in there))
+    return table
+
+
+def specialisation(facts: Facts) -> Table:
+    from rich.table import Table
+
+    table = Table("by", "class", "tokens", "bits", "shuffled", "known", "most its own", box=None, pad_edge=False)
+    for way in facts.classings:
+        bits, control = f"{way.information.mean():.4f}", f"{way.control.mean():.4f}"
+        table.add_row(way.name, "", "", bits, control, f"{way.known.mean():.1%}", style="bold")
+        for label, share in zip(way.labels, way.shares, strict=True):
+            layer, expert, lift = way.specialist(label)
+            own = f"layer {layer}, expert {expert}: {lift:.1f} ×" if lift > 1 else ""
+            table.add_row("", clean(label), f"{share:.1%}", "", "", "", own)
+    return table

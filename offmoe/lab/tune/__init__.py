@@ -1,0 +1,1 @@
+"""Choosing the fastest settings on this machine (`offmoe tune`)."""

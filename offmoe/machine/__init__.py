@@ -1,0 +1,1 @@
+"""The machine: pinned memory, disk reads, bandwidths, CUDA streams."""

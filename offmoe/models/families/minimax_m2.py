@@ -1,0 +1,49 @@
+"""MiniMax M2 (230B-A10B): sigmoid router with a correction bias, half a head rotated, q and k normed over all heads."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from offmoe.kernels.route import Rule
+from offmoe.models.families.mixtral import BLOCK, MIXTRAL_NAMES
+from offmoe.models.family import Family
+from offmoe.models.fields import count
+
+
+def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`rotary_dim` is what others say as a share of a head; attention of type 1 is full."""
+    kinds = raw.get("attn_type_list") or []
+    return {
+        "partial_rotary_factor": count(raw, "rotary_dim") / count(raw, "head_dim") if raw.get("rotary_dim") else None,
+        **raw,
+        "attn_type_list": next((kind for kind in kinds if kind != 1), 1) if isinstance(kinds, list) else kinds,
+    }
+
+
+def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
+    return {"rule": replace(rule, scores="sigmoid", biased=True)}
+
+
+FAMILY = Family(
+    model_type="minimax_m2",
+    arch="minimax-m2",
+    published="MiniMax-M2",
+    qk_norm="full",
+    renormalise=True,
+    names={
+        **MIXTRAL_NAMES,
+        "router_bias": (BLOCK + ".e_score_correction_bias", "model.layers.{l}.mlp.e_score_correction_bias"),
+    },
+    rope_theta=5_000_000.0,
+    translated=translated,
+    fields=fields,
+    implemented={
+        "partial_rotary_factor": (),
+        "expert_gating_func": (2,),
+        "scoring_func": ("sigmoid", None),
+        "attn_type_list": (1,),
+        "use_qk_norm": (True, None),
+        "qk_norm_type": ("per_layer", None),
+        "shared_intermediate_size": (0, None),
+    },
+)

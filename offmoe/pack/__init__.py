@@ -1,0 +1,1 @@
+"""Conversion of safetensors to GGUF (`offmoe pack`)."""

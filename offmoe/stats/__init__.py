@@ -1,0 +1,1 @@
+"""Counters of an answer, and the roof that they are compared with."""

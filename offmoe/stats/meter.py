@@ -1,0 +1,87 @@
+"""Clocks and counters of one answer, made into its Stats."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from offmoe.experts.store import Counters, ExpertStore
+from offmoe.plan import Plan
+from offmoe.stats.roof import TokenCost
+from offmoe.stats.stats import Roof, Stats
+
+
+@dataclass
+class Meter:
+    """Filled while an answer runs: `prefilled` and `first` once, then `stepped` a token."""
+
+    store: ExpertStore
+    submitted: float  # time.perf_counter() of the prompt
+    prompt_tokens: int
+    reused_tokens: int = 0
+    tokens: int = 0
+    steps: int = 0
+    context: int = 0  # tokens attended to, summed over the steps
+    ttft_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    finish_reason: str = "cancelled"
+    decoded: Counters = field(default_factory=Counters)
+    _before: Counters = field(default_factory=Counters)
+
+    def prefilled(self, began: float) -> None:
+        self.prefill_s = time.perf_counter() - began
+        self._before = self.store.counters
+
+    def first(self) -> None:
+        """The first token is there; it counts as the prompt's."""
+        self.ttft_s = time.perf_counter() - self.submitted
+
+    def stepped(self, seconds: float, context: int) -> None:
+        """A further token took so long, with `context` positions attended to."""
+        self.decode_s += seconds
+        self.steps += 1
+        self.context += context
+        self.decoded = self.store.counters.since(self._before)
+
+    def floored(self, floor_s: float | None) -> None:
+        """The time of a step in which everything hits was measured: what went beyond it was stall."""
+        if floor_s is not None:
+            self.decoded.stall_s = max(0.0, self.decode_s - floor_s * self.steps)
+
+    def cost(self, plan: Plan, trunk_bytes: int, used_record_bytes: float) -> TokenCost | None:
+        """A decoded token's; `used_record_bytes` are those of one record in the form that is computed with."""
+        if not self.steps:
+            return None
+        kv_bytes = self.context / self.steps * plan.kv_bytes / plan.ctx + 2 * plan.state_bytes
+        return TokenCost(
+            vram_bytes=trunk_bytes + kv_bytes + self.decoded.routed / self.steps * used_record_bytes,
+            pcie_bytes=self.decoded.pcie_bytes / self.steps,
+            nvme_bytes=self.decoded.nvme_bytes / self.steps,
+            floor_s=(self.decode_s - self.decoded.stall_s) / self.steps,
+        )
+
+    def stats(self, plan: Plan, roof: Roof | None) -> Stats:
+        steps, routed = max(self.steps, 1), max(self.decoded.routed, 1)
+        computed = self.prompt_tokens - self.reused_tokens
+        return Stats(
+            tokens=self.tokens,
+            finish_reason=self.finish_reason,
+            prompt_tokens=self.prompt_tokens,
+            reused_tokens=self.reused_tokens,
+            prefill_tok_s=computed / self.prefill_s if self.prefill_s else 0.0,
+            decode_tok_s=self.steps / self.decode_s if self.decode_s else 0.0,
+            ttft_s=self.ttft_s,
+            hit_rate=self.decoded.hits / routed,
+            covered=self.decoded.covered / routed,
+            late=self.decoded.late / routed,
+            misses_per_token=(self.decoded.routed - self.decoded.hits) / steps,
+            pcie_bytes_per_token=self.decoded.pcie_bytes / steps,
+            nvme_bytes_per_token=self.decoded.nvme_bytes / steps,
+            nvme_record_bytes_per_token=self.decoded.nvme_record_bytes / steps,
+            stall_ms_per_token=self.decoded.stall_s / steps * 1e3,
+            roof=roof,
+            policy=f"{plan.policy} {plan.scope}",
+            vram_bytes=plan.vram_bytes,
+            ram_bytes=plan.ram_bytes,
+        )

@@ -1,0 +1,1 @@
+"""Everything but the routed experts: resident weights, KV cache and recurrent state."""

@@ -1,0 +1,179 @@
+"""float8 with a scale a row or a matrix, NVFP4 and MXFP4 out of tensors of their own: what they mean, and the files of
+Model Optimizer and compressed-tensors that hold them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantised_checks import check_answers, check_config_refused, check_stacked, check_tensors_refused
+from safetensors.torch import save_file
+from scaled_files import E2M1, quantise
+from test_int4 import FAMILIES, IDS, logits_of
+from test_models import decoded, engine_of, packed
+from tolerance import assert_close
+from torch import Tensor
+
+from offmoe.checkpoint.open import open_checkpoint
+from offmoe.checkpoint.scaled import Scaled
+from offmoe.kernels.formats import FORMATS, as_it_lies, dequantise, whole_rows
+
+
+def eights(codes: Tensor) -> Tensor:
+    return codes.view(torch.float8_e4m3fn).float()
+
+
+def same_bits(got: Tensor, want: Tensor) -> bool:
+    """But for -0, which is 0."""
+    return bool(((got + 0 == want + 0) | (got.isnan() & want.isnan())).all())
+
+
+@pytest.mark.parametrize("fmt", ["F8_E4M3_ROW", "NVFP4"])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_values_are_those_of_the_published_formula(fmt: str, data: st.DataObject) -> None:
+    """NVFP4QTensor.dequantize of Model Optimizer, written out, on scales of any bits: 0, denormal, infinite, NaN."""
+    rows, cols = 3, 64
+    extreme = st.sampled_from([0, 1, 0x80000000, 0x007FFFFF, 0x7F7FFFFF, 0x7F800000, 0x7FC00000]) | st.integers(
+        0, 2**32 - 1
+    )
+    bits = data.draw(st.lists(extreme, min_size=rows, max_size=rows))
+    scale = torch.tensor(bits).to(torch.uint32).view(torch.float32)[:, None]
+    codes = torch.randint(0, 256, (rows, cols // (1 if fmt.startswith("F8") else 2)), dtype=torch.uint8)
+    small = torch.randint(0, 256, (rows, cols // 16), dtype=torch.uint8)
+    if fmt == "F8_E4M3_ROW":
+        want, parts = eights(codes) * scale, (codes,)
+    else:
+        block = eights(small) * scale
+        nibbles = torch.stack((codes & 15, codes >> 4), -1).flatten(1).long()
+        want = E2M1[nibbles & 7] * torch.where(nibbles > 7, -1.0, 1.0) * block.repeat_interleave(16, 1)
+        parts = (small, codes)
+    raw = torch.cat([scale.view(torch.uint8).flatten(), *(part.flatten() for part in parts)])
+    assert same_bits(dequantise(raw, fmt, rows, cols), want)
+    assert torch.equal(as_it_lies(whole_rows(raw, FORMATS[fmt], rows), FORMATS[fmt]), raw)
+    moved = as_it_lies(whole_rows(raw, FORMATS[fmt], rows)[[2, 0]], FORMATS[fmt])
+    assert same_bits(dequantise(moved, fmt, 2, cols), want[[2, 0]])
+
+
+CASES = {  # the family, and what its experts become
+    "modelopt nvfp4": ("qwen3_moe", "NVFP4"),
+    "nvfp4-pack-quantized": ("deepseek_v3", "NVFP4"),
+    "mxfp4-pack-quantized": ("qwen3_moe", "MXFP4_PAIRS"),
+    "float-quantized": ("qwen2_moe", "F8_E4M3_ROW"),
+    "modelopt fp8": ("deepseek_v3", "F8_E4M3_ROW"),
+    "mixed": ("qwen3_moe", "NVFP4"),
+    "mixed with int4": ("qwen3_moe", "NVFP4 INT4_32_BF16"),
+}
+
+
+def made(folder: Path, kind: str, family: str = "") -> tuple[Path, Any]:
+    """The quantised directory, and transformers' model of what its bytes mean."""
+    transformers, family = pytest.importorskip("transformers"), family or CASES[kind][0]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **FAMILIES[family])
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    path, plain = folder / "scaled", folder / "plain"
+    for where in (path, plain):
+        model.float().eval().save_pretrained(where)
+    save_file(quantise(path, kind), plain / "model.safetensors", {"format": "pt"})
+    return path, transformers.AutoModelForCausalLM.from_pretrained(plain, dtype="float32").eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", CASES)
+def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
+    kind: str, family: str, tmp_path: Path
+) -> None:
+    """All in slots; and what a token needs, out of a RAM tier of a few rows."""
+    path, model = made(tmp_path, kind, family)
+    each = CASES[kind][1].split()  # layer by layer; where the first is dense, of the last
+    check_answers(path, IDS, logits_of(model), lambda formats: formats in (set(each), set(each[-1:])))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
+def test_the_step_multiplies_what_it_is_given(tmp_path: Path) -> None:
+    """Rows of attention keep their scales, also where matrices are joined."""
+    pytest.importorskip("triton")
+    import test_step
+
+    from offmoe.decode.variant import Variant
+
+    path, model = made(tmp_path, "mixed")
+    with test_step.step_of(path, vram="60%") as step:
+        assert {form.format for layer in step.trunk.layers for _, form in (*layer.qkv, *layer.o)} == {"F8_E4M3_ROW"}
+        assert_close("logits", test_step.run(step, Variant()), logits_of(model, test_step.IDS), 1e-5)
+
+
+def test_stacked_experts_are_the_same(tmp_path: Path) -> None:
+    path, model = made(tmp_path, "float-quantized")
+    check_stacked(path, tmp_path, IDS, logits_of(model))
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 1), (3, 32), (3, 1, 1), (3, 1), (3,)], ids=str)
+def test_scales_of_a_stack_of_float8(shape: tuple[int, ...], tmp_path: Path) -> None:
+    codes, scales = torch.randn(3, 32, 64).to(torch.float8_e4m3fn), torch.rand(shape)
+    save_file({"e": codes, "e_scale": scales}, tmp_path / "model.safetensors")
+    with open_checkpoint(tmp_path) as checkpoint:
+        (info,) = Scaled(checkpoint).matrices()
+        for expert in range(3):
+            raw = checkpoint.matrix(info, expert)
+            want = codes[expert].float() * scales[expert].reshape(-1, 1)
+            assert torch.equal(dequantise(raw, info.format, 32, 64), want)
+            assert torch.equal(checkpoint.rows(info, 32 * expert + 5, 7), want[5:12])
+
+
+def test_it_packs(tmp_path: Path) -> None:
+    path, model = made(tmp_path, "modelopt nvfp4")
+    with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:
+        logits, _ = decoded(engine, IDS, prompt=8)
+    assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
+
+
+NV, NAME = "modelopt nvfp4", "model.layers.1.mlp.experts.3.up_proj.weight"
+GROUP: dict[str, Any] = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "algorithm": (NV, {"quant_algo": "W4A8_AWQ"}, "of modelopt: quant_algo is 'W4A8_AWQ', and offmoe"),
+    "layers": (NV, {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "W8"}}},
+               "quant_algo is 'W8', and offmoe implements 'FP8'"),
+    "size": (NV, {"group_size": 32}, "group_size is 32, and offmoe implements 16"),
+    "method": (NV, {"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes', and offmoe implements"),
+    "format": ("nvfp4-pack-quantized", {"config_groups": {"a": {"weights": GROUP, "format": "int-quantized"}}},
+               "format is 'int-quantized', and offmoe implements pack-quantized or float-quan"),
+    "groups": ("nvfp4-pack-quantized", {"config_groups": {"a": {"weights": {**GROUP, "group_size": 8}}}},
+               "group_size is 8, and offmoe implements 16"),
+    "rotated": ("nvfp4-pack-quantized", {"transform_config": {"a": 1}}, "transform_config is {'a': 1}, and"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CONFIGS)
+def test_what_a_config_may_not_ask_for(change: str, tmp_path: Path) -> None:
+    kind, values, message = CONFIGS[change]
+    path, _ = made(tmp_path, kind)
+    check_config_refused(path, values, message)
+
+
+TENSORS: dict[str, tuple[str, Any, str]] = {
+    "no scales": (NV, lambda t: t.pop(f"{NAME}_scale"), r"weight_scale' is missing: expected F8_E4M3 \[64, 8\]"),
+    "other scales": (NV, lambda t: t.update({f"{NAME}_scale": t[f"{NAME}_scale"][:, :4].clone()}),
+                     r"weight_scale' is F8_E4M3 \[64, 4\]: expected F8_E4M3 \[64, 8\]"),
+    "no scale of all": (NV, lambda t: t.pop(f"{NAME}_scale_2"), r"_scale_2' is missing: expected F32 \[\]"),
+    "smoothed": (NV, lambda t: t.update({"a.pre_quant_scale": torch.ones(1)}), "has 'a.pre_quant_scale', and"),
+    "stacked": (NV, lambda t: t.update({NAME: t[NAME][None].clone()}),
+                r"U8 \[1, 64, 64\]: expected U8 \[rows, columns\], of 32 weights or a multiple"),
+    "groups that do not divide": (NV, lambda t: t.update({NAME: t[NAME][:, :40].clone()}),
+                                  r"U8 \[64, 40\]: expected U8 \[rows, columns\], of 32"),
+    "float8 alone": ("modelopt fp8", lambda t: t.pop(f"{NAME}_scale"), r"is missing: .* row, \[64, 1\], or for all"),
+    "scales of columns": ("float-quantized", lambda t: t.update({f"{NAME}_scale": torch.ones(128)}),
+                          r"weight_scale' is F32 \[128\]: .* for every row, \[64, 1\], or for all"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", TENSORS)
+def test_tensors_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> None:
+    kind, alter, message = TENSORS[change]
+    path, _ = made(tmp_path, kind)
+    check_tensors_refused(path, alter, message)

@@ -1,0 +1,113 @@
+"""A stand-in for offmoe.engine without a model: it repeats what it is told, thinks on request, counts until stopped.
+
+As a program it is `offmoe` with this engine: `python tests/helpers/fake_engine.py chat`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+from offmoe.errors import ContextFull, OffmoeError
+from offmoe.settings import SAMPLING_DEFAULTS
+from offmoe.stats.stats import Roof, Stats
+
+CTX = 3  # messages that fit
+STATS = Stats(
+    tokens=3, finish_reason="stop", prompt_tokens=5, reused_tokens=1, prefill_tok_s=100.0,
+    decode_tok_s=61.25, ttft_s=0.213, hit_rate=0.612, covered=0.0, late=0.0, misses_per_token=2.5,
+    pcie_bytes_per_token=3.6 * 2**20, nvme_bytes_per_token=0.0, nvme_record_bytes_per_token=0.0, stall_ms_per_token=1.0,
+    roof=Roof(87.5, "floor"), policy="lru layer", vram_bytes=2**20, ram_bytes=2**21,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Piece:
+    text: str
+    token: int | None
+    reasoning: bool = False
+
+
+class Engine:
+    """`prompts` are all that it was asked."""
+
+    def __init__(self) -> None:
+        self.config = SimpleNamespace(vocab=100)
+        self.sampling = SAMPLING_DEFAULTS
+        self.plan = SimpleNamespace(summary=lambda: "12 of 12 experts in slots")
+        self.tokenizer = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text])
+        self.notes: list[str] = []
+        self.prompts: list[Any] = []
+        self.settings: dict[str, Any] = {}
+        self.answer_tokens: list[int] = []
+        self.answer_is_plain = True
+        self.resets = 0
+
+    @classmethod
+    def load(cls, model: str, progress: Any = None, think: str | None = None, **settings: Any) -> Engine:
+        engine = cls()
+        if think is not None:
+            engine.think(think)
+        engine.settings = settings
+        return engine
+
+    def generate(self, prompt: Any, sampling: Any = None) -> Iterator[Piece]:
+        self.prompts.append(prompt)
+        messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
+        if len(messages) > CTX:
+            raise ContextFull(len(messages), CTX)
+        return self._answer(str(messages[-1]["content"] if isinstance(messages[-1], dict) else messages))
+
+    def _answer(self, text: str) -> Iterator[Piece]:
+        self.cancelled, self.answer_tokens = False, []
+        if text == "fail":
+            raise OffmoeError("the disk\nis gone")
+        if text == "erase":
+            text = "\x1b[2J\x1b[Hred"
+        thoughts, _, text = text.rpartition(" => ")  # "why => this": the answer to it is this, after some thought
+        self.answer_is_plain = not thoughts
+        for word in thoughts.split():
+            time.sleep(0.05)
+            self.answer_tokens.append(0)
+            yield Piece(word + " ", 0, reasoning=True)
+        words = (str(number) for number in range(1000)) if text == "count" else iter(text.split(" "))
+        for token, word in enumerate(words):
+            if self.cancelled:
+                break
+            time.sleep(0.01 if text == "count" else 0)
+            self.answer_tokens.append(token % 100)
+            yield Piece(word + " ", token)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def stats(self) -> Stats:
+        reason = "cancelled" if self.cancelled else "stop"
+        return replace(STATS, tokens=len(self.answer_tokens), finish_reason=reason)
+
+    def loading(self) -> str | None:
+        return None
+
+    def think(self, value: str | None) -> None:
+        if value not in (None, "on", "off"):
+            raise OffmoeError(f"the template takes no {value!r}")
+        self.thinking = value
+
+    def reset(self) -> None:
+        self.resets += 1
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+if __name__ == "__main__":
+    sys.modules["offmoe.engine"] = sys.modules["__main__"]
+    from offmoe.app.cli import main
+
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""Every family gives the logits and the routing of transformers, whatever the file and however it is run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import FAMILIES, PACKABLE, PACKABLE_UNHEARD, reference, reference_routing, saved, tiny
+from tolerance import assert_close
+
+from offmoe.checkpoint.find_model import DEMO
+from offmoe.engine import Engine
+from offmoe.errors import OffmoeError
+from offmoe.kernels.record import unpack
+from offmoe.models.model import open_model
+from offmoe.settings import Settings
+
+IDS = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(7)).tolist()
+
+FORMAT = {"bfloat16": "BF16", "float16": "F16"}
+
+
+def engine_of(path: Path, **settings: object) -> Engine:
+    return Engine(open_model(path), Settings.of(**{"device": "cpu", "ctx": 64, **settings}))
+
+
+def decoded(engine: Engine, ids: list[int], prompt: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits after each of ids[prompt - 1:], the rest decoded one by one; and every router's weights [T, E]."""
+    routed: list[list[torch.Tensor]] = [[] for _ in range(engine.config.places)]
+
+    def heard(place: int, experts: np.ndarray, weights: torch.Tensor) -> None:
+        routed[place].append(spread(torch.from_numpy(experts), weights, engine.config.experts))
+
+    engine.store.routed = heard
+    rows = [engine.prefill(ids[:prompt])] + [engine.step(token) for token in ids[prompt:]]
+    engine.store.check()
+    return torch.stack(rows), [torch.cat(layer) for layer in routed]
+
+
+def spread(ids: torch.Tensor, weights: torch.Tensor, experts: int) -> torch.Tensor:
+    """Ids and weights [T, k] → [T, E], NaN where an expert was not chosen: the order of the k says nothing."""
+    return torch.full((len(ids), experts), float("nan")).scatter_(1, ids, weights)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_routing_are_those_of_transformers(family: str, fused: bool, tmp_path: Path) -> None:
+    want, routing = reference_routing(family, IDS)
+    with engine_of(saved(family, tmp_path, fused), chunk=5) as engine:
+        logits, routed = decoded(engine, IDS, prompt=8)
+    assert (logits - want[7:]).abs().max() < 1e-4
+    assert len(routed) == len(routing), "layers with experts"
+    for place, (ours, (ids, weights)) in enumerate(zip(routed, routing, strict=True)):
+        theirs = spread(ids, weights, ours.shape[1])
+        assert torch.equal(ours.isnan(), theirs.isnan()), f"ids of router {place}"
+        assert_close(f"weights of router {place}", ours.nan_to_num(), theirs.nan_to_num(), 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_greedy_tokens_are_the_same_at_every_budget(family: str, tmp_path: Path) -> None:
+    """All in slots; half of them; and what one token needs, out of a RAM tier that is too small."""
+    path, answers = saved(family, tmp_path), []
+    for vram, ram in (("100%", "64MiB"), ("60%", "64MiB"), ("51%", 0)):
+        with engine_of(path, vram=vram, ram=ram) as engine:
+            list(engine.generate(IDS[:8], temperature=0.0, max_tokens=32))
+            answers.append(engine.answer_tokens)
+    assert answers[0] == answers[1] == answers[2]
+    assert len(answers[0]) == 32
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
+@pytest.mark.parametrize("family", PACKABLE_UNHEARD)
+def test_a_packed_gguf_gives_the_same_logits(family: str, fused: bool, tmp_path: Path) -> None:
+    want, _ = reference(family, IDS)
+    with engine_of(packed(saved(family, tmp_path, fused), tmp_path, "f32"), chunk=5) as engine:
+        logits, _ = decoded(engine, IDS, prompt=8)
+    assert (logits - want[7:]).abs().max() < 1e-4
+
+
+def test_mxfp4_is_packed_without_a_loss(tmp_path: Path) -> None:
+    """gpt-oss's blocks in ggml's order; what is not an expert becomes Q8_0."""
+    path = saved("gpt_oss", tmp_path)
+    with engine_of(packed(path, tmp_path, "mxfp4")) as theirs, engine_of(path) as ours:
+        assert {part.format for part in theirs.model.layouts[0].parts} == {"MXFP4"}
+        for place, expert in ((0, 0), (3, 5)):
+            weights = []
+            for store in (theirs.store, ours.store):
+                rows = store.ram.rows[store.ram.fetch(place, np.array([expert]), 0)]
+                weights.append(unpack(rows[:, : store.layouts[place].nbytes], store.layouts[place], torch.float32))
+            assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def older(path: Path, folder: Path, heads: int, fmt: str) -> Path:
+    """A packed model of latent attention as llama.cpp wrote them before it absorbed: attn_kv_b in one."""
+    import gguf
+
+    reader, writer = gguf.GGUFReader(path), gguf.GGUFWriter(folder / f"older-{fmt}.gguf", "deepseek2")
+    values = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    widths = {f"deepseek2.attention.{name}_length": values.pop(f"deepseek2.attention.{name}_length_mla").contents()
+              for name in ("key", "value")}  # fmt: skip
+    for name, field in values.items():
+        if name not in ("general.architecture", "deepseek2.expert_gating_func"):
+            value = heads if name.endswith("head_count_kv") else widths.get(name, field.contents())
+            writer.add_key_value(name, value, field.types[0])
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    for name, data in tensors.items():
+        if name.endswith("attn_k_b.weight"):
+            both = np.concatenate((data.transpose(0, 2, 1), tensors[name.replace("k_b", "v_b")]), axis=1)
+            both = np.ascontiguousarray(both.reshape(-1, both.shape[-1]))
+            kind = gguf.GGMLQuantizationType[fmt]
+            writer.add_tensor(name.replace("k_b", "kv_b"), gguf.quants.quantize(both, kind), raw_dtype=kind)
+        elif not name.endswith("attn_v_b.weight"):
+            writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / f"older-{fmt}.gguf"
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2-lite", "deepseek_v3-groups"])
+def test_an_older_gguf_gives_the_same_logits(family: str, tmp_path: Path) -> None:
+    """Which does not say how experts are scored: that there is a correction bias does."""
+    want, _ = reference(family, IDS)
+    path = packed(saved(family, tmp_path), tmp_path, "f32")
+    with engine_of(older(path, tmp_path, tiny(family).config.num_attention_heads, "F32"), chunk=5) as engine:
+        assert not engine.model.split
+        logits, _ = decoded(engine, IDS, prompt=8)
+    assert (logits - want[7:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), [
+    ("deepseek_v3", {"kv_lora_rank": None}, "the model's config has no kv_lora_rank"),
+    ("deepseek_v3", {"q_lora_rank": "x"}, "the model's config gives q_lora_rank = 'x': expected a whole number"),
+    ("deepseek_v3", {"qk_rope_head_dim": 15}, "head_dim is 47: rotary embedding needs an even number above 0"),
+    ("deepseek_v3", {"v_head_dim": 16}, r"o_proj.weight has shape \[64, 128\]: the config asks for \[64, 64\]"),
+    ("deepseek_v3", {"rope_interleave": False}, "deepseek_v3: rope_interleave is False, and offmoe implements True"),
+    ("deepseek_v3", {"moe_layer_freq": 2}, "deepseek_v3: moe_layer_freq is 2"),
+    ("deepseek_v3", {"attention_bias": True}, "deepseek_v3: attention_bias is True"),
+    ("deepseek_v2", {"topk_method": "noaux_tc"}, "deepseek_v2: topk_method is 'noaux_tc'"),
+    ("deepseek_v2", {"norm_topk_prob": True}, "deepseek_v2: norm_topk_prob is True"),
+    ("glm4_moe_lite", {"mlp_layer_types": ["dense", "none"]}, "mlp_layer_types = .*: expected dense or sparse a layer"),
+    ("mixtral", {"kv_lora_rank": 16}, "mixtral: kv_lora_rank is 16"),
+])  # fmt: skip
+def test_latent_attention_that_is_not_ours_is_refused(
+    family: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = saved(family, tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(OffmoeError, match=message):
+        open_model(path)
+
+
+def test_latents_are_not_kept_in_int8(tmp_path: Path) -> None:
+    with pytest.raises(OffmoeError, match="--kv int8 does not go with latent attention"):
+        engine_of(saved("deepseek_v2", tmp_path), kv="int8")
+
+
+def test_kimi_k2_is_deepseek_v3_under_another_name(tmp_path: Path) -> None:
+    want, _ = reference("deepseek_v3", IDS)
+    path = saved("deepseek_v3", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "model_type": "kimi_k2"}))
+    with engine_of(path) as engine:
+        logits, _ = decoded(engine, IDS, prompt=8)
+    assert (logits - want[7:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_files_are_read(dtype: str, tmp_path: Path) -> None:
+    path = saved("qwen3_moe", tmp_path)
+    half = type(tiny("qwen3_moe")).from_pretrained(path, dtype=dtype)
+    half.save_pretrained(path)
+    rounded = type(half).from_pretrained(path, dtype="float32")
+    want, _ = reference("qwen3_moe", IDS, rounded)
+    with engine_of(path) as engine:
+        assert {info.format for info in engine.model.checkpoint.tensors.values()} == {FORMAT[dtype]}
+        logits, _ = decoded(engine, IDS, prompt=8)
+    assert_close("logits", logits, want[7:], 1e-5)
+
+
+def packed(path: Path, folder: Path, fmt: str) -> Path:
+    from offmoe.checkpoint.open import open_checkpoint
+    from offmoe.pack.convert import pack
+
+    out = folder / f"{path.name}-{fmt}.gguf"
+    pack(open_checkpoint(path), out, fmt, lambda *_: None)
+    return out
+
+
+def oracle(path: Path) -> Any:
+    """llama.cpp in float32 throughout: its KV cache too, and no flash attention."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    return llama_cpp.Llama(
+        str(path),
+        n_ctx=256,
+        n_batch=256,
+        logits_all=True,
+        flash_attn=False,
+        type_k=0,
+        type_v=0,
+        verbose=False,
+    )
+
+
+@pytest.mark.parametrize(("family", "message"), [
+    ("olmoe-clipped", r"clip_qkv = 1.0 cannot be packed: llama.cpp ignores it"),
+    ("qwen3_next-sparse", r"experts in the layers \(0, 2\) cannot be packed"),
+    ("qwen3_moe-sparse", r"experts in the layers \(1, 5\) cannot be packed"),
+    ("lfm2_moe-unbiased", r"the GGUF architecture lfm2moe always means a biased sigmoid over all, renormalised"),
+    ("llama4_text-chunked", "llama4 with its no_rope_layers cannot be packed: a GGUF has no key for it"),
+    ("phimoe", r"llama.cpp routes the architecture phimoe by another rule"),
+    ("qwen2_moe-sparse", r"norm_topk_prob = True cannot be packed"),
+    ("gpt_oss-clamped", r"limit=1.0, plus=1.0\) cannot be packed: the GGUF architecture gpt-oss always means"),
+    ("deepseek_v2-groups", r"n_group = 4 cannot be packed"),
+])  # fmt: skip
+def test_what_llama_cpp_would_get_wrong_is_not_packed(family: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(OffmoeError, match=message):
+        packed(saved(family, tmp_path), tmp_path, "f32")
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("family", PACKABLE)
+def test_llama_cpp_gives_the_same_logits(family: str, tmp_path: Path) -> None:
+    path = packed(saved(family, tmp_path), tmp_path, "f32")
+    llama = oracle(path)
+    llama.eval(IDS)
+    want = torch.from_numpy(np.array(llama.scores[: len(IDS)]))
+    model = open_model(path)
+    # llama.cpp rounds yarn's bounds always, gpt-oss's own config.json says not to
+    model = replace(model, config=replace(model.config, rope=replace(model.config.rope, truncate=True)))
+    with Engine(model, Settings.of(device="cpu", ctx=64)) as engine:
+        logits, _ = decoded(engine, IDS, prompt=8)
+    # ggml looks GELU up in a table of float16
+    assert (logits - want[7:]).abs().max() < (2e-2 if model.family.arch == "gemma4" else 1e-4)
+
+
+def dequantised_demo(path: Path) -> Path:
+    """The demo model in F32: without it llama.cpp quantises activations, and routing soon differs."""
+    import gguf
+
+    reader, writer = gguf.GGUFReader(DEMO), gguf.GGUFWriter(path, "llama")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind, *of = field.types
+            writer.add_key_value(name, field.contents(), kind, sub_type=of[-1] if of else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.llama
+def test_llama_cpp_writes_the_same_greedy_text_on_the_demo(tmp_path: Path) -> None:
+    path = dequantised_demo(tmp_path / "demo-f32.gguf")
+    with Engine.load(str(DEMO), device="cpu", ctx=256, vram="50%") as engine:
+        prompt = engine.prompt_ids("Tell me a short story about a fox who learns to share.")
+        list(engine.generate(prompt, temperature=0.0, max_tokens=64))
+        ours = engine.answer_tokens
+    llama = oracle(path)
+    llama.eval(prompt)
+    theirs: list[int] = []
+    while len(theirs) < len(ours):
+        theirs.append(int(llama.scores[llama.n_tokens - 1].argmax()))
+        llama.eval(theirs[-1:])
+    assert ours == theirs

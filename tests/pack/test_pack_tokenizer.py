@@ -1,0 +1,168 @@
+"""A packed tokenizer gives the ids of the tokenizer.json that it was made from."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import saved
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from offmoe.checkpoint.open import open_checkpoint
+from offmoe.errors import OffmoeError
+from offmoe.pack.convert import pack
+from offmoe.text.tokenizer import load_tokenizer
+
+CORPUS = ["the quick brown fox jumps over the lazy dog 123 times", "naïve café über, don't they're"] * 20
+TEXTS = [
+    "the lazy fox",
+    " jumps  over\n\nthe dog",
+    "café 日本 \U0001f600 123456",
+    "a<|end|>b <|tool|> c",
+    "don't",
+    "zehn",
+    "cafe\u0301 \u1100\u1161",
+]
+SPECIAL = ["<unk>", "<s>", "</s>", "<|end|>"]
+
+
+def byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def normalising() -> Tokenizer:
+    """As Qwen's."""
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+def whole_words() -> Tokenizer:
+    """As gpt-oss': a word of the vocabulary is one token, whatever its merges make."""
+    raw = json.loads(byte_level().to_str())
+    raw["model"]["ignore_merges"] = True
+    raw["model"]["vocab"]["zehn"] = len(raw["model"]["vocab"])
+    return Tokenizer.from_str(json.dumps(raw))
+
+
+def sentencepiece() -> Tokenizer:
+    """As Mixtral's: bytes after the special tokens, then what merges make."""
+    words = Tokenizer(models.BPE())
+    words.normalizer = normalizers.Replace(" ", "▁")
+    words.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    learnt = json.loads(words.to_str())["model"]
+    texts = [*SPECIAL[:3], *(f"<0x{byte:02X}>" for byte in range(256))]
+    texts += sorted(learnt["vocab"], key=learnt["vocab"].get)
+    merges = [tuple(merge) for merge in learnt["merges"]]
+    vocab = {text: id for id, text in enumerate(texts)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(SPECIAL)
+    return tokenizer
+
+
+KINDS = {"gpt2": byte_level, "nfc": normalising, "whole": whole_words, "llama": sentencepiece}
+
+
+def with_tokenizer(folder: Path, tokenizer: Tokenizer, **config: Any) -> Path:
+    """A saved tiny model whose vocabulary is larger than the tokenizer's."""
+    tokenizer.add_tokens([AddedToken("<|tool|>", special=False, normalized=False)])
+    source = saved("olmoe", folder)
+    fields = json.loads((source / "config.json").read_text())
+    fields["vocab_size"] = tokenizer.get_vocab_size() + 5
+    (source / "config.json").write_text(json.dumps(fields))
+    enlarge(source, fields["vocab_size"])
+    tokenizer.save(str(source / "tokenizer.json"))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **config}
+    (source / "tokenizer_config.json").write_text(json.dumps(named))
+    return source
+
+
+def enlarge(source: Path, vocab: int) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(source / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name].repeat(vocab // 96 + 1, 1)[:vocab].contiguous()
+    save_file(tensors, source / "model.safetensors")
+
+
+def packed(source: Path, out: Path) -> Path:
+    with open_checkpoint(source) as checkpoint:
+        pack(checkpoint, out, "f32", lambda done, total: None)
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_and_template_survive(kind: str, tmp_path: Path) -> None:
+    source = with_tokenizer(tmp_path, KINDS[kind](), chat_template="{{ messages[0].content }}", add_bos_token=True)
+    with open_checkpoint(source) as before, open_checkpoint(packed(source, tmp_path / "m.gguf")) as after:
+        assert after.metadata["tokenizer.ggml.model"] == ("llama" if kind == "llama" else "gpt2")
+        tokens, types = (after.metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
+        assert len(tokens) == len(types) == after.metadata["olmoe.vocab_size"]
+        assert tokens[-1] == f"[PAD{len(tokens) - 1}]"
+        assert [types[tokens.index(text)] for text in ("<s>", "<|end|>", "<|tool|>", "e", tokens[-1])] == [
+            3,
+            3,
+            4,
+            1,
+            5,
+        ]
+        want, got = load_tokenizer(before), load_tokenizer(after)
+        assert (got.bos, got.eos, got.chat_template) == (want.bos, want.eos, want.chat_template)
+        for text in TEXTS:
+            assert got.encode(text) == want.encode(text), text
+            assert got.decode(got.encode(text)) == want.decode(want.encode(text)), text
+        want.close()
+        got.close()
+
+
+def test_tokenizers_that_a_gguf_cannot_say(tmp_path: Path) -> None:
+    source = with_tokenizer(tmp_path, byte_level())
+    raw = json.loads((source / "tokenizer.json").read_text())
+    cases = {
+        "is no BPE": {**raw, "model": {"type": "WordPiece", "vocab": {}, "unk_token": "x"}},
+        r"normalises text by \['Lowercase', 'NFC'\]": {
+            **raw,
+            "normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, {"type": "NFC"}]},
+        },
+        "cuts text by": {**raw, "pre_tokenizer": {"type": "Whitespace"}},
+        "token id 99999: the config's vocab_size is": {
+            **raw,
+            "model": {**raw["model"], "vocab": {**raw["model"]["vocab"], "far": 99999}},
+        },
+    }
+    for message, value in cases.items():
+        (source / "tokenizer.json").write_text(json.dumps(value))
+        with pytest.raises(OffmoeError, match=message):
+            packed(source, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.llama
+@pytest.mark.skipif(not importlib.util.find_spec("llama_cpp"), reason="needs llama-cpp-python")
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_finds_the_same_ids(kind: str, tmp_path: Path) -> None:
+    import llama_cpp
+
+    source = with_tokenizer(tmp_path, KINDS[kind](), add_bos_token=False)
+    out = packed(source, tmp_path / "m.gguf")
+    llama = llama_cpp.Llama(str(out), vocab_only=True, verbose=False)
+    with open_checkpoint(source) as checkpoint:
+        want = load_tokenizer(checkpoint)
+        for text in TEXTS[: {"nfc": -1, "whole": -2}.get(kind)]:  # it does not normalise, and merges
+            assert llama.tokenize(text.encode(), add_bos=False, special=True) == want.encode(text), text
+        want.close()
