@@ -231,7 +231,9 @@ def attentions(b: Bench, context: int, keys: Tensor, values: Tensor) -> None:
 def latents(b: Bench, name: str, context: int) -> None:
     """The three launches together; every one of a replay has weights and a cache of its own."""
     (heads, z), count = LATENTS[name], 2 if b.warm else LAUNCHES
-    forms = [matrix("Q8_0", rows, cols) for rows, cols in ((heads * z.kv_rank, z.plain), (heads * z.value, z.kv_rank))]
+    forms = [
+        matrix("Q8_0", rows, cols) for rows, cols in ((heads * z.kv_rank, z.qk_nope), (heads * z.value, z.kv_rank))
+    ]
     parts = [[(torch.zeros(form.nbytes, dtype=torch.uint8, device=b.device), form) for form in forms]
              for _ in range(count)]  # fmt: skip
     cache = torch.randn((count, CTX, z.width), device=b.device, dtype=torch.bfloat16)
@@ -243,7 +245,7 @@ def latents(b: Bench, name: str, context: int) -> None:
         b.floats(heads * z.value),
     )
     absorbed, partial = b.floats(heads * z.kv_rank), b.floats(mla.partial_size(heads, z, splits, b.device))
-    position, rope = b.ints(1) + context - 1, rope_table(CTX, z.turned, 1e6, b.device)
+    position, rope = b.ints(1) + context - 1, rope_table(CTX, z.qk_rope, 1e6, b.device)
     nbytes = 2 * z.width * context + sum(form.nbytes for form in forms)
     b.measure("latent attention", f"{name}, context {context}", nbytes, lambda i: mla.decode_latents(
         query, fresh, cache[i], position, rope, norm, *parts[i], mixed, absorbed, partial, heads=heads, latent=z,

@@ -125,7 +125,7 @@ def seconds(folder: Path) -> float:
     """Of one opening, as far as an engine goes before it reads weights: every record's place."""
     began = time.process_time()
     model = open_model(folder)
-    for place in range(model.config.places):
+    for place in range(model.config.moe_layers):
         for expert in range(model.config.experts):
             model.ranges(place, expert)
     took = time.process_time() - began

@@ -63,8 +63,8 @@ class Rig:
         self.shape, self.path, self.kv = shape, path, settings.get("kv")
         self.engine = Engine(self.model, chosen)
         c = self.model.config
-        self.layers, self.experts, self.k, self.vocab = c.places, c.experts, c.top_k, c.vocab
-        self.slots = self.engine.plan.slots // c.places  # a layer
+        self.layers, self.experts, self.k, self.vocab = c.moe_layers, c.experts, c.top_k, c.vocab
+        self.slots = self.engine.plan.slots // c.moe_layers  # a layer
         self.record = self.model.record_bytes / self.model.records
         self.device = self.engine.plan.device
         self._wait_loaded()

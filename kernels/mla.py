@@ -24,19 +24,19 @@ class Latent:
 
     q_rank: int
     kv_rank: int
-    plain: int
-    turned: int
+    qk_nope: int
+    qk_rope: int
     value: int
 
     @property
     def width(self) -> int:
         """Of a position in the cache."""
-        return self.kv_rank + self.turned
+        return self.kv_rank + self.qk_rope
 
     @property
     def key(self) -> int:
         """Of a head's key or query."""
-        return self.plain + self.turned
+        return self.qk_nope + self.qk_rope
 
 
 def absorb(plain: Tensor, k_b: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ PLAIN = Scaling()
 
 
 @dataclass(frozen=True)
-class Temper:
+class AttentionTemperature:
     """Queries are multiplied by 1 + scale · ln(1 + ⌊(position + 1) / floor⌋), so that attention stays sharp over a long
     context (Llama 4; arXiv 2501.19399)."""
 
@@ -50,7 +50,7 @@ class Temper:
         return (1 + self.scale * torch.log1p(steps)).to(device)
 
 
-def unturned_table(ctx: int, device: torch.device) -> Tensor:
+def no_rope_table(ctx: int, device: torch.device) -> Tensor:
     """A `rope_table` that leaves all as it is; two columns, for none is no tensor of a kernel's."""
     return torch.stack((torch.ones(ctx, 2), torch.zeros(ctx, 2))).to(device)
 

@@ -14,8 +14,8 @@ class Sandwich:
     """Weights [H] of a layer's norms beyond those that every family has."""
 
     attention: Tensor  # of what attention gives
-    beside_in: Tensor  # of what the part for every token takes in
-    beside: Tensor  # of what it gives
+    shared_expert_in: Tensor  # of what the part for every token takes in
+    shared_expert: Tensor  # of what it gives
     routed: Tensor  # of what the experts give
     both: Tensor  # of the sum of these two
     scale: Tensor  # [1]: at a layer's end the residual stream is multiplied by it
@@ -24,7 +24,7 @@ class Sandwich:
         return list(vars(self).values())
 
 
-def fed(x: Tensor, beside: Tensor, routed: Tensor, s: Sandwich, eps: float) -> Tensor:
+def fed(x: Tensor, shared_expert: Tensor, routed: Tensor, s: Sandwich, eps: float) -> Tensor:
     """The residual stream [T, H] behind a layer, from that behind its attention and what its two parts make of it."""
-    both = rms_norm(beside.float(), s.beside, eps) + rms_norm(routed.float(), s.routed, eps)
+    both = rms_norm(shared_expert.float(), s.shared_expert, eps) + rms_norm(routed.float(), s.routed, eps)
     return (x + rms_norm(both, s.both, eps)) * s.scale

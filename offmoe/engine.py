@@ -293,12 +293,12 @@ def pieces(speech: Speech | None, token: int) -> Iterator[Piece]:
 
 def feed_forward(trunk: Trunk | DeviceTrunk, store: ExpertStore, layer: int, x: Tensor) -> Tensor:
     """The residual stream behind `layer`, from x [T, H] behind its attention."""
-    place, norms = trunk.config.place_of(layer), trunk.layers[layer].sandwich
-    if place is None:
+    moe_layer, norms = trunk.config.moe_layer_of(layer), trunk.layers[layer].sandwich
+    if moe_layer is None:
         return x + trunk.dense(layer, x)
     normed, experts, weights = trunk.route(layer, x)
     shared = trunk.shared(layer, x, normed)
-    routed = store.apply(place, normed, experts, weights)
+    routed = store.apply(moe_layer, normed, experts, weights)
     if norms and shared is not None:
         return fed(x, shared, routed, norms, trunk.config.stream_eps)
     return x + (routed if shared is None else routed + shared)

@@ -132,7 +132,7 @@ def make_plan(model: Model, settings: Settings) -> Plan:
     slots = pick_slots(model, settings.vram, default_slots(model, free, trunk + context + workspace, real))
     scope = settings.scope or DEFAULT_SCOPE
     if scope == "layer":
-        slots -= slots % model.config.places
+        slots -= slots % model.config.moe_layers
     left = free.ram - (trunk + context + slots * real if device.type == "cpu" else 0)
     plan = Plan(
         device=device,
@@ -242,7 +242,7 @@ def free_ram() -> int:
 
 def token_records(model: Model) -> int:
     """Records that one token is routed to: fewer slots cannot even hold them."""
-    return model.config.places * model.config.top_k
+    return model.config.moe_layers * model.config.top_k
 
 
 def default_slots(model: Model, free: Free, resident: int, real: int) -> int:
@@ -292,7 +292,7 @@ def canonical_policy(spec: str, model: Model, device: torch.device) -> str:
 
 def smaller(plan: Plan, model: Model) -> Plan:
     """With an eighth fewer slots. Raises OffmoeError where a token needs them."""
-    slots, unit = plan.slots * 7 // 8, model.config.places if plan.scope == "layer" else 1
+    slots, unit = plan.slots * 7 // 8, model.config.moe_layers if plan.scope == "layer" else 1
     slots -= slots % unit
     if slots < token_records(model):
         raise OffmoeError(

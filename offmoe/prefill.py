@@ -23,11 +23,11 @@ def compile_prompt_kernels(trunk: DeviceTrunk, store: VramStore, kv: KVCache) ->
         x = trunk.embed(torch.zeros(tokens, dtype=torch.int64, device=store.device)).zero_()
         for layer in range(config.layers):
             trunk.attend(layer, x, kv, start)
-            place = config.place_of(layer)
-            if place is None:
+            moe_layer = config.moe_layer_of(layer)
+            if moe_layer is None:
                 trunk.dense(layer, x)
             else:
                 normed, ids, weights = trunk.route(layer, x)
                 trunk.shared(layer, x, normed)
-                store.compile(place, normed, ids, weights)
+                store.compile(moe_layer, normed, ids, weights)
         trunk.logits(x[-1:])

@@ -146,7 +146,7 @@ def to_l2(base, start, last, room, ROW: tl.constexpr, COUNT: tl.constexpr, RING:
 
 @triton.jit
 def _decode(
-    qkv, gate, keys, values, scales, position, table, temper, q_norm, k_norm, sinks, mixed_out, partial, tickets,
+    qkv, gate, keys, values, scales, position, table, temperature, q_norm, k_norm, sinks, mixed_out, partial, tickets,
     ctx, room, splits, least, clip, eps, to_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, J: tl.constexpr, MANY: tl.constexpr, STAGES: tl.constexpr,
@@ -192,8 +192,8 @@ def _decode(
             weight_other = tl.load(q_norm + q_row + other, mask=is_q & (d < D), other=0.0)
             weight_other += tl.load(k_norm + k_row + other, mask=is_k & (d < D), other=0.0)
     g = tl.arange(0, ROWS)
-    if temper is not None:
-        sharper = tl.load(temper + tl.minimum(here, ctx - 1))
+    if temperature is not None:
+        sharper = tl.load(temperature + tl.minimum(here, ctx - 1))
     if sinks is not None:
         sink = tl.load(sinks + head * GROUP + g, mask=g < GROUP, other=-float("inf")) * LOG_2_E
     k, k_scale = load_block(k_base, k_scales, start, end, room, D, WIDE, BLOCK, INT8, RING)
@@ -219,7 +219,7 @@ def _decode(
     x = x * cos + tl.where(d < R // 2, -1.0, 1.0) * y * sin
     if NORM == 3:
         x = tl.where(is_v, x, x * norm_factor(x, D, eps)[:, None] * weight)
-    if temper is not None:
+    if temperature is not None:
         x = tl.where(is_q, x * sharper, x)
     q = x.to(DOT)
     k_new = tl.sum(tl.where(is_k, x, 0.0), 0)[None, :]
@@ -316,7 +316,8 @@ def decode_attention(
     heads: int, kv_heads: int, head_dim: int, q_norm: Tensor | None, k_norm: Tensor | None, norm_full: bool,
     clip: float | None, eps: float, splits: int, split_size: int = LEAST, scales: Tensor | None = None,
     scale: float | None = None, norm_after: bool = False, window: int = 0, chunked: bool = False,
-    sinks: Tensor | None = None, temper: Tensor | None = None, gate: Tensor | None = None, value_norm: bool = False,
+    sinks: Tensor | None = None, temperature: Tensor | None = None, gate: Tensor | None = None,
+    value_norm: bool = False,
     pdl: bool = False, block: int | None = None, warps: int = 4, stages: int = 3,
 ) -> None:  # fmt: skip
     """One token at `position` [1]: q, k, v [(heads + 2 kv_heads) · D] float32 → mixed [heads · D] float32, striped.
@@ -349,7 +350,7 @@ def decode_attention(
     rows = max(16, triton.next_power_of_2(group + 2))
     many = min(triton.next_power_of_2(splits), max(1, COMBINE // wide))
     _decode[(kv_heads, splits)](
-        qkv, gate, keys, values, keys if scales is None else scales, position, rope_table, temper, q_norm, k_norm,
+        qkv, gate, keys, values, keys if scales is None else scales, position, rope_table, temperature, q_norm, k_norm,
         sinks, mixed, partial, tickets, ctx, room, splits, split_size, clip or 0.0, eps,
         (head_dim**-0.5 if scale is None else scale) * LOG2E,
         HEADS=heads, KV_HEADS=kv_heads, D=head_dim, R=rope_table.shape[2], WIDE=wide, ROWS=rows, BLOCK=block,

@@ -235,16 +235,16 @@ def decode_latents(
     assert query.numel() == heads * z.key and fresh.numel() == z.width and query.is_contiguous()
     assert mixed.numel() == heads * z.value and absorbed.numel() == heads * z.kv_rank
     assert cache.shape[1] == z.width and cache.is_contiguous() and cache.dtype != torch.int8
-    assert table.shape[1:] == (ctx, z.turned) and table.is_contiguous()
+    assert table.shape[1:] == (ctx, z.qk_rope) and table.is_contiguous()
     assert partial.numel() >= partial_size(heads, z, splits, query.device)
     assert split_size % block == 0, f"split_size {split_size} is no multiple of {block}"
-    assert (k_b[1].rows, k_b[1].cols) == (heads * z.kv_rank, z.plain)
+    assert (k_b[1].rows, k_b[1].cols) == (heads * z.kv_rank, z.qk_nope)
     assert (v_b[1].rows, v_b[1].cols) == (heads * z.value, z.kv_rank)
     head_products(query, k_b, absorbed, heads, None, pdl)
     _attend[(heads // group, splits)](
-        absorbed, query[heads * z.plain :], fresh, norm, cache, position, table, partial, ctx, splits, split_size,
-        LATENT_EPS, scale * LOG2E, HEADS=heads, GROUP=group, L=z.kv_rank, R=z.turned,
-        WIDE=triton.next_power_of_2(z.kv_rank), TURNED=max(16, triton.next_power_of_2(z.turned)), ROWS=HEADS,
+        absorbed, query[heads * z.qk_nope :], fresh, norm, cache, position, table, partial, ctx, splits, split_size,
+        LATENT_EPS, scale * LOG2E, HEADS=heads, GROUP=group, L=z.kv_rank, R=z.qk_rope,
+        WIDE=triton.next_power_of_2(z.kv_rank), TURNED=max(16, triton.next_power_of_2(z.qk_rope)), ROWS=HEADS,
         BLOCK=block, STAGES=stages, DOT=dot_type(cache), num_warps=warps, **dependent(pdl),
     )  # fmt: skip
     head_products(partial, v_b, mixed, heads, (splits, split_size, position, block), pdl)

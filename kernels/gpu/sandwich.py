@@ -20,7 +20,8 @@ def normed(x, gain, eps, H: tl.constexpr):
 
 @triton.jit
 def _attended(
-    x, given, gain, gain_in, beside_in, beside, routed, eps, H: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr
+    x, given, gain, gain_in, shared_expert_in, shared_expert, routed, eps,
+    H: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -31,46 +32,57 @@ def _attended(
         tl.extra.cuda.gdc_wait()
     value = tl.load(x + i, mask=inside, other=0.0) + normed(tl.load(given + i, mask=inside, other=0.0), own, eps, H)
     tl.store(x + i, value, mask=inside)
-    tl.store(beside_in + i, normed(value, after, eps, H), mask=inside)
+    tl.store(shared_expert_in + i, normed(value, after, eps, H), mask=inside)
     nothing = tl.zeros((WIDE,), tl.float32)
     tl.store(given + i, nothing, mask=inside)
-    tl.store(beside + i, nothing, mask=inside)
+    tl.store(shared_expert + i, nothing, mask=inside)
     tl.store(routed + i, nothing, mask=inside)
 
 
 @triton.jit
 def _fed(
-    x, beside, routed, gain_beside, gain_routed, gain, scale, eps,
+    x, shared_expert, routed, gain_shared, gain_routed, gain, scale, eps,
     H: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     i = tl.arange(0, WIDE)
     inside = i < H
-    first, second = tl.load(gain_beside + i, mask=inside, other=0.0), tl.load(gain_routed + i, mask=inside, other=0.0)
+    first, second = tl.load(gain_shared + i, mask=inside, other=0.0), tl.load(gain_routed + i, mask=inside, other=0.0)
     last, factor = tl.load(gain + i, mask=inside, other=0.0), tl.load(scale)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    both = normed(tl.load(beside + i, mask=inside, other=0.0), first, eps, H)
+    both = normed(tl.load(shared_expert + i, mask=inside, other=0.0), first, eps, H)
     both += normed(tl.load(routed + i, mask=inside, other=0.0), second, eps, H)
     value = tl.load(x + i, mask=inside, other=0.0) + normed(both, last, eps, H)
     tl.store(x + i, value * factor, mask=inside)
 
 
 def attended(
-    x: Tensor, given: Tensor, s: Sandwich, eps: float, beside_in: Tensor, beside: Tensor, routed: Tensor,
+    x: Tensor, given: Tensor, s: Sandwich, eps: float, shared_expert_in: Tensor, shared_expert: Tensor, routed: Tensor,
     pdl: bool = False,
 ) -> None:  # fmt: skip
     """x [H] += what attention gave, normed; `beside_in` [H]: what the part for every token takes in. `given`, `beside`
     and `routed` [H], to which products add, become 0."""
     h = x.numel()
-    _attended[(1,)](x, given, s.attention, s.beside_in, beside_in, beside, routed, eps, **sizes(h), **dependent(pdl))
+    _attended[(1,)](
+        x,
+        given,
+        s.attention,
+        s.shared_expert_in,
+        shared_expert_in,
+        shared_expert,
+        routed,
+        eps,
+        **sizes(h),
+        **dependent(pdl),
+    )
 
 
-def fed(x: Tensor, beside: Tensor, routed: Tensor, s: Sandwich, eps: float, pdl: bool = False) -> None:
+def fed(x: Tensor, shared_expert: Tensor, routed: Tensor, s: Sandwich, eps: float, pdl: bool = False) -> None:
     """x [H] as kernels.sandwich.fed has it."""
     _fed[(1,)](
-        x, beside, routed, s.beside, s.routed, s.both, s.scale, eps, **sizes(x.numel()), **dependent(pdl)
+        x, shared_expert, routed, s.shared_expert, s.routed, s.both, s.scale, eps, **sizes(x.numel()), **dependent(pdl)
     )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ class ModelInfo:
         c, w, sizes = self.model.config, self.weights, {layout.nbytes for layout in self.model.layouts}
         kinds = [f"{len(c.dense)} without experts"] if c.dense else []
         instead = "DeltaNet" if c.delta else "convolution"
-        kinds += [f"{len(c.keyless)} with a {instead} for attention"] if c.keyless else []
+        kinds += [f"{len(c.recurrent)} with a {instead} for attention"] if c.recurrent else []
 
         told = f" ({', '.join(kinds)})" if kinds else ""
         record = " to ".join(format_size(size) for size in sorted({min(sizes), max(sizes)}))
@@ -137,8 +137,8 @@ def inspect(model: Model, settings: Settings) -> ModelInfo:
     plan = make_plan(model, settings)
     c = model.config
     read = model.record_bytes * c.top_k // c.experts
-    used = plan.real_slot_bytes // plan.slots * c.places * c.top_k  # on the CPU device slots are unpacked
-    paged = read + c.places * c.top_k * len(model.layouts[0].parts) * PAGE  # a page more a part, on average
+    used = plan.real_slot_bytes // plan.slots * c.moe_layers * c.top_k  # on the CPU device slots are unpacked
+    paged = read + c.moe_layers * c.top_k * len(model.layouts[0].parts) * PAGE  # a page more a part, on average
     disk, direct = disk_bandwidth(model.checkpoint.files[0])
     costs = (
         TierCost("vram", used, slot_bandwidth(plan.device)),

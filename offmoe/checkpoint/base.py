@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from offmoe.checkpoint.upright import Turn
+from offmoe.checkpoint.row_major import ToRowMajor
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS, dequantise
 
@@ -39,7 +39,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     range: ByteRange
     scales: tuple[ByteRange, ...] = ()  # of a format that lies apart: what comes before `range`
-    upright: Turn | None = None  # of a tensor whose matrices lie otherwise than `shape` and `format` say
+    row_major: ToRowMajor | None = None  # of a tensor whose matrices lie otherwise than `shape` and `format` say
 
     @property
     def nbytes(self) -> int:
@@ -135,14 +135,14 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """A tensor's bytes in its format, uint8 [nbytes]; scales come first where they lie apart."""
         info = self.info(name)
-        if info.upright:
+        if info.row_major:
             return torch.cat([self.matrix(info, number) for number in range(info.matrices)])
         return torch.cat([self.read_range(r) for r in (*info.scales, info.range)])
 
     def matrix(self, info: TensorInfo, number: int) -> Tensor:
         """The bytes of one matrix of a tensor in its format, uint8 [nbytes]."""
         raw = torch.cat([self.read_range(r) for r in info.ranges(number)])
-        return torch.from_numpy(info.upright(raw.numpy(), info.name)) if info.upright else raw
+        return torch.from_numpy(info.row_major(raw.numpy(), info.name)) if info.row_major else raw
 
     def read_range(self, r: ByteRange) -> Tensor:
         """uint8 [nbytes]. Safe from several threads. Raises OffmoeError on a short read."""
@@ -157,7 +157,7 @@ class Checkpoint:
     def rows(self, info: TensorInfo, first: int, count: int) -> Tensor:
         """Rows first … first + count of a tensor of shape [..., cols], dequantised: float32 [count, cols]."""
         form, cols = FORMATS[info.format], info.shape[-1]
-        if info.upright:
+        if info.row_major:
             high = info.shape[-2]
             whole = dequantise(self.matrix(info, first // high), form, high, cols)
             return whole[first % high : first % high + count]

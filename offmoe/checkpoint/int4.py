@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offmoe.checkpoint.base import Checkpoint, TensorInfo, shown
-from offmoe.checkpoint.upright import Bytes, turned
+from offmoe.checkpoint.row_major import Bytes, transpose
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS
 
@@ -40,7 +40,7 @@ class Packing:
     plus: int = 0  # by how much these are more than what the file says
 
     @property
-    def lying(self) -> bool:
+    def transposed(self) -> bool:
         return self.method != "compressed-tensors"
 
 
@@ -62,11 +62,13 @@ class Groups:
         scales, beside, codes = raw[:at], raw[at : at + self.small], raw[at + self.small :]
         zeros = self.checked(beside, name)
         head = scales.view(np.uint16)
-        head = turned(head.reshape(self.groups, self.rows)) if self.packing.lying else head.reshape(self.rows, -1)
+        head = (
+            transpose(head.reshape(self.groups, self.rows)) if self.packing.transposed else head.reshape(self.rows, -1)
+        )
         if zeros is not None:
             head = np.stack((head, zeros), -1)
         head = np.repeat(head, self.cols // FORMATS[self.format].block // self.groups, axis=1)
-        return np.concatenate((head.view(np.uint8).ravel(), self.upright(codes)))
+        return np.concatenate((head.view(np.uint8).ravel(), self.row_major(codes)))
 
     @property
     def small(self) -> int:
@@ -107,19 +109,19 @@ class Groups:
 
     def zero_points(self, words: NDArray[np.uint32]) -> NDArray[np.uint16]:
         """[rows, groups]. The sum stays within 4 bits, as in AutoGPTQ."""
-        if not self.packing.lying:
+        if not self.packing.transposed:
             nibbles = spread(words.reshape(-1, self.groups, 1), IN_ORDER)  # [rows / 8, groups, 8]
             return nibbles.transpose(0, 2, 1).reshape(-1, self.groups)[: self.rows]
         order = AWQ_ORDER if self.packing.method == "awq" else IN_ORDER
         nibbles = spread(words.reshape(self.groups, -1), order)
-        return turned(nibbles + np.uint16(self.packing.plus) & np.uint16(15))
+        return transpose(nibbles + np.uint16(self.packing.plus) & np.uint16(15))
 
-    def upright(self, codes: Bytes) -> Bytes:
+    def row_major(self, codes: Bytes) -> Bytes:
         """Rows · cols / 2, two neighbours in a byte."""
         if self.packing.method == "awq":
             return awq_pairs(codes.view(np.uint32).reshape(self.cols, -1))
         if self.packing.method == "gptq":  # a word has 8 neighbours of a row, the first in its lowest bits
-            return turned(codes.view(np.uint32).reshape(-1, self.rows)).view(np.uint8).ravel()
+            return transpose(codes.view(np.uint32).reshape(-1, self.rows)).view(np.uint8).ravel()
         return codes
 
 
@@ -136,7 +138,7 @@ def awq_pairs(words: NDArray[np.uint32]) -> Bytes:
     halves = (first & low | (second & low) << np.uint32(4)), (first >> np.uint32(4) & low | second & high)
     pairs = np.empty((words.shape[1], 8, len(first)), np.uint8)
     for nibble, half in enumerate(halves):  # its bytes are nibbles 0, 2, 4, 6 of the words, or 1, 3, 5, 7
-        columns = turned(half.view(np.uint8))
+        columns = transpose(half.view(np.uint8))
         pairs[:, AWQ_ORDER[nibble::2]] = columns.reshape(-1, 4, len(first))
     return pairs.ravel()
 
@@ -173,21 +175,21 @@ class Parts:
                 f"{self.path}: {shown(module)} has {cols} columns in groups of {each}: expected a whole number of "
                 "groups, each a multiple of 32: this model cannot be run yet"
             )
-        groups, lying = cols // each, p.lying
-        scales = self._part(module, scale, ("F16", "BF16"), (groups, rows) if lying else (rows, groups))
-        zeroed, ordered = lying or p.zeros, f"{module}.{order}" in self._tensors
+        groups, transposed = cols // each, p.transposed
+        scales = self._part(module, scale, ("F16", "BF16"), (groups, rows) if transposed else (rows, groups))
+        zeroed, ordered = transposed or p.zeros, f"{module}.{order}" in self._tensors
         if not zeroed and f"{module}.{zero}" in self._tensors:
             raise OffmoeError(f"{self.path}: {shown(module)} has zero points, and quantization_config says symmetric")
         ranges = [scales.range]
         if zeroed:
-            shape = (groups, rows // 8) if lying else (-(-rows // 8), groups)
+            shape = (groups, rows // 8) if transposed else (-(-rows // 8), groups)
             ranges.append(self._part(module, zero, ("I32",), shape).range)
         if ordered:
             ranges.append(self._part(module, order, ("I32",), (cols,)).range)
         self.used.add(module + SHAPE)
         fmt = f"INT4_{block}_{scales.format}" + "_ZEROS" * p.zeros
         turn = Groups(p, rows, cols, groups, fmt, zeroed, ordered)
-        as_meant = not (lying or zeroed or ordered) and each == block
+        as_meant = not (transposed or zeroed or ordered) and each == block
         return TensorInfo(f"{module}.weight", fmt, (rows, cols), whole.range, tuple(ranges), None if as_meant else turn)
 
     def _part(self, module: str, part: str, kinds: tuple[str, ...], shape: tuple[int, ...] | None) -> TensorInfo:
@@ -203,6 +205,6 @@ class Parts:
 
 def check_small(checkpoint: Checkpoint, info: TensorInfo) -> None:
     """Reads a matrix's zero points and columns' groups, a hundredth of it. Raises OffmoeError: see Groups.checked."""
-    if isinstance(info.upright, Groups) and info.upright.small:
+    if isinstance(info.row_major, Groups) and info.row_major.small:
         beside = [checkpoint.read_range(r).numpy() for r in info.scales[1:]]
-        info.upright.checked(np.concatenate(beside), info.name)
+        info.row_major.checked(np.concatenate(beside), info.name)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from offmoe.checkpoint.base import Checkpoint, TensorInfo, shown
-from offmoe.checkpoint.upright import Bytes
+from offmoe.checkpoint.row_major import Bytes
 from offmoe.errors import OffmoeError
 
 EIGHT, BYTES = "F8_E4M3", "U8"

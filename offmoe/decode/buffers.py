@@ -32,8 +32,8 @@ class StepBuffers:
 
         self.x, self.normed, self.raw = floats(1, c.hidden), floats(1, c.hidden), floats(c.hidden)
         if c.sandwich:  # what attention, the shared expert and the routed ones add, before norms
-            self.given, self.beside, self.added = floats(1, c.hidden), floats(1, c.hidden), floats(1, c.hidden)
-            self.beside_in = floats(1, c.hidden)
+            self.given, self.shared_expert, self.added = floats(1, c.hidden), floats(1, c.hidden), floats(1, c.hidden)
+            self.shared_expert_in = floats(1, c.hidden)
         m = c.mixer
         self.qkv = floats(1, max(c.projected, sum(m.projected) if m else 0))
         attended = c.heads * c.value_dim if c.latent else max(h.queries for h, _ in kinds)
@@ -51,7 +51,7 @@ class StepBuffers:
         self.ids, self.slots, self.hit = ints(c.top_k), ints(c.top_k), ints(c.top_k)
         self.miss_count, self.miss_records, self.miss_slots = ints(1), ints(c.top_k), ints(c.top_k)
         self.sources = torch.zeros(c.top_k, dtype=torch.int64, device=device)
-        self.log = ints(c.places * c.top_k)
+        self.log = ints(c.moe_layers * c.top_k)
         self.counters = ints(COUNTED)
         self.chosen, self.token, self.position, self.status = ints(1), ints(1), ints(1), ints(1)
         self.steps, self.remaining = ints(1), ints(1)
@@ -61,8 +61,8 @@ class StepBuffers:
             ints(1),
         )
         self.predict_logits = floats(c.experts)
-        self.fetch_count = ints(c.places, 1)
-        self.fetch_records, self.fetch_slots = ints(c.places, c.top_k), ints(c.places, c.top_k)
+        self.fetch_count = ints(c.moe_layers, 1)
+        self.fetch_records, self.fetch_slots = ints(c.moe_layers, c.top_k), ints(c.moe_layers, c.top_k)
         self.params, self.seed = floats(5), torch.zeros(1, dtype=torch.int64, device=device)
         self.seen = torch.zeros(c.vocab, dtype=torch.uint8, device=device)
         self.eos = torch.full((MOST_EOS,), -2, dtype=torch.int32, device=device)

@@ -24,7 +24,7 @@ from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
 from offmoe.kernels.gpu.table import Table
-from offmoe.machine.streams import Lane, Mark
+from offmoe.machine.streams import Event, Stream
 from offmoe.plan import Plan
 from offmoe.prefetch import Gate
 from offmoe.trunk.device_trunk import DeviceTrunk
@@ -52,10 +52,10 @@ class ExpertsStep:
         self._predicted: Tensor | None = None
         self._scratch, self._ahead_scratch = movers_scratch(store.layouts, device), scratch_for(device)
         self._units = [nbytes // 16 for nbytes in store.record_bytes]
-        self._beside, self._ahead, self._fetching = (Lane(device) for _ in range(3))
-        self._forked, self._listed, self._routed = (Mark(device) for _ in range(3))
-        self._predicted_mark, self._foretold = Mark(device), Mark(device)
-        self._fetched = [Mark(device) for _ in range(c.places)]
+        self._side_stream, self._ahead, self._fetching = (Stream(device) for _ in range(3))
+        self._forked, self._listed, self._routed = (Event(device) for _ in range(3))
+        self._predicted_event, self._foretold = Event(device), Event(device)
+        self._fetched = [Event(device) for _ in range(c.moe_layers)]
         self._rows = torch.full((store.table.layers * c.experts,), -1, dtype=torch.int32, device=device)
         self._rows_version = -1
         self._request_seq = torch.zeros(1, dtype=torch.int32, device=device)
@@ -68,12 +68,12 @@ class ExpertsStep:
 
     def launch(self, layer: int, variant: Variant) -> None:
         """The feed-forward part of a layer."""
-        place = self.config.place_of(layer)
-        if place is None:
+        moe_layer = self.config.moe_layer_of(layer)
+        if moe_layer is None:
             self._dense(layer)
         else:
-            self._route(place, variant)
-            self._experts(place, variant)
+            self._route(moe_layer, variant)
+            self._experts(moe_layer, variant)
 
     def force(self, ids: NDArray[np.int16] | None) -> bool:
         """Routing to replay; True where a graph that was captured before points to other memory."""
@@ -96,19 +96,19 @@ class ExpertsStep:
         """The feed-forward part of a layer without experts."""
         b, w = self.buffers, self.trunk.layers[layer]
         rms_norm(b.x, w.ffn_norm_striped, self.config.stream_eps, b.normed, w.ffn_norm_bias_striped)
-        self._beside_experts(w, b.one, b.normed, b.dense_inner, b.x)
+        self._resident_ffn(w, b.one, b.normed, b.dense_inner, b.x)
 
-    def _beside_experts(self, w: DeviceLayer, weight: Tensor, given: Tensor, inner: Tensor, out: Tensor) -> None:
+    def _resident_ffn(self, w: DeviceLayer, weight: Tensor, given: Tensor, inner: Tensor, out: Tensor) -> None:
         """out += weight [1] · what every token passes makes of `given`."""
         b = self.buffers
-        assert w.beside is not None
-        records, layout = w.beside.records, w.beside.layout
+        assert w.resident_ffn is not None
+        records, layout = w.resident_ffn.records, w.resident_ffn.layout
         expert_gate_up(records, layout, b.only, weight, given, inner, glu=self.config.glu, pdl=self.pdl)
         expert_down(records, layout, b.only, inner, out, pdl=self.pdl)
 
-    def _layer(self, place: int) -> DeviceLayer:
+    def _layer(self, moe_layer: int) -> DeviceLayer:
         """Of a layer with experts; from here on layers are counted among these."""
-        return self.trunk.layers[self.config.routed[place]]
+        return self.trunk.layers[self.config.routed[moe_layer]]
 
     def _route(self, layer: int, variant: Variant) -> None:
         """Whoever lists candidates or predicts beside the main lane is waited for first: a whole edge."""
@@ -118,11 +118,11 @@ class ExpertsStep:
         if not self.plan.all_in_slots and (layer == 0 or self.store.table.scope == "global"):
             self._listed.wait()
             joins = True
-        if variant.prefetch and 0 < layer <= c.places - self.gate.ahead:
-            self._predicted_mark.wait()
+        if variant.prefetch and 0 < layer <= c.moe_layers - self.gate.ahead:
+            self._predicted_event.wait()
             joins = True
         route(
-            b.x[0], w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.places,
+            b.x[0], w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.moe_layers,
             rule=c.rule, bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped,
             factors=w.router_factors, apart=c.sandwich, logits=b.router_logits, normed=b.normed[0],
             ticket=b.route_ticket, ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
@@ -133,25 +133,25 @@ class ExpertsStep:
             pdl=self.pdl and not joins,
         )  # fmt: skip
         self._routed.set()
-        predicts = variant.prefetch and layer + self.gate.ahead < c.places
+        predicts = variant.prefetch and layer + self.gate.ahead < c.moe_layers
         if predicts:
             self._prefetch(layer + self.gate.ahead, variant)
-        if not self.plan.all_in_slots and self.store.table.scope == "global" and layer + 1 < c.places:
-            self._list_candidates(self._predicted_mark if predicts else self._routed)
+        if not self.plan.all_in_slots and self.store.table.scope == "global" and layer + 1 < c.moe_layers:
+            self._list_candidates(self._predicted_event if predicts else self._routed)
         if past := self._listener(layer):
-            with self._beside():
+            with self._side_stream():
                 self._routed.wait()
                 foretell(past, b.log, b.status, k=c.top_k, experts=c.experts)
                 self._foretold.set()
 
     def _listener(self, layer: int) -> Past | None:
         """What foretells beside the last layer's experts, if the policy does; done before `choose` ends the answer."""
-        return None if self.plan.all_in_slots or layer < self.config.places - 1 else self.table.past
+        return None if self.plan.all_in_slots or layer < self.config.moe_layers - 1 else self.table.past
 
-    def _list_candidates(self, behind: Mark) -> None:
+    def _list_candidates(self, behind: Event) -> None:
         """Beside the main lane: behind all that changed the table, before the next event."""
         t = self.table
-        with self._beside():
+        with self._side_stream():
             behind.wait()
             candidates(
                 t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, scratch=t.scratch,
@@ -166,7 +166,7 @@ class ExpertsStep:
         with self._ahead():
             self._routed.wait()
             predict(
-                b.raw, w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.places, rule=c.rule,
+                b.raw, w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.moe_layers, rule=c.rule,
                 bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped,
                 apart=c.sandwich, least=self.gate.least,
                 most=self.gate.most,
@@ -175,9 +175,9 @@ class ExpertsStep:
                 counters=b.counters, step=b.steps, units=self._units[layer], emulated=self._predicted if
                 variant.emulated else None,
             )  # fmt: skip
-            self._predicted_mark.set()
+            self._predicted_event.set()
         with self._fetching():  # a lane of its own: the next prediction does not wait for copies
-            self._predicted_mark.wait()
+            self._predicted_event.wait()
             copies = Copies(
                 b.fetch_count[layer], b.fetch_slots[layer], self._ahead_scratch, None, b.fetch_records[layer],
                 self.store.ram.base, self.plan.stride,
@@ -193,9 +193,9 @@ class ExpertsStep:
         b, c, store, w = self.buffers, self.config, self.store, self._layer(layer)
         records, layout = store.records, store.layouts[layer]
         gate_up_bias, down_bias = store.biases[layer] if store.biases else (None, None)
-        if w.beside:
-            given, out = (b.beside_in, b.beside) if w.sandwich else (b.normed, b.x)
-            self._beside_experts(w, b.weights[c.top_k :] if c.shared_gated else b.one, given, b.shared_inner, out)
+        if w.resident_ffn:
+            given, out = (b.shared_expert_in, b.shared_expert) if w.sandwich else (b.normed, b.x)
+            self._resident_ffn(w, b.weights[c.top_k :] if c.shared_gated else b.one, given, b.shared_inner, out)
         copies = None if self.plan.all_in_slots else self._copies(variant)
         joins = self._join(layer, variant)
         expert_gate_up(
@@ -207,7 +207,7 @@ class ExpertsStep:
             bias=down_bias, count=copies.count if copies else None, pdl=self.pdl,
         )  # fmt: skip
         if w.sandwich_striped:
-            sandwich.fed(b.x, b.beside, b.added, w.sandwich_striped, c.stream_eps, self.pdl)
+            sandwich.fed(b.x, b.shared_expert, b.added, w.sandwich_striped, c.stream_eps, self.pdl)
 
     def _join(self, layer: int, variant: Variant) -> bool:
         """Wait for lanes whose work this layer, or the token's end, needs; True if there was one."""

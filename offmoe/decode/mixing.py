@@ -47,7 +47,9 @@ class MixingStep:
             self._attend_heads(layer)
         dense(mixed, w.o, b.given if w.sandwich else b.x, bias=w.o_bias, residual=True, pdl=self.pdl)
         if w.sandwich_striped:
-            sandwich.attended(b.x, b.given, w.sandwich_striped, c.stream_eps, b.beside_in, b.beside, b.added, self.pdl)
+            sandwich.attended(
+                b.x, b.given, w.sandwich_striped, c.stream_eps, b.shared_expert_in, b.shared_expert, b.added, self.pdl
+            )
 
     def _mixed(self, w: DeviceLayer) -> tuple[Tensor, Tensor]:
         """As much of the buffers as the layer's two products have rows and columns."""
@@ -57,14 +59,15 @@ class MixingStep:
     def _attend_heads(self, layer: int) -> None:
         b, c, w, h = self.buffers, self.config, self.trunk.layers[layer], self.config.heads_of(layer)
         qkv, mixed = self._mixed(w)
-        (keys, values), (table, temper) = self.kv.layer(layer), self.trunk.rope_of(layer)
+        (keys, values), (table, attention_temperature) = self.kv.layer(layer), self.trunk.rope_of(layer)
         splits, split_size = self.splits[h]
         decode_attention(
             qkv[0, c.gate_rows :], keys, values, b.position, table, mixed[0], b.partial, b.attention_tickets,
             heads=h.heads, kv_heads=h.kv_heads, head_dim=h.head_dim, q_norm=w.q_norm, k_norm=w.k_norm,
             norm_full=c.qk_norm == "full", norm_after=c.norm_after, clip=c.clip_qkv, eps=c.norm_eps,
             splits=splits, split_size=split_size, scales=self.kv.scales(layer), scale=c.score_scale,
-            window=c.window(layer), chunked=c.chunked, sinks=w.sinks, temper=temper, value_norm=c.value_norm,
+            window=c.window(layer), chunked=c.chunked, sinks=w.sinks, temperature=attention_temperature,
+            value_norm=c.value_norm,
             gate=qkv[0, : c.gate_rows] if c.output_gated else None, pdl=self.pdl,
         )  # fmt: skip
 

@@ -50,14 +50,14 @@ class DecodeStep:
         self.buffers = StepBuffers(c, {h: n for h, (n, _) in splits.items()}, device)
         self.gate = Gate.of(plan.prefetch).within(store.table, c.top_k)
         self.table = device_table(store.table, reach(store.table, c.top_k, self.gate.most), device)
-        self.routed = c.places * c.top_k  # records a step, at most
+        self.routed = c.moe_layers * c.top_k  # records a step, at most
         self.sampler = Scratch.of(c.vocab, device)
         words = row_words(self.routed)
         memory = host_memory(RING_ROWS * words * 4).view(torch.int32).view(RING_ROWS, words)
         self._pinned = [memory] if device.type == "cuda" else []
         for tensor in self._pinned:
             register(tensor)
-        self.ring = Ring(memory, c.places, c.top_k)
+        self.ring = Ring(memory, c.moe_layers, c.top_k)
         self.mixing = MixingStep(trunk, kv, self.buffers, splits, self.pdl)
         self.experts = ExpertsStep(plan, trunk, store, self.buffers, self.table, self.gate, self.pdl)
 

@@ -49,7 +49,7 @@ class RamTier:
     def __init__(self, model: Model, rows: int, stride: int, policy: str, pin: bool, reader: Reader) -> None:
         config = model.config
         self.rows = host_memory(rows * stride).view(rows, stride)
-        self.table = Residency(config.places, config.experts, rows, make_policy(policy, model.records), "global")
+        self.table = Residency(config.moe_layers, config.experts, rows, make_policy(policy, model.records), "global")
         self.records = model.records
         self.whole = rows >= model.records
         self.counts = DiskCounts()
@@ -61,9 +61,10 @@ class RamTier:
         self._landed = 0  # reads that succeeded: where all fit, the rows that are there
         self._fetching, self._lock = threading.Lock(), threading.Lock()  # a whole fetch; the table and _reads
         self._ranges = [
-            [model.ranges(layer, expert) for expert in range(config.experts)] for layer in range(config.places)
+            [model.ranges(layer, expert) for expert in range(config.experts)] for layer in range(config.moe_layers)
         ]
-        self._turn, self._lying = model.turn, [model.lying(layer) for layer in range(config.places)]
+        self._to_row_major = model.to_row_major
+        self._transposed = [model.transposed(layer) for layer in range(config.moe_layers)]
         self._pin, self._k = pin, config.top_k
         self._pinning = Pinning(self.rows) if pin else None
         self._service: MissService | None = None
@@ -215,7 +216,7 @@ class RamTier:
 
     def _begin(self, layer: int, experts: Ints, rows: Ints, priority: int = URGENT) -> list[tuple[int, Read]]:
         for expert, row in zip(experts.tolist(), rows.tolist(), strict=True):
-            turn = self._turn(layer, expert) if self._lying[layer] else None
+            turn = self._to_row_major(layer, expert) if self._transposed[layer] else None
             read = self._reads[row] = self._reader.read(self._ranges[layer][expert], self._bytes[row], priority, turn)
             if self.whole:
                 read.done.add_done_callback(partial(self._finish, row, read))

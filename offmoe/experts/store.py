@@ -50,11 +50,11 @@ class ExpertStore(ABC):
     def __init__(self, model: Model, plan: Plan) -> None:
         config = model.config
         self.table = Residency(
-            config.places, config.experts, plan.slots, make_policy(plan.policy, model.records), plan.scope
+            config.moe_layers, config.experts, plan.slots, make_policy(plan.policy, model.records), plan.scope
         )
         # By place, where there are: of all experts gate beside up [E, 2F], down [E, H]. Kernels add them in float32.
         dtype = plan.dtype if plan.device.type == "cpu" else torch.float32
-        read = (model.expert_biases(place) for place in range(config.places * config.expert_bias))
+        read = (model.expert_biases(moe_layer) for moe_layer in range(config.moe_layers * config.expert_bias))
         self.biases = [(wide.to(plan.device, dtype), narrow.to(plan.device, dtype)) for wide, narrow in read]
         self.reader = Reader(model.checkpoint.files)
         self.ram = RamTier(model, plan.ram_rows, plan.stride, plan.policy, plan.device.type == "cuda", self.reader)

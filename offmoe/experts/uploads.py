@@ -18,7 +18,7 @@ from torch import Tensor
 from offmoe.experts.ram_tier import RamTier
 from offmoe.experts.store import Ints
 from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
-from offmoe.machine.streams import Lane, Mark
+from offmoe.machine.streams import Event, Stream
 
 ZONES = 2
 
@@ -43,9 +43,9 @@ class Uploads:
         self.zones = torch.empty((ZONES, self.batch, stride), dtype=torch.uint8, device=device)
         self.waiting: deque[Landing] = deque()
         self._ram, self._sent, self._scratch = ram, 0, scratch_for(device)
-        self._lane = Lane(device)
-        self._ready = [Mark(device) for _ in range(ZONES)]
-        self._free = [Mark(device) for _ in range(ZONES)]
+        self._stream = Stream(device)
+        self._ready = [Event(device) for _ in range(ZONES)]
+        self._free = [Event(device) for _ in range(ZONES)]
 
     @property
     def room(self) -> bool:
@@ -60,7 +60,7 @@ class Uploads:
         assert self.room, f"batches under way {len(self.waiting)} < {ZONES}"
         landing = Landing(layer, experts, self._sent % ZONES)
         n, sources = len(experts), self._fetch(layer, experts, now)
-        with self._lane():
+        with self._stream():
             packed = on_gpu(np.concatenate([sources, np.arange(n), [n]]), self.zones.device)
             self._free[landing.zone].wait()
             page_in(Copies(packed[2 * n :], packed[n : 2 * n], self._scratch, packed[:n]), self.zones[landing.zone])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Mark:
+class Event:
     """A point in a lane's work that others can wait for; one that was never set does not hold anybody up."""
 
     def __init__(self, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class Mark:
             self._event.synchronize()
 
 
-class Lane:
+class Stream:
     """A stream beside the current one."""
 
     def __init__(self, device: torch.device) -> None:

@@ -9,7 +9,7 @@ from offmoe.kernels.deltanet import Delta
 from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.mla import Latent
 from offmoe.kernels.recurrent import Mixer
-from offmoe.kernels.rope import PLAIN, Scaling, Temper
+from offmoe.kernels.rope import PLAIN, AttentionTemperature, Scaling
 from offmoe.kernels.route import Rule
 from offmoe.models.rope import check_rope
 
@@ -24,7 +24,7 @@ class Heads:
     rotary: int  # values of a head that are rotated, the first
     rope_theta: float
     rope: Scaling
-    turned: bool = True
+    uses_rope: bool = True
 
     @property
     def queries(self) -> int:
@@ -69,7 +69,7 @@ class ModelConfig:
     qkv_bias: bool = False
     output_gated: bool = False  # each head's output times the sigmoid of a row for each of its values
     mixer: Mixer | None = None  # of the layers without keys and values
-    keyless: tuple[int, ...] = ()  # these layers
+    recurrent: tuple[int, ...] = ()  # these layers
     head_bias: bool = False
     norm_bias: bool = False  # the norms of the residual stream are LayerNorms
     rope: Scaling = PLAIN
@@ -77,11 +77,11 @@ class ModelConfig:
     residual_scale: float = 1.0  # of what a layer adds to the residual stream
     attention_scale: float = 0.0  # of q · k; 0: 1 / √D
     logit_divisor: float = 1.0
-    far: Heads | None = None  # of the layers that see all positions, where those with a window have others
+    full_attention: Heads | None = None  # of the layers that see all positions, where those with a window have others
     windows: tuple[int, ...] = ()  # by layer: positions that attention sees, 0: all; nothing: all in every layer
     chunked: bool = False  # a window is a chunk: a token sees its own, from the chunk's first position on
-    unturned: tuple[int, ...] = ()  # layers that rotate nothing
-    temper: Temper | None = None  # of their queries
+    no_rope: tuple[int, ...] = ()  # layers that rotate nothing
+    attention_temperature: AttentionTemperature | None = None  # of their queries
     sinks: bool = False  # a logit a head that takes its share of attention and gives nothing
     o_bias: bool = False
     router_offset: bool = False  # added to the router's logits
@@ -138,7 +138,7 @@ class ModelConfig:
         return self.qk_norm in ("after", "unit")
 
     @property
-    def places(self) -> int:
+    def moe_layers(self) -> int:
         return len(self.routed)
 
     @property
@@ -154,23 +154,23 @@ class ModelConfig:
     @property
     def attended(self) -> tuple[int, ...]:
         """The layers with keys and values."""
-        return tuple(layer for layer in range(self.layers) if layer not in self.keyless)
+        return tuple(layer for layer in range(self.layers) if layer not in self.recurrent)
 
     def window(self, layer: int) -> int:
         """Positions that a token of `layer` sees, itself among them; 0: all before it."""
         return self.windows[layer] if self.windows else 0
 
     def heads_of(self, layer: int) -> Heads:
-        if self.far and not self.window(layer):
-            return self.far
-        turned = layer not in self.unturned
+        if self.full_attention and not self.window(layer):
+            return self.full_attention
+        turned = layer not in self.no_rope
         return Heads(self.heads, self.kv_heads, self.head_dim, self.rotary, self.rope_theta, self.rope, turned)
 
     @property
     def kinds_of_heads(self) -> tuple[Heads, ...]:
         return tuple(dict.fromkeys(self.heads_of(layer) for layer in self.attended))
 
-    def place_of(self, layer: int) -> int | None:
+    def moe_layer_of(self, layer: int) -> int | None:
         return self.routed.index(layer) if layer in self.routed else None
 
 

@@ -157,7 +157,7 @@ def experts_apart(*bases: str) -> Names:
     return {part: tuple(f"{base}.{{e}}.{part}_proj.weight" for base in bases) for part in ("gate", "up", "down")}
 
 
-def beside_vision(names: Names) -> Names:
+def with_vision(names: Names) -> Names:
     """Also of the language model inside one that sees."""
     return {
         role: tuple(form for name in own for form in (name, name.replace("model.", "model.language_model.", 1)))

@@ -28,7 +28,7 @@ def query_rows(heads: int, z: Latent, striped: bool = False) -> Tensor:
     """Which row of a file's query projection [heads · (N + R), …] stands where: int64. Unrotated parts may be striped
     (kernels.striped), all heads together."""
     rows = torch.arange(heads * z.key).view(heads, z.key)
-    plain, turned = rows[:, : z.plain].flatten(), halves(rows[:, z.plain :]).flatten()
+    plain, turned = rows[:, : z.qk_nope].flatten(), halves(rows[:, z.qk_nope :]).flatten()
     return torch.cat((stripe(plain) if striped else plain, turned))
 
 
@@ -53,7 +53,7 @@ def rows_of(role: str, config: ModelConfig, striped: bool = False) -> Tensor | N
 
 def head_rows(kv_b: Tensor, heads: int, z: Latent) -> tuple[Tensor, Tensor]:
     """Rows of all heads [heads · (N + V), …] → those of their keys [heads, N, …] and of their values [heads, V, …]."""
-    keys, values = kv_b.unflatten(0, (heads, -1)).split((z.plain, z.value), dim=1)
+    keys, values = kv_b.unflatten(0, (heads, -1)).split((z.qk_nope, z.value), dim=1)
     return keys, values
 
 
@@ -63,7 +63,7 @@ def transposed(fmt: str, raw: Tensor, heads: int, z: Latent) -> tuple[str, Tenso
     Blocks cannot be transposed: what is quantised becomes float16.
     """
     lying = torch.stack([as_it_lies(rows, FORMATS[fmt]) for rows in raw])
-    weight = dequantise(lying, fmt, z.plain, z.kv_rank, FLOATS.get(fmt, torch.float16))
+    weight = dequantise(lying, fmt, z.qk_nope, z.kv_rank, FLOATS.get(fmt, torch.float16))
     turned = weight.transpose(1, 2).contiguous()
     return fmt if fmt in FLOATS else "F16", turned.view(torch.uint8).view(heads * z.kv_rank, -1)
 
@@ -73,8 +73,8 @@ def positioned(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """query [T, heads · (N + R)], all N first, and fresh [T, L + R] → the unrotated queries [T, heads, N], the rotated
     ones [T, heads, R], and what goes into the cache [T, L + R]."""
-    plain, turned = query.split((heads * z.plain, heads * z.turned), dim=1)
-    latent, key = fresh.split((z.kv_rank, z.turned), dim=1)
-    turned = rope(torch.cat((turned, key), dim=1).unflatten(1, (heads + 1, z.turned)), table, positions)
+    plain, turned = query.split((heads * z.qk_nope, heads * z.qk_rope), dim=1)
+    latent, key = fresh.split((z.kv_rank, z.qk_rope), dim=1)
+    turned = rope(torch.cat((turned, key), dim=1).unflatten(1, (heads + 1, z.qk_rope)), table, positions)
     rows = torch.cat((rms_norm(latent, norm, LATENT_EPS).to(turned.dtype), turned[:, heads]), dim=1)
-    return plain.unflatten(1, (heads, z.plain)), turned[:, :heads], rows
+    return plain.unflatten(1, (heads, z.qk_nope)), turned[:, :heads], rows

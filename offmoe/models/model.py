@@ -12,7 +12,7 @@ from torch import Tensor
 
 from offmoe.checkpoint.base import ByteRange, Checkpoint, TensorInfo
 from offmoe.checkpoint.open import open_checkpoint
-from offmoe.checkpoint.upright import Bytes
+from offmoe.checkpoint.row_major import Bytes
 from offmoe.kernels.planes import slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.machine.gc_pause import collecting_no_garbage
@@ -22,7 +22,7 @@ from offmoe.models.held import held_rows
 from offmoe.models.quantisation import assemble
 from offmoe.models.read_config import read_config
 from offmoe.models.shapes import bias_shapes
-from offmoe.models.tensors import check_trunk, find, holder, is_split, record_layout, turn_experts
+from offmoe.models.tensors import check_trunk, find, holder, is_split, record_layout, transpose_experts
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Model:
 
     @property
     def records(self) -> int:
-        return self.config.places * self.config.experts
+        return self.config.moe_layers * self.config.experts
 
     @property
     def record_bytes(self) -> int:
@@ -78,31 +78,31 @@ class Model:
         gated = self.config.output_gated and there == "q"
         return info, held_rows(role, self.config) if gated or there != role else None
 
-    def meant(self, role: str) -> Values | None:
+    def weight_transform(self, role: str) -> Values | None:
         """What turns the numbers in the file into those that are computed with; None: they are."""
         return None if self.checkpoint.kind == "gguf" else self.family.values.get(role)
 
-    def ranges(self, place: int, expert: int) -> list[ByteRange]:
+    def ranges(self, moe_layer: int, expert: int) -> list[ByteRange]:
         """Where the parts of a record lie, in the order of its layout."""
-        found = ((info, expert if info.matrices > 1 else 0) for info in self.parts(place, expert))
+        found = ((info, expert if info.matrices > 1 else 0) for info in self.parts(moe_layer, expert))
         return [r for info, number in found for r in info.ranges(number)]
 
-    def parts(self, place: int, expert: int) -> list[TensorInfo]:
+    def parts(self, moe_layer: int, expert: int) -> list[TensorInfo]:
         """The tensors that a record lies in, in the order of its layout."""
-        found = [self.find(part.name, self.config.routed[place], expert) for part in self.layouts[place].parts]
+        found = [self.find(part.name, self.config.routed[moe_layer], expert) for part in self.layouts[moe_layer].parts]
         return [info for info in found if info is not None]  # all were there when the model was opened
 
-    def lying(self, place: int) -> bool:
+    def transposed(self, moe_layer: int) -> bool:
         """Whether records are to be turned upright as they are read."""
-        return any(info.upright for info in self.parts(place, 0))
+        return any(info.row_major for info in self.parts(moe_layer, 0))
 
-    def turn(self, place: int, expert: int) -> Callable[[Bytes, Bytes], None]:
+    def to_row_major(self, moe_layer: int, expert: int) -> Callable[[Bytes, Bytes], None]:
         """What makes a record of the bytes in its ranges: `turn(raw, record)`."""
-        return partial(turn_record, self.parts(place, expert), self.layouts[place])
+        return partial(row_major_record, self.parts(moe_layer, expert), self.layouts[moe_layer])
 
-    def expert_biases(self, place: int) -> tuple[Tensor, Tensor]:
+    def expert_biases(self, moe_layer: int) -> tuple[Tensor, Tensor]:
         """Of all experts of a place, float32: gate beside up [E, 2F], down [E, H]."""
-        layer = self.config.routed[place]
+        layer = self.config.routed[moe_layer]
         found = {}
         for role in bias_shapes(self.names, self.config):
             info = self.find(role, layer)
@@ -133,16 +133,16 @@ def described(checkpoint: Checkpoint) -> Model:
     if checkpoint.kind == "safetensors":
         assemble(checkpoint, family.translated(checkpoint.json("config.json") or {}).get("quantization_config"))
         if family.transposed_experts:
-            turn_experts(checkpoint, names, config)
+            transpose_experts(checkpoint, names, config)
     check_trunk(checkpoint, names, config)
     layouts = tuple(record_layout(checkpoint, family, names, config, layer) for layer in config.routed)
     return Model(checkpoint, family, config, names, layouts)
 
 
-def turn_record(parts: Sequence[TensorInfo], layout: RecordLayout, raw: Bytes, record: Bytes) -> None:
+def row_major_record(parts: Sequence[TensorInfo], layout: RecordLayout, raw: Bytes, record: Bytes) -> None:
     """See Model.turn."""
     at = 0
     for info, part in zip(parts, layout.parts, strict=True):
-        lying = raw[at : (at := at + sum(r.nbytes for r in info.ranges()))]
-        upright = info.upright(lying, info.name) if info.upright else lying
-        record[part.offset : part.offset + part.nbytes] = upright
+        transposed = raw[at : (at := at + sum(r.nbytes for r in info.ranges()))]
+        row_major = info.row_major(transposed, info.name) if info.row_major else transposed
+        record[part.offset : part.offset + part.nbytes] = row_major

@@ -38,7 +38,7 @@ def count_weights(model: Model) -> Weights:
 def count_parameters(config: ModelConfig) -> tuple[int, int, int]:
     """In total; active a token; of these without the input embedding, where that is not the head too."""
     c = config
-    routed, resident = c.places * c.experts * 3 * c.hidden * c.expert_hidden + bias_weights(c), trunk_weights(c)
+    routed, resident = c.moe_layers * c.experts * 3 * c.hidden * c.expert_hidden + bias_weights(c), trunk_weights(c)
     active = resident + routed * c.top_k // c.experts
     return resident + routed, active, active - (0 if c.tied else prod(trunk_shapes(c)["embed"]))
 
@@ -50,7 +50,7 @@ def trunk_weights(config: ModelConfig) -> int:
 
 def bias_weights(config: ModelConfig) -> int:
     """Of all routed experts; they stay beside the trunk, in float32, and count as the experts'."""
-    return config.places * config.experts * (2 * config.expert_hidden + config.hidden) if config.expert_bias else 0
+    return config.moe_layers * config.experts * (2 * config.expert_hidden + config.hidden) if config.expert_bias else 0
 
 
 def trunk_tensors(model: Model) -> Iterator[TensorInfo]:

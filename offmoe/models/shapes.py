@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from offmoe.kernels.mla import Latent
 from offmoe.models.config import Heads, ModelConfig
 from offmoe.models.family import GGUF_NAMES, Names
-from offmoe.models.keyless import mixer_shapes
+from offmoe.models.recurrent import mixer_shapes
 
 
 def trunk_roles(config: ModelConfig, split: bool = False) -> Iterator[tuple[str, int, tuple[int, ...]]]:
@@ -24,7 +24,7 @@ def layers_of(role: str, config: ModelConfig) -> Sequence[int]:
     if role.startswith("dense"):
         return config.dense
     if role.startswith(("delta", "conv")):
-        return config.keyless
+        return config.recurrent
     if role.partition("_")[0] in ("q", "k", "v", "o"):
         return config.attended
     return config.routed if role.startswith(("router", "shared")) else range(config.layers)
@@ -94,8 +94,8 @@ def latent_shapes(config: ModelConfig, z: Latent, split: bool) -> dict[str, tupl
     else:
         shapes["q"] = (heads * z.key, hidden)
     if split:
-        return shapes | {"k_b": (heads, z.kv_rank, z.plain), "v_b": (heads, z.value, z.kv_rank)}
-    return shapes | {"kv_b": (heads * (z.plain + z.value), z.kv_rank)}
+        return shapes | {"k_b": (heads, z.kv_rank, z.qk_nope), "v_b": (heads, z.value, z.kv_rank)}
+    return shapes | {"kv_b": (heads * (z.qk_nope + z.value), z.kv_rank)}
 
 
 def feed_forward_shapes(kind: str, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:

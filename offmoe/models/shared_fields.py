@@ -60,8 +60,8 @@ def latent_attention(raw: Mapping[str, Any]) -> dict[str, Any]:
     latent = Latent(
         q_rank=count(raw, "q_lora_rank", default=0),
         kv_rank=count(raw, "kv_lora_rank"),
-        plain=count(raw, "qk_nope_head_dim"),
-        turned=count(raw, "qk_rope_head_dim"),
+        qk_nope=count(raw, "qk_nope_head_dim"),
+        qk_rope=count(raw, "qk_rope_head_dim"),
         value=count(raw, "v_head_dim"),
     )
-    return {"latent": latent, "kv_heads": 1, "head_dim": latent.key, "rotary": latent.turned}
+    return {"latent": latent, "kv_heads": 1, "head_dim": latent.key, "rotary": latent.qk_rope}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from offmoe.checkpoint.base import Checkpoint, TensorInfo
-from offmoe.checkpoint.upright import Columns
+from offmoe.checkpoint.row_major import Columns
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.planes import plane_sizes
@@ -96,12 +96,12 @@ def record_layout(
     return RecordLayout.of(*parts, interleaved=interleaved)
 
 
-def turn_experts(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
+def transpose_experts(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
     """Stacked experts of floats, [E, cols, rows] in the file, are [E, rows, cols] from here on."""
     for role in ("gate_up", "down"):
         for layer in config.routed:
             info = find(checkpoint, names, role, layer, 0)
-            if info and len(info.shape) == 3 and info.format in FLOATS and not info.upright:
+            if info and len(info.shape) == 3 and info.format in FLOATS and not info.row_major:
                 experts, cols, rows = info.shape
                 turn = Columns(rows, cols, FORMATS[info.format].bytes)
-                checkpoint.tensors[info.name] = replace(info, shape=(experts, rows, cols), upright=turn)
+                checkpoint.tensors[info.name] = replace(info, shape=(experts, rows, cols), row_major=turn)

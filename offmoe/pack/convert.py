@@ -154,15 +154,15 @@ def output(model: Model, role: str, layer: int, wanted: Format) -> Output:
 
 def turned(model: Model, role: str, rows: Tensor | None) -> Values | None:
     """All that differs between a role's tensor here and in a GGUF, `rows` of it being meant."""
-    c, meant = model.config, model.meant(role)
+    c, weight_transform = model.config, model.weight_transform(role)
     heads = {"q": c.heads, "k": c.kv_heads}.get(role) if model.family.interleaved_gguf else None
     tiles = model.family.tiled_gguf and role.startswith("delta")
-    if rows is None and not (meant or heads or tiles):
+    if rows is None and not (weight_transform or heads or tiles):
         return None
 
     def turn(weight: Tensor) -> Tensor:
         weight = weight if rows is None else weight[rows]
-        weight = meant(weight) if meant else weight
+        weight = weight_transform(weight) if weight_transform else weight
         weight = interleaved(weight, heads) if heads else weight
         return tiled(weight, role, c) if tiles else weight
 
@@ -173,9 +173,9 @@ def half(model: Model, z: Latent, role: str, layer: int, empty: Output) -> Outpu
     """The keys' or the values' rows of kv_b, head by head."""
     info = model.find("kv_b", layer)
     assert info is not None, f"kv_b of layer {layer} was there when the model was described"
-    first, count = (0, z.plain) if role == "k_b" else (z.plain, z.value)
+    first, count = (0, z.qk_nope) if role == "k_b" else (z.qk_nope, z.value)
     pick = transposed_rows if role == "k_b" else None
-    runs = [Run(info, head * (z.plain + z.value) + first, count, pick) for head in range(model.config.heads)]
+    runs = [Run(info, head * (z.qk_nope + z.value) + first, count, pick) for head in range(model.config.heads)]
     return replace(empty, runs=runs)
 
 

@@ -41,13 +41,15 @@ class DeviceTrunk:
             self.head_bias = weights.floats("head_bias") / self.config.logit_divisor
         self.head = (self.embedding,) if self.config.tied else weights.parts("head")
         self.ropes = rope_tables(self.config, ctx, device)
-        self._temper = self.config.temper.table(ctx, device) if self.config.temper else None
+        self._attention_temperature = (
+            self.config.attention_temperature.table(ctx, device) if self.config.attention_temperature else None
+        )
         self._positions = torch.arange(ctx, device=device)
 
     def rope_of(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """The table that turns a layer's heads, and what its queries are multiplied by then [ctx]."""
         heads = self.config.heads_of(layer)
-        return self.ropes[heads], None if heads.turned else self._temper
+        return self.ropes[heads], None if heads.uses_rope else self._attention_temperature
 
     def load_layers(self, progress: Callable[[int, int], None]) -> None:
         """Read the layers one after another; `progress(done, layers)`."""
@@ -86,13 +88,13 @@ class DeviceTrunk:
         positions = self._positions[start : start + len(x)]
         if w.latent:
             return self._product(self._attend_latents(w.latent, qkv, kv.latents(layer), positions, start), w.o)
-        chunk, h, (table, temper) = kv.open(layer, start, len(x)), c.heads_of(layer), self.rope_of(layer)
+        chunk, h, (table, attention_temperature) = kv.open(layer, start, len(x)), c.heads_of(layer), self.rope_of(layer)
         q = norm_rope_write(qkv[:, c.gate_rows :], chunk.keys, chunk.values, positions, table, heads=h.heads,
                             kv_heads=h.kv_heads, head_dim=h.head_dim, q_norm=w.q_norm, k_norm=w.k_norm, clip=c.clip_qkv,
                             eps=c.norm_eps, scales=chunk.scales, first=chunk.first,
                             norm_after=c.norm_after, value_norm=c.value_norm)  # fmt: skip
-        if temper is not None:
-            q = (q * temper[positions].view(-1, 1, 1)).to(q.dtype)
+        if attention_temperature is not None:
+            q = (q * attention_temperature[positions].view(-1, 1, 1)).to(q.dtype)
         kv.close(layer, chunk, start, len(x))
         mixed = prefill_attention(q, chunk.keys, chunk.values, start - chunk.first, chunk.scales,
                                   window=c.window(layer), chunked=c.chunked, sinks=w.sinks,
@@ -113,12 +115,12 @@ class DeviceTrunk:
         query, fresh = qkv.split((qkv.shape[1] - z.width, z.width), dim=1)
         if w.q_a_norm is not None:
             query = self._product(unstripe(self._normed(query.contiguous(), w.q_a_norm, eps=LATENT_EPS)), w.q_b)
-        query = torch.cat((unstripe(query[:, : c.heads * z.plain]), query[:, c.heads * z.plain :]), dim=1)
+        query = torch.cat((unstripe(query[:, : c.heads * z.qk_nope]), query[:, c.heads * z.qk_nope :]), dim=1)
         plain, turned, rows = positioned(query, fresh, w.kv_a_norm, self.ropes[c.heads_of(0)], positions, c.heads, z)
         end = start + len(rows)
         cache[start:end] = rows
         queries, known = torch.cat((plain, turned), dim=2), cache[:end].to(self._dtype)
-        k_b = self._unpacked(w.k_b, z.plain).unflatten(0, (c.heads, -1))
+        k_b = self._unpacked(w.k_b, z.qk_nope).unflatten(0, (c.heads, -1))
         v_b = self._unpacked(w.v_b, z.kv_rank).unflatten(0, (c.heads, -1))
         wide, mixed = max(z.key, z.value), queries.new_empty((len(rows), c.heads, z.value))
         for first in range(0, c.heads, HEADS_AT_ONCE):
@@ -144,11 +146,11 @@ class DeviceTrunk:
     def shared(self, layer: int, x: Tensor, normed: Tensor) -> Tensor | None:
         """What the shared experts make of the experts' input [T, H], or of x [T, H] by a norm of their own."""
         w = self.layers[layer]
-        if w.beside is None:
+        if w.resident_ffn is None:
             return None
         if w.sandwich:
-            normed = self._normed(x, w.sandwich.beside_in)
-        out = self._resident(normed, w.beside)
+            normed = self._normed(x, w.sandwich.shared_expert_in)
+        out = self._resident(normed, w.resident_ffn)
         if w.router is None or not self.config.shared_gated:
             return out
         return torch.sigmoid(stripe(normed.float()) @ w.router[-1:].float().t()) * out
@@ -156,8 +158,8 @@ class DeviceTrunk:
     def dense(self, layer: int, x: Tensor) -> Tensor:
         """The whole feed-forward part of a layer without experts: what to add to x [T, H]."""
         w = self.layers[layer]
-        assert w.beside is not None, f"layer {layer} has no experts"
-        return self._resident(self._normed(x, w.ffn_norm, w.ffn_norm_bias), w.beside)
+        assert w.resident_ffn is not None, f"layer {layer} has no experts"
+        return self._resident(self._normed(x, w.ffn_norm, w.ffn_norm_bias), w.resident_ffn)
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, H] → [T, V] float32; T is small."""

@@ -18,9 +18,9 @@ from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.recurrent import MixerWeights
 from offmoe.kernels.sandwich import Sandwich
 from offmoe.kernels.striped import stripe
-from offmoe.models.keyless import mixer_output, mixer_weights
 from offmoe.models.latent import FLOATS, head_rows, rows_of, transposed
 from offmoe.models.model import Model
+from offmoe.models.recurrent import mixer_output, mixer_weights
 from offmoe.trunk.host_trunk import gained, has_head_norm, projections, sandwich, uninterleaved
 
 Part = tuple[Tensor, Matrix]  # bytes in slot layout, and what they are
@@ -60,7 +60,7 @@ class DeviceLayer:
     ffn_norm_striped: Tensor
     router: Tensor | None  # [E, H] in a float type, striped; behind it the row of a gated shared expert
     router_bias: Tensor | None  # [E]
-    beside: Resident | None  # shared experts; where there is no router, the layer's only feed-forward part
+    resident_ffn: Resident | None  # shared experts; where there is no router, the layer's only feed-forward part
     qkv_bias: Tensor | None  # [Q + 2K]
     mixer: MixerWeights | None  # of a layer without keys; then qkv are the rows of Mixer.projected and o is [H, values]
     o_bias: Tensor | None  # [H]
@@ -78,7 +78,7 @@ class DeviceLayer:
     def tensors(self) -> list[Tensor]:
         values = [getattr(part, field.name) for part in (self, self.latent) if part for field in fields(part)]
         parts = [part[0] for value in values if isinstance(value, tuple) for part in value]
-        parts += [self.beside.records] if self.beside else []
+        parts += [self.resident_ffn.records] if self.resident_ffn else []
         parts += self.mixer.tensors() if self.mixer else []
         parts += self.sandwich.tensors() if self.sandwich else []
         return parts + [value for value in values if isinstance(value, Tensor)]
@@ -92,8 +92,8 @@ class DeviceWeights:
 
     def layer(self, layer: int) -> DeviceLayer:
         c, routed = self.config, layer in self.config.routed
-        mixer = c.mixer if layer in c.keyless else None
-        beside = "dense" if not routed else "shared" if c.shared else None
+        mixer = c.mixer if layer in c.recurrent else None
+        resident_ffn = "dense" if not routed else "shared" if c.shared else None
         return DeviceLayer(
             attn_norm=(attn_norm := self.floats("attn_norm", layer)),
             attn_norm_striped=stripe(attn_norm),
@@ -105,7 +105,7 @@ class DeviceWeights:
             ffn_norm_striped=stripe(ffn_norm),
             router=self._router(layer) if routed else None,
             router_bias=self.floats("router_bias", layer) if routed and c.rule.biased else None,
-            beside=self._feed_forward(beside, layer) if beside else None,
+            resident_ffn=self._feed_forward(resident_ffn, layer) if resident_ffn else None,
             attn_norm_bias=(attn_bias := self.floats("attn_norm_bias", layer) if c.norm_bias else None),
             attn_norm_bias_striped=None if attn_bias is None else stripe(attn_bias),
             ffn_norm_bias=(ffn_bias := self.floats("ffn_norm_bias", layer) if c.norm_bias else None),
@@ -123,10 +123,10 @@ class DeviceWeights:
 
     def floats(self, role: str, layer: int = 0, keep: bool = False) -> Tensor:
         """In float32, or (`keep`) in the float type of the file."""
-        info, meant = self.model.stored(role, layer)[0], self.model.meant(role)
+        info, weight_transform = self.model.stored(role, layer)[0], self.model.weight_transform(role)
         dtype = FLOATS.get(info.format, torch.float32) if keep else torch.float32
         values = self.model.checkpoint.tensor(info.name, dtype)
-        return (meant(values) if meant else values).to(self.device)
+        return (weight_transform(values) if weight_transform else values).to(self.device)
 
     def parts(self, *roles: str, layer: int = 0) -> tuple[Part, ...]:
         """The matrices of these roles, one over another, as they lie in the file but for their planes."""
@@ -164,12 +164,12 @@ class DeviceWeights:
             q_a_norm=stripe(self.floats("q_a_norm", layer)) if z.q_rank else None,
             q_b=self.parts("q_b", layer=layer) if z.q_rank else (),
             kv_a_norm=self.floats("kv_a_norm", layer),
-            k_b=self._laid([k_b], z.plain),
+            k_b=self._laid([k_b], z.qk_nope),
             v_b=self._laid([v_b], z.kv_rank),
         )
 
     def _head_norm(self, role: str, layer: int) -> Tensor | None:
-        if self.config.qk_norm == "unit" and layer not in self.config.unturned:
+        if self.config.qk_norm == "unit" and layer not in self.config.no_rope:
             return torch.ones(self.config.head_dim, device=self.device)
         return self.floats(role, layer) if has_head_norm(self.config, layer) else None
 

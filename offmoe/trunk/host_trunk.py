@@ -18,13 +18,13 @@ from offmoe.kernels.feed_forward import swiglu_experts
 from offmoe.kernels.mla import LATENT_EPS, Latent, latent_attention
 from offmoe.kernels.norm_rope import rms_norm, rope
 from offmoe.kernels.recurrent import MixerWeights
-from offmoe.kernels.rope import rope_table, unturned_table
+from offmoe.kernels.rope import no_rope_table, rope_table
 from offmoe.kernels.route import select
 from offmoe.kernels.sandwich import Sandwich
 from offmoe.models.config import Heads, ModelConfig
-from offmoe.models.keyless import mixer_inputs, mixer_output, mixer_weights
 from offmoe.models.latent import head_rows, positioned, rows_of
 from offmoe.models.model import Model
+from offmoe.models.recurrent import mixer_inputs, mixer_output, mixer_weights
 from offmoe.trunk.kv_cache import KVCache
 
 
@@ -51,7 +51,9 @@ class LayerWeights:
     ffn_norm: Tensor  # [H]
     router: Tensor | None  # [H, E], where there are experts
     router_bias: Tensor | None  # [E] float32
-    beside: tuple[Tensor, Tensor] | None  # gate beside up [H, 2F], down [F, H]: shared experts, or a dense layer's
+    resident_ffn: (
+        tuple[Tensor, Tensor] | None
+    )  # gate beside up [H, 2F], down [F, H]: shared experts, or a dense layer's
     shared_router: Tensor | None  # [H, 1]
     qkv_bias: Tensor | None  # [Q + 2K]
     mixer: MixerWeights | None  # of a layer without keys; then qkv is [H, sum of Mixer.projected] and o [values, H]
@@ -65,7 +67,11 @@ class LayerWeights:
     router_factors: Tensor | None  # [E]
 
     def tensors(self) -> list[Tensor]:
-        values = [*vars(self).values(), *(self.beside or ()), *(vars(self.latent).values() if self.latent else ())]
+        values = [
+            *vars(self).values(),
+            *(self.resident_ffn or ()),
+            *(vars(self.latent).values() if self.latent else ()),
+        ]
         values += self.mixer.tensors() if self.mixer else []
         values += self.sandwich.tensors() if self.sandwich else []
         return [value for value in values if isinstance(value, Tensor)]
@@ -86,7 +92,11 @@ class Trunk:
         if self.config.tied:
             self._embed = self._head.t()
         self._ropes = rope_tables(self.config, ctx, device)
-        self._temper = self.config.temper.table(ctx, device).to(dtype) if self.config.temper else None
+        self._attention_temperature = (
+            self.config.attention_temperature.table(ctx, device).to(dtype)
+            if self.config.attention_temperature
+            else None
+        )
         self._positions = torch.arange(ctx, device=device)
 
     def load_layers(self, progress: Callable[[int, int], None]) -> None:
@@ -127,8 +137,8 @@ class Trunk:
         q, k = turned.split((h.heads, h.kv_heads), dim=1)
         if c.norm_after:
             q, k = (self._normed(x.flatten(1), w).view_as(x) for x, w in ((q, w.q_norm), (k, w.k_norm)))
-        if self._temper is not None and not h.turned:
-            q = q * self._temper[positions].view(-1, 1, 1)
+        if self._attention_temperature is not None and not h.uses_rope:
+            q = q * self._attention_temperature[positions].view(-1, 1, 1)
         if c.value_norm:
             v = rms_norm(v.unflatten(-1, (-1, h.head_dim)), None, c.norm_eps).flatten(1)
         chunk = kv.open(layer, start, len(x))
@@ -177,17 +187,17 @@ class Trunk:
     def shared(self, layer: int, x: Tensor, normed: Tensor) -> Tensor | None:
         """What the shared experts make of the experts' input [T, H], or of x [T, H] by a norm of their own."""
         w, c = self.layers[layer], self.config
-        if w.beside is None:
+        if w.resident_ffn is None:
             return None
-        normed = rms_norm(x, w.sandwich.beside_in, c.stream_eps) if w.sandwich else normed
-        (out,) = swiglu_experts([normed], [w.beside], c.glu)
+        normed = rms_norm(x, w.sandwich.shared_expert_in, c.stream_eps) if w.sandwich else normed
+        (out,) = swiglu_experts([normed], [w.resident_ffn], c.glu)
         return out if w.shared_router is None else torch.sigmoid(normed @ w.shared_router) * out
 
     def dense(self, layer: int, x: Tensor) -> Tensor:
         """The whole feed-forward part of a layer without experts: what to add to x [T, H]."""
         w, c = self.layers[layer], self.config
-        assert w.beside is not None, f"layer {layer} has no experts"
-        return swiglu_experts([rms_norm(x, w.ffn_norm, c.stream_eps, w.ffn_norm_bias)], [w.beside], c.glu)[0]
+        assert w.resident_ffn is not None, f"layer {layer} has no experts"
+        return swiglu_experts([rms_norm(x, w.ffn_norm, c.stream_eps, w.ffn_norm_bias)], [w.resident_ffn], c.glu)[0]
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, H] → [T, V] float32."""
@@ -208,8 +218,8 @@ class Trunk:
 
     def _load_layer(self, layer: int) -> LayerWeights:
         c, routed = self.config, layer in self.config.routed
-        mixer = c.mixer if layer in c.keyless else None
-        beside = "dense" if not routed else "shared" if c.shared else None
+        mixer = c.mixer if layer in c.recurrent else None
+        resident_ffn = "dense" if not routed else "shared" if c.shared else None
         return LayerWeights(
             attn_norm=self._load("attn_norm", layer),
             qkv=factor(torch.cat([self._load(role, layer) for role in projections(c, layer)])),
@@ -219,7 +229,7 @@ class Trunk:
             ffn_norm=self._load("ffn_norm", layer),
             router=factor(self._router(layer)) if routed else None,
             router_bias=self._load("router_bias", layer, torch.float32) if routed and c.rule.biased else None,
-            beside=self._load_feed_forward(beside, layer) if beside else None,
+            resident_ffn=self._load_feed_forward(resident_ffn, layer) if resident_ffn else None,
             shared_router=self._load("shared_router", layer).view(-1, 1) if routed and c.shared_gated else None,
             qkv_bias=torch.cat([self._load(f"{r}_bias", layer) for r in "qkv"]) if c.qkv_bias else None,
             mixer=mixer_weights(self._model, partial(self._load, layer=layer, dtype=torch.float32)) if mixer else None,
@@ -234,7 +244,7 @@ class Trunk:
         )
 
     def _head_norm(self, role: str, layer: int) -> Tensor | None:
-        if self.config.qk_norm == "unit" and layer not in self.config.unturned:
+        if self.config.qk_norm == "unit" and layer not in self.config.no_rope:
             return torch.ones(self.config.head_dim, device=self._device, dtype=self._dtype)
         return self._load(role, layer) if has_head_norm(self.config, layer) else None
 
@@ -263,10 +273,10 @@ class Trunk:
 
     def _load(self, role: str, layer: int = 0, dtype: torch.dtype | None = None) -> Tensor:
         info, rows = self._model.stored(role, layer)
-        dtype, meant = dtype or self._dtype, self._model.meant(role)
-        weight = self._model.checkpoint.tensor(info.name, torch.float32 if meant else dtype)
+        dtype, weight_transform = dtype or self._dtype, self._model.weight_transform(role)
+        weight = self._model.checkpoint.tensor(info.name, torch.float32 if weight_transform else dtype)
         weight = weight if rows is None else weight[rows]
-        weight = meant(weight).to(dtype) if meant else weight
+        weight = weight_transform(weight).to(dtype) if weight_transform else weight
         if role in ("q", "k") and self._model.interleaved:
             heads = self.config.heads_of(layer)
             weight = uninterleaved(weight, heads.heads if role == "q" else heads.kv_heads)
@@ -277,7 +287,7 @@ class Trunk:
 
 def has_head_norm(config: ModelConfig, layer: int) -> bool:
     """Whether a layer has weights that q and k are normed by."""
-    return config.qk_norm not in ("none", "unit") and layer not in config.keyless
+    return config.qk_norm not in ("none", "unit") and layer not in config.recurrent
 
 
 def sandwich(load: Callable[[str], Tensor]) -> Sandwich:
@@ -295,14 +305,14 @@ def gained(router: Tensor, gain: Tensor) -> Tensor:
 def rope_tables(config: ModelConfig, ctx: int, device: torch.device) -> dict[Heads, Tensor]:
     """Of every kind of heads."""
     return {
-        h: rope_table(ctx, h.rotary, h.rope_theta, device, h.rope) if h.turned else unturned_table(ctx, device)
+        h: rope_table(ctx, h.rotary, h.rope_theta, device, h.rope) if h.uses_rope else no_rope_table(ctx, device)
         for h in config.kinds_of_heads
     }
 
 
 def projections(config: ModelConfig, layer: int) -> tuple[str, ...]:
     """The roles whose rows, one under another, take a layer's input in."""
-    return mixer_inputs(config.mixer) if config.mixer and layer in config.keyless else config.projections
+    return mixer_inputs(config.mixer) if config.mixer and layer in config.recurrent else config.projections
 
 
 def factor(weight: Tensor) -> Tensor:

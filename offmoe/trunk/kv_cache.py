@@ -34,7 +34,7 @@ class KVCache:
         self.ctx = ctx
         self.tokens: list[int] = []  # whose keys and values are written
         self.states = States(config, device) if config.mixer else None
-        self._states = {layer: index for index, layer in enumerate(config.keyless)}
+        self._states = {layer: index for index, layer in enumerate(config.recurrent)}
         self._written = 0  # positions before it may have been written over what a window's layers kept
         self._chunked = config.chunked
         self._windows = [config.window(layer) for layer in range(config.layers)]
@@ -175,7 +175,7 @@ def rooms(config: ModelConfig, ctx: int) -> list[int]:
     """Positions that each layer keeps."""
     windows = map(config.window, range(config.layers))
     whole = [min(ctx, window + SLACK) if window else ctx for window in windows]
-    return [0 if layer in config.keyless else room for layer, room in enumerate(whole)]
+    return [0 if layer in config.recurrent else room for layer, room in enumerate(whole)]
 
 
 def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:

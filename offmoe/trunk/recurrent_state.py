@@ -19,15 +19,15 @@ from offmoe.models.config import ModelConfig
 
 Rule = Callable[[Tensor, MixerWeights, Tensor, Tensor, int], Tensor]
 
-COPIES = 2
-STATES = 1 + COPIES
+SNAPSHOTS = 2
+STATES = 1 + SNAPSHOTS
 BEFORE_END = 32  # tokens of a prompt behind its copy
 SEGMENT = 512  # tokens that are mixed at once, in float32
 NOWHERE = -1
 
 
 @dataclass(eq=False)
-class Copy:
+class Snapshot:
     """Of all layers' state behind so many tokens."""
 
     memory: Tensor
@@ -45,7 +45,7 @@ class States:
 
         self.memory, self.recent = zeros()
         self.at = 0  # tokens behind which it stands; NOWHERE: not all layers stand behind the same
-        self._copies = [Copy(*zeros()) for _ in range(COPIES)]  # the one used last is the last
+        self._snapshots = [Snapshot(*zeros()) for _ in range(SNAPSHOTS)]  # the one used last is the last
         self._mark = NOWHERE  # where a copy is to be taken in the running chunk
         self._segment = SEGMENT
 
@@ -53,17 +53,17 @@ class States:
         """The layers will now run so many tokens from position `start` on."""
         self.at = NOWHERE
         self._mark = start + max(0, count - BEFORE_END) if count > 1 else NOWHERE
-        if self._mark <= 0 or any(copy.at == self._mark for copy in self._copies):
+        if self._mark <= 0 or any(snapshot.at == self._mark for snapshot in self._snapshots):
             self._mark = NOWHERE
         else:
-            self._copies.append(self._copies.pop(0))
-            self._copies[-1].at = NOWHERE
+            self._snapshots.append(self._snapshots.pop(0))
+            self._snapshots[-1].at = NOWHERE
 
     def end(self, at: int) -> None:
         """All layers stand behind `at` tokens."""
         self.at = at
         if self._mark != NOWHERE:
-            self._copies[-1].at, self._mark = self._mark, NOWHERE
+            self._snapshots[-1].at, self._mark = self._mark, NOWHERE
 
     def mix(self, index: int, projected: Tensor, weights: MixerWeights, start: int, rule: Rule = mix) -> Tensor:
         """`rule`, mix or its twin, of a chunk in layer `index`, a segment at a time: [T, values] in its type."""
@@ -77,25 +77,25 @@ class States:
                 out[part] = rule(projected[part], weights, self.memory[index], self.recent[index], at)
             at = stop
             if at == self._mark:
-                self._copies[-1].memory[index].copy_(self.memory[index])
-                self._copies[-1].recent[index].copy_(self.recent[index])
+                self._snapshots[-1].memory[index].copy_(self.memory[index])
+                self._snapshots[-1].recent[index].copy_(self.recent[index])
         return out
 
     def resume(self, same: int) -> int:
         """Go on behind at most `same` of the tokens so far, the others are forgotten; returns behind how many."""
-        for copy in self._copies:
-            if copy.at > same:
-                copy.at = NOWHERE
+        for snapshot in self._snapshots:
+            if snapshot.at > same:
+                snapshot.at = NOWHERE
         if NOWHERE < self.at <= same:
             return self.at
-        best = max(self._copies, key=lambda copy: copy.at)
+        best = max(self._snapshots, key=lambda snapshot: snapshot.at)
         if best.at == NOWHERE:
             self.memory.zero_()
             self.recent.zero_()
             self.at = 0
             return 0
-        self._copies.remove(best)
-        self._copies.append(best)
+        self._snapshots.remove(best)
+        self._snapshots.append(best)
         self.memory.copy_(best.memory)
         self.recent.copy_(best.recent)
         self.at = best.at
@@ -116,7 +116,7 @@ class States:
 
 def shapes(config: ModelConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of memory and recent."""
-    m, layers = config.mixer, len(config.keyless)
+    m, layers = config.mixer, len(config.recurrent)
     assert m, f"all layers of {config.model_type} have keys and values"
     return (layers, *m.memory), (layers, m.taps, m.channels)
 

@@ -172,7 +172,7 @@ def test_echo_hears_every_token(family: str, scope: str, tmp_path: Path) -> None
         told = Echo(heard.records, h=3, w=16)
         for now in range(len(IDS)):
             ids = step.ring.row(now).ids
-            told.touch((ids + np.arange(c.places)[:, None] * c.experts).ravel(), now)
+            told.touch((ids + np.arange(c.moe_layers)[:, None] * c.experts).ravel(), now)
         with step.idle():
             step.launch(Variant())
         step.pull()

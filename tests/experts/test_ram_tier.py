@@ -34,7 +34,7 @@ class Pins:
         self.gate = threading.Event()
         self.gate.set()
         self.fails_after = 1 << 30
-        for module in ("memory", "service"):
+        for module in ("machine.pinned_memory", "experts.miss_service"):
             monkeypatch.setattr(f"offmoe.{module}.register", self.register)
             monkeypatch.setattr(f"offmoe.{module}.unregister", self.unregister)
         monkeypatch.setattr(memory, "PIECE", piece)

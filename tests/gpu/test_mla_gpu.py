@@ -48,10 +48,10 @@ class Layer:
         self.heads, self.z = SHAPES[name]
         z, heads, device = self.z, self.heads, torch.device("cuda", torch.cuda.current_device())
         self.dtype, self.ctx = dtype, ctx
-        self.k_b = randn(heads, z.kv_rank, z.plain, dtype=dtype) / z.plain**0.5
+        self.k_b = randn(heads, z.kv_rank, z.qk_nope, dtype=dtype) / z.qk_nope**0.5
         self.v_b = randn(heads, z.value, z.kv_rank, dtype=dtype) / z.kv_rank**0.5
         self.parts = part(self.k_b), part(self.v_b)
-        self.norm, self.table = 1 + 0.3 * randn(z.kv_rank), rope_table(ctx, z.turned, 1e4, device)
+        self.norm, self.table = 1 + 0.3 * randn(z.kv_rank), rope_table(ctx, z.qk_rope, 1e4, device)
         self.cache = randn(ctx, z.width, dtype=dtype)
         self.query, self.fresh = randn(1, heads * z.key), 2 * randn(1, z.width)
         self.position = torch.zeros(1, dtype=torch.int32, device="cuda")
@@ -64,7 +64,7 @@ class Layer:
         self.partial = nan(fast.partial_size(heads, z, self.splits, device))
 
     def striped(self) -> Tensor:
-        plain = self.heads * self.z.plain
+        plain = self.heads * self.z.qk_nope
         return torch.cat((stripe(self.query[0, :plain]), self.query[0, plain:])).contiguous()
 
     def decode(self, pdl: bool = False) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from offmoe.kernels import kv as naive_kv
 from offmoe.kernels.attention import attention
 from offmoe.kernels.norm_rope import rms_norm, rope
-from offmoe.kernels.rope import Temper, rope_table
+from offmoe.kernels.rope import AttentionTemperature, rope_table
 from offmoe.kernels.striped import unstripe
 
 pytest.importorskip("triton")
@@ -45,7 +45,7 @@ class Case:
     sinks: bool = False
     chunked: bool = False
     value_norm: bool = False  # each head's value over its RMS
-    temper: bool = False  # queries are multiplied, by position
+    temperature: bool = False  # queries are multiplied, by position
 
     @property
     def width(self) -> int:
@@ -67,7 +67,7 @@ class Case:
         return 3 * randn(self.heads, seed=77) if self.sinks else None
 
     def tempers(self) -> Tensor | None:
-        return Temper(5, 0.5).table(self.ctx, DEVICE) if self.temper else None
+        return AttentionTemperature(5, 0.5).table(self.ctx, DEVICE) if self.temperature else None
 
     def ring(self, cache: Tensor | None, filled: int) -> Tensor | None:
         """[…, ctx, …] → what is left of it in a ring, on its third dimension or its second."""
@@ -151,7 +151,7 @@ def decode(case: Case, qkv: Tensor, here: int, splits: int, split_size: int, **o
         q_norm=q_norm, k_norm=k_norm, norm_full=case.norm == "full", norm_after=case.norm == "after",
         clip=case.clip, eps=case.eps, scale=case.scale,
         splits=splits, split_size=split_size, scales=scales, window=case.window, chunked=case.chunked,
-        sinks=case.sink_logits(), temper=case.tempers(), value_norm=case.value_norm, **options,
+        sinks=case.sink_logits(), temperature=case.tempers(), value_norm=case.value_norm, **options,
     )  # fmt: skip
     assert not tickets.any(), "tickets are not back at 0"
     spot = here % keys.shape[1]
@@ -174,7 +174,7 @@ CASES = {
     "ring of int8": Case(window=30, room=48, int8=True, ctx=200),
     "window as wide as its ring": Case(window=32, room=32, sinks=True, dtype=F16, ctx=200),
     "chunk": Case(window=9, chunked=True),
-    "chunk in a ring, tempered": Case(window=30, room=48, chunked=True, temper=True, norm="none", ctx=200),
+    "chunk in a ring, tempered": Case(window=30, room=48, chunked=True, temperature=True, norm="none", ctx=200),
     "values normed, unscaled": Case(value_norm=True, scale=1.0, window=9),
     "values normed, unscaled, int8": Case(value_norm=True, scale=1.0, kv_heads=1, dim=32, int8=True),
     "int8": Case(int8=True),

@@ -62,11 +62,11 @@ CASES = {
 def test_one_token_is_the_twins(name: str, here: int, splits: int) -> None:
     case, z, heads = CASES[name], CASES[name].z, CASES[name].heads
     (k_b, k_part), (v_b, v_part) = (
-        case.part(heads, z.kv_rank, z.plain, seed=1),
+        case.part(heads, z.kv_rank, z.qk_nope, seed=1),
         case.part(heads, z.value, z.kv_rank, seed=2),
     )
     query, fresh = randn(1, heads * z.key, seed=3 + here), 2 * randn(1, z.width, seed=4 + here)
-    norm, table = 1 + 0.3 * randn(z.kv_rank, seed=5), rope_table(CTX, z.turned, 1e4, CPU)
+    norm, table = 1 + 0.3 * randn(z.kv_rank, seed=5), rope_table(CTX, z.qk_rope, 1e4, CPU)
     cache, position = randn(CTX, z.width, seed=6).to(case.dtype), torch.tensor([here])
     cache[here:] = torch.nan
     plain, turned, row = positioned(query, fresh, norm, table, position, heads, z)
@@ -75,7 +75,7 @@ def test_one_token_is_the_twins(name: str, here: int, splits: int) -> None:
 
     mixed, absorbed = torch.full((heads * z.value,), torch.nan), torch.full((heads * z.kv_rank,), torch.nan)
     partial = torch.full((fast.partial_size(heads, z, splits, CPU),), torch.nan)
-    given = torch.cat((stripe(query[0, : heads * z.plain]), query[0, heads * z.plain :]))
+    given = torch.cat((stripe(query[0, : heads * z.qk_nope]), query[0, heads * z.qk_nope :]))
     fast.decode_latents(
         given, fresh[0], cache, position, table, norm, k_part, v_part, mixed, absorbed, partial, heads=heads, latent=z,
         scale=SCALE, splits=splits, split_size=16, block=16,
@@ -89,12 +89,12 @@ def test_one_token_is_the_twins(name: str, here: int, splits: int) -> None:
 def test_nothing_is_written_behind_the_context() -> None:
     """At position ctx (a step launched past the end)."""
     case, z = Case(), Case().z
-    (_, k_part), (_, v_part) = case.part(4, z.kv_rank, z.plain, seed=1), case.part(4, z.value, z.kv_rank, seed=2)
+    (_, k_part), (_, v_part) = case.part(4, z.kv_rank, z.qk_nope, seed=1), case.part(4, z.value, z.kv_rank, seed=2)
     cache = randn(2 * CTX, z.width, seed=6)
     before = cache.clone()
     fast.decode_latents(
         randn(4 * z.key, seed=1), randn(z.width, seed=2), cache[:CTX], torch.tensor([CTX]),
-        rope_table(CTX, z.turned, 1e4, CPU), torch.ones(z.kv_rank), k_part, v_part, torch.zeros(4 * z.value),
+        rope_table(CTX, z.qk_rope, 1e4, CPU), torch.ones(z.kv_rank), k_part, v_part, torch.zeros(4 * z.value),
         torch.zeros(4 * z.kv_rank), torch.zeros(fast.partial_size(4, z, 2, CPU)), heads=4, latent=z, scale=1.0,
         splits=2, split_size=32,
     )  # fmt: skip
@@ -104,7 +104,7 @@ def test_nothing_is_written_behind_the_context() -> None:
 def test_absorbed_and_expanded_attention_agree() -> None:
     """The latents' space is only another order of products."""
     z, heads, tokens = Latent(0, 64, 32, 16, 24), 4, 9
-    k_b, v_b = randn(heads, z.kv_rank, z.plain, seed=1), randn(heads, z.value, z.kv_rank, seed=2)
+    k_b, v_b = randn(heads, z.kv_rank, z.qk_nope, seed=1), randn(heads, z.value, z.kv_rank, seed=2)
     plain, turned, cache = (
         randn(*s, seed=i) for i, s in enumerate(((tokens, heads, 32), (tokens, heads, 16), (12, 80)))
     )

@@ -95,7 +95,7 @@ def test_experts_of_floats_that_lie_column_by_column_are_turned_as_they_are_read
     path, answers = saved("gpt_oss", tmp_path, fused=True), []
     for vram, ram in (("100%", "64MiB"), ("51%", 0)):
         with Engine(open_model(path), Settings.of(device="cpu", ctx=64, vram=vram, ram=ram)) as engine:
-            assert engine.model.lying(0)
+            assert engine.model.transposed(0)
             list(engine.generate(IDS, temperature=0.0, max_tokens=16))
             answers.append(engine.answer_tokens)
     assert answers[0] == answers[1]

@@ -31,7 +31,7 @@ def engine_of(path: Path, **settings: object) -> Engine:
 
 def decoded(engine: Engine, ids: list[int], prompt: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits after each of ids[prompt - 1:], the rest decoded one by one; and every router's weights [T, E]."""
-    routed: list[list[torch.Tensor]] = [[] for _ in range(engine.config.places)]
+    routed: list[list[torch.Tensor]] = [[] for _ in range(engine.config.moe_layers)]
 
     def heard(place: int, experts: np.ndarray, weights: torch.Tensor) -> None:
         routed[place].append(spread(torch.from_numpy(experts), weights, engine.config.experts))

@@ -40,7 +40,7 @@ def test_every_record_lies_where_its_tensors_do(shape: str, weights: str, tmp_pa
     assert len(model.checkpoint.files) > 3
     each, config = tensors_of(tmp_path / "model"), model.config
     seen: set[tuple[int, int]] = set()
-    for place in range(config.places):
+    for place in range(config.moe_layers):
         for expert in range(config.experts):
             ranges = model.ranges(place, expert)
             assert sum(r.nbytes for r in ranges) == RECORDS[shape, weights]

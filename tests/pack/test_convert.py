@@ -55,7 +55,7 @@ def expected(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """What the GGUF should hold, by GGUF names, in float32."""
     model = described(checkpoint)
     tensors: dict[str, torch.Tensor] = {}
-    for layer in model.config.keyless if model.config.delta else ():
+    for layer in model.config.recurrent if model.config.delta else ():
         tensors |= deltanet(checkpoint, model.config, layer, model.family.tiled_gguf)
     z, heads = model.config.latent, model.config.heads
     for role, layer, shape in trunk_roles(model.config, split=True):
@@ -64,8 +64,8 @@ def expected(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
             assert info is not None
             value = checkpoint.tensor(info.name)
             if role in ("k_b", "v_b"):
-                both = value.view(heads, z.plain + z.value, z.kv_rank)
-                value = both[:, : z.plain].transpose(1, 2) if role == "k_b" else both[:, z.plain :]
+                both = value.view(heads, z.qk_nope + z.value, z.kv_rank)
+                value = both[:, : z.qk_nope].transpose(1, 2) if role == "k_b" else both[:, z.qk_nope :]
             value = value.reshape(shape)
             if role in ("q", "k") and model.family.interleaved_gguf:
                 value = interleaved(value, model.config.heads if role == "q" else model.config.kv_heads)

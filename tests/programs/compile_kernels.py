@@ -311,13 +311,13 @@ def llama4(pdl: bool) -> None:
     """Of Scout: chunks of attention, tempered queries of layers that rotate nothing, weights that come before."""
     heads, kv_heads, dim, ctx, splits = 40, 8, 128, 16384, 16
     keys, ones = torch.zeros((kv_heads, 9216, dim), dtype=torch.bfloat16), floats(dim)
-    for window, turned, norm, temper in ((8192, dim, ones, None), (0, 2, None, floats(ctx))):
+    for window, turned, norm, temperature in ((8192, dim, ones, None), (0, 2, None, floats(ctx))):
         kept = keys if window else torch.zeros((kv_heads, ctx, dim), dtype=torch.bfloat16)
         decode_attention(
             floats((heads + 2 * kv_heads) * dim), kept, kept, ints(1), floats(2, ctx, turned), floats(heads * dim),
             floats(partial_size(heads, dim, splits)), ints(kv_heads), heads=heads, kv_heads=kv_heads, head_dim=dim,
             q_norm=norm, k_norm=norm, norm_full=False, norm_after=True, clip=None, eps=1e-5, splits=splits,
-            window=window, chunked=True, temper=temper, pdl=pdl,
+            window=window, chunked=True, temperature=temperature, pdl=pdl,
         )  # fmt: skip
     prefill_attention(torch.zeros((64, heads, dim), dtype=torch.bfloat16), keys, keys, 8190, window=8192, chunked=True)
     layout = slot_layout(RecordLayout.of(("gate_up", "Q4_K", 2 * F, H), ("down", "Q4_K", H, F)))
@@ -329,11 +329,11 @@ def llama4(pdl: bool) -> None:
 def latents(pdl: bool, heads: int, z: Latent, fmt: str) -> None:
     ctx, splits = 4096, 32
     parts = []
-    for rows, cols in ((heads * z.kv_rank, z.plain), (heads * z.value, z.kv_rank)):
+    for rows, cols in ((heads * z.kv_rank, z.qk_nope), (heads * z.value, z.kv_rank)):
         form = matrix(fmt, rows, cols)
         parts.append((ints(form.nbytes, dtype=torch.uint8), form))
     decode_latents(
-        floats(heads * z.key), floats(z.width), floats(ctx, z.width).bfloat16(), ints(1), floats(2, ctx, z.turned),
+        floats(heads * z.key), floats(z.width), floats(ctx, z.width).bfloat16(), ints(1), floats(2, ctx, z.qk_rope),
         floats(z.kv_rank), *parts, floats(heads * z.value), floats(heads * z.kv_rank),
         floats(heads * (splits * (z.kv_rank + 2) + 132 * z.kv_rank)), heads=heads, latent=z, scale=0.1, splits=splits,
         pdl=pdl,

@@ -132,7 +132,7 @@ def test_the_plan_counts_the_states(engine: Engine) -> None:
     assert held is not None
     mine = held.memory.nbytes + held.recent.nbytes
     assert engine.plan.state_bytes == mine
-    copies = sum(copy.memory.nbytes + copy.recent.nbytes for copy in held._copies)
+    copies = sum(copy.memory.nbytes + copy.recent.nbytes for copy in held._snapshots)
     assert mine + copies == states.STATES * mine
     assert engine.plan.kv_bytes == sum(tensor.nbytes for tensor in (*kv._keys, *kv._values))
     assert [layer for layer, keys in enumerate(kv._keys) if keys.numel()] == list(engine.config.attended)

@@ -218,7 +218,7 @@ class Runs:
     def __init__(self, engine: Engine, probe: Probe) -> None:
         self.engine, self.probe = engine, probe
         config = engine.config
-        self.simulator = Simulator(engine.plan, config.places, config.experts)
+        self.simulator = Simulator(engine.plan, config.moe_layers, config.experts)
         self.steps = self.prompts = 0
         self.counted: list[int] = []  # sequences of the trace
         self._sequences = 0  # of the trace so far
@@ -257,7 +257,7 @@ class Runs:
         engine, plan = self.engine, self.engine.plan
         config, stats = engine.config, engine.stats()
         mean = {name: value / self.steps for name, value in self._sums.items()}
-        routed = config.places * config.top_k
+        routed = config.moe_layers * config.top_k
         hits = np.sum([simulated.hits for _, simulated in self._pairs], axis=0)
         simulated = None if plan.prefetch != NONE else float(hits.sum()) / (routed * self.steps)
         seen = self.probe.sees_steps

@@ -45,7 +45,7 @@ class Probe:
         self.sees_steps = engine.plan.device.type == "cpu"
         self._seconds = {part: 0.0 for part, _, _ in self.PARTS}
         self._missed: list[Ints] = []
-        self._hits = np.zeros(engine.config.places, np.int64)
+        self._hits = np.zeros(engine.config.moe_layers, np.int64)
         self._undo = ExitStack()
 
     def __enter__(self) -> Probe:

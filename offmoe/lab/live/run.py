@@ -94,16 +94,17 @@ def measured(bench: Bench, sweep: Sweep, folder: Folder, tokens: int) -> Results
 def predictors(bench: Bench, results: Results, folder: Folder, about: dict[str, Any]) -> Predictions | None:
     """At the smallest budget that leaves room to fetch ahead; None where none does."""
     config, found = bench.model.config, summaries(results)
-    roomy = [s for s in found if config.top_k + 1 < s.slots // config.places < config.experts]
+    roomy = [s for s in found if config.top_k + 1 < s.slots // config.moe_layers < config.experts]
     if not roomy:
         return None
     own = min(roomy, key=lambda summary: summary.slots)
     pace = Pace(
-        about["record_bytes"] / about["bandwidths"]["link"], min(m.floor_ms for m in own.rounds) / 1e3 / config.places
+        about["record_bytes"] / about["bandwidths"]["link"],
+        min(m.floor_ms for m in own.rounds) / 1e3 / config.moe_layers,
     )
     with progress_bar("predictors") as progress:
         trace = bench.states(replace(own.configuration, prefetch=NONE), min(about["tokens"], STATES))
-        of = predictions(trace, own.configuration.policy, own.slots // config.places, about["scope"], pace,
+        of = predictions(trace, own.configuration.policy, own.slots // config.moe_layers, about["scope"], pace,
                          lambda done, total: progress("predictors", done, total))  # fmt: skip
     predicted = Predictions(own.configuration.budget, own.configuration.policy, len(trace.experts), tuple(of))
     keep(folder, predicted)

@@ -77,7 +77,7 @@ class Recorder:
         self.answers: list[Answer] = []
         config = engine.config
         self.dtype = np.uint8 if config.experts < 256 else np.uint16
-        self._last = config.places - 1
+        self._last = config.moe_layers - 1
         self._pass: Pass = [], []
         self._on_cpu = engine.plan.device.type == "cpu"
         self._states: list[Tensor] = []
@@ -180,7 +180,7 @@ class Recorder:
         config, plan = self.engine.config, self.engine.plan
         return {
             "model": self.engine.model.checkpoint.path.stem,
-            "layers": config.places,
+            "layers": config.moe_layers,
             "experts": config.experts,
             "top_k": config.top_k,
             "chunk": plan.chunk,

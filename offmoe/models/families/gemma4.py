@@ -11,9 +11,9 @@ from offmoe.kernels.feed_forward import GELU
 from offmoe.kernels.rope import PROPORTIONAL, Scaling
 from offmoe.kernels.route import Rule
 from offmoe.models.config import Heads, ModelConfig
-from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family, beside_vision, experts_apart
+from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family, experts_apart, with_vision
 from offmoe.models.fields import count, number, text_fields
-from offmoe.models.keyless import FULL
+from offmoe.models.recurrent import FULL
 from offmoe.models.rope import GGUF_FACTORS
 from offmoe.models.shared_fields import SLIDING, sliding_windows
 
@@ -71,16 +71,16 @@ def factored(rope: Mapping[str, Any], factors: list[float]) -> dict[str, Any]:
 
 
 def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    far, heads, hidden = raw["far_rope"], count(raw, "num_attention_heads"), count(raw, "hidden_size")
+    full_attention, heads, hidden = raw["far_rope"], count(raw, "num_attention_heads"), count(raw, "hidden_size")
     windows = sliding_windows(raw, layers, [SLIDING if (layer + 1) % 6 else FULL for layer in range(layers)])
     width = far_field(raw, "head_dim") or count(raw, "global_head_dim", default=512)
     kept = far_field(raw, "num_key_value_heads") or count(
         raw, "num_global_key_value_heads", "num_key_value_heads", default=heads
     )
-    scaling = Scaling(PROPORTIONAL, share=number(far, "partial_rotary_factor", 1.0))
+    scaling = Scaling(PROPORTIONAL, share=number(full_attention, "partial_rotary_factor", 1.0))
     return {
         "windows": windows,
-        "far": Heads(heads, kept, width, width, number(far, "rope_theta", 1_000_000.0), scaling),
+        "full_attention": Heads(heads, kept, width, width, number(full_attention, "rope_theta", 1_000_000.0), scaling),
         "embed_scale": hidden**0.5,
         "attention_scale": 1.0,
         "value_norm": True,
@@ -124,20 +124,20 @@ def gguf_fields(key: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
-    near, far = [bool(config.window(layer)) for layer in range(config.layers)], config.far
-    assert far
+    near, full_attention = [bool(config.window(layer)) for layer in range(config.layers)], config.full_attention
+    assert full_attention
     return {
-        "attention.head_count_kv": [config.kv_heads if one else far.kv_heads for one in near],
-        "attention.key_length": far.head_dim,
-        "attention.value_length": far.head_dim,
+        "attention.head_count_kv": [config.kv_heads if one else full_attention.kv_heads for one in near],
+        "attention.key_length": full_attention.head_dim,
+        "attention.value_length": full_attention.head_dim,
         "attention.key_length_swa": config.head_dim,
         "attention.value_length_swa": config.head_dim,
         "attention.sliding_window": max(config.windows),
         "attention.sliding_window_pattern": near,
         "attention.shared_kv_layers": 0,
-        "rope.dimension_count": far.rotary,
+        "rope.dimension_count": full_attention.rotary,
         "rope.dimension_count_swa": config.rotary,
-        "rope.freq_base": far.rope_theta,
+        "rope.freq_base": full_attention.rope_theta,
         "rope.freq_base_swa": config.rope_theta,
         "feed_forward_length": config.shared_hidden,
         "embedding_length_per_layer_input": 0,
@@ -151,7 +151,7 @@ FAMILY = Family(
     published="Gemma-4-26B-A4B",
     qk_norm="head",
     renormalise=True,
-    names=beside_vision({**HF_NAMES, **{role: tuple(LAYER + name for name in own) for role, own in NAMES.items()}}),
+    names=with_vision({**HF_NAMES, **{role: tuple(LAYER + name for name in own) for role, own in NAMES.items()}}),
     gguf_names={
         **GGUF_NAMES,
         "v": ("blk.{l}.attn_v.weight", "blk.{l}.attn_k.weight"),

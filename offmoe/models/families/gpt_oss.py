@@ -11,7 +11,7 @@ from offmoe.kernels.route import Rule
 from offmoe.models.config import ModelConfig
 from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family
 from offmoe.models.fields import flag, number
-from offmoe.models.keyless import FULL
+from offmoe.models.recurrent import FULL
 from offmoe.models.rope import rope_parameters, scaling_of
 from offmoe.models.shared_fields import SLIDING, sliding_windows
 

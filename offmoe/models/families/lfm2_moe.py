@@ -12,7 +12,7 @@ from offmoe.kernels.shortconv import ShortConv
 from offmoe.models.config import ModelConfig
 from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family
 from offmoe.models.fields import count, flag, number
-from offmoe.models.keyless import FULL, keyless_layers
+from offmoe.models.recurrent import FULL, recurrent_layers
 from offmoe.models.shared_fields import first_dense
 
 CONV = "conv"  # a kind of layer
@@ -43,7 +43,7 @@ def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
         **first_dense(raw, layers),
         "rule": replace(rule, scores="sigmoid", biased=biased, scale=scale),
         "mixer": mixer,
-        "keyless": keyless_layers(raw.get("layer_types"), layers, CONV),
+        "recurrent": recurrent_layers(raw.get("layer_types"), layers, CONV),
     }
 
 
@@ -55,7 +55,7 @@ def gguf_keys(config: ModelConfig) -> dict[str, Any]:
             "sigmoid over all, renormalised"
         )
     assert config.mixer
-    kept = [0 if layer in config.keyless else config.kv_heads for layer in range(config.layers)]
+    kept = [0 if layer in config.recurrent else config.kv_heads for layer in range(config.layers)]
     return {"attention.head_count_kv": kept, "shortconv.l_cache": config.mixer.taps}
 
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from offmoe.checkpoint.base import shown
 from offmoe.errors import OffmoeError
-from offmoe.kernels.rope import Temper
+from offmoe.kernels.rope import AttentionTemperature
 from offmoe.kernels.route import Rule
 from offmoe.models.config import ModelConfig
 from offmoe.models.family import HF_NAMES, Family, experts_apart
 from offmoe.models.fields import count, flag, number, text_fields
-from offmoe.models.keyless import FULL
+from offmoe.models.recurrent import FULL
 
 CHUNKED = "chunked_attention"  # a kind of layer
-CHUNK, EVERY, TEMPER = 8192, 4, Temper(8192, 0.1)  # of the published models; llama.cpp has them fixed
+CHUNK, EVERY, TEMPER = 8192, 4, AttentionTemperature(8192, 0.1)  # of the published models; llama.cpp has them fixed
 UNNORMED = 128  # experts of the model whose heads are not normed: so llama.cpp tells it
 BLOCK = "model.layers.{l}.feed_forward"
 APART = experts_apart(BLOCK + ".experts")
@@ -62,8 +62,10 @@ def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
         "qk_norm": "unit" if flag(raw, "use_qk_norm", True) else "none",
         "windows": tuple(chunk if kind == CHUNKED else 0 for kind in kinds) if CHUNKED in kinds else (),
         "chunked": CHUNKED in kinds,
-        "unturned": tuple(layer for layer, turns in enumerate(turned) if not turns),
-        "temper": Temper(count(raw, "floor_scale", default=TEMPER.floor), number(raw, "attn_scale", TEMPER.scale))
+        "no_rope": tuple(layer for layer, turns in enumerate(turned) if not turns),
+        "attention_temperature": AttentionTemperature(
+            count(raw, "floor_scale", default=TEMPER.floor), number(raw, "attn_scale", TEMPER.scale)
+        )
         if tempers else None,
     }  # fmt: skip
 
@@ -94,9 +96,9 @@ def gguf_keys(config: ModelConfig) -> dict[str, Any]:
     windows = tuple(0 if layer in still else CHUNK for layer in range(c.layers))
     step = c.routed[0] + 1
     said = {
-        "no_rope_layers": c.unturned == still,
+        "no_rope_layers": c.no_rope == still,
         "attention_chunk_size": (c.windows or (0,) * c.layers) == windows,
-        "attn_temperature_tuning": c.temper == TEMPER or not still,
+        "attn_temperature_tuning": c.attention_temperature == TEMPER or not still,
         "use_qk_norm": (c.qk_norm == "unit") == (c.experts != UNNORMED),
         "moe_layers": c.routed == tuple(range(step - 1, c.layers, step)),
     }

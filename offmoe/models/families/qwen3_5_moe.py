@@ -5,7 +5,7 @@ from typing import Any
 
 from offmoe.models.config import ModelConfig
 from offmoe.models.families import qwen3_next
-from offmoe.models.family import HF_NAMES, beside_vision
+from offmoe.models.family import HF_NAMES, with_vision
 from offmoe.models.fields import text_fields
 
 
@@ -19,7 +19,7 @@ FAMILY = qwen3_next.sibling(
     model_type="qwen3_5_moe",
     arch="qwen35moe",
     published="Qwen3.6-35B-A3B",
-    names=beside_vision(HF_NAMES),
+    names=with_vision(HF_NAMES),
     gguf_names=qwen3_next.GGUF,
     gguf_keys=gguf_keys,
     tiled_gguf=True,

@@ -15,7 +15,7 @@ from offmoe.kernels.route import Rule
 from offmoe.models.config import ModelConfig
 from offmoe.models.family import GGUF_NAMES, Family
 from offmoe.models.fields import count
-from offmoe.models.keyless import FULL, keyless_layers
+from offmoe.models.recurrent import FULL, recurrent_layers
 from offmoe.models.shared_fields import sparse_layers
 
 LINEAR = "linear_attention"  # a kind of layer
@@ -44,7 +44,7 @@ def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
         "shared_gated": True,
         "output_gated": True,
         "mixer": delta,
-        "keyless": linear_layers(raw, layers),
+        "recurrent": linear_layers(raw, layers),
     }
 
 
@@ -53,7 +53,7 @@ def linear_layers(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     kinds, every = raw.get("layer_types"), count(raw, "full_attention_interval", default=4)
     if kinds is None:
         kinds = [LINEAR if (layer + 1) % every else FULL for layer in range(layers)]
-    return keyless_layers(kinds, layers, LINEAR)
+    return recurrent_layers(kinds, layers, LINEAR)
 
 
 def from_one(weight: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def below_zero(logarithm: Tensor) -> Tensor:
 
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
     """Raises OffmoeError where the layers with keys are not every so many."""
-    d, linear = config.delta, config.keyless
+    d, linear = config.delta, config.recurrent
     assert d
     every = linear_every(config)
     if every is None:

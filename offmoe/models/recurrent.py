@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FULL = "full_attention"  # the kind of all other layers beside them
 
 
-def keyless_layers(kinds: Any, layers: int, kind: str) -> tuple[int, ...]:
+def recurrent_layers(kinds: Any, layers: int, kind: str) -> tuple[int, ...]:
     """The layers that a config's list of kinds says are of this one."""
     if not isinstance(kinds, list) or len(kinds) != layers or not all(each in (FULL, kind) for each in kinds):
         raise OffmoeError(f"layer_types is {shown(kinds)}: expected {layers} times {kind} or {FULL}")

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
-Turn = Callable[[Bytes, str], Bytes]
+ToRowMajor = Callable[[Bytes, str], Bytes]
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # by itemsize
 
 
@@ -28,11 +28,11 @@ class Columns:
     itemsize: int
 
     def __call__(self, raw: Bytes, name: str) -> Bytes:
-        return turned(raw.view(WORDS[self.itemsize]).reshape(self.cols, self.rows)).view(np.uint8).ravel()
+        return transpose(raw.view(WORDS[self.itemsize]).reshape(self.cols, self.rows)).view(np.uint8).ravel()
 
 
-def turned(matrix: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
+def transpose(matrix: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
     """[n, m] → [m, n], contiguous; torch's copy is up to twice as fast as NumPy's."""
     signed = torch.from_numpy(matrix.view(f"i{matrix.itemsize}"))  # torch has few unsigned types
-    turned: NDArray[np.unsignedinteger] = signed.t().contiguous().numpy().view(matrix.dtype)
-    return turned
+    transpose: NDArray[np.unsignedinteger] = signed.t().contiguous().numpy().view(matrix.dtype)
+    return transpose
