@@ -15,7 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.formats import FORMATS
-from offmoe.kernels.gpu.page_in import FIELDS, Copies, check, copy_part, described, merged, room_of, step_of
+from offmoe.kernels.gpu.page_in import (
+    BLOCKS,
+    CHUNK_BLOCKS,
+    FIELDS,
+    Copies,
+    check,
+    copy_part,
+    described,
+    merged,
+    room_of,
+    step_of,
+)
 from offmoe.kernels.planes import PLANES, Matrix, Run, SlotLayout
 
 MOVER_CHUNK = 2048  # bytes that a warp brings before it multiplies them
@@ -37,16 +48,16 @@ def bring_rows(source, record, stage, first, end, ROWS: tl.constexpr, INNER: tl.
 @triton.jit
 def bring_strip(source, record, stage, first, end, ROWS: tl.constexpr, INNER: tl.constexpr, RUNS: tl.constexpr,
                 AT: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    BLOCKS: tl.constexpr = RUNS[AT + 3]
+    TOTAL: tl.constexpr = RUNS[AT + BLOCKS]
     if TILE == 1:
-        EACH: tl.constexpr = BLOCKS * ROWS // INNER
+        EACH: tl.constexpr = TOTAL * ROWS // INNER
         begin, last = first // ROWS * EACH, tl.cdiv(end, ROWS) * EACH
     else:  # whole words of 16 bytes; a row of tiles may begin within a block
         DEEP: tl.constexpr = tl.cdiv(INNER, TILE)
-        begin, last = first // TILE * BLOCKS // DEEP // 4 * 4, tl.cdiv(tl.cdiv(end, TILE) * BLOCKS, DEEP * 4) * 4
-    last = tl.minimum(last, BLOCKS)
-    for block in range(begin, last, RUNS[AT + 5]):
-        copy_part(source, record, stage, block, tl.minimum(RUNS[AT + 5], last - block), RUNS, AT, CHUNK)
+        begin, last = first // TILE * TOTAL // DEEP // 4 * 4, tl.cdiv(tl.cdiv(end, TILE) * TOTAL, DEEP * 4) * 4
+    last = tl.minimum(last, TOTAL)
+    for block in range(begin, last, RUNS[AT + CHUNK_BLOCKS]):
+        copy_part(source, record, stage, block, tl.minimum(RUNS[AT + CHUNK_BLOCKS], last - block), RUNS, AT, CHUNK)
 
 
 @dataclass(frozen=True)

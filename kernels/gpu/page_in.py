@@ -30,6 +30,13 @@ CHUNK, WARPS = 1024, 8  # bytes that a warp has under way, 32 a lane; warps of a
 # the bytes share a record of 2.65 MB less evenly, in 11 rounds, the last for two of them: 60 µs where these take 55.
 PROGRAMS = 33
 UNDER_WAY = PROGRAMS * WARPS * CHUNK
+# Fields of a run in the flat tuple RUNS that kernels take (`described`): run r begins at AT = 1 + r · FIELDS. Flat,
+# because Triton 3.6 takes an element out of a constexpr tuple, but not an element of an element.
+FIRST_CHUNK, CHUNKS = tl.constexpr(0), tl.constexpr(1)  # the run's chunks, counted over all runs
+SOURCE = tl.constexpr(2)  # byte of the record at which the run begins
+BLOCKS, BLOCK_BYTES, CHUNK_BLOCKS = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)  # CHUNK_BLOCKS: blocks per chunk
+# Of each of up to four planes: its bytes in a block (0: no such plane), and the byte of the slot at which it begins.
+PLANE_BYTES, PLANE_START, PLANE_FIELDS = tl.constexpr(6), tl.constexpr(7), tl.constexpr(2)
 FIELDS = tl.constexpr(14)
 
 
@@ -74,15 +81,21 @@ def copy_words(source, target, start, nbytes, CHUNK: tl.constexpr):
     tl.store(words_at(target) + at, tl.load(words_at(source) + at, mask=inside, other=0), mask=inside)
 
 
+@triton.constexpr_function
+def plane_offset(runs, at, plane):
+    """Byte of a block at which `plane` begins: the planes before it, in the order of the file."""
+    return sum(runs[at + PLANE_BYTES + before * PLANE_FIELDS] for before in range(plane))
+
+
 @triton.jit
 def gather_plane(stage, skip, target, first, count, RUNS: tl.constexpr, AT: tl.constexpr, PLANE: tl.constexpr,
                  STEP: tl.constexpr):  # fmt: skip
     """A plane's bytes of `count` staged blocks, of which the run's `first` is the first, into the slot at `target`."""
-    BYTES: tl.constexpr = RUNS[AT + 4]
-    SIZE: tl.constexpr = RUNS[AT + 6 + PLANE * 2]
-    FIRST: tl.constexpr = (PLANE > 0) * RUNS[AT + 6] + (PLANE > 1) * RUNS[AT + 8] + (PLANE > 2) * RUNS[AT + 10]
-    WORDS: tl.constexpr = RUNS[AT + 5] * SIZE // 4
-    place = target + first * SIZE + RUNS[AT + 7 + PLANE * 2]
+    BYTES: tl.constexpr = RUNS[AT + BLOCK_BYTES]
+    SIZE: tl.constexpr = RUNS[AT + PLANE_BYTES + PLANE * PLANE_FIELDS]
+    FIRST: tl.constexpr = plane_offset(RUNS, AT, PLANE)
+    WORDS: tl.constexpr = RUNS[AT + CHUNK_BLOCKS] * SIZE // 4
+    place = target + first * SIZE + RUNS[AT + PLANE_START + PLANE * PLANE_FIELDS]
     for start in tl.static_range(0, WORDS, STEP):
         word = start + tl.arange(0, STEP)
         inside = word < tl.minimum(whole(count * SIZE), WORDS)
@@ -104,7 +117,7 @@ def gather_plane(stage, skip, target, first, count, RUNS: tl.constexpr, AT: tl.c
 @triton.jit
 def copy_blocks(source, target, stage, first, count, RUNS: tl.constexpr, AT: tl.constexpr, CHUNK: tl.constexpr):
     """`count` blocks of a run that is taken apart, from `first` on; `target` is the slot's address."""
-    BYTES: tl.constexpr = RUNS[AT + 4]
+    BYTES: tl.constexpr = RUNS[AT + BLOCK_BYTES]
     address = source + first * BYTES
     skip = (address % 16).to(tl.int32)
     word = tl.arange(0, CHUNK // 4)
@@ -113,7 +126,7 @@ def copy_blocks(source, target, stage, first, count, RUNS: tl.constexpr, AT: tl.
     tl.store(words_at(stage) + word, words)
     tl.debug_barrier()
     for plane in tl.static_range(4):
-        if RUNS[AT + 6 + plane * 2] > 0:
+        if RUNS[AT + PLANE_BYTES + plane * PLANE_FIELDS] > 0:
             gather_plane(stage, skip, target, first, count, RUNS, AT, plane, CHUNK // 16)
 
 
@@ -121,20 +134,31 @@ def copy_blocks(source, target, stage, first, count, RUNS: tl.constexpr, AT: tl.
 def copy_part(source, target, stage, first, count, RUNS: tl.constexpr, AT: tl.constexpr, CHUNK: tl.constexpr):
     """`count` blocks, a chunk's at most, from `first` on of the run whose numbers begin at AT: out of the record at
     address `source` into the slot at `target`."""
-    if RUNS[AT + 8] > 0:
-        copy_blocks(source + RUNS[AT + 2], target, stage, first, count, RUNS, AT, CHUNK)
+    if RUNS[AT + PLANE_BYTES + PLANE_FIELDS] > 0:  # a second plane: blocks are taken apart
+        copy_blocks(source + RUNS[AT + SOURCE], target, stage, first, count, RUNS, AT, CHUNK)
     else:
-        at = source.to(tl.pointer_type(tl.uint8)) + RUNS[AT + 2]
-        copy_words(at, target + RUNS[AT + 7], first * RUNS[AT + 4], count * RUNS[AT + 4], CHUNK)
+        at = source.to(tl.pointer_type(tl.uint8)) + RUNS[AT + SOURCE]
+        copy_words(
+            at, target + RUNS[AT + PLANE_START], first * RUNS[AT + BLOCK_BYTES], count * RUNS[AT + BLOCK_BYTES], CHUNK
+        )
 
 
 @triton.jit
 def copy_chunk(source, target, stage, chunk, RUNS: tl.constexpr, AT: tl.constexpr, CHUNK: tl.constexpr):
     """One chunk, if it is of the run whose numbers begin at AT."""
-    mine = chunk - RUNS[AT]
-    if (mine >= 0) & (mine < RUNS[AT + 1]):
-        first = mine * RUNS[AT + 5]
-        copy_part(source, target, stage, first, tl.minimum(RUNS[AT + 5], RUNS[AT + 3] - first), RUNS, AT, CHUNK)
+    mine = chunk - RUNS[AT + FIRST_CHUNK]
+    if (mine >= 0) & (mine < RUNS[AT + CHUNKS]):
+        first = mine * RUNS[AT + CHUNK_BLOCKS]
+        copy_part(
+            source,
+            target,
+            stage,
+            first,
+            tl.minimum(RUNS[AT + CHUNK_BLOCKS], RUNS[AT + BLOCKS] - first),
+            RUNS,
+            AT,
+            CHUNK,
+        )
 
 
 @triton.jit
@@ -217,11 +241,7 @@ def merged(runs: tuple[Run, ...]) -> tuple[Run, ...]:
 
 @cache
 def described(runs: tuple[Run, ...], chunk: int) -> tuple[int, ...]:
-    """Chunks in all, then FIELDS numbers a run: its first chunk, its chunks, the byte of a record where it begins, its
-    blocks, a block's bytes, blocks a chunk, and size in a block and place in a slot of each of four planes.
-
-    One flat tuple, since Triton takes an element out of a constant, but not an element's element.
-    """
+    """Return the constexpr RUNS of a launch: the number of chunks in all, then the FIELDS numbers of every run."""
     numbers, first = [], 0
     for run in runs:
         size, sizes = FORMATS[run.format].bytes, PLANES[run.format]

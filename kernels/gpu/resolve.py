@@ -10,7 +10,7 @@ says of all experts of the layer is read while the router multiplies (`look`); o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -133,6 +133,22 @@ def scratch_size(slots: int, count: int) -> int:
     return 1 + triton.cdiv(slots, PART) * count
 
 
+class Seen(NamedTuple):
+    """What `look` read: vectors over the layer's experts [EP], the candidates [CP] and the fetched slots [KP]."""
+
+    slot: Any  # [EP] of the expert, -1: absent
+    state: Any  # [EP] 0 absent, 1 resident, 2 resident by an unused prefetch, 3 arriving
+    value: Any  # [EP] the policy's value after a use
+    candidate: Any  # [CP] slot, -1: cannot be evicted
+    old: Any  # [CP] record in the candidate's slot, -1: free
+    unused: Any  # [CP] 1 where that record was prefetched and has not been used
+    fetched: Any  # [KP] slots prefetched for this event, -1 padded
+    now: Any  # the token
+    event: Any  # the number of this event
+    counts: Any  # [COUNTED] the step's counters
+    running: Any  # whether status is RUN
+
+
 @triton.jit
 def look(
     first_record, experts, slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock, candidate_row,
@@ -178,7 +194,7 @@ def look(
         value = value * 0 + event
     else:
         value += 1
-    return slot, state, value, candidate, old, unused, fetched, now, event, counts, running
+    return Seen(slot, state, value, candidate, old, unused, fetched, now, event, counts, running)
 
 
 @triton.jit
@@ -194,35 +210,34 @@ def resolve(
     All are classified before any is admitted. Misses by ascending record take the candidates in turn that nobody asks
     for. Outputs are in the router's order, the miss list by ascending record.
     """
-    slot, state, value, candidate, old, unused, fetched, now, event, counts, running = seen
     e, c = tl.arange(0, EP), tl.arange(0, CP)
     record = first_record + e
     asked = rank < chosen
-    touched = asked & running
-    missed = touched & (state == 0)
-    here = asked & ((state == 1) | (state == 2))
+    touched = asked & seen.running
+    missed = touched & (seen.state == 0)
+    here = asked & ((seen.state == 1) | (seen.state == 2))
     # Four counts of at most 16 in one sum, a byte each.
-    word = here.to(tl.int32) | missed.to(tl.int32) << 8 | (state == 2).to(tl.int32) << 16
-    total = tl.sum(tl.where(touched, word | (state == 3).to(tl.int32) << 24, 0), 0)
+    word = here.to(tl.int32) | missed.to(tl.int32) << 8 | (seen.state == 2).to(tl.int32) << 16
+    total = tl.sum(tl.where(touched, word | (seen.state == 3).to(tl.int32) << 24, 0), 0)
     misses = total >> 8 & 255
     miss_rank = tl.cumsum(missed.to(tl.int32), 0) - 1
-    needed = tl.sum(((candidate[None, :] == slot[:, None]) & asked[:, None]).to(tl.int32), 0) > 0
-    usable = (candidate >= 0) & ~needed
+    needed = tl.sum(((seen.candidate[None, :] == seen.slot[:, None]) & asked[:, None]).to(tl.int32), 0) > 0
+    usable = (seen.candidate >= 0) & ~needed
     before = tl.sum((usable[:, None] & (c[:, None] < c[None, :])).to(tl.int32), 0)
     leaves = usable & (before < misses)
     match = leaves[:, None] & (before[:, None] == miss_rank[None, :])
-    new = tl.where(missed, tl.sum(tl.where(match, candidate[:, None], 0), 0), slot)
+    new = tl.where(missed, tl.sum(tl.where(match, seen.candidate[:, None], 0), 0), seen.slot)
 
-    tl.store(slot_of + old, old * 0 - 1, mask=leaves & (old >= 0))
-    tl.store(fresh + candidate, old * 0, mask=leaves)
+    tl.store(slot_of + seen.old, seen.old * 0 - 1, mask=leaves & (seen.old >= 0))
+    tl.store(fresh + seen.candidate, seen.old * 0, mask=leaves)
     tl.store(owner + new, record, mask=missed)
     tl.store(slot_of + record, new, mask=missed)
-    tl.store(a + record, value, mask=touched)
+    tl.store(a + record, seen.value, mask=touched)
     if KIND >= LFRU:
-        tl.store(b + record, record * 0 + now, mask=touched)
-    tl.store(fresh + slot, slot * 0, mask=touched & (state >= 2))
-    if PREFETCHED:  # from now on what was fetched for this event is like any other
-        tl.store(arriving + fetched, fetched * 0, mask=(fetched >= 0) & running)
+        tl.store(b + record, record * 0 + seen.now, mask=touched)
+    tl.store(fresh + seen.slot, seen.slot * 0, mask=touched & (seen.state >= 2))
+    if PREFETCHED:  # what was prefetched for this event is resident from now on
+        tl.store(arriving + seen.fetched, seen.fetched * 0, mask=(seen.fetched >= 0) & seen.running)
     tl.store(slots + rank, tl.maximum(new, 0), mask=asked)
     tl.store(hit + rank, here.to(tl.int32), mask=asked)
     if VARIES:
@@ -230,15 +245,16 @@ def resolve(
         empty = (j >= chosen) & (j < k)
         tl.store(slots + j, j * 0 - 1, mask=empty)
         tl.store(hit + j, j * 0 - 1, mask=empty)
-        tl.store(log + layer * k + j, j * 0 - 1, mask=empty & running)
+        tl.store(log + layer * k + j, j * 0 - 1, mask=empty & seen.running)
     tl.store(miss_count, misses)
     tl.store(miss_records + miss_rank, record, mask=missed)
     tl.store(miss_slots + miss_rank, new, mask=missed)
     tl.store(log + layer * k + rank, e, mask=touched)
-    if running:
-        tl.store(clock + 1, event)
+    if seen.running:
+        tl.store(clock + 1, seen.event)
         w = tl.arange(0, COUNTED)
-        wasted = tl.sum(tl.where(leaves & (old >= 0), unused, 0), 0)
+        wasted = tl.sum(tl.where(leaves & (seen.old >= 0), seen.unused, 0), 0)
+        counts = seen.counts
         counts += tl.where(w == HITS, total & 255, 0) + tl.where(w == COVERED, total >> 16 & 255, 0)
         counts += tl.where(w == LATE, total >> 24, 0) + tl.where(w == MISSES, misses, 0)
         counts += tl.where(w == WASTED, wasted, 0) + tl.where(w == UPLOADED, misses * units, 0)
