@@ -58,7 +58,7 @@ class Outcome:
         return int(np.count_nonzero(self.uploaded)) / len(self.hit)
 
     def between(self, start: int, stop: int | None = None) -> Outcome:
-        """Of these tokens alone."""
+        """Return the outcome of tokens start … stop alone."""
         some = slice(start, stop)
         return replace(self, asked=self.asked[some], hit=self.hit[some], uploaded=self.uploaded[some])
 

@@ -1,4 +1,4 @@
-"""Weight formats as they lie in files, and naive dequantisers, bit-exact against `gguf.quants`."""
+"""Weight formats of model files, and naive dequantisers, bit-exact against `gguf.quants`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ NIBBLES, CRUMBS, BITS = (0x0101010101010101 * ones for ones in (0xF, 0x3, 0x1))
 
 @dataclass(frozen=True)
 class Scales:
-    """What stands before all blocks of a matrix: scales, row by row, each of so many rows and columns of weights."""
+    """Scales that precede all blocks of a matrix, row by row, each for `rows` × `cols` weights."""
 
     rows: int
     cols: int  # 0: all of a row
     dtype: torch.dtype = torch.float32
 
     def count(self, rows: int, cols: int) -> tuple[int, int]:
-        """Of a [rows, cols] matrix: how many below one another, and beside."""
+        """Return the rows and columns of scales of a [rows, cols] matrix."""
         return -(-rows // self.rows), -(-cols // self.cols) if self.cols else 1
 
 
@@ -40,13 +40,13 @@ class Format:
     scales: Scales | None = None
 
     def nbytes(self, rows: int, cols: int) -> int:
-        """Bytes of a [rows, cols] matrix. Raises ValueError where cols is no multiple of `block`."""
+        """Return the bytes of a [rows, cols] matrix; ValueError if cols is not a multiple of `block`."""
         if cols % self.block:
             raise ValueError(f"a row of {cols} weights is no whole number of {self.name} blocks of {self.block}")
         return rows * (cols // self.block) * self.bytes + self.scales_nbytes(rows, cols)
 
     def scales_nbytes(self, rows: int, cols: int) -> int:
-        """Of what stands before the blocks."""
+        """Return the bytes of the scales that precede the blocks."""
         return self.scales.dtype.itemsize * math.prod(self.scales.count(rows, cols)) if self.scales else 0
 
     def lines(self, cols: int) -> tuple[int, ...]:
@@ -56,7 +56,7 @@ class Format:
 
     @property
     def tiled(self) -> bool:
-        """Rows share scales, and cannot be moved alone."""
+        """Whether rows share scales, so that a row cannot be moved alone."""
         return self.scales is not None and self.scales.rows > 1
 
 
@@ -84,26 +84,26 @@ def scales_of(raw: Tensor, form: Format, scales: Scales, rows: int, cols: int) -
 
 
 def together(raw: Tensor, form: Format) -> Tensor:
-    """Bytes [..., n * form.bytes] of a format that lies apart → blocks [..., n, form.bytes]."""
+    """Join planes [..., n * form.bytes] of a format that stores them apart into blocks [..., n, form.bytes]."""
     n = raw.shape[-1] // form.bytes
     planes = raw.split([n * size for size in form.apart], -1)
     return torch.cat([plane.unflatten(-1, (n, -1)) for plane in planes], -1)
 
 
 def taken_apart(blocks: Tensor, form: Format) -> Tensor:
-    """The way back."""
+    """Split blocks into planes, the inverse of `together`."""
     return torch.cat([plane.flatten(-2) for plane in blocks.split(form.apart, -1)], -1)
 
 
 def whole_rows(raw: Tensor, form: Format, rows: int) -> Tensor:
-    """A matrix as it lies → [rows, row bytes], in which every row's blocks are together: so rows can be moved."""
+    """Rearrange a matrix from the file's layout to [rows, row bytes], so that rows can be moved."""
     start = rows * form.scales.dtype.itemsize if form.scales else 0
     blocks = (together(raw[start:], form) if form.apart else raw[start:]).view(rows, -1)
     return torch.cat((raw[:start].view(rows, -1), blocks), 1) if start else blocks
 
 
 def as_it_lies(rows: Tensor, form: Format) -> Tensor:
-    """The way back, [bytes]."""
+    """Rearrange rows to the file's layout [bytes], the inverse of `whole_rows`."""
     start = form.scales.dtype.itemsize if form.scales else 0
     scales, blocks = rows[:, :start].flatten(), rows[:, start:]
     lying = taken_apart(blocks.reshape(-1, form.bytes), form) if form.apart else blocks.flatten()
@@ -119,7 +119,7 @@ def reinterpret(raw: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def split(raw: Tensor, *sizes: int) -> Tensor:
-    """The last dimension as several."""
+    """Split the last dimension into several."""
     return raw.view(*raw.shape[:-1], *sizes)
 
 
@@ -307,7 +307,7 @@ def int4(scale: torch.dtype, zeros: bool, blocks: Tensor) -> Tensor:
 
 
 def int4_groups() -> Iterator[Format]:
-    """Of compressed-tensors' pack-quantized, AWQ and GPTQ, upright (checkpoint.upright), by group and type of scale."""
+    """Dequantise compressed-tensors' pack-quantized, AWQ and GPTQ, row-major, by group size and type of scale."""
     for group in (32, 64, 128):
         for kind, scale in (("F16", torch.float16), ("BF16", torch.bfloat16)):
             for zeros in (False, True):

@@ -52,7 +52,7 @@ class Row:
 
 
 def row_words(ids: int) -> int:
-    """int32 words of a row with so many ids: whole lines of 64 bytes."""
+    """Return the int32 words of a row with `ids` ids: a multiple of 64 bytes."""
     return -(-(IDS + ids) // 16) * 16
 
 
@@ -75,7 +75,7 @@ class Ring:
         return len(self._rows)
 
     def clear(self) -> None:
-        """Before steps are counted from 0 again, with none under way."""
+        """Restart at step 0; no step may be in flight."""
         self.memory.zero_()
 
     def poll(self, step: int) -> Row | None:

@@ -262,7 +262,7 @@ def attention(pdl: bool) -> None:
 
 
 def delta(pdl: bool) -> None:
-    """Of Qwen3-Next: its DeltaNet, and its attention with gated heads of 256."""
+    """Qwen3-Next: its DeltaNet, and its attention with gated heads of 256."""
     shape = Delta(key_heads=16, value_heads=32, key_dim=128, value_dim=128, taps=4)
     weights = DeltaWeights(shape, floats(4, shape.channels), floats(32), floats(32), floats(128), 1e-6, pdl)
     delta_step(
@@ -308,7 +308,7 @@ def convolution(pdl: bool) -> None:
 
 
 def llama4(pdl: bool) -> None:
-    """Of Scout: chunks of attention, tempered queries of layers that rotate nothing, weights that come before."""
+    """Llama 4 Scout: chunked attention, attention temperature in NoPE layers, weights that multiply the input."""
     heads, kv_heads, dim, ctx, splits = 40, 8, 128, 16384, 16
     keys, ones = torch.zeros((kv_heads, 9216, dim), dtype=torch.bfloat16), floats(dim)
     for window, turned, norm, temperature in ((8192, dim, ones, None), (0, 2, None, floats(ctx))):
