@@ -5,6 +5,7 @@ On the command line the same policy is `--policy examples/own_policy.py:Patient,
 
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import offmoe
 from offmoe.cache.policies.base import Parameter
@@ -16,7 +17,7 @@ from offmoe.cache.trace import Trace
 class Patient(Formula):
     """Uses that fade as h ÷ (age + h): more slowly than an exponential for old records."""
 
-    parameters = {"h": Parameter(default=16, low=1, high=4096)}
+    parameters: ClassVar = {"h": Parameter(default=16, low=1, high=4096)}
 
     @staticmethod
     def use(value, age, uses, h):
