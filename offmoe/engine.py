@@ -29,7 +29,7 @@ from offmoe.settings import SAMPLING_DEFAULTS, Sampling, Settings
 from offmoe.stats.meter import Meter
 from offmoe.stats.roof import roof
 from offmoe.stats.stats import Stats
-from offmoe.text.speech import Speech
+from offmoe.text.answer_parser import Speech
 from offmoe.text.tokenizer import Message, Tokenizer, load_tokenizer
 from offmoe.trunk.host_trunk import Trunk
 from offmoe.trunk.kv_cache import KVCache

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offmoe.app.answer import DIM, MODES, Answer
+from offmoe.app.answer_printer import DIM, MODES, Answer
 from offmoe.app.conversation import Conversation
 from offmoe.app.report import stats_line, stats_table
 from offmoe.app.terminal import UI, interruptible, one_line

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offmoe import __version__
-from offmoe.app.answer import Answer
+from offmoe.app.answer_printer import Answer
 from offmoe.app.options import (
     Command,
     LazyGroup,

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from offmoe.app.answer import DIM, MODES
+from offmoe.app.answer_printer import DIM, MODES
 from offmoe.errors import OffmoeError
 from offmoe.settings import Sampling, Settings
 

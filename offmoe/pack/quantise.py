@@ -9,7 +9,7 @@ from torch import Tensor
 
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import GGML, Format
-from offmoe.pack import ggml
+from offmoe.pack import ggml_library
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BY_GGML = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")  # the others by gguf
@@ -22,7 +22,7 @@ def packable(name: str) -> Format:
         known = ", ".join(known.lower() for known in GGML)
         raise OffmoeError(f"format {name!r} is unknown: choose one of {known}")
     if form.name in BY_GGML:
-        ggml.library(name)
+        ggml_library.library(name)
     return form
 
 
@@ -31,7 +31,7 @@ def quantise(weights: Tensor, form: Format) -> Tensor:
     if form.name in PLAIN:
         return weights.to(PLAIN[form.name]).contiguous().flatten().view(torch.uint8)
     if form.name in BY_GGML:
-        return ggml.quantise(weights, form)
+        return ggml_library.quantise(weights, form)
     with np.errstate(all="ignore"):  # blocks of zeros and of denormals
         blocks = gguf.quants.quantize(weights.numpy(), gguf.GGMLQuantizationType(form.gguf_type))
     return torch.from_numpy(blocks).flatten()

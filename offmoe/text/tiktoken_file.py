@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from offmoe.errors import OffmoeError
-from offmoe.text.byte_letters import bytes_to_letters
+from offmoe.text.byte_unicode import bytes_to_letters
 from offmoe.text.pretokenizers import build, kind_of
 
 EXTRAS = tuple(f"<|extra_{i}|>" for i in range(205))

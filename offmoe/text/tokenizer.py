@@ -1,4 +1,4 @@
-"""Text to token ids and back: prompts and conversations; an answer comes back through `speech.py`."""
+"""Text to token ids and back: prompts and conversations; an answer comes back through `answer_parser.py`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 from tokenizers.decoders import Decoder
 
 from offmoe.errors import OffmoeError
-from offmoe.text.byte_letters import letters_to_bytes
+from offmoe.text.answer_parser import Detokenizer, Speech, StopStrings
+from offmoe.text.byte_unicode import letters_to_bytes
 from offmoe.text.chat_template import REASONING_KEYS, ChatTemplate
-from offmoe.text.reasoning import find_format
-from offmoe.text.speech import Detokenizer, Speech, StopStrings
-from offmoe.text.thinking import thinking_variables
+from offmoe.text.reasoning_parser import find_format
+from offmoe.text.thinking_switch import thinking_variables
 from offmoe.text.vocab import Vocab, read_vocab
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from offmoe.app.cli import main
 from offmoe.checkpoint.find_model import DEMO
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
-from offmoe.pack import ggml
+from offmoe.pack import ggml_library
 from offmoe.pack.convert import pack
 
 Result = tuple[int, str, str]  # exit status, standard output, standard error
@@ -734,7 +734,7 @@ def test_pack_refuses(
     for target in (folder, folder / "model.safetensors", "/dev/null"):
         line = refusal("pack", folder, target, "--format", "q8_0", "--force")
         assert line == f"{target} is no file name that ends in .gguf: give one for the packed model"
-    ggml.library.cache_clear()
+    ggml_library.library.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for fmt in ("q4_k", "Q5_K", "q6_k"):
         assert refusal("pack", folder, out, "--format", fmt) == f"{fmt} needs ggml: pip install 'offmoe[llama]'"

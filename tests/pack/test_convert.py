@@ -28,7 +28,7 @@ from offmoe.kernels.rope import inverse_frequencies
 from offmoe.models.config import ModelConfig
 from offmoe.models.model import Model, described
 from offmoe.models.shapes import trunk_roles
-from offmoe.pack import ggml
+from offmoe.pack import ggml_library
 from offmoe.pack.convert import EXPERT_ROLES, PackReport, interleaved, pack
 from offmoe.pack.gguf_keys import rope_tensors
 from offmoe.pack.quantise import BY_GGML, packable, quantise
@@ -225,7 +225,7 @@ def test_what_ggml_quantises(fmt: str, tmp_path: Path) -> None:
 
 
 def test_k_quants_without_ggml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ggml.library.cache_clear()
+    ggml_library.library.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     out = tmp_path / "m.gguf"
     assert refusal(saved("olmoe", tmp_path), out, "q4_k") == "q4_k needs ggml: pip install 'offmoe[llama]'"

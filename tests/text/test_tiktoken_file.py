@@ -13,7 +13,7 @@ from test_pack_tokenizer import CORPUS, byte_level
 from test_tokenizer import Files, expect_error, load, write
 from test_unicode import texts, words
 
-from offmoe.text.byte_letters import bytes_to_letters, letters_to_bytes
+from offmoe.text.byte_unicode import bytes_to_letters, letters_to_bytes
 from offmoe.text.pretokenizers import build, kind_of
 from offmoe.text.tiktoken_file import LAYOUTS
 

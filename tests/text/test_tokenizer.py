@@ -20,8 +20,8 @@ from tokenizers import models
 
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
+from offmoe.text.answer_parser import StopStrings
 from offmoe.text.pretokenizers import GPT2, KINDS, QWEN2, build, pre_tokenizer_name
-from offmoe.text.speech import StopStrings
 from offmoe.text.tokenizer import Message, Tokenizer, load_tokenizer
 
 LLAMA_CPP = Path(os.environ.get("LLAMA_CPP_SOURCE", "/nonexistent"))  # a checkout: models/ggml-vocab-*.gguf

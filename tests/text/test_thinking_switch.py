@@ -10,7 +10,7 @@ import pytest
 from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
 from offmoe.text.chat_template import ChatTemplate
-from offmoe.text.thinking import thinking_variables
+from offmoe.text.thinking_switch import thinking_variables
 
 LLAMA_CPP = Path(os.environ.get("LLAMA_CPP_SOURCE", "/nonexistent"))  # a checkout: models/templates/*.jinja
 MESSAGES = [{"role": "user", "content": "Why?"}]

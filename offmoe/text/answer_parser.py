@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Iterable, Mapping
 
-from offmoe.text.reasoning import Part, Splitter, possible_start
+from offmoe.text.reasoning_parser import Part, Splitter, possible_start
 
 
 class Detokenizer:

@@ -16,11 +16,11 @@ from test_tokenizer import DEMO, Files, load, write
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
-from offmoe.app.answer import Answer
+from offmoe.app.answer_printer import Answer
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.engine import Engine, Piece, pieces
 from offmoe.errors import OffmoeError
-from offmoe.text.reasoning import PAIRS, Part, Splitter, find_format
+from offmoe.text.reasoning_parser import PAIRS, Part, Splitter, find_format
 from offmoe.text.tokenizer import Message, Tokenizer, load_tokenizer
 
 LLAMA_CPP = Path(os.environ.get("LLAMA_CPP_SOURCE", "/nonexistent"))  # a checkout: models/templates/*.jinja
