@@ -47,9 +47,9 @@ def rows(tokenizer: Tokenizer, text: str) -> list[tuple[str, float, str, float]]
     ids = tokenizer.encode(text)
 
     def speak() -> None:
-        speech = tokenizer.speech(ids[:100], ["never said"])
+        parser = tokenizer.answer_parser(ids[:100], ["never said"])
         for id in ids:
-            speech.push(id)
+            parser.push(id)
 
     return [
         ("tokenise 1 MB", least(lambda: tokenizer.encode(text)), "s", 0.5),

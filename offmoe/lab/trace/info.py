@@ -117,7 +117,7 @@ def classes(trace: Trace) -> Iterator[Way]:
     yield "position", [*labels, f"{POSITIONS[-1]}–"], np.searchsorted(POSITIONS, position, side="right"), each
     pieces = trace.meta.get("pieces")
     if trace.tokens is not None and isinstance(pieces, dict) and pieces:
-        kinds = [kind_of(str(pieces.get(str(token), ""))) for token in trace.tokens.tolist()]
+        kinds = [token_kind(str(pieces.get(str(token), ""))) for token in trace.tokens.tolist()]
         yield "token", *numbered(kinds), each
     names = trace.meta.get("classes", [])
     if len(set(names)) > 1:
@@ -132,7 +132,7 @@ def numbered(names: list[str]) -> tuple[list[str], NDArray[np.int64]]:
     return [name or "(none)" for name in found], np.array([number[name] for name in names], np.int64)
 
 
-def kind_of(piece: str) -> str:
+def token_kind(piece: str) -> str:
     """The class of a token by its text."""
     text = piece.strip()
     if not text:

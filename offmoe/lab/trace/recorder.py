@@ -192,7 +192,7 @@ class Recorder:
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
             return {}
-        return {str(token): tokenizer.piece(token).decode("utf-8", "replace") for token in sorted(tokens)}
+        return {str(token): tokenizer.token_bytes(token).decode("utf-8", "replace") for token in sorted(tokens)}
 
     def _gates(self) -> Floats:
         """[layers, experts, H] every router with its norm's weight."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from synthetic_traces import of, synthetic
 
 from offmoe.cache.trace import Trace
-from offmoe.lab.trace.info import LAGS, WINDOWS, as_dict, examine, kind_of
+from offmoe.lab.trace.info import LAGS, WINDOWS, as_dict, examine, token_kind
 from offmoe.lab.trace.plot import draw
 from offmoe.lab.trace.table import tables
 
@@ -104,7 +104,7 @@ def test_prompts_are_shuffled_whole() -> None:
      ("猫", "other script"), ("x1", "inside a word"), ("₂", "digits"), ("→", "punctuation")],
 )  # fmt: skip
 def test_kinds_of_tokens(piece: str, kind: str) -> None:
-    assert kind_of(piece) == kind
+    assert token_kind(piece) == kind
 
 
 def test_everything_can_be_written_as_json() -> None:
