@@ -1,4 +1,4 @@
-"""An answer as it comes: its text, and its reasoning dim, folded into one line or hidden."""
+"""Print an answer while it is generated; its reasoning is dim, folded into one line, or hidden."""
 
 from __future__ import annotations
 
@@ -9,59 +9,60 @@ if TYPE_CHECKING:
     from offmoe.app.terminal import Output
     from offmoe.engine import Piece
 
-DIM, FOLD, HIDE = MODES = ("dim", "fold", "hide")
+DIM, FOLD, HIDE = REASONING_MODES = ("dim", "fold", "hide")
 
 
-class Answer:
-    """`text` and `reasoning` so far. out: where they are shown; None: nowhere."""
+class AnswerPrinter:
+    """Collects an answer's `text` and `reasoning` and prints them to `out`, or nowhere if `out` is None."""
 
-    def __init__(self, out: Output | None, mode: str = DIM, unfold: str = "") -> None:
-        """unfold: how a person sees what was folded."""
+    def __init__(self, out: Output | None, mode: str = DIM, hint: str = "") -> None:
+        """`mode` is one of REASONING_MODES. `hint` is appended to the line that stands for folded reasoning."""
         self.text = self.reasoning = ""
-        self._out, self._mode, self._unfold = out, mode, unfold
-        self._tokens = 0  # of the reasoning
-        self._began = 0.0
-        self._open = False  # reasoning stands on the screen and has not ended
+        self._out, self._mode, self._hint = out, mode, hint
+        self._reasoning_tokens = 0
+        self._started = 0.0  # monotonic time of the first reasoning token
+        self._reasoning_open = False  # whether the screen shows unfinished reasoning
 
-    def take(self, piece: Piece) -> None:
+    def add(self, piece: Piece) -> None:
+        """Print the next piece of the answer."""
         if piece.reasoning:
-            self._think(piece)
+            self._add_reasoning(piece)
         else:
-            self._say(piece.text)
+            self._add_text(piece.text)
 
-    def end(self) -> None:
-        """No more comes."""
-        self._close("\n")
+    def finish(self) -> None:
+        """End the answer's last line."""
+        self._end_reasoning("\n")
         if self._out:
             self._out.write("\n")
 
-    def _think(self, piece: Piece) -> None:
-        self._began = self._began or time.monotonic()
-        self._tokens += piece.token is not None
+    def _add_reasoning(self, piece: Piece) -> None:
+        self._started = self._started or time.monotonic()
+        self._reasoning_tokens += piece.token is not None
         self.reasoning += piece.text
         if not self._out or self._mode == HIDE:
             return
-        self._open |= bool(piece.text)
+        self._reasoning_open |= bool(piece.text)
         if self._mode == DIM:
-            self._out.think(piece.text)
-        elif self._open:
-            self._out.status(f"▸ thinking · {self._tokens} tokens")
+            self._out.write_reasoning(piece.text)
+        elif self._reasoning_open:
+            self._out.status(f"▸ thinking · {self._reasoning_tokens} tokens")
 
-    def _say(self, text: str) -> None:
+    def _add_text(self, text: str) -> None:
         if text:
-            self._close("\n\n")
+            self._end_reasoning("\n\n")
         self.text += text
         if self._out:
             self._out.write(text)
 
-    def _close(self, gap: str) -> None:
-        """End what is shown of the reasoning. gap: before what follows dim text."""
-        if not self._open or not self._out:
+    def _end_reasoning(self, separator: str) -> None:
+        """End the printed reasoning; `separator` goes between dim reasoning and what follows."""
+        if not self._reasoning_open or not self._out:
             return
-        self._open = False
+        self._reasoning_open = False
         if self._mode == DIM:
-            self._out.think(gap)
+            self._out.write_reasoning(separator)
             return
-        seconds = time.monotonic() - self._began
+        seconds = time.monotonic() - self._started
         self._out.status("")
-        self._out.note(f"▸ thought for {self._tokens} tokens, {seconds:.1f} s{self._unfold}")
+        self._out.note(f"▸ thought for {self._reasoning_tokens} tokens, {seconds:.1f} s{self._hint}")

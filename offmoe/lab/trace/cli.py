@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from offmoe.app.options import Command, json_option, option, parse, placement_options, spare_existing
+from offmoe.app.options import Command, check_overwrite, json_option, option, parse_options, placement_options
 from offmoe.app.terminal import clean, interruptible, progress_bar
 from offmoe.checkpoint.find_model import find_model
 from offmoe.errors import OffmoeError, users_mistakes
@@ -68,7 +68,7 @@ def record(
     """
     if (prompts is None) == (not built_in):
         raise click.UsageError("Give either --prompts FILE or --built-in.")
-    settings, sampling = parse({**chosen, "greedy": False})
+    settings, sampling = parse_options({**chosen, "greedy": False})
     may_write(out, force, ".npz")
     path = find_model(model)
     from offmoe.app.cli import load
@@ -104,9 +104,9 @@ def info(path: Path, plot: Path | None, as_json: bool) -> None:
         with users_mistakes():
             plot.write_bytes(draw(facts))
     if as_json:
-        from offmoe.app.cli import show_json
+        from offmoe.app.cli import print_json
 
-        show_json(as_dict(facts))
+        print_json(as_dict(facts))
     else:
         from offmoe.app.terminal import console
 
@@ -154,9 +154,9 @@ def fit(path: Path, ahead: int, ridge: float | None, test: Path | None, out: Pat
         linear = fit_map(train, other, ahead, ridge)
         linear.save(out)
     if as_json:
-        from offmoe.app.cli import show_json
+        from offmoe.app.cli import print_json
 
-        show_json(linear.meta)
+        print_json(linear.meta)
     else:
         from offmoe.app.terminal import console
 
@@ -174,6 +174,6 @@ def may_write(out: Path, force: bool, *suffixes: str) -> None:
     """Found out before minutes of work."""
     if out.suffix not in suffixes:
         raise OffmoeError(f"{out} ends with {out.suffix or 'no suffix'!r}: expected {' or '.join(suffixes)}")
-    spare_existing(out, force)
+    check_overwrite(out, force)
     if not out.parent.is_dir():
         raise OffmoeError(f"{out.parent} is no directory: make it, or choose another name")

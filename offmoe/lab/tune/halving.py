@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 from offmoe import __version__
-from offmoe.app.profile import VERSION, machine_name, profile_path, toml
+from offmoe.app.profile import VERSION, machine_name, profile_path, toml_value
 from offmoe.cache.trace import Trace
 from offmoe.errors import OffmoeError
 from offmoe.lab.live.measure import Bench, Configuration
@@ -233,7 +233,7 @@ def profile_text(model: Path, verdict: Verdict) -> str:
 
 def written(values: Mapping[str, object]) -> list[str]:
     """Lines of a table; what is None is left out."""
-    return [f"{name} = {toml(value)}" for name, value in values.items() if value is not None]
+    return [f"{name} = {toml_value(value)}" for name, value in values.items() if value is not None]
 
 
 def forget(model: Path) -> Path | None:

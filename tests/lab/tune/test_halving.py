@@ -18,7 +18,7 @@ import pytest
 from synthetic_traces import synthetic
 
 from offmoe.app import cli
-from offmoe.app.profile import Profile, model_key, profile_path, read_profile, use_profile
+from offmoe.app.profile import Profile, apply_profile, model_key, profile_path, read_profile
 from offmoe.cache.trace import Trace
 from offmoe.checkpoint.find_model import DEMO
 from offmoe.errors import OffmoeError
@@ -225,38 +225,38 @@ def test_a_profile_comes_back(model: Path) -> None:
 
 
 def test_without_a_profile_nothing_changes(model: Path) -> None:
-    assert use_profile(model, Settings.of(vram="50%")) == (Settings.of(vram="50%"), None)
+    assert apply_profile(model, Settings.of(vram="50%")) == (Settings.of(vram="50%"), None)
 
 
 def test_a_profile_is_used_and_says_so(model: Path) -> None:
     keep(model)
     for asked in (Settings.of(vram="50%"), Settings.of(), Settings.of(device="cpu")):
-        settings, line = use_profile(model, asked)
+        settings, line = apply_profile(model, asked)
         assert settings == replace(asked, policy="lfru")
-        assert line == ("profile: lfru, 8.0% ± 2.0% less time a token (tuned at --vram 50%); --no-profile: without")
+        assert line == ("profile: lfru, 8.0% ± 2.0% less time per token (tuned at --vram 50%); --no-profile ignores it")
 
 
 @pytest.mark.parametrize("explicit", [{"policy": "lru"}, {"prefetch": "none"}])
 def test_explicit_options_win(model: Path, explicit: dict[str, str]) -> None:
     keep(model)
-    settings, line = use_profile(model, Settings.of(vram="50%", **explicit))
+    settings, line = apply_profile(model, Settings.of(vram="50%", **explicit))
     assert settings == Settings.of(vram="50%", **explicit)
-    assert line == "profile: left out, --policy or --prefetch was given"
+    assert line == "profile: ignored, because --policy or --prefetch is given"
 
 
 def test_a_profile_holds_for_its_budget_and_device(model: Path) -> None:
     keep(model)
-    settings, line = use_profile(model, Settings.of(vram="25%"))
+    settings, line = apply_profile(model, Settings.of(vram="25%"))
     assert settings == Settings.of(vram="25%")
-    assert line == "profile: tuned at --vram 50%, not used at 25%"
-    assert use_profile(model, Settings.of(device="cuda")) == (Settings.of(device="cuda"), None)
+    assert line == "profile: ignored, it was tuned at --vram 50% and not at 25%"
+    assert apply_profile(model, Settings.of(device="cuda")) == (Settings.of(device="cuda"), None)
 
 
 def test_a_default_that_stayed_says_so(model: Path) -> None:
     keep(model, chosen=None)
-    settings, line = use_profile(model, Settings.of(vram="50%"))
+    settings, line = apply_profile(model, Settings.of(vram="50%"))
     assert settings == Settings.of(vram="50%")
-    assert line == "profile: the default stays, nothing was faster (tuned at --vram 50%)"
+    assert line == "profile: the defaults, nothing was faster (tuned at --vram 50%)"
 
 
 def test_another_model_of_the_same_name_has_no_profile(model: Path) -> None:
@@ -305,10 +305,10 @@ def test_a_broken_profile_is_one_line_with_its_name_and_not_used(model: Path, co
     path = profile_path(model)
     path.parent.mkdir(parents=True)
     path.write_bytes(content.encode("latin1"))
-    settings, line = use_profile(model, Settings.of())
+    settings, line = apply_profile(model, Settings.of())
     assert settings == Settings.of()
     assert line is not None
-    assert line.startswith(f"the profile {path} is damaged and not used (")
+    assert line.startswith(f"the profile {path} is damaged and ignored (")
     assert what in line
     assert "\n" not in line
 
@@ -347,7 +347,7 @@ Run = Callable[..., tuple[int, str, str]]
 def test_run_uses_the_profile_and_says_so(command: Run, loaded: list[Settings]) -> None:
     keep(DEMO)
     assert command("run", "demo", "hi", "--vram", "50%", "--device", "cpu") == (
-        0, "hi \n", "profile: lfru, 8.0% ± 2.0% less time a token (tuned at --vram 50%); --no-profile: without\n",
+        0, "hi \n", "profile: lfru, 8.0% ± 2.0% less time per token (tuned at --vram 50%); --no-profile ignores it\n",
     )  # fmt: skip
     assert command("run", "demo", "hi", "--vram", "50%", "--device", "cpu", "--no-profile")[2] == ""
     assert [settings.policy for settings in loaded] == ["lfru", None]
@@ -360,7 +360,7 @@ def test_chat_uses_the_profile_and_says_so(
     monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
     status, _, err = command("chat", "demo", "--device", "cpu")
     assert status == 0
-    assert "\nprofile: lfru, 8.0% ± 2.0% less time a token" in err
+    assert "\nprofile: lfru, 8.0% ± 2.0% less time per token" in err
     assert command("chat", "demo", "--device", "cpu", "--no-profile")[2].count("profile") == 0
     assert [settings.policy for settings in loaded] == ["lfru", None]
 
