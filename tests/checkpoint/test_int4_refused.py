@@ -1,4 +1,4 @@
-"""What AWQ, GPTQ and compressed-tensors may ask for and we do not do: refused before any weight is read."""
+"""AWQ, GPTQ and compressed-tensors configs that are not implemented are rejected before any weight is read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gptq act order": ("gptq", {"desc_act": True}, "desc_act is True, and offmoe implements False"),
     "gptq marlin": ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin', and offmoe implements"),
     "gptq overrides": ("gptq", {"dynamic": {"-:lm": {}, "+:.*down": {"bits": 8}}}, "dynamic is '.:..down', and"),
-    "gptq groups of 16": ("gptq", {"group_size": 16}, "columns in groups of 16: .* each a multiple of 32"),
+    "gptq groups of 16": ("gptq", {"group_size": 16}, "columns in groups of 16: .* a multiple of 32 columns"),
     "gptq other groups": ("gptq", {"group_size": 64}, r"scales' is F16 \[2, 128\]: expected F16 or BF16, \[1, 128\]"),
     "packed format": ("packed", {"format": "marlin-24"}, "format is 'marlin-24', and offmoe implements pack-q"),
     "packed bits": ("packed", {"config_groups": {"a": {"weights": {"num_bits": 8}}}}, "num_bits is 8, and offmoe"),

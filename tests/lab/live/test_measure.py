@@ -407,7 +407,7 @@ def test_prompts_are_those_of_trace_record(tmp_path: Path) -> None:
     with pytest.raises(OffmoeError, match="holds 1 different prompts: at least 5 are needed"):
         prompts_of(file)
     file.write_bytes(b"\xff")
-    with pytest.raises(OffmoeError, match=r"is no UTF-8"):
+    with pytest.raises(OffmoeError, match=r"is not UTF-8"):
         prompts_of(file)
     assert len({prompt.given for prompt in PROMPTS}) == len(PROMPTS) >= 5
 

@@ -149,7 +149,7 @@ def test_ctrl_c_before_the_first_token_writes_nothing(tmp_path: Path, monkeypatc
         (["record", "--built-in", "-o", "t.npz", "--tokens", "0"], "0 is not in the range"),
         (["record", "--prompts", "none.txt", "-o", "t.npz"], "cannot read none.txt: No such file"),
         (["record", "--prompts", "empty.txt", "-o", "t.npz"], "empty.txt holds no prompt"),
-        (["record", "--prompts", "latin.txt", "-o", "t.npz"], "latin.txt is no UTF-8: byte 0xe4 at offset 1"),
+        (["record", "--prompts", "latin.txt", "-o", "t.npz"], "latin.txt is not UTF-8: byte 0xe4 at offset 1"),
         (["record", "--prompts", "bad.jsonl", "-o", "t.npz"], "bad.jsonl, line 2 is no prompt"),
         (["record", "--prompts", "long.txt", "-o", "t.npz", "--ctx", "16"], "prompt 'one two"),
         (["record", "./nowhere.gguf", "--built-in", "-o", "t.npz"], "give a .gguf file"),
