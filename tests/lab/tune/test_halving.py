@@ -74,8 +74,8 @@ def prompted() -> Trace:
 def tuned(monkeypatch: pytest.MonkeyPatch, bench: FakeBench, minutes: float = 5) -> tuple[Verdict, FakeBench]:
     monkeypatch.setattr(lab.time, "perf_counter", lambda: bench.clock)
     monkeypatch.setattr(lab, "replace", replaced)
-    monkeypatch.setattr(lab, "MOST", 99)
-    monkeypatch.setattr(lab, "PROMISING", 2.0)  # the synthetic trace shall not choose
+    monkeypatch.setattr(lab, "MAX_POLICIES", 99)
+    monkeypatch.setattr(lab, "MISS_RATIO", 2.0)  # the synthetic trace shall not choose
     return Tuner(bench, "50%", minutes, lambda *_: None).run(), bench  # type: ignore[arg-type]
 
 
@@ -133,14 +133,14 @@ def test_the_time_is_kept(monkeypatch: pytest.MonkeyPatch, minutes: float) -> No
 
 
 def test_too_little_time_is_an_error_that_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OffmoeError, match=r"--minutes 0.1 are too few here: give at least 0.4"):
+    with pytest.raises(OffmoeError, match=r"--minutes 0.1 is too short on this machine: give at least 0.4"):
         tuned(monkeypatch, FakeBench(lambda *_: 10.0), 0.1)
 
 
 def test_nothing_is_tried_where_everything_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     verdict, bench = tuned(monkeypatch, FakeBench(lambda *_: 10.0, whole=True))
     assert verdict.chosen is None
-    assert "every record has a slot" in verdict.why
+    assert "every expert has a slot" in verdict.why
     assert bench.visits == []
 
 
@@ -169,7 +169,7 @@ def test_the_demo_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lab, "STEPS", 2)
     monkeypatch.setattr(lab, "TOKENS", 10)
     monkeypatch.setattr(lab, "POLICIES", ("lru",))
-    monkeypatch.setattr(lab, "PROMISING", 2.0)
+    monkeypatch.setattr(lab, "MISS_RATIO", 2.0)
     monkeypatch.setattr(lab, "FINAL_ROUNDS", (1, 1))
     verdict = lab.tune(
         DEMO, Settings.of(device="cpu"), "50%", [Prompt("", "Hello!"), Prompt("", "Good bye!")], 60, lambda *_: None
@@ -218,7 +218,7 @@ def test_a_profile_comes_back(model: Path) -> None:
     path = keep(model)
     assert read_profile(model) == Profile(path, "50%", "cpu", "lfru", None, 0.08, 0.02)
     gate = Configuration("50%", "lru", "gate:d=1,p=0.05,n=2")
-    keep(model, chosen=gate, given_vram=None, device="cuda")
+    keep(model, chosen=gate, vram=None, device="cuda")
     assert read_profile(model) == Profile(path, None, "cuda", "lru", gate.prefetch, 0.08, 0.02)
     assert stat.S_ISREG(path.stat().st_mode)
     assert path.parent == Path(os.environ["XDG_CONFIG_HOME"]) / "offmoe" / "profiles"
