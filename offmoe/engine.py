@@ -98,10 +98,18 @@ class Engine:
 
     @classmethod
     def load(
-        cls, model: str, progress: Progress = lambda *_: None, think: str | None = None, **settings: Any
+        cls,
+        model: str,
+        progress: Progress = lambda *_: None,
+        think: str | None = None,
+        settings: Settings | None = None,
+        **fields: Any,
     ) -> Engine:
-        """Open `model` and read it; `settings` by name, `think` as for `Engine.think`. Raises OffmoeError."""
-        chosen = Settings.of(**settings)
+        """Open `model` and read it; `settings`, or fields of Settings by name; `think` as for `Engine.think`.
+
+        Raises OffmoeError.
+        """
+        chosen = settings or Settings.of(**fields)
         opened = open_model(find_model(model))
         with ExitStack() as on_error:
             on_error.callback(opened.checkpoint.close)

@@ -189,7 +189,7 @@ def load(path: Path, settings: Settings, think: str | None = None) -> Engine:
     with collecting_no_garbage(), progress_bar("loading") as progress:
         from offmoe.engine import Engine
 
-        engine = Engine.load(str(path), progress, think, **vars(settings))
+        engine = Engine.load(str(path), progress, think, settings)
         gc.freeze()  # everything allocated so far lives as long as the process
         return engine
 

@@ -9,13 +9,18 @@ import json
 import os
 import platform
 import tomllib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from offmoe.errors import OffmoeError
-from offmoe.settings import Settings, parse_budget
+from offmoe.settings import Budget, Settings, parse_budget, parse_policy, parse_prefetch
+
+if TYPE_CHECKING:
+    from offmoe.cache.policy import PolicySpec
+    from offmoe.prefetch import Gate
 
 VERSION = 1  # of the file format
 HEAD_BYTES = 1 << 20  # hashed of each file: a GGUF's metadata and first tensors
@@ -26,10 +31,10 @@ class Profile:
     """A tuned profile. `policy` and `prefetch` are settings of the engine; None means the default."""
 
     path: Path
-    vram: str | None  # budget of the measurement; None: the free memory
+    vram: Budget | None  # budget of the measurement; None: the free memory
     device: str  # "cpu" or "cuda"
-    policy: str | None
-    prefetch: str | None
+    policy: PolicySpec | None
+    prefetch: Gate | None
     gain: float  # time per token saved, as a share of the default's
     spread: float  # uncertainty of `gain`
 
@@ -39,7 +44,7 @@ class Profile:
         at = f"tuned at --vram {self.vram}" if self.vram else "tuned"
         if self.policy is None and self.prefetch is None:
             return f"profile: the defaults, nothing was faster ({at})"
-        chosen = " + ".join(name for name in (self.policy, self.prefetch) if name)
+        chosen = " + ".join(str(part) for part in (self.policy, self.prefetch) if part)
         faster = f"{self.gain:.1%} ± {self.spread:.1%} less time per token"
         return f"profile: {chosen}, {faster} ({at}); --no-profile ignores it"
 
@@ -127,22 +132,17 @@ def parse_profile(path: Path, document: dict[str, Any]) -> Profile:
     for name, number in numbers.items():
         if not isinstance(number, int | float):
             raise damaged_profile(path, f"{name} is {number!r}, expected a number")
-    check_names(path, texts["policy"], texts["prefetch"])
-    return Profile(path=path, **texts, **numbers)  # type: ignore[arg-type]
-
-
-def check_names(path: Path, policy: str | None, prefetch: str | None) -> None:
-    """Raise OffmoeError if a policy or prefetcher, which a user may have edited, is unknown."""
-    from offmoe.cache.policy import make_policy  # imports NumPy: only if there is a profile
-    from offmoe.prefetch import Gate
-
+    parsers: dict[str, Callable[[Any], Any]] = {
+        "policy": parse_policy,
+        "prefetch": parse_prefetch,
+        "vram": parse_budget,
+        "device": str,
+    }
     try:
-        if policy is not None:
-            make_policy(policy, 1)
-        if prefetch is not None:
-            Gate.of(prefetch)
-    except (ValueError, OffmoeError) as error:
+        parsed = {name: None if text is None else parsers[name](text) for name, text in texts.items()}
+    except OffmoeError as error:
         raise damaged_profile(path, str(error)) from None
+    return Profile(path=path, **parsed, **numbers)  # type: ignore[arg-type]
 
 
 def damaged_profile(path: Path, reason: str) -> OffmoeError:
@@ -162,7 +162,7 @@ def apply_profile(model: Path, settings: Settings) -> tuple[Settings, str | None
         return settings, str(error)
     if profile is None or not matches_device(profile, settings):
         return settings, None
-    if profile.vram is not None and settings.vram is not None and settings.vram != parse_budget(profile.vram):
+    if profile.vram is not None and settings.vram is not None and settings.vram != profile.vram:
         return settings, f"profile: ignored, it was tuned at --vram {profile.vram} and not at {settings.vram}"
     if settings.policy is not None or settings.prefetch is not None:
         return settings, "profile: ignored, because --policy or --prefetch is given"

@@ -27,7 +27,6 @@ from offmoe.kernels.gpu.sample import FULL, Scratch, sample_step
 from offmoe.kernels.ring import ABORTED, DONE, Ring, row_words
 from offmoe.machine.pinned_memory import host_memory, register, unregister
 from offmoe.plan import Plan
-from offmoe.prefetch import Gate
 from offmoe.trunk.device_trunk import DeviceTrunk
 from offmoe.trunk.kv_cache import KVCache
 from offmoe.trunk.recurrent_state import NOWHERE
@@ -48,7 +47,7 @@ class DecodeStep:
             for h in c.kinds_of_heads
         }
         self.buffers = StepBuffers(c, {h: n for h, (n, _) in splits.items()}, device)
-        self.gate = Gate.of(plan.prefetch).within(store.table, c.top_k)
+        self.gate = plan.prefetch.within(store.table, c.top_k)
         self.table = device_table(store.table, reach(store.table, c.top_k, self.gate.most), device)
         self.routed = c.moe_layers * c.top_k  # records a step, at most
         self.sampler = Scratch.of(c.vocab, device)

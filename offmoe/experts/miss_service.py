@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,8 @@ from offmoe.errors import OffmoeError
 from offmoe.kernels.mailbox import ADDRESSES, COUNT, ERROR, RECORDS, answer_word, mailbox_words
 from offmoe.machine.pinned_memory import host_memory, register, unregister
 
-if TYPE_CHECKING:
-    from offmoe.experts.ram_tier import RamTier
-
+Ints = np.ndarray[Any, np.dtype[np.integer]]
+Addresses = Callable[[Ints, float], Ints]  # records of one layer [n], until (of time.monotonic) → addresses [n] int64
 ANSWER_S = 1.5  # before the GPU gives up after 2, so that the user hears why
 LOOK_S = 20e-6  # between two looks
 SWITCH_S = 2e-4  # instead of 5 ms, which the engine's thread may otherwise keep the interpreter for
@@ -30,9 +29,9 @@ SWITCH_S = 2e-4  # instead of 5 ms, which the engine's thread may otherwise keep
 class MissService:
     """The thread lives from the first answer on, and waits without looking while it does not serve."""
 
-    def __init__(self, ram: RamTier, k: int, pin: bool) -> None:
+    def __init__(self, addresses: Addresses, k: int, pin: bool) -> None:
         self.error: OffmoeError | None = None  # of the last request that failed
-        self._ram, self._k, self._pin = ram, k, pin
+        self._addresses_of, self._k, self._pin = addresses, k, pin
         self.memory = host_memory(4 * mailbox_words(k)).view(torch.int32)
         if pin:
             register(self.memory)
@@ -88,7 +87,7 @@ class MissService:
         failed = 0
         try:
             records = self._words[RECORDS:][: int(self._words[COUNT])].copy()
-            self._addresses[: len(records)] = self._ram.addresses(records, time.monotonic() + ANSWER_S)
+            self._addresses[: len(records)] = self._addresses_of(records, time.monotonic() + ANSWER_S)
         except Exception as error:
             failed = 1
             self.error = error if isinstance(error, OffmoeError) else OffmoeError(f"a record did not come: {error!r}")

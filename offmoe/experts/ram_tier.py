@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offmoe.cache.policy import make_policy
+from offmoe.cache.policy import PolicySpec
 from offmoe.cache.residency import Residency
 from offmoe.errors import OffmoeError
 from offmoe.experts.miss_service import MissService
@@ -46,10 +46,10 @@ class RamTier:
     may ask how far the background is at any time.
     """
 
-    def __init__(self, model: Model, rows: int, stride: int, policy: str, pin: bool, reader: Reader) -> None:
+    def __init__(self, model: Model, rows: int, stride: int, policy: PolicySpec, pin: bool, reader: Reader) -> None:
         config = model.config
         self.rows = host_memory(rows * stride).view(rows, stride)
-        self.table = Residency(config.moe_layers, config.experts, rows, make_policy(policy, model.records), "global")
+        self.table = Residency(config.moe_layers, config.experts, rows, policy.make(model.records), "global")
         self.records = model.records
         self.whole = rows >= model.records
         self.counts = DiskCounts()
@@ -187,7 +187,7 @@ class RamTier:
             self._service.close()
 
     def _served_by(self) -> MissService:
-        self._service = self._service or MissService(self, self._k, self._pin)
+        self._service = self._service or MissService(self.addresses, self._k, self._pin)
         return self._service
 
     def _start_pinning(self) -> None:

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Access, Residency
 from offmoe.experts.ram_tier import RamTier
 from offmoe.machine.disk_reader import Reader
@@ -50,7 +49,7 @@ class ExpertStore(ABC):
     def __init__(self, model: Model, plan: Plan) -> None:
         config = model.config
         self.table = Residency(
-            config.moe_layers, config.experts, plan.slots, make_policy(plan.policy, model.records), plan.scope
+            config.moe_layers, config.experts, plan.slots, plan.policy.make(model.records), plan.scope
         )
         # By place, where there are: of all experts gate beside up [E, 2F], down [E, H]. Kernels add them in float32.
         dtype = plan.dtype if plan.device.type == "cpu" else torch.float32
