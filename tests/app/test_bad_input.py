@@ -826,7 +826,7 @@ def test_files_that_are_no_chat(command: Command, good: Path, tmp_path: Path) ->
     assert "the file name is missing" in chat_error(command, good, "/load\n")
     assert "/fly is not a command: /help lists them" in chat_error(command, good, "/fly\n")
     assert "top_p is 7.0: expected a number from 0 to 1" in chat_error(command, good, "/set top_p 7\n")
-    assert "/set knows no 'colour'" in chat_error(command, good, "/set colour red\n")
+    assert "/set has no option 'colour'" in chat_error(command, good, "/set colour red\n")
 
 
 # From Python.

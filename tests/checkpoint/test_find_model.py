@@ -88,5 +88,5 @@ def test_an_unfinished_download_is_not_taken(cache: Path, missing: str) -> None:
 
 def test_an_unfinished_gguf_is_not_taken(cache: Path) -> None:
     cached(cache, GGUFS[2])
-    with pytest.raises(OffmoeError, match="cannot be had from the hub"):
+    with pytest.raises(OffmoeError, match="cannot be downloaded from the hub"):
         find_model("org/name:Q8_0")

@@ -113,7 +113,9 @@ def test_stacked_experts_of_odd_tiles_are_refused(tmp_path: Path) -> None:
         scales = tensors[name + "_scale_inv"][:, : -(-rows // 128)]
         tensors |= {name: tensors[name][:, :rows].contiguous(), name + "_scale_inv": scales.contiguous()}
 
-    check_tensors_refused(path, lambda t: shorten(t, 500), "expected F32 or BF16 for 500 rows and 512 columns, of wh")
+    check_tensors_refused(
+        path, lambda t: shorten(t, 500), "expected F32 or BF16 for 500 rows and 512 columns, 128 of wh"
+    )
 
 
 def test_gate_and_up_that_share_a_tile_are_refused(tmp_path: Path) -> None:

@@ -334,7 +334,7 @@ class TestFailure:
         tensors = load_file(source / "model.safetensors")
         tensors["model.layers.1.mlp.experts.3.up_proj.weight"][2, 5] = value
         save_file(tensors, source / "model.safetensors")
-        assert "blk.1.ffn_up_exps.weight holds NaN or weights beyond" in refusal(source, tmp_path / "m.gguf", fmt)
+        assert "blk.1.ffn_up_exps.weight has NaN or weights beyond" in refusal(source, tmp_path / "m.gguf", fmt)
         self.check(tmp_path, None)
 
 

@@ -140,7 +140,7 @@ def test_tokenizers_that_a_gguf_cannot_say(tmp_path: Path) -> None:
             "normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, {"type": "NFC"}]},
         },
         "splits text by": {**raw, "pre_tokenizer": {"type": "Whitespace"}},
-        "token id 99999: the config's vocab_size is": {
+        "token id 99999: expected ids below vocab_size": {
             **raw,
             "model": {**raw["model"], "vocab": {**raw["model"]["vocab"], "far": 99999}},
         },
