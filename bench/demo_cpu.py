@@ -1,4 +1,4 @@
-"""The demo model on a machine without a GPU, compared with llama.cpp on the same file and with as many threads.
+"""Demo model on a machine without a GPU, compared with llama.cpp on the same file and with as many threads.
 
     python -P bench/demo_cpu.py bench/results/demo-cpu.csv
 
@@ -149,8 +149,15 @@ def measure() -> list[Row]:
 
 def row(figure: str, values: list[float], unit: str, target: str, how: str) -> Row:
     low, middle, high = min(values), statistics.median(values), max(values)
-    return {"figure": figure, "median": f"{middle:.3g}", "low": f"{low:.3g}", "high": f"{high:.3g}", "unit": unit,
-            "target": target, "how": how}  # fmt: skip
+    return {
+        "figure": figure,
+        "median": f"{middle:.3g}",
+        "low": f"{low:.3g}",
+        "high": f"{high:.3g}",
+        "unit": unit,
+        "target": target,
+        "how": how,
+    }
 
 
 def machine() -> Row:

@@ -51,7 +51,7 @@ def matmul_rate() -> float:
 
 
 class Layer:
-    """The experts of a layer, of random bytes: the values do not change the time."""
+    """Experts of a layer, of random bytes: the values do not change the time."""
 
     def __init__(self, fmt: str, tokens: int) -> None:
         self.layout: SlotLayout = slot_layout(

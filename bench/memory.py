@@ -50,14 +50,18 @@ def measure(path: Path, device: str, vram: str, ram: int) -> None:
         print(f"  open {opened:.1f} s; anonymous and pinned {beyond(anonymous() - before, host)}")
         if device == "cuda":
             left = torch.cuda.mem_get_info()[0]
-            print(f"  VRAM {beyond(free - left, plan.resident_bytes)} (margin {format_size(VRAM_MARGIN)}); "
-                  f"left {format_size(left)}, torch took {format_size(torch.cuda.max_memory_reserved())} and used "
-                  f"{format_size(torch.cuda.max_memory_allocated())}, {retries()} retries")  # fmt: skip
+            print(
+                f"  VRAM {beyond(free - left, plan.resident_bytes)} (margin {format_size(VRAM_MARGIN)}); "
+                f"left {format_size(left)}, torch took {format_size(torch.cuda.max_memory_reserved())} and used "
+                f"{format_size(torch.cuda.max_memory_allocated())}, {retries()} retries"
+            )
         stats = engine.stats()  # measures bandwidths in the remaining VRAM
         print(f"  prefill {stats.prefill_tok_s:.0f} tok/s, decode {stats.decode_tok_s:.2f} tok/s, {stats.roof}")
         paged, read = stats.pcie_bytes_per_token, stats.nvme_bytes_per_token
-        print(f"  hit {stats.hit_rate:.1%}, stall {stats.stall_ms_per_token:.1f} ms per token; "
-              f"{format_size(paged)} per token over the link, {format_size(read)} from disk")  # fmt: skip
+        print(
+            f"  hit {stats.hit_rate:.1%}, stall {stats.stall_ms_per_token:.1f} ms per token; "
+            f"{format_size(paged)} per token over the link, {format_size(read)} from disk"
+        )
 
 
 def beyond(taken: int, planned: int) -> str:

@@ -157,8 +157,12 @@ def machine() -> Row:
     if not commit:
         found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         commit = found.stdout.strip()
-    return {"gpu": torch.cuda.get_device_name(), "commit": commit, "torch": torch.__version__,
-            "triton": triton.__version__}  # fmt: skip
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "commit": commit,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
 
 
 class Peer:
@@ -198,10 +202,12 @@ def table(rows: list[Row], columns: dict[str, str]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     left = [all(isinstance(row[name], str) for row in rows) for name in columns]
     return "\n".join(
-        "  ".join(text.ljust(width) if to_left else text.rjust(width)
-                  for text, width, to_left in zip(line, widths, left, strict=True)).rstrip()
+        "  ".join(
+            text.ljust(width) if to_left else text.rjust(width)
+            for text, width, to_left in zip(line, widths, left, strict=True)
+        ).rstrip()
         for line in lines
-    )  # fmt: skip
+    )
 
 
 def parser(what: str, description: str | None) -> argparse.ArgumentParser:

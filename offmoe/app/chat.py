@@ -1,4 +1,4 @@
-"""The chat loop: read a message, print its answer while it is generated, run commands."""
+"""Chat loop: read a message, print its answer while it is generated, run commands."""
 
 from __future__ import annotations
 

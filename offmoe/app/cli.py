@@ -1,4 +1,4 @@
-"""The command line. Options and the model's path are checked before torch is imported, which takes a second."""
+"""Command line. Options and the model's path are checked before torch is imported, which takes a second."""
 
 from __future__ import annotations
 

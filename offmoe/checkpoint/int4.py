@@ -1,6 +1,6 @@
 """4-bit codes in groups, as AWQ, GPTQ and compressed-tensors publish them: several tensors form one matrix.
 
-AWQ and GPTQ compute x @ W and store W as [in, out], so that a row of ours is spread over the whole tensor;
+AWQ and GPTQ compute x @ W and store W as [in, out], so that an output's row is spread over the whole tensor;
 compressed-tensors stores rows. All three are converted to one layout while they are read: kernels.formats.int4_groups.
 Sources of the packings: AutoAWQ's awq/utils/packing_utils.py, AutoGPTQ's qlinear_cuda_old.py, compressed-tensors'
 pack_quantized/helpers.py.
@@ -33,7 +33,7 @@ SHAPE = ".weight_shape"  # in compressed-tensors; redundant, since the codes' sh
 
 @dataclass(frozen=True)
 class Packing:
-    """How a quantization_config says that all its matrices are packed."""
+    """Packing of all matrices of a checkpoint, as its quantization_config describes it."""
 
     method: str  # quant_method
     group: int  # columns that share a scale; -1: all columns of a row
@@ -42,7 +42,7 @@ class Packing:
 
     @property
     def transposed(self) -> bool:
-        """Whether matrices are stored as [in, out]."""
+        """True if matrices are stored as [in, out]."""
         return self.method != "compressed-tensors"
 
 
@@ -161,7 +161,7 @@ def block_size(group: int) -> int:
 
 
 class Int4Tensors:
-    """The tensors of a checkpoint with packed 4-bit matrices; `used` are those that are part of a matrix."""
+    """Tensors of a checkpoint with packed 4-bit matrices; `used` are those that are part of a matrix."""
 
     def __init__(self, checkpoint: Checkpoint, packing: Packing) -> None:
         self.path, self.packing, self.used = checkpoint.path, packing, set[str]()

@@ -48,7 +48,7 @@ class RowScales:
 
 
 class ScaledTensors:
-    """The tensors of a checkpoint with scaled matrices; `used` are those that are part of a matrix."""
+    """Tensors of a checkpoint with scaled matrices; `used` are those that are part of a matrix."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.path, self.used = checkpoint.path, set[str]()

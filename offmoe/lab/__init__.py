@@ -1,1 +1,1 @@
-"""The lab: routing traces, replay of policies, live measurements and tuning."""
+"""Lab: routing traces, replay of policies, live measurements and tuning."""

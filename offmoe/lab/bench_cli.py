@@ -1,4 +1,4 @@
-"""The command group `offmoe bench`."""
+"""Command group `offmoe bench`."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class OutputTensor:
 
     @property
     def format(self) -> Format:
-        """The requested format, or the fallback if the rows do not fit its blocks."""
+        """Requested format, or the fallback if the rows do not fit its blocks."""
         fits = (fmt for fmt in (self.requested, FORMATS["Q8_0"]) if self.cols % fmt.block == 0)
         return next(fits, FORMATS["F32"])
 

@@ -47,12 +47,12 @@ class AnswerParser:
 
     @property
     def saw_no_marker(self) -> bool:
-        """Whether everything so far is answer, verbatim: no reasoning, no markers."""
+        """True if everything so far is answer, verbatim: no reasoning, no markers."""
         return self._reasoning.saw_no_marker
 
     @property
     def in_reasoning(self) -> bool:
-        """Whether the text is inside reasoning now."""
+        """True if the text is inside reasoning now."""
         return self._reasoning.in_reasoning
 
     def push(self, id: int) -> list[Part]:

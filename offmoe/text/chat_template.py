@@ -93,7 +93,7 @@ class ChatTemplate:
 
 
 class TemplateWorker:
-    """The worker subprocess: one JSON line per request and per reply. It exits when its standard input closes."""
+    """Worker subprocess: one JSON line per request and per reply. It exits when its standard input closes."""
 
     def __init__(self, setup: Mapping[str, Any]) -> None:
         found = [find_spec(name) for name in ("jinja2", "markupsafe")]

@@ -30,7 +30,7 @@ class TemplateRejection(jinja2.TemplateError):
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """The `{% generation %}` tag, which marks assistant text for training; like transformers, open a scope only."""
+    """Tag `{% generation %}`, which marks assistant text for training; as in transformers, it only opens a scope."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
 

@@ -158,7 +158,7 @@ def read_text(file: Path) -> str:
 
 @dataclass(frozen=True)
 class GgufVocab:
-    """The `tokenizer.ggml.*` metadata, validated: one type for each token, and no duplicate tokens."""
+    """Metadata `tokenizer.ggml.*`, validated: one type for each token, and no duplicate tokens."""
 
     metadata: Mapping[str, Any]
     tokens: list[str]

@@ -544,7 +544,7 @@ def smallest(line: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_slots_too_few_for_a_token(refusal: ErrorLine, command: Command, good: Path, scope: str) -> None:
-    """The budget that the error suggests works, in bytes and as a share; one byte less does not."""
+    """Budget that the error suggests works, in bytes and as a share; one byte less does not."""
     for asked in ("0", "1", "1KiB", "1%"):
         least, share = smallest(refusal("run", good, "hi", "--vram", asked, "--scope", scope))
     assert smallest(refusal("info", good, "--vram", str(least - 1), "--scope", scope)) == (least, share)

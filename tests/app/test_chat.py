@@ -1,4 +1,4 @@
-"""The chat: its loop with scripted input, through a pipe, and in a pseudo-terminal."""
+"""Chat: its loop with scripted input, through a pipe, and in a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_set_changes_the_sampling() -> None:
 
 
 def test_set_shows_the_value_in_effect() -> None:
-    """The value in effect is shown even if it was not set: the model's own, or offmoe's default."""
+    """Value in effect is shown even if it was not set: the model's own, or offmoe's default."""
     _, ui = talk("/set temperature", "/set temperature 0.5", "/set temperature none")
     assert ui.notes == ["temperature=0.7", "temperature=0.5", "temperature=0.7"]
 

@@ -1,4 +1,4 @@
-"""The doctor's findings on machines that differ from this one."""
+"""Doctor's findings on machines that differ from this one."""
 
 from __future__ import annotations
 

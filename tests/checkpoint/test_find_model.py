@@ -1,4 +1,4 @@
-"""The path, or the files of a repository, that a name refers to; the hub's cache is created by hand."""
+"""Path, or the files of a repository, that a name refers to; the hub's cache is created by hand."""
 
 from __future__ import annotations
 

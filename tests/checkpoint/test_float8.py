@@ -72,7 +72,7 @@ def test_other_families_tokens_are_the_same_at_every_budget(family: str, tmp_pat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
 def test_the_step_and_a_chunk_multiply_the_records_as_they_are(tmp_path: Path) -> None:
-    """The scales are powers of two, which the trunk's bfloat16 represents exactly."""
+    """Scales are powers of two, which the trunk's bfloat16 represents exactly."""
     pytest.importorskip("triton")
     import test_prefill
     import test_step
@@ -89,7 +89,7 @@ def test_the_step_and_a_chunk_multiply_the_records_as_they_are(tmp_path: Path) -
 
 
 def test_it_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pieces begin inside a tile."""
+    """Pieces begin inside a tile."""
     monkeypatch.setattr("offmoe.pack.convert.PIECE", 50 * 512)
     path, model = made(tmp_path, powers=False)
     with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:

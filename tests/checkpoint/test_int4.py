@@ -45,7 +45,7 @@ def record_bytes(codes: Tensor, zeros: Tensor | None, scale: Tensor) -> Tensor:
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_values_are_those_of_the_published_formula(fmt: str, data: st.DataObject) -> None:
-    """The scales have any bits: 0, denormal, infinite, NaN."""
+    """Scales have any bits: 0, denormal, infinite, NaN."""
     rows, groups, dtype = 2, 3, SCALES[fmt.split("_")[2]]
     codes = torch.randint(0, 16, (rows, groups * FORMATS[fmt].block), dtype=torch.uint8)
     zeros = torch.randint(0, 16, (rows, groups), dtype=torch.uint8) if fmt.endswith("ZEROS") else None

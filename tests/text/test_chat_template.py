@@ -124,7 +124,7 @@ PUBLISHED = sorted(LLAMA_CPP.glob("models/templates/*.jinja"))
 @pytest.mark.skipif(not PUBLISHED, reason="LLAMA_CPP_SOURCE names no llama.cpp sources")
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
 def test_published_template_as_transformers(file: Path) -> None:
-    """The text or the error message is byte for byte the same; of messages without a system prompt, only the text is
+    """Text or the error message is byte for byte the same; of messages without a system prompt, only the text is
     compared.
     """
     source = file.read_text(encoding="utf-8")
@@ -156,7 +156,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("source", HOSTILE)
 def test_hostile_template_is_one_line_and_the_next_render_works(source: str) -> None:
-    """The same worker, or a new one if it had to be killed, renders the next conversation."""
+    """Same worker, or a new one if it had to be killed, renders the next conversation."""
     template = ChatTemplate("{% if messages|length > 1 %}fine{% else %}" + source + "{% endif %}", NAMES)
     for _ in range(2):
         with pytest.raises(OffmoeError) as error:

@@ -87,7 +87,7 @@ def joined(parts: list[Part]) -> tuple[str, str]:
 @pytest.mark.parametrize("pair", MARKER_PAIRS)
 @pytest.mark.parametrize("tokens", ["shown", "hidden", "none"])
 def test_a_block_is_separated_from_the_answer(make: Any, pair: tuple[str, str], tokens: str) -> None:
-    """The markers are plain text, tokens, or special tokens, which are hidden elsewhere."""
+    """Markers are plain text, tokens, or special tokens, which are hidden elsewhere."""
     open, close = pair
     single = "<|channel>", "<channel|>", "<|think|>", "<|end|>", "<|begin|>", "<|content|>", "[BEGIN FINAL RESPONSE]"
     format = tuple(mark for mark in single if mark in open + close) or (open, close)

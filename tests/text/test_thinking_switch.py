@@ -1,4 +1,4 @@
-"""The thinking switch: published templates accept it under their own variable names, or the error says what they
+"""Thinking switch: published templates accept it under their own variable names, or the error says what they
 accept.
 """
 

@@ -31,7 +31,7 @@ TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 
 
 class Files:
-    """The parts of a checkpoint that a tokenizer reads."""
+    """Parts of a checkpoint that a tokenizer reads."""
 
     def __init__(self, path: Path | None = None, **metadata: Any) -> None:
         self.kind = "safetensors" if path else "gguf"
@@ -430,7 +430,7 @@ def test_fused_expressions_split_the_same_way(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_name_of_a_pre_tokenizer(name: str) -> None:
-    """The name found for a tokenizer.json splits like the kind that wrote it."""
+    """Name found for a tokenizer.json splits like the kind that wrote it."""
     library = Library(models.BPE(ignore_merges=KINDS[name].ignore_merges))
     library.pre_tokenizer = build_pre_tokenizer(replace(KINDS[name], fused=()))  # as published
     found = KINDS[pre_tokenizer_name(json.loads(library.to_str()))]
@@ -468,7 +468,7 @@ REFUSED = {"bert-bge": "'bert' is not supported", "nomic-bert-moe": "'t5' is not
 @pytest.mark.skipif(not PUBLISHED, reason="LLAMA_CPP_SOURCE names no llama.cpp sources")
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem.removeprefix("ggml-vocab-"))
 def test_published_vocabularies(file: Path) -> None:
-    """The ids equal those of the model's own tokenizer if published, else texts round-trip; or the error names the
+    """Ids equal those of the model's own tokenizer if published, else texts round-trip; or the error names the
     kind.
     """
     checkpoint = open_checkpoint(file)
@@ -491,7 +491,7 @@ APPROXIMATED = {"gpt-4o", "llama4", "kanana2", "minimax-m2", "talkie", "tekken"}
 @pytest.mark.llama
 @pytest.mark.parametrize("name", sorted({name for name in KINDS if KINDS[name].byte_level} - APPROXIMATED))
 def test_splits_as_llama_cpp(metadata: dict[str, Any], tmp_path: Path, name: str) -> None:
-    """The demo vocabulary under each name, except kinds whose expression llama.cpp only approximates."""
+    """Demo vocabulary under each name, except kinds whose expression llama.cpp only approximates."""
     gguf, llama = pytest.importorskip("gguf"), pytest.importorskip("llama_cpp")
     writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
     files = Files()

@@ -1,4 +1,4 @@
-"""The command `offmoe bench latency`."""
+"""Command `offmoe bench latency`."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Cell:
 
 
 class Folder:
-    """The results of one run, some of them perhaps from an earlier start."""
+    """Results of one run, some of them perhaps from an earlier start."""
 
     def __init__(self, path: Path, run: dict[str, Any]) -> None:
         """`run` is everything that must be equal for results to belong to the same run.

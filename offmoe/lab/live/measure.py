@@ -32,7 +32,7 @@ WARM_UP = 8  # steps that are replayed but not counted, while threads start and 
 
 @dataclass(frozen=True)
 class Configuration:
-    """The settings that are compared, as the user writes them."""
+    """Settings that are compared, as the user writes them."""
 
     vram: str  # a percentage, or bytes
     policy: str
@@ -43,7 +43,7 @@ class Configuration:
 
     @property
     def budget(self) -> str:
-        """The budget for people."""
+        """Budget for people."""
         return self.vram if self.vram.endswith("%") else format_size(int(self.vram))
 
     @property
@@ -225,23 +225,24 @@ class NoGuard:
 
 
 class Runs:
-    """The answers of one visit, summed up, and the replay that runs along."""
+    """Sums over the answers of one measurement, and their replay."""
 
     def __init__(self, engine: Engine, probe: Probe) -> None:
         self.engine, self.probe = engine, probe
         config = engine.config
         self.simulator = Simulator(engine.plan, config.moe_layers, config.experts)
         self.steps = self.prompts = 0
-        self.counted: list[int] = []  # sequences of the trace
-        self._sequences = 0  # of the trace so far
+        self.counted: list[int] = []  # indices of the trace's sequences that count
+        self._sequences = 0  # number of sequences in the trace so far
         self._sums: dict[str, float] = {}
         self._parts: dict[str, float] = {}
         self._pairs: list[tuple[ObservedAnswer, Simulated]] = []
 
     def run(self, ids: list[int], max_steps: int, counted: bool = True) -> None:
+        """Answer a prompt and replay the answer; warm-up answers are not `counted`."""
         answer = self.probe.run(ids, max_steps)
         simulated = self.simulator.answer(answer)
-        if not answer.steps:  # it ended with its first token
+        if not answer.steps:  # the answer ended with its first token
             return
         self._sequences += 1
         if counted:
@@ -250,7 +251,7 @@ class Runs:
             self._add(answer)
 
     def _add(self, answer: ObservedAnswer) -> None:
-        """Stats are means a token; sums can be added up."""
+        """Add an answer. Statistics are means per token, so they are weighted by the answer's steps."""
         stats, steps = self.engine.stats(), len(answer.steps)
         self.steps += steps
         self.prompts += 1
@@ -271,6 +272,7 @@ class Runs:
             self._parts[part] = self._parts.get(part, 0.0) + seconds
 
     def measured(self, configuration: Configuration) -> Measured:
+        """Return the measurement of all counted answers."""
         engine, plan = self.engine, self.engine.plan
         config, stats = engine.config, engine.stats()
         mean = {name: value / self.steps for name, value in self._sums.items()}
@@ -306,7 +308,7 @@ class Runs:
         )
 
     def _parts_ms(self, mean: dict[str, float]) -> dict[str, float]:
-        """A token's time by part, ms; a GPU's graph is one launch, and shows only what everything hitting takes."""
+        """Return the parts of a token's time, ms. On a GPU a step is one launch, so only the stall can be separated."""
         total = mean["seconds"] * 1e3
         if not self.probe.sees_steps:
             return {"everything hits": total - mean["stall_ms"], "stall": mean["stall_ms"]}

@@ -1,4 +1,4 @@
-"""The steps of `offmoe bench latency`: check, measure, replay, report."""
+"""Steps of `offmoe bench latency`: check, measure, replay, report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The measurements of a sweep, their order, and the resumption of an interrupted one."""
+"""Measurements of a sweep, their order, and the resumption of an interrupted one."""
 
 from __future__ import annotations
 

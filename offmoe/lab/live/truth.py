@@ -37,7 +37,7 @@ class Simulated:
 
 
 class Simulator:
-    """The cache of an engine without the engine: uploads take no time, nothing is prefetched."""
+    """Cache of an engine without the engine: uploads take no time, nothing is prefetched."""
 
     def __init__(self, plan: Plan, layers: int, experts: int) -> None:
         policy = plan.policy.make(layers * experts)

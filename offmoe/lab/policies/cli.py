@@ -1,4 +1,4 @@
-"""The command `offmoe bench policies`."""
+"""Command `offmoe bench policies`."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """The replays of one trace."""
+    """Replays of one trace."""
 
     path: Path
     trace: Trace

@@ -40,7 +40,7 @@ class Summary:
 
     @property
     def typical(self) -> Measured:
-        """The round with the median time (of two, the faster): insensitive to a machine that was busy for a moment."""
+        """Round with the median time (of two, the faster): insensitive to a machine that was busy for a moment."""
         return sorted(self.rounds, key=lambda measured: measured.ms)[(len(self.rounds) - 1) // 2]
 
     @property
@@ -73,13 +73,13 @@ class Summary:
 
     @property
     def same_misses(self) -> bool | None:
-        """Whether all observed rounds have the misses of the replay; None if none was observed."""
+        """True if all observed rounds have the misses of the replay; None if none was observed."""
         seen = [m.same_misses for m in self.rounds if m.same_misses is not None]
         return all(seen) if seen else None
 
     @property
     def agrees(self) -> bool:
-        """Whether the replay is within TOLERANCE in every round, or nothing was replayed."""
+        """True if the replay is within TOLERANCE in every round, or nothing was replayed."""
         return all(m.replay_error <= TOLERANCE for m in self.rounds)
 
 

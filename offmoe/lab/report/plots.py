@@ -74,15 +74,29 @@ def latency(summaries: list[Summary], bandwidths: dict[str, float], record_bytes
             axes.plot(hits, [s.ms for s in mine], color=colour, marker=marker, ms=7, lw=1.4, mec="white", label=method)
             rounds = [measured for summary in mine for measured in summary.rounds]
             for shape, some in (".", [m for m in rounds if m.ms <= top]), ("^", [m for m in rounds if m.ms > top]):
-                axes.plot([100 * m.hit_rate for m in some], [min(m.ms, top) for m in some], shape, ms=3.5,
-                          color=colour, alpha=0.35)  # fmt: skip
+                axes.plot(
+                    [100 * m.hit_rate for m in some],
+                    [min(m.ms, top) for m in some],
+                    shape,
+                    ms=3.5,
+                    color=colour,
+                    alpha=0.35,
+                )
         low = min(m.hit_rate for s in summaries for m in s.rounds)
         xs = [100 * (low + (1 - low) * i / 100) for i in range(101)]
         roof = [roof_ms(summaries, bandwidths, record_bytes, 1 - x / 100) for x in xs]
         axes.plot(xs, roof, color=INK, lw=1.2, ls="--", label="roof")
         axes.fill_between(xs, 0, roof, color=GRID, alpha=0.5, lw=0)
-        axes.annotate("no token is faster than this", (xs[50], roof[50]), (0, -6), textcoords="offset points",
-                      va="top", ha="center", color=PALE, fontsize=9)  # fmt: skip
+        axes.annotate(
+            "no token is faster than this",
+            (xs[50], roof[50]),
+            (0, -6),
+            textcoords="offset points",
+            va="top",
+            ha="center",
+            color=PALE,
+            fontsize=9,
+        )
         label_budgets(axes, summaries)
         axes.set(xlabel="hit rate, %", ylabel="ms per token", ylim=(0, 1.05 * top))
         set_titles(axes, "What a hit is worth here", "median round; dots: single rounds, triangles: slower than shown")
@@ -95,8 +109,17 @@ def label_budgets(axes: Axes, summaries: list[Summary]) -> None:
     for budget in dict.fromkeys(s.configuration.budget for s in summaries):
         group = [s for s in summaries if s.configuration.budget == budget]
         position = 100 * sum(s.mean("hit_rate") for s in group) / len(group), max(s.ms for s in group)
-        axes.annotate(budget, position, (0, 12), textcoords="offset points", ha="center", color=INK, fontsize=9,
-                      fontweight="bold", bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 1})  # fmt: skip
+        axes.annotate(
+            budget,
+            position,
+            (0, 12),
+            textcoords="offset points",
+            ha="center",
+            color=INK,
+            fontsize=9,
+            fontweight="bold",
+            bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 1},
+        )
 
 
 def roof_ms(summaries: list[Summary], bandwidths: dict[str, float], record_bytes: float, missed: float) -> float:
@@ -119,8 +142,15 @@ def stack(summaries: list[Summary]) -> bytes:
             axes.barh(rows, widths, left=left, color=PARTS[part], label=part, height=0.8)
             for row, start, width in zip(rows, left, widths, strict=True):
                 if width > 0.06 * longest:
-                    axes.text(start + width / 2, row, f"{width:.1f}", ha="center", va="center", fontsize=8,
-                              color=INK if part in ("router", "rest") else "white")  # fmt: skip
+                    axes.text(
+                        start + width / 2,
+                        row,
+                        f"{width:.1f}",
+                        ha="center",
+                        va="center",
+                        fontsize=8,
+                        color=INK if part in ("router", "rest") else "white",
+                    )
             left = [start + width for start, width in zip(left, widths, strict=True)]
         for row, end in zip(rows, left, strict=True):
             axes.text(end, row, f" {end:.1f}", va="center", fontweight="bold", fontsize=9)
@@ -147,8 +177,15 @@ def layers(summaries: list[Summary], baselines: list[Configuration]) -> bytes:
             axes.plot(xs, [100 * hit for hit in line], color=shade, lw=1.8, marker="o", ms=3)
             low, high = ([100 * edge(values) for values in zip(*group, strict=True)] for edge in (min, max))
             axes.fill_between(xs, low, high, color=shade, alpha=0.18, lw=0)
-            axes.annotate(baseline.budget, (len(line) - 1, 100 * line[-1]), (8, 0), textcoords="offset points",
-                          va="center", color=shade, fontweight="bold")  # fmt: skip
+            axes.annotate(
+                baseline.budget,
+                (len(line) - 1, 100 * line[-1]),
+                (8, 0),
+                textcoords="offset points",
+                va="center",
+                color=shade,
+                fontweight="bold",
+            )
         axes.set(xlabel="layer", ylabel="hit rate, %", ylim=(0, 104))
         subtitle = f"line: {shown[0].method}; band: all methods at that budget" if shown else "not measured"
         set_titles(axes, "Hit rate by layer", subtitle)
@@ -162,15 +199,32 @@ def miss_curves(curves: list[Curve], budgets: dict[str, float], styles: dict[str
             share = [100 * slots / curve.slots[-1] for slots in curve.slots]
             bound = curve.policy.startswith("belady")
             colour, marker = (INK, "") if bound else styles.get(curve.policy, (PALE, "."))
-            axes.plot(share, curve.misses, color=colour, marker=marker, ms=5, lw=1.5, mec="white",
-                      ls={"belady": "--", "belady-bypass": ":"}.get(curve.policy, "-"), label=curve.policy)  # fmt: skip
+            axes.plot(
+                share,
+                curve.misses,
+                color=colour,
+                marker=marker,
+                ms=5,
+                lw=1.5,
+                mec="white",
+                ls={"belady": "--", "belady-bypass": ":"}.get(curve.policy, "-"),
+                label=curve.policy,
+            )
         bound_line = next(curve for curve in curves if curve.policy == "belady-bypass")
         share = [100 * slots / bound_line.slots[-1] for slots in bound_line.slots]
         axes.fill_between(share, 0, bound_line.misses, color=GRID, alpha=0.5, lw=0)
         for name, budget in budgets.items():
             axes.axvline(100 * budget, color=PALE, lw=0.8, ls=(0, (2, 3)))
-            axes.annotate(name, (100 * budget, 1), (2, -2), xycoords=("data", "axes fraction"),
-                          textcoords="offset points", va="top", color=PALE, fontsize=8)  # fmt: skip
+            axes.annotate(
+                name,
+                (100 * budget, 1),
+                (2, -2),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                va="top",
+                color=PALE,
+                fontsize=8,
+            )
         axes.set(xlabel="experts with a slot, %", ylabel="misses per token", ylim=(0, None))
         set_titles(
             axes, "Misses over cache size", "replay of this run's routing from an empty cache, decoded tokens only"
@@ -189,24 +243,48 @@ def prefetch(predictions: Predictions) -> bytes:
             mine = [one for one in predictions.entries if one.family == family and one.precision is not None]
             if not mine:
                 continue
-            axes.plot([100 * (one.coverage or 0) for one in mine], [100 * (one.precision or 0) for one in mine],
-                      color=PALE if control else colours[family], marker=markers[family], ms=7, lw=1.4,
-                      ls=":" if control else "-", mfc="white" if control else None, mec=PALE if control else "white",
-                      label=f"{family} (control)" if control else family)  # fmt: skip
+            axes.plot(
+                [100 * (one.coverage or 0) for one in mine],
+                [100 * (one.precision or 0) for one in mine],
+                color=PALE if control else colours[family],
+                marker=markers[family],
+                ms=7,
+                lw=1.4,
+                ls=":" if control else "-",
+                mfc="white" if control else None,
+                mec=PALE if control else "white",
+                label=f"{family} (control)" if control else family,
+            )
             gates = [one for one in mine if one.name.startswith("gate:d=1,")]
             for one in [one for one in gates if (one.coverage or 0) > 0.05]:  # labels of the others would overlap
                 least = one.name.partition("p=")[2].partition(",")[0]
-                axes.annotate(f"p ≥ {least}", (100 * (one.coverage or 0), 100 * (one.precision or 0)), (0, 7),
-                              textcoords="offset points", color=PALE, fontsize=7)  # fmt: skip
+                axes.annotate(
+                    f"p ≥ {least}",
+                    (100 * (one.coverage or 0), 100 * (one.precision or 0)),
+                    (0, 7),
+                    textcoords="offset points",
+                    color=PALE,
+                    fontsize=7,
+                )
         silent = [one.family for one in predictions.entries if one.precision is None]
         subtitle = (
             f"replay at {predictions.budget}, {predictions.policy}, with this machine's link; one point per threshold"
         )
         set_titles(axes, "Prefetching: coverage and precision", subtitle)
         if silent:
-            axes.text(0.01, 0.02, f"fetched nothing: {', '.join(dict.fromkeys(silent))}", transform=axes.transAxes,
-                      color=PALE, fontsize=9)  # fmt: skip
-        axes.set(xlabel="coverage: misses that became hits, %", ylabel="precision: fetched experts that were used, %",
-                 xlim=(-2, 102), ylim=(0, 106))  # fmt: skip
+            axes.text(
+                0.01,
+                0.02,
+                f"fetched nothing: {', '.join(dict.fromkeys(silent))}",
+                transform=axes.transAxes,
+                color=PALE,
+                fontsize=9,
+            )
+        axes.set(
+            xlabel="coverage: misses that became hits, %",
+            ylabel="precision: fetched experts that were used, %",
+            xlim=(-2, 102),
+            ylim=(0, 106),
+        )
         axes.legend(loc="lower right")
         return png(fig)

@@ -1,4 +1,4 @@
-"""The commands `offmoe trace …`."""
+"""Commands `offmoe trace …`."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def write_any(trace: Trace, out: Path) -> None:
 
 
 def read_npz(path: Path) -> Trace | dict[str, NDArray[Any]]:
-    """Return a trace of ours, or the arrays of another recorder."""
+    """Return a trace in our own format, or the arrays of another recorder."""
     arrays = read_arrays(path)
     return Trace.load(path) if "meta" in arrays and "experts" in arrays else arrays
 
@@ -115,7 +115,7 @@ def assemble_trace(records: Records, defaults: dict[str, Any]) -> Trace:
 
 
 class Part:
-    """The records of the prompts, or of the decoded tokens, sorted."""
+    """Records of the prompts, or of the decoded tokens, sorted."""
 
     def __init__(self, rows: NDArray[np.int64], weights: NDArray[np.float64], sequences: NDArray[np.int64]) -> None:
         self.rows, self.weights = rows, weights

@@ -1,4 +1,4 @@
-"""The statistics of a trace as one figure."""
+"""Statistics of a trace as one figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The statistics of a trace as tables for a terminal."""
+"""Statistics of a trace as tables for a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `offmoe tune`."""
+"""Command `offmoe tune`."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of tuning. `chosen` is None if the default stays."""
+    """Result of tuning. `chosen` is None if the default stays."""
 
     default: Configuration
     vram: str | None
