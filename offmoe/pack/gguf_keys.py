@@ -11,9 +11,11 @@ from offmoe.errors import OffmoeError
 from offmoe.kernels.feed_forward import GELU, SILU, Glu
 from offmoe.kernels.rope import Scaling, frequency_factors, yarn_mscale
 from offmoe.models.rope import FACTORED, GGUF_FACTORS
+from offmoe.text.directory_vocab import vocab_from_directory
+from offmoe.text.gguf_vocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from offmoe.text.pretokenizers import KINDS, pre_tokenizer_name
 from offmoe.text.tokenizer import BYTE_TOKEN
-from offmoe.text.vocab import BYTE, CONTROL, NAMES, UNKNOWN, USER_DEFINED, Vocab, read_vocab
+from offmoe.text.vocab import NAMES, Vocab
 
 if TYPE_CHECKING:
     from offmoe.checkpoint.base import Checkpoint
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from offmoe.models.config import ModelConfig
     from offmoe.models.family import Family
 
-NORMAL, UNUSED = 1, 5  # tokenizer.ggml.token_type; the others are in vocab.py
 GPT_OSS = Glu(alpha=1.702, limit=7.0, plus=1.0)
 NOT_TRUNCATED = ("gpt-oss",)  # architectures whose YaRN ramp has fractional bounds
 UNMERGED = -1e9  # score of a token that no merge produces
@@ -149,7 +150,7 @@ def tokenizer_keys(checkpoint: Checkpoint, vocab_size: int) -> dict[str, Any]:
     model = raw.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         raise OffmoeError(f"{checkpoint.path}/tokenizer.json is not a BPE: pack cannot write this tokenizer")
-    vocab = read_vocab(checkpoint)
+    vocab = vocab_from_directory(checkpoint)
     tokens, types = token_table(raw, model, vocab_size)
     keys: dict[str, Any] = {"tokens": tokens, "token_type": types}
     keys |= sentencepiece_keys(raw, model, tokens) if model.get("byte_fallback") else byte_level_keys(raw, model)

@@ -12,9 +12,11 @@ from offmoe.errors import OffmoeError
 from offmoe.text.answer_parser import AnswerParser, Detokenizer, StopStrings
 from offmoe.text.byte_unicode import unicode_to_bytes
 from offmoe.text.chat_template import REASONING_KEYS, ChatTemplate
+from offmoe.text.directory_vocab import vocab_from_directory
+from offmoe.text.gguf_vocab import vocab_from_gguf
 from offmoe.text.reasoning_parser import detect_format
 from offmoe.text.thinking_switch import thinking_variables
-from offmoe.text.vocab import Vocab, read_vocab
+from offmoe.text.vocab import Vocab
 
 if TYPE_CHECKING:
     from offmoe.checkpoint.base import Checkpoint
@@ -38,8 +40,9 @@ class Message(TypedDict):
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """Load the tokenizer of an open checkpoint. Raises OffmoeError if it has none."""
-    return Tokenizer(read_vocab(checkpoint))
+    """Load the tokenizer of an open checkpoint. Raises OffmoeError if it has none or one of an unknown kind."""
+    is_gguf = checkpoint.kind == "gguf"
+    return Tokenizer(vocab_from_gguf(checkpoint.metadata) if is_gguf else vocab_from_directory(checkpoint))
 
 
 class Tokenizer:
