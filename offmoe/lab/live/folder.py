@@ -14,7 +14,7 @@ from typing import Any
 
 from offmoe.cache.files import whole_file
 from offmoe.errors import OffmoeError
-from offmoe.lab.live.measure import Configuration, Measured
+from offmoe.lab.live.results import Configuration, Measured
 
 RUN = "run.json"
 

@@ -12,7 +12,8 @@ import numpy as np
 from offmoe.cache.trace import Trace
 from offmoe.errors import OffmoeError
 from offmoe.lab.live.folder import Cell, Folder
-from offmoe.lab.live.measure import Bench, Configuration, Measured
+from offmoe.lab.live.measure import Bench
+from offmoe.lab.live.results import Configuration, Measured
 from offmoe.plan import DEFAULT_POLICY
 
 BUDGETS = ("25%", "50%", "75%", "100%")

@@ -10,7 +10,7 @@ from statistics import fmean, median, stdev
 import numpy as np
 
 from offmoe.lab.live.folder import Cell
-from offmoe.lab.live.measure import Configuration, Measured
+from offmoe.lab.live.results import Configuration, Measured
 from offmoe.lab.live.truth import TOLERANCE
 
 # Student's t, two-sided 95 %, for 1, 2, … degrees of freedom; beyond these, 2.0.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from offmoe.lab.live.measure import Configuration
+    from offmoe.lab.live.results import Configuration
     from offmoe.lab.report.curves import Curve
     from offmoe.lab.report.numbers import Summary
     from offmoe.lab.report.predictors import Predictions

@@ -19,8 +19,9 @@ from offmoe import __version__
 from offmoe.app.profile import VERSION, machine_name, profile_path, toml_value
 from offmoe.cache.trace import Trace
 from offmoe.errors import OffmoeError
-from offmoe.lab.live.measure import Bench, Configuration
+from offmoe.lab.live.measure import Bench
 from offmoe.lab.live.prompts import MIN_PROMPTS
+from offmoe.lab.live.results import Configuration
 from offmoe.lab.live.truth import Simulator, answers_of
 from offmoe.lab.report.numbers import paired, with_spread
 from offmoe.lab.trace.prompts import Prompt

@@ -25,9 +25,10 @@ from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
 from offmoe.lab.live import run as live_run
 from offmoe.lab.live.folder import Cell, Folder, write_file
-from offmoe.lab.live.measure import Bench, Configuration, Measured
+from offmoe.lab.live.measure import Bench
 from offmoe.lab.live.probe import ObservedAnswer, Probe
 from offmoe.lab.live.prompts import PROMPTS, encode_prompt, load_prompts
+from offmoe.lab.live.results import Configuration, Measured
 from offmoe.lab.live.sweep import POLICIES as SWEPT
 from offmoe.lab.live.sweep import Sweep, join_traces, run_sweep
 from offmoe.lab.live.truth import Answer, Simulator, answers_of, same_events

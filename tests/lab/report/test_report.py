@@ -16,7 +16,7 @@ from synthetic_traces import synthetic
 from offmoe.cache.ahead import Pace
 from offmoe.cache.trace import Trace
 from offmoe.lab.live.folder import Cell, Folder
-from offmoe.lab.live.measure import Configuration, Measured
+from offmoe.lab.live.results import Configuration, Measured
 from offmoe.lab.report import plots
 from offmoe.lab.report.curves import curves
 from offmoe.lab.report.markdown import agreement, as_csv, report, rows, table, verdicts

@@ -23,7 +23,8 @@ from offmoe.cache.trace import Trace
 from offmoe.checkpoint.find_model import DEMO
 from offmoe.errors import OffmoeError
 from offmoe.lab.live.folder import write_file
-from offmoe.lab.live.measure import Bench, Configuration
+from offmoe.lab.live.measure import Bench
+from offmoe.lab.live.results import Configuration
 from offmoe.lab.trace.prompts import Prompt
 from offmoe.lab.tune import halving as lab
 from offmoe.lab.tune.halving import Tuner, Verdict, profile_text
