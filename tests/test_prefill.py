@@ -44,7 +44,7 @@ def prefill(path: Path, chunk: int, batch: int, **settings: Any) -> torch.Tensor
     model = open_model(path)
     plan = make_plan(model, Settings.of(**{"device": "cpu", "ctx": 32, "ram": "64MiB", **settings}))
     store = VramStore(model, replace(plan, batch=batch))
-    store.records.fill_(0xFF)
+    store.slot_memory.fill_(0xFF)
     trunk = DeviceTrunk(model, plan.device, torch.float32, plan.ctx)
     trunk.load_layers(lambda *_: None)
     kv = KVCache(model.config, plan.ctx, plan.device, torch.float32)

@@ -1,4 +1,4 @@
-"""The static tensors of a decode step."""
+"""Static tensors of a decode step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_EOS = 16
 
 
 class StepBuffers:
-    """Everything that a captured graph reads and writes beside weights, slots and cache."""
+    """Tensors that a captured graph reads and writes, except weights, slots, KV cache and residency table."""
 
     def __init__(self, config: ModelConfig, splits: Mapping[Heads, int], device: torch.device) -> None:
         c, kinds = config, splits.items()
@@ -43,10 +43,13 @@ class StepBuffers:
             self.partial = floats(max(mla.partial_size(h.heads, c.latent, n, device) for h, n in kinds))
         else:
             self.partial = floats(max(partial_size(h.heads, h.head_dim, n) for h, n in kinds))
-        self.router_logits, self.weights = floats(c.experts + 1), floats(c.top_k + 1)  # one more: the shared expert's
+        self.router_logits, self.weights = (
+            floats(c.experts + 1),
+            floats(c.top_k + 1),
+        )  # the last one belongs to the shared expert
         self.inner = floats(c.top_k, c.expert_hidden)
         self.dense_inner, self.shared_inner = floats(1, c.dense_hidden), floats(1, c.shared_hidden)
-        self.only, self.one = ints(1), floats(1) + 1  # the slot and the weight of what every token passes
+        self.only, self.one = ints(1), floats(1) + 1  # slot 0 and weight 1: a feed-forward part that every token passes
         self.logits = floats(1, c.vocab)
         self.ids, self.slots, self.hit = ints(c.top_k), ints(c.top_k), ints(c.top_k)
         self.miss_count, self.miss_records, self.miss_slots = ints(1), ints(c.top_k), ints(c.top_k)
@@ -68,7 +71,7 @@ class StepBuffers:
         self.eos = torch.full((MOST_EOS,), -2, dtype=torch.int32, device=device)
 
     def set_sampling(self, sampling: Sampling, ids: list[int], eos: frozenset[int], most: int) -> str:
-        """Parameters of an answer of at most `most` tokens to the prompt `ids`; returns the variant that they need."""
+        """Write the sampling parameters of an answer of at most `most` tokens; return the sampler's variant."""
         temperature, top_k = sampling.temperature or 0.0, sampling.top_k or 0
         top_p = 1.0 if sampling.top_p is None else sampling.top_p
         params = (temperature, top_k, top_p, sampling.min_p or 0.0, sampling.repeat_penalty or 1.0)

@@ -52,7 +52,7 @@ def step_of(path: Path, **settings: Any) -> Iterator[DecodeStep]:
     plan = make_plan(model, Settings.of(**{"device": "cpu", "ctx": 32, "ram": "64MiB", **settings}))
     plan = replace(plan, prefetch=prefetch)
     store = VramStore(model, plan)
-    store.records.fill_(0xFF)  # NaN
+    store.slot_memory.fill_(0xFF)  # NaN
     store.ram.fill()
     store.ram.wait_complete()
     trunk = DeviceTrunk(model, plan.device, torch.float32, plan.ctx)
@@ -191,7 +191,7 @@ def test_an_idle_launch_changes_nothing(family: str, tmp_path: Path) -> None:
         keys = [tensor for layer in step.config.attended for tensor in step.kv.layer(layer)]
         states = [step.kv.states.memory, step.kv.states.recent] if step.kv.states else []
         state = [*keys, *states, step.table.owner, step.table.a, step.table.b, step.table.clock,
-                 step.buffers.position, step.buffers.status, step.ring.memory, step.store.records]  # fmt: skip
+                 step.buffers.position, step.buffers.status, step.ring.memory, step.store.slot_memory]  # fmt: skip
         before = [tensor.clone() for tensor in state]
         with step.idle():
             step.launch(Variant())

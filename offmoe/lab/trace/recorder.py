@@ -90,13 +90,13 @@ class Recorder:
             )
         self.engine.store.routed = self._on_routed
         if self.with_states:
-            self.engine.watch = self._on_states
+            self.engine.forward.watch = self._on_states
             if not self._on_cpu:
                 self.engine.decoder = EagerDecoder(self.engine.step, self.engine.kv, self.engine.plan.device)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.engine.store.routed = self.engine.watch = None
+        self.engine.store.routed = self.engine.forward.watch = None
         self.engine.decoder = self._decoder
 
     @property

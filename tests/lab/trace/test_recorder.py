@@ -168,7 +168,7 @@ def test_one_recorder_at_a_time(engine: Engine) -> None:
     with Recorder(engine):
         pass
     assert engine.store.routed is None
-    assert engine.watch is None
+    assert engine.forward.watch is None
 
 
 def test_a_trace_of_the_demo_can_be_read_without_it() -> None:
