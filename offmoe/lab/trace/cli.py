@@ -187,8 +187,8 @@ def convert(source: Path, out: Path, model: str | None, experts: int | None, for
 def fit(path: Path, ahead: int, ridge: float | None, test: Path | None, out: Path, as_json: bool, force: bool) -> None:
     """Learn to predict a router D layers ahead, from a trace recorded with --states.
 
-    The map is used with `--prefetch linear:map=MAP.npz`. It is evaluated on held-out sequences, next to gate-ahead and
-    controls.
+    The map is used with `--prefetch linear:map=MAP.npz`. It is evaluated on held-out sequences and compared with
+    gate-ahead and controls.
     """
     check_output(out, force, ".npz")
     train, other = read(path), read(test) if test else None
