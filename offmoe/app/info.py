@@ -95,8 +95,8 @@ class ModelInfo:
             cache = f"a latent of {c.latent.width} values per position"
         return [
             ("family", f"{c.model_type} ({self.model.checkpoint.kind})"),
-            ("parameters", f"{billions(w.total)} in total, {billions(w.active)} active per token"),
-            ("", f"{billions(w.active_without_embedding)} active without the input embedding"),
+            ("parameters", f"{format_count(w.total)} in total, {format_count(w.active)} active per token"),
+            ("", f"{format_count(w.active_without_embedding)} active without the input embedding"),
             ("layers", f"{c.layers}{layer_kinds}, hidden {c.hidden}, {c.heads} heads, {cache}"),
             ("experts", f"{c.experts} per layer, {c.top_k} routed per token, {c.shared or 'none'} shared"),
             ("routing", str(c.rule)),
@@ -152,5 +152,5 @@ def inspect_model(model: Model, settings: Settings) -> ModelInfo:
     return ModelInfo(model, plan, count_weights(model), costs, direct)
 
 
-def billions(count: int) -> str:
+def format_count(count: int) -> str:
     return f"{count / 1e9:.3g} B" if count >= 1e9 else f"{count / 1e6:.3g} M"

@@ -20,7 +20,7 @@ from offmoe.lab.live.measure import WARM_UP, Bench
 from offmoe.lab.live.prompts import load_prompts
 from offmoe.lab.live.sweep import Sweep, join_traces, run_sweep
 from offmoe.lab.report.markdown import disagreement, table
-from offmoe.lab.report.numbers import Results, fitted, gains, summaries
+from offmoe.lab.report.numbers import Results, fit_summaries, gains, summaries
 from offmoe.lab.report.predictors import Predictions, load_predictions, predictions, save_predictions
 from offmoe.lab.report.write import write_report
 from offmoe.plan import pick_device
@@ -126,7 +126,7 @@ def print_results(results: Results, out: Path, notes: tuple[str, ...]) -> bool:
     screen.print(table(configurations, compared))
     for note in notes:
         screen.print(note, style="dim", soft_wrap=True)
-    if one := fitted(configurations):
+    if one := fit_summaries(configurations):
         screen.print(f"ms per token = {one} (residual {one.residual:.2f} ms)")
     wrong = [summary for summary in configurations if not summary.agrees]
     for summary in wrong:

@@ -152,13 +152,13 @@ def make_pace(trace: Trace, link: str | None, record: Any, floor: float) -> Pace
         return None
     if record is None:
         raise OffmoeError("--link needs --record, the size of one expert: `offmoe info MODEL` prints it")
-    speed = measured_link() if link == "measure" else float(parse_size(link))
+    speed = measure_link() if link == "measure" else float(parse_size(link))
     if speed <= 0:
         raise OffmoeError(f"--link {link!r} is not a bandwidth: give for example 25GB, or measure")
     return Pace(record / speed, floor / 1e3 / trace.meta["layers"])
 
 
-def measured_link() -> float:
+def measure_link() -> float:
     """Measure this machine's bandwidth to slots, in bytes/s."""
     import torch
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from offmoe.lab.live.truth import TOLERANCE
-from offmoe.lab.report.numbers import Fit, Gain, Results, Summary, drifts, fitted, gains, summaries
+from offmoe.lab.report.numbers import Fit, Gain, Results, Summary, drifts, fit_summaries, gains, summaries
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -95,7 +95,7 @@ def rows(found: list[Summary], compared: list[Gain]) -> Rows:
             "{:.2f} … {:.2f}".format(*summary.range),
             f"{1e3 / summary.ms:.1f}",
             f"{summary.mean('hit_rate'):.2%}",
-            replayed(summary),
+            replayed_text(summary),
             f"{summary.mean('misses'):.1f}",
             f"{summary.mean('uploads'):.1f}",
             f"{summary.typical.roof_ms:.2f}",
@@ -105,7 +105,7 @@ def rows(found: list[Summary], compared: list[Gain]) -> Rows:
     ]
 
 
-def replayed(summary: Summary) -> str:
+def replayed_text(summary: Summary) -> str:
     if summary.simulated is None:
         return "–"
     return f"{summary.simulated:.2%}"
@@ -170,7 +170,7 @@ def report(facts: dict[str, Any], results: Results, figures: dict[str, str], pre
         "## Does the replay agree?",
         *agreement(found),
         "## ms per token = A + B · misses + C · uploads",
-        fit_text(fitted(found), len(found)),
+        fit_text(fit_summaries(found), len(found)),
         "## Where misses come from",
         *(f"![{caption}]({file})" for caption, file in list(figures.items())[2:4]),
         "## Prediction",

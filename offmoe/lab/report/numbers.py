@@ -123,7 +123,7 @@ def with_spread(gain: float, spread: float) -> str:
     return f"{gain:+.1%} " + ("of one round" if math.isinf(spread) else f"± {spread:.1%}")
 
 
-def paired(times: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
+def paired_gain(times: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
     """Return (gain, spread) of rounds of (baseline, baseline again, other), in ms per token each."""
     rounds = list(times)
     gains = [1 - other / ((first + again) / 2) for first, again, other in rounds]
@@ -148,7 +148,7 @@ def gains(results: Results) -> list[Gain]:
             if configuration == own and (round_index, base, False) in times and (round_index, base, True) in times
         ]
         if rounds:
-            found.append(Gain(own, base, *paired(rounds), len(rounds)))
+            found.append(Gain(own, base, *paired_gain(rounds), len(rounds)))
     return found
 
 
@@ -202,5 +202,5 @@ def fit(points: list[tuple[float, float, float]]) -> Fit | None:
     return Fit(a, b, c[0] if c else None, residual, len(points))
 
 
-def fitted(found: list[Summary]) -> Fit | None:
+def fit_summaries(found: list[Summary]) -> Fit | None:
     return fit([(s.ms, s.mean("misses"), s.mean("uploads")) for s in found])

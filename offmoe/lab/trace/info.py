@@ -21,7 +21,7 @@ MIN_USES = 20  # an expert with fewer uses is not called a specialist
 
 
 @dataclass(frozen=True)
-class Classing:
+class Classification:
     """A division of the tokens into classes, and the information of experts about them, in bits per routed expert."""
 
     name: str
@@ -65,7 +65,7 @@ class Facts:
     reuse: Array  # [LAGS, layers] share of a token's experts that the token LAG later uses too
     popular: Array  # [layers] the same for two random tokens: reuse by popularity alone
     working: Array  # [WINDOWS, layers] distinct experts in a window; NaN if no sequence is as long
-    classings: list[Classing]
+    classifications: list[Classification]
 
     @property
     def uniform(self) -> float:
@@ -76,8 +76,8 @@ class Facts:
 def examine(trace: Trace) -> Facts:
     """Return the statistics of a trace."""
     layers, experts = trace.meta["layers"], trace.meta["experts"]
-    ways = list(classes(trace))
-    layer_facts = [Layer.labels_of(trace, layer, ways) for layer in range(layers)]
+    divisions = list(classes(trace))
+    layer_facts = [Layer.of(trace, layer, divisions) for layer in range(layers)]
     load = np.stack([layer.uses for layer in layer_facts]).astype(float)
     ordered = -np.sort(-load, axis=1)
     return Facts(
@@ -92,24 +92,24 @@ def examine(trace: Trace) -> Facts:
         reuse=np.stack([layer.reuse for layer in layer_facts], axis=1),
         popular=np.array([layer.popular for layer in layer_facts]),
         working=np.stack([layer.working for layer in layer_facts], axis=1),
-        classings=[
-            Classing(
+        classifications=[
+            Classification(
                 name,
                 labels,
-                np.bincount(labels_of, minlength=len(labels)) / len(labels_of),
+                np.bincount(class_of, minlength=len(labels)) / len(class_of),
                 np.array([layer.information[i][0] for layer in layer_facts]),
                 np.array([layer.information[i][1] for layer in layer_facts]),
                 np.stack([layer.lifts[i] for layer in layer_facts]),
             )
-            for i, (name, labels, labels_of, _) in enumerate(ways)
+            for i, (name, labels, class_of, _) in enumerate(divisions)
         ],
     )
 
 
-Way = tuple[str, list[str], NDArray[np.int64], NDArray[np.int64]]  # name, labels, class and block of every token
+Division = tuple[str, list[str], NDArray[np.int64], NDArray[np.int64]]  # name, labels, class and block of every token
 
 
-def classes(trace: Trace) -> Iterator[Way]:
+def classes(trace: Trace) -> Iterator[Division]:
     """Yield the divisions of the tokens. Blocks (tokens, or whole sequences) are what the control shuffles."""
     each = np.arange(len(trace.experts))
     sequence = np.repeat(np.arange(trace.sequences), np.diff(trace.offsets))
@@ -119,14 +119,14 @@ def classes(trace: Trace) -> Iterator[Way]:
     pieces = trace.meta.get("pieces")
     if trace.tokens is not None and isinstance(pieces, dict) and pieces:
         kinds = [token_kind(str(pieces.get(str(token), ""))) for token in trace.tokens.tolist()]
-        yield "token", *numbered(kinds), each
+        yield "token", *number_names(kinds), each
     names = trace.meta.get("classes", [])
     if len(set(names)) > 1:
-        found, labels_of = numbered(names)
-        yield "prompt", found, labels_of[sequence], sequence
+        found, class_of = number_names(names)
+        yield "prompt", found, class_of[sequence], sequence
 
 
-def numbered(names: list[str]) -> tuple[list[str], NDArray[np.int64]]:
+def number_names(names: list[str]) -> tuple[list[str], NDArray[np.int64]]:
     """Return the distinct names, most common first, and the number of each name."""
     found = sorted(set(names), key=lambda name: (-names.count(name), name))
     number = {name: i for i, name in enumerate(found)}
@@ -156,23 +156,24 @@ class Layer:
     reuse: Array  # [LAGS]
     popular: float
     working: Array  # [WINDOWS]
-    information: list[tuple[float, float]]  # one per classing: (actual, shuffled)
-    lifts: list[Array]  # one per classing: [experts, classes]
+    information: list[tuple[float, float]]  # one per division: (actual, shuffled)
+    lifts: list[Array]  # one per division: [experts, classes]
 
     @classmethod
-    def labels_of(cls, trace: Trace, layer: int, ways: list[Way]) -> Layer:
+    def of(cls, trace: Trace, layer: int, divisions: list[Division]) -> Layer:
+        """Compute the statistics of one layer."""
         used = usage_mask(trace, layer)  # [tokens, experts]
         uses = used.sum(0, dtype=np.int64)
         starts = np.repeat(trace.offsets[:-1], np.diff(trace.offsets))  # [tokens] of the token's sequence
-        joint = [class_counts(used, labels_of, len(labels)) for _, labels, labels_of, _ in ways]
+        joint = [class_counts(used, class_of, len(labels)) for _, labels, class_of, _ in divisions]
         return cls(
             uses=uses,
             reuse=np.array([reuse_at(used, starts, lag) for lag in LAGS]),
             popular=float((uses / len(used)) @ uses / uses.sum()),
             working=working_sets(used, starts),
             information=[
-                (information(joint[i]), shuffled_information(used, labels_of, block, len(labels), seed=layer))
-                for i, (_, labels, labels_of, block) in enumerate(ways)
+                (information(joint[i]), shuffled_information(used, class_of, block, len(labels), seed=layer))
+                for i, (_, labels, class_of, block) in enumerate(divisions)
             ],
             lifts=[lift(table) for table in joint],
         )
@@ -205,9 +206,9 @@ def working_sets(used: NDArray[np.bool_], starts: NDArray[Any]) -> Array:
     return np.array(sizes)
 
 
-def class_counts(used: NDArray[np.bool_], labels_of: NDArray[np.int64], count: int) -> Array:
+def class_counts(used: NDArray[np.bool_], class_of: NDArray[np.int64], count: int) -> Array:
     """Return how often tokens of each class used each expert, [experts, classes]."""
-    return np.stack([used[labels_of == label].sum(0) for label in range(count)], axis=1).astype(float)
+    return np.stack([used[class_of == label].sum(0) for label in range(count)], axis=1).astype(float)
 
 
 def information(joint: Array) -> float:
@@ -219,12 +220,12 @@ def information(joint: Array) -> float:
 
 
 def shuffled_information(
-    used: NDArray[np.bool_], labels_of: NDArray[np.int64], block: NDArray[np.int64], count: int, seed: int
+    used: NDArray[np.bool_], class_of: NDArray[np.int64], block: NDArray[np.int64], count: int, seed: int
 ) -> float:
     """Return the mean information after shuffling the classes of blocks."""
     rng = np.random.default_rng(seed)
     first = np.unique(block, return_index=True)[1]
-    found = [information(class_counts(used, rng.permutation(labels_of[first])[block], count)) for _ in range(SHUFFLES)]
+    found = [information(class_counts(used, rng.permutation(class_of[first])[block], count)) for _ in range(SHUFFLES)]
     return float(np.mean(found))
 
 
@@ -258,17 +259,17 @@ def as_dict(facts: Facts) -> dict[str, Any]:
         "reuse_uniform": facts.uniform,
         "working_set": {str(window): rounded(row) for window, row in zip(WINDOWS, facts.working, strict=True)},
         "specialisation": {
-            way.name: {
-                "shares": dict(zip(way.labels, rounded(way.shares), strict=True)),
-                "entropy_bits": way.entropy,
-                "information_bits": rounded(way.information),
-                "shuffled_bits": rounded(way.control),
+            classification.name: {
+                "shares": dict(zip(classification.labels, rounded(classification.shares), strict=True)),
+                "entropy_bits": classification.entropy,
+                "information_bits": rounded(classification.information),
+                "shuffled_bits": rounded(classification.control),
                 "specialists": {
-                    label: dict(zip(("layer", "expert", "lift"), way.specialist(label), strict=True))
-                    for label in way.labels
+                    label: dict(zip(("layer", "expert", "lift"), classification.specialist(label), strict=True))
+                    for label in classification.labels
                 },
             }
-            for way in facts.classings
+            for classification in facts.classifications
         },
     }
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from offmoe.app.terminal import clean
 from offmoe.lab.report.plots import INK, METHODS, PALE, figure, png, set_titles
-from offmoe.lab.trace.info import LAGS, WINDOWS, Array, Classing, Facts
+from offmoe.lab.trace.info import LAGS, WINDOWS, Array, Classification, Facts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ def draw(facts: Facts) -> bytes:
         load(fig, panels[0, 0], facts)
         unevenness(panels[0, 1], facts)
         reuse(panels[0, 2], facts)
-        working(panels[1, 0], facts)
+        working_set(panels[1, 0], facts)
         information(panels[1, 1], facts)
         specialists(fig, panels[1, 2], facts)
         return png(fig)
@@ -94,7 +94,7 @@ def reuse(axes: Axes, facts: Facts) -> None:
     )
 
 
-def working(axes: Axes, facts: Facts) -> None:
+def working_set(axes: Axes, facts: Facts) -> None:
     spread(axes, WINDOWS, facts.working, METHODS[2])
     experts = facts.meta["experts"]
     axes.axhline(experts, color=INK, lw=1, ls="--", zorder=1)
@@ -121,20 +121,20 @@ def spread(axes: Axes, steps: tuple[int, ...], values: Array, colour: str) -> No
 
 def information(axes: Axes, facts: Facts) -> None:
     layers = np.arange(len(facts.hottest))
-    for way, colour in zip(facts.classings, METHODS, strict=False):
+    for classification, colour in zip(facts.classifications, METHODS, strict=False):
         axes.plot(
             layers,
-            way.information,
+            classification.information,
             "o-",
             ms=4,
             lw=1.6,
             color=colour,
-            label=f"{way.name}: {way.known.mean():.1%} of {way.entropy:.2f} bits",
+            label=f"{classification.name}: {classification.known.mean():.1%} of {classification.entropy:.2f} bits",
         )
-        axes.plot(layers, way.control, color=colour, lw=1.2, ls=":")
+        axes.plot(layers, classification.control, color=colour, lw=1.2, ls=":")
     axes.plot([], [], color=PALE, lw=1.2, ls=":", label="the same, classes shuffled")
     axes.set(xlabel="layer", ylabel="bits")
-    most = max(float(np.nanmax(way.information)) for way in facts.classings)
+    most = max(float(np.nanmax(classification.information)) for classification in facts.classifications)
     axes.set_ylim(0, 1.45 * most or 1)
     axes.legend(loc="upper left")
     set_titles(
@@ -144,14 +144,14 @@ def information(axes: Axes, facts: Facts) -> None:
 
 def specialists(fig: Any, axes: Axes, facts: Facts) -> None:
     """Plot the layer with the most information, for the classes about which the experts tell most."""
-    way = max(facts.classings, key=lambda way: float(way.known.max()))
-    layer = int(way.known.argmax())
-    lift, experts = strongest(way, layer)
+    classification = max(facts.classifications, key=lambda classification: float(classification.known.max()))
+    layer = int(classification.known.argmax())
+    lift, experts = most_specialised(classification, layer)
     image = axes.imshow(
         np.log2(np.maximum(lift, 1 / 16)), aspect="auto", cmap="RdBu_r", vmin=-3, vmax=3, interpolation="nearest"
     )
     axes.set_xticks(range(len(experts)), [str(expert) for expert in experts], fontsize=8, rotation=90)
-    axes.set_yticks(range(len(way.labels)), [clean(label)[:24] for label in way.labels])
+    axes.set_yticks(range(len(classification.labels)), [clean(label)[:24] for label in classification.labels])
     axes.grid(visible=False)
     axes.set(xlabel=f"experts of layer {layer}, sorted by class")
     bar = fig.colorbar(image, ax=axes, pad=0.02, ticks=[-3, -2, -1, 0, 1, 2, 3])
@@ -159,14 +159,14 @@ def specialists(fig: Any, axes: Axes, facts: Facts) -> None:
     bar.outline.set_visible(False)
     set_titles(
         axes,
-        f"Specialised experts, by {way.name}",
+        f"Specialised experts, by {classification.name}",
         "share of the class among an expert's tokens, relative to all tokens",
     )
 
 
-def strongest(way: Classing, layer: int) -> tuple[Array, list[int]]:
+def most_specialised(classification: Classification, layer: int) -> tuple[Array, list[int]]:
     """Return lifts [classes, experts] of the most specialised experts, sorted by their class."""
-    lift = way.lift[layer]
+    lift = classification.lift[layer]
     experts = np.argsort(-np.abs(np.log2(np.maximum(lift, 1 / 16))).max(1), kind="stable")[:MAX_EXPERTS]
     order = experts[np.lexsort((-lift[experts].max(1), lift[experts].argmax(1)))]
     return lift[order].T, order.tolist()

@@ -78,11 +78,11 @@ def specialisation(facts: Facts) -> Table:
     from rich.table import Table
 
     table = Table("by", "class", "tokens", "bits", "shuffled", "known", "most specialised", box=None, pad_edge=False)
-    for way in facts.classings:
-        bits, control = f"{way.information.mean():.4f}", f"{way.control.mean():.4f}"
-        table.add_row(way.name, "", "", bits, control, f"{way.known.mean():.1%}", style="bold")
-        for label, share in zip(way.labels, way.shares, strict=True):
-            layer, expert, lift = way.specialist(label)
+    for classification in facts.classifications:
+        bits, control = f"{classification.information.mean():.4f}", f"{classification.control.mean():.4f}"
+        table.add_row(classification.name, "", "", bits, control, f"{classification.known.mean():.1%}", style="bold")
+        for label, share in zip(classification.labels, classification.shares, strict=True):
+            layer, expert, lift = classification.specialist(label)
             text = f"layer {layer}, expert {expert}: {lift:.1f} ×" if lift > 1 else ""
             table.add_row("", clean(label), f"{share:.1%}", "", "", "", text)
     return table

@@ -23,7 +23,7 @@ from offmoe.lab.live.measure import Bench
 from offmoe.lab.live.prompts import MIN_PROMPTS
 from offmoe.lab.live.results import Configuration
 from offmoe.lab.live.truth import Simulator, answers_of
-from offmoe.lab.report.numbers import paired, with_spread
+from offmoe.lab.report.numbers import paired_gain, with_spread
 from offmoe.lab.trace.prompts import Prompt
 from offmoe.plan import Plan
 from offmoe.prefetch import NONE
@@ -51,7 +51,7 @@ class Candidate:
 
     @property
     def gain(self) -> float:
-        return paired(self.rounds)[0] if self.rounds else 0.0
+        return paired_gain(self.rounds)[0] if self.rounds else 0.0
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Tuner:
                 return self._keep_default(
                     f"{candidate.configuration.method} cannot run on this machine: {fresh.problem}"
                 )
-        gain, spread = paired(fresh.rounds)
+        gain, spread = paired_gain(fresh.rounds)
         better, method = gain > spread, candidate.configuration.method
         return Verdict(
             default=self.default,

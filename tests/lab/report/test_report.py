@@ -20,7 +20,7 @@ from offmoe.lab.live.results import Configuration, Measured
 from offmoe.lab.report import plots
 from offmoe.lab.report.curves import curves
 from offmoe.lab.report.markdown import agreement, as_csv, report, rows, table, verdicts
-from offmoe.lab.report.numbers import Results, drifts, fit, fitted, gains, paired, summaries, t95
+from offmoe.lab.report.numbers import Results, drifts, fit, fit_summaries, gains, paired_gain, summaries, t95
 from offmoe.lab.report.predictors import (
     GATE,
     ORACLE,
@@ -68,14 +68,14 @@ def of(times: dict[str, list[tuple[float, ...]]], **changes: Any) -> Results:
 
 def test_a_gain_is_paired_round_by_round() -> None:
     """Rounds of very different speed, always 10 % faster: the machine's moods cancel."""
-    gain, spread = paired([(10.0, 10.0, 9.0), (30.0, 30.0, 27.0), (5.0, 5.0, 4.5)])
+    gain, spread = paired_gain([(10.0, 10.0, 9.0), (30.0, 30.0, 27.0), (5.0, 5.0, 4.5)])
     assert gain == pytest.approx(0.1)
     assert spread == pytest.approx(0, abs=1e-12)
 
 
 def test_the_spread_is_the_pairs_scatter() -> None:
     """By hand: gains 0.1, 0.2, 0.3; stdev 0.1; t(2) = 4.30."""
-    gain, spread = paired([(10, 10, 9), (10, 10, 8), (10, 10, 7)])
+    gain, spread = paired_gain([(10, 10, 9), (10, 10, 8), (10, 10, 7)])
     assert gain == pytest.approx(0.2)
     assert spread == pytest.approx(4.30 * 0.1 / math.sqrt(3))
 
@@ -83,7 +83,7 @@ def test_the_spread_is_the_pairs_scatter() -> None:
 def test_a_baseline_that_differs_from_itself_widens_the_spread() -> None:
     """Both of its runs are the same configuration, so 10 % between them are noise: t(4) = 2.78."""
     same = [(10 / 1.05 * 1.0, 10 / 1.05 * 1.1, 9.0)] * 4
-    gain, spread = paired(same)
+    gain, spread = paired_gain(same)
     assert gain == pytest.approx(0.1)
     assert spread == pytest.approx(2.78 * math.sqrt(0.75 * 0.1**2) / 2)
     assert spread > gain, "noise"
@@ -165,7 +165,7 @@ def test_the_residual_is_in_ms() -> None:
 def test_four_configurations_are_not_fitted() -> None:
     assert fit([(1.0, 1, 1)] * 4) is None
     results = of({"50% lru": [(10, 10)], "50% lfu": [(9,)]})
-    assert fitted(summaries(results)) is None
+    assert fit_summaries(summaries(results)) is None
     assert "Not fitted: 2 configurations, and at least 5 are needed." in report(ABOUT, results, {}, [])
 
 
