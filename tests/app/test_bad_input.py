@@ -77,7 +77,7 @@ def left() -> tuple[list[str], int, int]:
 
 
 @pytest.fixture
-def refusal(command: Command, tmp_path: Path) -> ErrorLine:
+def error_line(command: Command, tmp_path: Path) -> ErrorLine:
     """Return the error line of `offmoe`, which must leave no file, open file, thread or process behind."""
 
     def line(*arguments: object, status: int = 1, **named: Any) -> str:
@@ -93,10 +93,10 @@ def refusal(command: Command, tmp_path: Path) -> ErrorLine:
     return line
 
 
-def both(refusal: ErrorLine, model: object) -> str:
+def both(error_line: ErrorLine, model: object) -> str:
     """Return the error line of `run` and `info`, which must be the same."""
-    found = refusal("run", model, "hi")
-    assert refusal("info", model) == found
+    found = error_line("run", model, "hi")
+    assert error_line("info", model) == found
     return found
 
 
@@ -163,10 +163,10 @@ GGUF: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize(("change", "message"), GGUF.values(), ids=GGUF)
-def test_damaged_gguf(refusal: ErrorLine, good: Path, tmp_path: Path, change: Change, message: str) -> None:
+def test_damaged_gguf(error_line: ErrorLine, good: Path, tmp_path: Path, change: Change, message: str) -> None:
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(change(good.read_bytes()))
-    assert re.search(message, both(refusal, bad))
+    assert re.search(message, both(error_line, bad))
 
 
 ARCH = "qwen3moe"
@@ -192,23 +192,23 @@ METADATA: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("change", "message"), METADATA.values(), ids=METADATA)
 def test_gguf_of_another_kind(
-    refusal: ErrorLine, good: Path, tmp_path: Path, change: dict[str, Any], message: str
+    error_line: ErrorLine, good: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    assert re.search(message, both(refusal, rewritten(good, tmp_path / "bad.gguf", change)))
+    assert re.search(message, both(error_line, rewritten(good, tmp_path / "bad.gguf", change)))
 
 
-def test_gguf_without_a_tensor(refusal: ErrorLine, good: Path, tmp_path: Path) -> None:
+def test_gguf_without_a_tensor(error_line: ErrorLine, good: Path, tmp_path: Path) -> None:
     for name in ("blk.1.ffn_down_exps.weight", "blk.0.ffn_gate_inp.weight", "output_norm.weight"):
         bad = rewritten(good, tmp_path / f"{name}.gguf", **{name: None})
-        assert f"has no tensor {name}: the file is incomplete" in both(refusal, bad)
+        assert f"has no tensor {name}: the file is incomplete" in both(error_line, bad)
 
 
-def test_gguf_with_a_part_missing(refusal: ErrorLine, good: Path, tmp_path: Path) -> None:
+def test_gguf_with_a_part_missing(error_line: ErrorLine, good: Path, tmp_path: Path) -> None:
     part = rewritten(good, tmp_path / "m-00001-of-00002.gguf", {"split.count": 2, "split.no": 0})
-    assert "its directory lacks m-00002-of-00002.gguf: download them all" in both(refusal, part)
+    assert "its directory lacks m-00002-of-00002.gguf: download them all" in both(error_line, part)
 
 
-def test_weights_larger_than_any_memory(refusal: ErrorLine, tmp_path: Path) -> None:
+def test_weights_larger_than_any_memory(error_line: ErrorLine, tmp_path: Path) -> None:
     """A sparse file of 1 TiB, as large as its header says."""
     wide, attention, words = 1 << 20, 1 << 16, gguf_string("a") + gguf_string("b") + gguf_string("ab")
     keys = {"block_count": 1, "embedding_length": wide, "attention.head_count": 1, "expert_count": 2,
@@ -231,8 +231,8 @@ def test_weights_larger_than_any_memory(refusal: ErrorLine, tmp_path: Path) -> N
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(gguf_bytes(pairs, entries, data=0))
     os.truncate(bad, bad.stat().st_size + at)
-    assert "holds 0 expert slots" in both(refusal, bad)
-    line = refusal("run", bad, "hi", "--vram", "100%")
+    assert "holds 0 expert slots" in both(error_line, bad)
+    line = error_line("run", bad, "hi", "--vram", "100%")
     assert re.search(r"the plan needs 1\.\d+ TiB of memory and .* are free", line)
 
 
@@ -279,11 +279,11 @@ SAFETENSORS: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize(("change", "message"), SAFETENSORS.values(), ids=SAFETENSORS)
-def test_damaged_safetensors(refusal: ErrorLine, folder: Path, tmp_path: Path, change: Change, message: str) -> None:
+def test_damaged_safetensors(error_line: ErrorLine, folder: Path, tmp_path: Path, change: Change, message: str) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(change(weights.read_bytes()))
-    assert re.search(message, both(refusal, folder))
-    assert re.search(message, refusal("pack", folder, tmp_path / "out.gguf", "--format", "q8_0"))
+    assert re.search(message, both(error_line, folder))
+    assert re.search(message, error_line("pack", folder, tmp_path / "out.gguf", "--format", "q8_0"))
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
@@ -360,26 +360,28 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("change", "message"), CONFIGS.values(), ids=CONFIGS)
-def test_config_of_another_kind(refusal: ErrorLine, folder: Path, change: dict[str, Any], message: str) -> None:
+def test_config_of_another_kind(error_line: ErrorLine, folder: Path, change: dict[str, Any], message: str) -> None:
     edit(folder / "config.json", **change)
-    assert re.search(message, both(refusal, folder))
+    assert re.search(message, both(error_line, folder))
 
 
 @pytest.mark.parametrize(
     "text", [b"", b"{", b"[]", b'{"a": 1, "a": 2}', b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"9" * 9999]
 )
-def test_config_that_is_no_object(refusal: ErrorLine, folder: Path, text: bytes) -> None:
+def test_config_that_is_no_object(error_line: ErrorLine, folder: Path, text: bytes) -> None:
     (folder / "config.json").write_bytes(text)
-    assert re.search(r"config\.json: (not valid JSON|expected a JSON object)", both(refusal, folder))
+    assert re.search(r"config\.json: (not valid JSON|expected a JSON object)", both(error_line, folder))
 
 
-def test_directories_that_lack_something(refusal: ErrorLine, folder: Path, tmp_path: Path) -> None:
+def test_directories_that_lack_something(error_line: ErrorLine, folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").unlink()
-    assert "has no config.json: download the whole model directory" in both(refusal, folder)
+    assert "has no config.json: download the whole model directory" in both(error_line, folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "pickle files are never loaded (pytorch_model.bin)" in both(refusal, folder)
+    assert "pickle files are never loaded (pytorch_model.bin)" in both(error_line, folder)
     (tmp_path / "empty").mkdir()
-    assert "has no model: expected model.safetensors, model.safetensors.index.json" in both(refusal, tmp_path / "empty")
+    assert "has no model: expected model.safetensors, model.safetensors.index.json" in both(
+        error_line, tmp_path / "empty"
+    )
 
 
 def sharded(folder: Path, **where: object) -> Path:
@@ -409,26 +411,26 @@ def test_shards_are_read(command: Command, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("where", "message"), INDICES.values(), ids=INDICES)
-def test_index_that_lies(refusal: ErrorLine, folder: Path, where: dict[str, object], message: str) -> None:
-    assert re.search(message, both(refusal, sharded(folder, **where)))
+def test_index_that_lies(error_line: ErrorLine, folder: Path, where: dict[str, object], message: str) -> None:
+    assert re.search(message, both(error_line, sharded(folder, **where)))
 
 
-def test_shard_that_is_cut(refusal: ErrorLine, folder: Path) -> None:
+def test_shard_that_is_cut(error_line: ErrorLine, folder: Path) -> None:
     os.truncate(sharded(folder) / "head.safetensors", 5000)
-    assert re.search(r"head\.safetensors is truncated or damaged: tensor 'lm_head\.weight'", both(refusal, folder))
+    assert re.search(r"head\.safetensors is truncated or damaged: tensor 'lm_head\.weight'", both(error_line, folder))
 
 
 # Beside the weights: tokenizer, template, generation config, weights that are no numbers.
 
 
-def test_missing_and_damaged_tokenizers(refusal: ErrorLine, folder: Path) -> None:
+def test_missing_and_damaged_tokenizers(error_line: ErrorLine, folder: Path) -> None:
     file = folder / "tokenizer.json"
     whole = file.read_bytes()
     for text in (whole[: len(whole) // 2], b"", b"{}", b"\xff", b'{"model": {"type": "BPE"}}'):
         file.write_bytes(text)
-        assert "tokenizer.json cannot be read by the tokenizers library" in refusal("run", folder, "hi")
+        assert "tokenizer.json cannot be read by the tokenizers library" in error_line("run", folder, "hi")
     file.unlink()
-    assert "has no tokenizer.json: put the model's tokenizer files into" in refusal("run", folder, "hi")
+    assert "has no tokenizer.json: put the model's tokenizer files into" in error_line("run", folder, "hi")
 
 
 GENERATION = {
@@ -441,9 +443,9 @@ GENERATION = {
 
 
 @pytest.mark.parametrize(("values", "message"), GENERATION.values(), ids=GENERATION)
-def test_generation_config(refusal: ErrorLine, folder: Path, values: dict[str, Any], message: str) -> None:
+def test_generation_config(error_line: ErrorLine, folder: Path, values: dict[str, Any], message: str) -> None:
     (folder / "generation_config.json").write_text(json.dumps(values))
-    line = refusal("run", folder, "hi")
+    line = error_line("run", folder, "hi")
     assert re.search(message, line)
     assert "generation_config.json" in line
 
@@ -470,8 +472,10 @@ VOCABULARIES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("change", "message"), VOCABULARIES.values(), ids=VOCABULARIES)
-def test_gguf_tokenizers(refusal: ErrorLine, good: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    assert re.search(message, refusal("run", rewritten(good, tmp_path / "bad.gguf", change), "hi"))
+def test_gguf_tokenizers(
+    error_line: ErrorLine, good: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    assert re.search(message, error_line("run", rewritten(good, tmp_path / "bad.gguf", change), "hi"))
 
 
 TEMPLATES = {
@@ -497,39 +501,39 @@ TEMPLATES = {
 
 @pytest.mark.parametrize(("template", "message"), TEMPLATES.values(), ids=TEMPLATES)
 def test_hostile_templates(
-    refusal: ErrorLine, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, message: str
+    error_line: ErrorLine, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     bad = rewritten(good, tmp_path / "bad.gguf", {"tokenizer.chat_template": template})
-    assert re.search(message, refusal("run", bad, "hi"))
+    assert re.search(message, error_line("run", bad, "hi"))
 
 
-def test_hostile_template_of_a_real_model(refusal: ErrorLine, tmp_path: Path) -> None:
+def test_hostile_template_of_a_real_model(error_line: ErrorLine, tmp_path: Path) -> None:
     """Return the demo's file with a text replaced by another of the same length."""
     bad, data = tmp_path / "bad.gguf", DEMO.read_bytes()
     with open_checkpoint(DEMO) as checkpoint:
         template = checkpoint.metadata["tokenizer.chat_template"].encode()
     bad.write_bytes(data.replace(template, b"{{ self.__init__.__globals__ }}".ljust(len(template)), 1))
-    assert re.search(r"chat template fails \(SecurityError.*\): use plain text", refusal("run", bad, "hi"))
+    assert re.search(r"chat template fails \(SecurityError.*\): use plain text", error_line("run", bad, "hi"))
 
 
 @pytest.mark.parametrize("name", ["lm_head", "model.layers.0.mlp.experts.3.down_proj", "model.layers.1.mlp.gate"])
-def test_weights_that_are_no_numbers(refusal: ErrorLine, folder: Path, name: str) -> None:
+def test_weights_that_are_no_numbers(error_line: ErrorLine, folder: Path, name: str) -> None:
     """A wrong answer would be worse than an error. The prompt routes to every expert."""
     weights = model_weights()
     weights[f"{name}.weight"][3, 5] = float("nan")
     save_file(weights, folder / "model.safetensors")
     for how in (("--greedy",), ("--temperature", "1"), ("--temperature", "1", "--top-k", "0")):
-        line = refusal("run", folder, "the quick brown fox", "--raw", *how)
+        line = error_line("run", folder, "the quick brown fox", "--raw", *how)
         assert line.startswith("the model answers with NaN: its weights are damaged")
 
 
-def test_no_memory(refusal: ErrorLine, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory(error_line: ErrorLine, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr("offmoe.trunk.host_trunk.Trunk.load_layers", fail)
-    assert refusal("run", good, "hi") == "out of memory: lower --vram, --ram or --ctx"
+    assert error_line("run", good, "hi") == "out of memory: lower --vram, --ram or --ctx"
 
 
 # What stands on the command line.
@@ -543,28 +547,28 @@ def smallest(line: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_slots_too_few_for_a_token(refusal: ErrorLine, command: Command, good: Path, scope: str) -> None:
+def test_slots_too_few_for_a_token(error_line: ErrorLine, command: Command, good: Path, scope: str) -> None:
     """Budget that the error suggests works, in bytes and as a share; one byte less does not."""
     for asked in ("0", "1", "1KiB", "1%"):
-        least, share = smallest(refusal("run", good, "hi", "--vram", asked, "--scope", scope))
-    assert smallest(refusal("info", good, "--vram", str(least - 1), "--scope", scope)) == (least, share)
+        least, share = smallest(error_line("run", good, "hi", "--vram", asked, "--scope", scope))
+    assert smallest(error_line("info", good, "--vram", str(least - 1), "--scope", scope)) == (least, share)
     whole = command("run", good, "hi", *FEW)
     for enough in (str(least), share):
         assert command("run", good, "hi", *FEW, "--vram", enough, "--scope", scope, "--ram", "0") == whole
 
 
-def test_slots_too_few_for_the_demo(refusal: ErrorLine, command: Command) -> None:
-    least, share = smallest(refusal("info", "demo", "--vram", "1MiB"))
-    assert smallest(refusal("info", "demo", "--vram", str(least - 1))) == (least, share)
+def test_slots_too_few_for_the_demo(error_line: ErrorLine, command: Command) -> None:
+    least, share = smallest(error_line("info", "demo", "--vram", "1MiB"))
+    assert smallest(error_line("info", "demo", "--vram", str(least - 1))) == (least, share)
     for enough in (least, share):
         assert command("info", "demo", "--vram", enough, "--json")[0] == 0
 
 
-def test_little_free_memory(refusal: ErrorLine, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_free_memory(error_line: ErrorLine, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for free in (0, 100_000):
         monkeypatch.setattr("offmoe.plan.free_ram", lambda free=free: free)
-        least, _ = smallest(refusal("run", good, "hi"))
-        line = refusal("run", good, "hi", "--vram", least)
+        least, _ = smallest(error_line("run", good, "hi"))
+        line = error_line("run", good, "hi", "--vram", least)
         assert re.fullmatch("the plan needs .* of memory and .* are free: lower --vram, --ram or --ctx", line)
 
 
@@ -600,8 +604,8 @@ VALUES = {
     ("option", "value", "message"),
     [(name, value, message) for name, table in VALUES.items() for value, message in table.items()],
 )
-def test_impossible_values(refusal: ErrorLine, good: Path, option: str, value: str, message: str) -> None:
-    assert message in refusal("run", good, "hi", f"{option}={value}")
+def test_impossible_values(error_line: ErrorLine, good: Path, option: str, value: str, message: str) -> None:
+    assert message in error_line("run", good, "hi", f"{option}={value}")
 
 
 @pytest.mark.parametrize(
@@ -618,8 +622,8 @@ def test_impossible_values(refusal: ErrorLine, good: Path, option: str, value: s
         (["serve"], "No such command 'serve'"),
     ],
 )
-def test_usage(refusal: ErrorLine, arguments: list[str], message: str) -> None:
-    line = refusal(*arguments, status=2)
+def test_usage(error_line: ErrorLine, arguments: list[str], message: str) -> None:
+    line = error_line(*arguments, status=2)
     assert message in line
     assert "--help'." in line
 
@@ -638,32 +642,34 @@ WHAT = "give a .gguf file, a directory of safetensors, a Hugging Face name (org/
 
 
 @pytest.mark.parametrize("name", ["", "no.gguf", "/no/such/model", "~nobody-here/m.gguf", "a b", "https://host/a/b"])
-def test_models_that_are_not_there(refusal: ErrorLine, name: str) -> None:
+def test_models_that_are_not_there(error_line: ErrorLine, name: str) -> None:
     for arguments in (["run", name, "hi"], ["info", name], ["chat", name], ["doctor", name], ["pack", name, "o.gguf"]):
-        line = refusal(*arguments, *(["--format", "q8_0"] if "pack" in arguments else []))
+        line = error_line(*arguments, *(["--format", "q8_0"] if "pack" in arguments else []))
         assert line == f"no model at {name!r}: {WHAT}"
 
 
-def test_files_that_are_no_model(refusal: ErrorLine, folder: Path, tmp_path: Path) -> None:
+def test_files_that_are_no_model(error_line: ErrorLine, folder: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
     (tmp_path / "folder.gguf").mkdir()
     (tmp_path / "notes.txt").write_text("Once upon a time\n")
-    assert "is not a regular file: give a .gguf file or a directory" in both(refusal, tmp_path / "pipe.gguf")
-    assert "is not a regular file: give a .gguf file or a directory" in both(refusal, "/dev/null")
-    assert "is not a regular file: give a .gguf file or a directory" in both(refusal, "/dev/zero")
-    assert "folder.gguf has no model: expected model.safetensors" in both(refusal, tmp_path / "folder.gguf")
-    assert "notes.txt is not a GGUF file: it starts with b'Once'" in both(refusal, tmp_path / "notes.txt")
-    assert f"is only one file of a model: give its directory, {folder}" in both(refusal, folder / "model.safetensors")
-    assert "is not a GGUF file: it starts with b'{" in both(refusal, folder / "config.json")
-    assert both(refusal, "x" * 300).endswith(": File name too long")
+    assert "is not a regular file: give a .gguf file or a directory" in both(error_line, tmp_path / "pipe.gguf")
+    assert "is not a regular file: give a .gguf file or a directory" in both(error_line, "/dev/null")
+    assert "is not a regular file: give a .gguf file or a directory" in both(error_line, "/dev/zero")
+    assert "folder.gguf has no model: expected model.safetensors" in both(error_line, tmp_path / "folder.gguf")
+    assert "notes.txt is not a GGUF file: it starts with b'Once'" in both(error_line, tmp_path / "notes.txt")
+    assert f"is only one file of a model: give its directory, {folder}" in both(
+        error_line, folder / "model.safetensors"
+    )
+    assert "is not a GGUF file: it starts with b'{" in both(error_line, folder / "config.json")
+    assert both(error_line, "x" * 300).endswith(": File name too long")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_no_permission(refusal: ErrorLine, good: Path, tmp_path: Path) -> None:
+def test_no_permission(error_line: ErrorLine, good: Path, tmp_path: Path) -> None:
     locked = tmp_path / "locked.gguf"
     locked.write_bytes(good.read_bytes())
     locked.chmod(0)
-    assert both(refusal, locked) == f"cannot open {locked}: Permission denied"
+    assert both(error_line, locked) == f"cannot open {locked}: Permission denied"
 
 
 def test_a_hub_name_without_a_network(tmp_path: Path) -> None:
@@ -691,15 +697,15 @@ def test_a_hub_name_without_a_network(tmp_path: Path) -> None:
         (b"hi " * 100, "the conversation needs 219 tokens and the context holds 128: drop old turns, or start again"),
     ],
 )
-def test_prompts(refusal: ErrorLine, good: Path, stdin: bytes, message: str) -> None:
-    assert message in refusal("run", good, stdin=stdin)
+def test_prompts(error_line: ErrorLine, good: Path, stdin: bytes, message: str) -> None:
+    assert message in error_line("run", good, stdin=stdin)
 
 
-def test_prompt_on_the_command_line(refusal: ErrorLine, good: Path) -> None:
-    assert "the prompt is empty" in refusal("run", good, "")
-    assert "PROMPT is not UTF-8: byte 0xff at offset 2" in refusal("run", good, "hi\udcff")
-    assert "the conversation needs 519 tokens" in refusal("run", good, "a" * 500)
-    assert "needs 500 tokens and the context holds 64" in refusal("run", good, "a" * 500, "--raw", "--ctx", 64)
+def test_prompt_on_the_command_line(error_line: ErrorLine, good: Path) -> None:
+    assert "the prompt is empty" in error_line("run", good, "")
+    assert "PROMPT is not UTF-8: byte 0xff at offset 2" in error_line("run", good, "hi\udcff")
+    assert "the conversation needs 519 tokens" in error_line("run", good, "a" * 500)
+    assert "needs 500 tokens and the context holds 64" in error_line("run", good, "a" * 500, "--raw", "--ctx", 64)
 
 
 def test_invalid_utf8_in_a_chat(command: Command, good: Path) -> None:
@@ -720,32 +726,32 @@ def test_closed_streams(good: Path, closed: str, status: int) -> None:
 
 
 def test_pack_refuses(
-    refusal: ErrorLine, folder: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error_line: ErrorLine, folder: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out.gguf"
-    assert "format 'q3_x' is unknown: choose one of f32, f16" in refusal("pack", folder, out, "--format", "q3_x")
-    assert "format '' is unknown" in refusal("pack", folder, out, "--format", "")
-    assert "no is not a directory: create it first" in refusal(
+    assert "format 'q3_x' is unknown: choose one of f32, f16" in error_line("pack", folder, out, "--format", "q3_x")
+    assert "format '' is unknown" in error_line("pack", folder, out, "--format", "")
+    assert "no is not a directory: create it first" in error_line(
         "pack", folder, tmp_path / "no/o.gguf", "--format", "f32"
     )
-    assert "is already a GGUF: give a directory" in refusal("pack", good, out, "--format", "q8_0")
-    assert "is already a GGUF" in refusal("pack", good, good, "--format", "q8_0", "--force")
-    assert "exists: choose another name, or overwrite it with --force" in refusal(
+    assert "is already a GGUF: give a directory" in error_line("pack", good, out, "--format", "q8_0")
+    assert "is already a GGUF" in error_line("pack", good, good, "--format", "q8_0", "--force")
+    assert "exists: choose another name, or overwrite it with --force" in error_line(
         "pack", folder, folder, "--format", "q8_0"
     )
     for target in (folder, folder / "model.safetensors", "/dev/null"):
-        line = refusal("pack", folder, target, "--format", "q8_0", "--force")
+        line = error_line("pack", folder, target, "--format", "q8_0", "--force")
         assert line == f"{target} is not a file name that ends in .gguf: give one for the packed model"
     ggml_library.load_library.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for fmt in ("q4_k", "Q5_K", "q6_k"):
         assert (
-            refusal("pack", folder, out, "--format", fmt)
+            error_line("pack", folder, out, "--format", fmt)
             == f"{fmt} needs ggml: install it with pip install 'offmoe[llama]'"
         )
 
 
-def test_disk_full_while_packing(refusal: ErrorLine, folder: Path, tmp_path: Path) -> None:
+def test_disk_full_while_packing(error_line: ErrorLine, folder: Path, tmp_path: Path) -> None:
     """No incomplete file remains, and an older file is unchanged."""
     out, (soft, hard) = tmp_path / "out.gguf", resource.getrlimit(resource.RLIMIT_FSIZE)
     for older in (None, b"older"):
@@ -753,7 +759,7 @@ def test_disk_full_while_packing(refusal: ErrorLine, folder: Path, tmp_path: Pat
             out.write_bytes(older)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:
-            line = refusal("pack", folder, out, "--format", "f32", "--force")
+            line = error_line("pack", folder, out, "--format", "f32", "--force")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert re.fullmatch(rf"cannot write {out}, which takes .* KiB: File too large", line)

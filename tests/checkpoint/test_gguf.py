@@ -16,7 +16,7 @@ from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
 
 
-def refusal(path: Path) -> str:
+def error_line(path: Path) -> str:
     """Return the one-line error of opening `path`."""
     with pytest.raises(OffmoeError) as caught:
         open_checkpoint(path).close()
@@ -136,7 +136,7 @@ DAMAGED = {
 def test_damaged_files_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(data)
-    error = refusal(path)
+    error = error_line(path)
     assert message in error
     assert str(path) in error
 
@@ -148,7 +148,7 @@ UNREAD = [kind for kind in gguf.GGMLQuantizationType if kind.name.startswith(("I
 def test_other_quantisations_are_refused_by_name(tmp_path: Path, kind: gguf.GGMLQuantizationType) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf_bytes(entries=[("a", [256], int(kind), 0)]))
-    assert f"format {kind.name} is not supported: expected one of F32, F16" in refusal(path)
+    assert f"format {kind.name} is not supported: expected one of F32, F16" in error_line(path)
 
 
 def test_the_undamaged_file_opens(tmp_path: Path) -> None:
@@ -160,21 +160,21 @@ def test_the_undamaged_file_opens(tmp_path: Path) -> None:
 
 
 def test_paths_that_are_no_model(tmp_path: Path) -> None:
-    assert "does not exist" in refusal(tmp_path / "absent.gguf")
-    assert "has no model: expected model.safetensors" in refusal(tmp_path)
+    assert "does not exist" in error_line(tmp_path / "absent.gguf")
+    assert "has no model: expected model.safetensors" in error_line(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
-    assert "pickle files are never loaded (pytorch_model.bin)" in refusal(tmp_path)
+    assert "pickle files are never loaded (pytorch_model.bin)" in error_line(tmp_path)
     os.mkfifo(tmp_path / "pipe.gguf")
-    assert "is not a regular file" in refusal(tmp_path / "pipe.gguf")
+    assert "is not a regular file" in error_line(tmp_path / "pipe.gguf")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert f"give its directory, {tmp_path}" in refusal(tmp_path / "model.safetensors")
+    assert f"give its directory, {tmp_path}" in error_line(tmp_path / "model.safetensors")
 
 
 def test_a_directory_of_one_gguf_opens_and_of_two_is_ambiguous(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(gguf_bytes())
     open_checkpoint(tmp_path).close()
     (tmp_path / "b.gguf").write_bytes(gguf_bytes())
-    assert "has 2 GGUF models: give one of a.gguf, b.gguf" in refusal(tmp_path)
+    assert "has 2 GGUF models: give one of a.gguf, b.gguf" in error_line(tmp_path)
 
 
 def test_a_file_that_shrinks_and_one_that_is_closed(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_nothing_stays_open_after_a_refusal(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf_bytes(tensors=BIG))
     before = os.listdir("/proc/self/fd")
-    refusal(path)
+    error_line(path)
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -237,22 +237,22 @@ class TestSplit:
         paths = self.write(tmp_path)
         paths[0].unlink()
         paths[2].unlink()
-        assert "its directory lacks m-00001-of-00003.gguf, m-00003-of-00003.gguf" in refusal(paths[1])
+        assert "its directory lacks m-00001-of-00003.gguf, m-00003-of-00003.gguf" in error_line(paths[1])
 
     def test_names_and_parts_that_disagree(self, tmp_path: Path) -> None:
         paths = self.write(tmp_path)
         renamed = tmp_path / "m.gguf"
         renamed.write_bytes(paths[0].read_bytes())
-        assert "is one of 3 parts: expected a name such as" in refusal(renamed)
+        assert "is one of 3 parts: expected a name such as" in error_line(renamed)
         self.part(paths[1], 2, "t1")
-        assert "another part number in its header than in its name" in refusal(paths[0])
+        assert "another part number in its header than in its name" in error_line(paths[0])
         self.part(paths[1], 1, "t0")
-        assert "has the same tensors as another part: 't0'" in refusal(paths[0])
+        assert "has the same tensors as another part: 't0'" in error_line(paths[0])
         self.part(paths[1], 1, "t1")
         self.part(paths[0], 0, "t0", total=4)
-        assert "its parts have 3 tensors, not the number in its header" in refusal(paths[2])
+        assert "its parts have 3 tensors, not the number in its header" in error_line(paths[2])
 
     def test_an_absurd_count(self, tmp_path: Path) -> None:
         path = tmp_path / "m-00001-of-99999.gguf"
         self.part(path, 0, "t0", count=99999)
-        assert "and 99994 more" in refusal(path)
+        assert "and 99994 more" in error_line(path)

@@ -14,7 +14,7 @@ from offmoe.errors import OffmoeError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def refusal(path: Path) -> str:
+def error_line(path: Path) -> str:
     """Return the one-line error of opening `path`."""
     with pytest.raises(OffmoeError) as caught:
         open_checkpoint(path).close()
@@ -101,7 +101,7 @@ DAMAGED = {
 @pytest.mark.parametrize(("data", "message"), DAMAGED.values(), ids=DAMAGED)
 def test_damaged_files_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / SINGLE).write_bytes(data)
-    error = refusal(tmp_path)
+    error = error_line(tmp_path)
     assert message in error
     assert str(tmp_path) in error
 
@@ -150,17 +150,17 @@ def test_shards_through_the_links_of_a_hub_cache(tmp_path: Path) -> None:
 )
 def test_an_index_that_points_elsewhere(tmp_path: Path, name: object) -> None:
     shard(tmp_path, {"x": name}, one={"x": 1.0})
-    assert "expected a .safetensors file in the same directory" in refusal(tmp_path)
+    assert "expected a .safetensors file in the same directory" in error_line(tmp_path)
 
 
 def test_incomplete_downloads(tmp_path: Path) -> None:
     shard(tmp_path, {"x": "one.safetensors", "y": "two.safetensors"}, one={"x": 1.0})
-    assert "lacks 1 of 2 shards: 'two.safetensors'" in refusal(tmp_path)
+    assert "lacks 1 of 2 shards: 'two.safetensors'" in error_line(tmp_path)
     shard(tmp_path, {"x": "one.safetensors", "y": "one.safetensors"}, one={"x": 1.0})
-    assert "one.safetensors lacks tensors that model.safetensors.index.json lists in it: 'y'" in refusal(tmp_path)
+    assert "one.safetensors lacks tensors that model.safetensors.index.json lists in it: 'y'" in error_line(tmp_path)
     for weights in ({}, [], None):
         shard(tmp_path, weights)
-        assert "has no weight_map" in refusal(tmp_path)
+        assert "has no weight_map" in error_line(tmp_path)
 
 
 def test_config_files_that_are_no_objects(tmp_path: Path) -> None:

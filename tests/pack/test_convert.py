@@ -44,7 +44,7 @@ def packed(source: Path, out: Path, fmt: str) -> PackReport:
         return pack(checkpoint, out, fmt, lambda done, total: None)
 
 
-def refusal(source: Path, out: Path, fmt: str) -> str:
+def error_line(source: Path, out: Path, fmt: str) -> str:
     with pytest.raises(OffmoeError) as caught:
         packed(source, out, fmt)
     assert "\n" not in str(caught.value)
@@ -229,21 +229,22 @@ def test_k_quants_without_ggml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     out = tmp_path / "m.gguf"
     assert (
-        refusal(saved("olmoe", tmp_path), out, "q4_k") == "q4_k needs ggml: install it with pip install 'offmoe[llama]'"
+        error_line(saved("olmoe", tmp_path), out, "q4_k")
+        == "q4_k needs ggml: install it with pip install 'offmoe[llama]'"
     )
     assert not out.exists()
 
 
 def test_what_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     source, out = saved("olmoe", tmp_path), tmp_path / "m.gguf"
-    assert "format 'q3_x' is unknown: choose one of f32, f16, bf16, q8_0" in refusal(source, out, "q3_x")
-    assert "is not a file name that ends in .gguf" in refusal(source, tmp_path / "m.bin", "f32")
-    assert "is not a directory: create it first" in refusal(source, tmp_path / "no" / "m.gguf", "f32")
+    assert "format 'q3_x' is unknown: choose one of f32, f16, bf16, q8_0" in error_line(source, out, "q3_x")
+    assert "is not a file name that ends in .gguf" in error_line(source, tmp_path / "m.bin", "f32")
+    assert "is not a directory: create it first" in error_line(source, tmp_path / "no" / "m.gguf", "f32")
     edit(source / "config.json", norm_topk_prob=True)
-    assert "the GGUF architecture olmoe always means False" in refusal(source, out, "f32")
+    assert "the GGUF architecture olmoe always means False" in error_line(source, out, "f32")
     edit(source / "config.json", norm_topk_prob=False)
     packed(source, out, "f16")
-    assert "is already a GGUF" in refusal(out, tmp_path / "n.gguf", "q8_0")
+    assert "is already a GGUF" in error_line(out, tmp_path / "n.gguf", "q8_0")
     assert sorted(os.listdir(tmp_path)) == ["m.gguf", source.name]
 
 
@@ -288,7 +289,7 @@ class TestFailure:
     def test_no_space_from_the_start(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = type("Usage", (), {"free": 1000})
         monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-        assert "1000 B are free" in refusal(saved("olmoe", tmp_path), tmp_path / "m.gguf", "f32")
+        assert "1000 B are free" in error_line(saved("olmoe", tmp_path), tmp_path / "m.gguf", "f32")
         self.check(tmp_path, None)
 
     def test_the_disk_fills_up(self, tmp_path: Path) -> None:
@@ -334,7 +335,7 @@ class TestFailure:
         tensors = load_file(source / "model.safetensors")
         tensors["model.layers.1.mlp.experts.3.up_proj.weight"][2, 5] = value
         save_file(tensors, source / "model.safetensors")
-        assert "blk.1.ffn_up_exps.weight has NaN or weights beyond" in refusal(source, tmp_path / "m.gguf", fmt)
+        assert "blk.1.ffn_up_exps.weight has NaN or weights beyond" in error_line(source, tmp_path / "m.gguf", fmt)
         self.check(tmp_path, None)
 
 
