@@ -194,7 +194,7 @@ def test_errors_that_cancel_are_seen() -> None:
 
 def test_what_was_not_replayed_is_said() -> None:
     results = of({"50% lru": [(10, 10)]}, simulated=None, same_misses=None)
-    assert "Not replayed, because are not recorded" in "\n".join(agreement(summaries(results)))
+    assert "Not replayed, because a live run does not record predictions" in "\n".join(agreement(summaries(results)))
     assert rows(summaries(results), [])[0][6] == "–"
 
 
@@ -286,7 +286,7 @@ def test_a_gate_that_knows_nothing_is_said_to() -> None:
     knows = Predictions("50%", "lru", 30, tuple(replayed()))
     assert "The gate covers more than its shuffled control" in comparison(knows)[0]
     blind = [replace(one, coverage=0.1) if one.family in (GATE, SHUFFLED) else one for one in knows.entries]
-    assert comparison(replace(knows, of=tuple(blind))) == [
+    assert comparison(replace(knows, entries=tuple(blind))) == [
         "**The gate covers no more than its shuffled control: it predicts nothing here.**"
     ]
 
@@ -296,7 +296,7 @@ def test_predictions_are_kept(tmp_path: Path) -> None:
     assert load_predictions(folder) is None
     save_predictions(folder, found)
     assert load_predictions(folder) == found
-    for content in ("", "[]", '{"run": "other"}', '{"run": "' + folder.key + '", "of": [1]}'):
+    for content in ("", "[]", '{"run": "other"}', '{"run": "' + folder.key + '", "entries": [1]}'):
         (tmp_path / "predictors.json").write_text(content)
         assert load_predictions(folder) is None
 
