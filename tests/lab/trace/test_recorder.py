@@ -56,8 +56,8 @@ def test_the_trace_is_what_transformers_routes(engine: Engine) -> None:
     assert trace.prefill_tokens.tolist() == PROMPTS[0] + PROMPTS[1]
     assert trace.prefill is not None
     for i, prompt in enumerate(PROMPTS):
-        _, routing = reference("qwen3_moe", prompt + answers[i][:-1])
-        want = np.stack([layer.numpy() for layer in routing], axis=1)
+        want, *disturbed = reference("qwen3_moe", prompt + answers[i][:-1]).ids()
+        assert all(torch.equal(want, other) for other in disturbed), "a near tie in the order of experts"
         rows = slice(*trace.offsets[i : i + 2])
         assert np.array_equal(trace.experts[rows], want[len(prompt) :])
         assert np.array_equal(trace.prefill[slice(*trace.prompts[i : i + 2])], want[: len(prompt)])
