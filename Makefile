@@ -4,15 +4,19 @@ VENV ?= .venv
 MODEL ?= demo
 BIN := $(VENV)/bin
 # --no-compile: all of torch would take 20 seconds. WARM compiles what a chat imports, also where Python is told not to.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(INSTALL) -c constraints.txt
 WARM := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -P -c 'import prompt_toolkit, offmoe.__main__ as offmoe; offmoe.main()' \
 	chat </dev/null 2>/dev/null
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 CACHE_TESTS := $(wildcard tests/test_cache_*.py) tests/test_policy_echo.py tests/test_plugin.py
+# Versions of Triton that are supported; of what compiles kernels, each has a folder in which it is the only package.
+TRITONS ?= 3.6.0 3.7.1
+TRITON_TESTS := tests/test_compile.py
 METADATA := setup.py pyproject.toml constraints.txt
 VIEW := build/view/offmoe
 
-.PHONY: chat install test test-llama lint types clean
+.PHONY: chat install test test-triton $(TRITONS:%=test-triton-%) test-llama lint types clean
 .SILENT:
 
 chat: $(VENV)/installed
@@ -25,6 +29,13 @@ test: $(VENV)/with-test
 	$(PYTEST) --cov --cov-report= $(CACHE_TESTS)
 	$(BIN)/coverage report --include='*/cache/*' --fail-under=95
 	$(PYTEST) $(addprefix --ignore=,$(CACHE_TESTS))
+
+# Every kernel in every weight format, compiled for every capability with each Triton, which is an environment of its own.
+test-triton: $(TRITONS:%=test-triton-%)
+
+$(TRITONS:%=test-triton-%): test-triton-%: $(VENV)/triton-%/installed
+	echo "compiling all kernels with Triton $*" >&2
+	PYTHONPATH=$(abspath $(<D))$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/pytest -n 0 -m '' -k 'not few' $(TRITON_TESTS)
 
 test-llama: $(VENV)/with-llama
 	$(PYTEST) -m llama
@@ -59,6 +70,12 @@ $(VENV)/with-test: $(METADATA) | $(BIN)/python
 	echo "installing offmoe and what tests need into $(VENV), once" >&2
 	$(PIP) -e '.[test,lab]'
 	touch $@ $(VENV)/installed
+
+$(TRITONS:%=$(VENV)/triton-%/installed): $(VENV)/triton-%/installed: | $(VENV)/with-test
+	echo "installing Triton $* into $(@D), once" >&2
+	rm -rf $(@D)
+	$(INSTALL) --no-deps --target $(@D) triton==$*
+	touch $@
 
 # Compiles llama.cpp: 4 to 23 minutes on 2 cores. Without AMX: GCC 12 drops stores that ldtilecfg reads, and products of
 # small matrices crash on a processor that has it.

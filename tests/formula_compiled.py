@@ -12,15 +12,16 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent))  # behind all else: -P left it out
 
 import compiled
+import compiler
 
 from offmoe.device_formula import cause
 
 if __name__ == "__main__":
-    with compiled.caught() as launches:
+    with compiler.caught() as launches:
         compiled.residency(sys.argv[2], pdl=int(sys.argv[1]) >= 90)
     for launch in launches:
         try:
-            line = {"ptx": compiled.made_of(launch, int(sys.argv[1])).asm["ptx"]}
+            line = {"ptx": compiler.Pipeline(launch, int(sys.argv[1])).ptx()}
         except Exception as error:
             line = {"error": cause(error)}
         print(json.dumps({"kernel": launch[0].__name__, **line}))
