@@ -4,12 +4,16 @@ VENV ?= .venv
 MODEL ?= demo
 BIN := $(VENV)/bin
 # --no-compile: all of torch would take 20 seconds. WARM compiles what a chat imports, also where Python is told not to.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(INSTALL) -c constraints.txt
 WARM := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -P -c 'import prompt_toolkit, offmoe.__main__ as offmoe; offmoe.main()' \
 	chat </dev/null 2>/dev/null
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 CACHE_TESTS := tests/cache
 COMPARING = $(shell grep -rlE 'assert_close|check_(answers|stacked)|reference' tests --include='test_*.py')
+# Supported versions of Triton: each is installed into a folder of its own, as the only package there.
+TRITONS ?= 3.6.0 3.7.1
+TRITON_TESTS := tests/kernels/test_compile.py
 METADATA := setup.py pyproject.toml constraints.txt
 VIEW := build/view/offmoe
 
@@ -17,7 +21,7 @@ VIEW := build/view/offmoe
 # On AMD, MKL ignores MKL_ENABLE_INSTRUCTIONS but not MKL_CBWR.
 PROCESSORS := $(foreach isa,default avx2 avx512,ATEN_CPU_CAPABILITY=$(isa)) MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=AVX2
 
-.PHONY: chat install test test-llama test-processors lint types docs clean
+.PHONY: chat install test test-triton $(TRITONS:%=test-triton-%) test-llama test-processors lint types docs clean
 .SILENT:
 
 chat: $(VENV)/installed
@@ -30,6 +34,13 @@ test: $(VENV)/with-test
 	$(PYTEST) --cov --cov-report= $(CACHE_TESTS)
 	$(BIN)/coverage report --include='*/cache/*' --fail-under=95
 	$(PYTEST) --ignore=$(CACHE_TESTS)
+
+# Every kernel in every weight format, compiled for every capability with each Triton, which is an environment of its own.
+test-triton: $(TRITONS:%=test-triton-%)
+
+$(TRITONS:%=test-triton-%): test-triton-%: $(VENV)/triton-%/installed
+	echo "compiling all kernels with Triton $*" >&2
+	PYTHONPATH=$(abspath $(<D))$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/pytest -n 0 -m '' -k 'not few' $(TRITON_TESTS)
 
 test-llama: $(VENV)/with-llama
 	$(PYTEST) -m llama
@@ -81,6 +92,12 @@ $(VENV)/with-test: $(METADATA) | $(BIN)/python
 $(VENV)/with-docs: $(METADATA) | $(BIN)/python
 	echo "installing what the documentation needs into $(VENV), once" >&2
 	$(PIP) -e '.[docs]'
+	touch $@
+
+$(TRITONS:%=$(VENV)/triton-%/installed): $(VENV)/triton-%/installed: | $(VENV)/with-test
+	echo "installing Triton $* into $(@D), once" >&2
+	rm -rf $(@D)
+	$(INSTALL) --no-deps --target $(@D) triton==$*
 	touch $@
 
 # Compiles llama.cpp: 4 to 23 minutes on 2 cores. Without AMX: GCC 12 drops stores that ldtilecfg reads, and products of
