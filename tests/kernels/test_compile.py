@@ -140,7 +140,8 @@ def test_as_many_warps_run_at_once_as_a_launch_counts_on(made: list[dict[str, An
 def test_no_constant_comes_out_of_a_jitted_function(path: Path) -> None:
     """Triton 3.6 returns a tensor from every jitted function, tl.cdiv among them, also where 3.7 returns a constant:
     constants come out of arithmetic, triton.cdiv, or a triton.constexpr_function."""
-    module = import_module(f"{gpu.__name__}.{path.stem}")
+    parts = path.relative_to(gpu.__path__[0]).with_suffix("").parts
+    module = import_module(".".join((gpu.__name__, *parts)))
     for line in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(line, ast.AnnAssign) and line.value and ast.unparse(line.annotation) == "tl.constexpr":
             for call in ast.walk(line.value):
