@@ -118,7 +118,7 @@ def test_predictions_have_the_quality_asked_for(recall: float, precision: float)
 
 def test_an_absent_trace_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OFFMOE_TRACES", str(tmp_path))
-    with pytest.raises(SystemExit, match=r"gpt-oss-20b.npz is absent: set OFFMOE_TRACES"):
+    with pytest.raises(SystemExit, match=r"gpt-oss-20b.npz does not exist: set OFFMOE_TRACES"):
         routing.from_trace(tokens=10)
 
 

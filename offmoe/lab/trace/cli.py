@@ -221,4 +221,4 @@ def check_output(out: Path, force: bool, *suffixes: str) -> None:
         raise OffmoeError(f"{out} ends with {out.suffix or 'no suffix'!r}: expected {' or '.join(suffixes)}")
     check_overwrite(out, force)
     if not out.parent.is_dir():
-        raise OffmoeError(f"{out.parent} is no directory: make it, or choose another name")
+        raise OffmoeError(f"{out.parent} is not a directory: create it, or choose another name")

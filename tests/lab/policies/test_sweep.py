@@ -158,7 +158,7 @@ def test_bytes_are_counted_where_a_record_has_a_size(tmp_path: Path) -> None:
     Trace(trace.experts, trace.offsets, {**trace.meta, "record_bytes": 100}).save(tmp_path / "t.npz")
     assert rows(str(tmp_path / "t.npz"), *asked)[0]["upload_bytes_per_token"] == 100 * row["uploads_per_token"]
     Trace(trace.experts, trace.offsets, {**trace.meta, "record_bytes": "big"}).save(tmp_path / "t.npz")
-    assert "a record of 'big' bytes is none" in refusal(str(tmp_path / "t.npz"))
+    assert "an expert of 'big' bytes is not possible" in refusal(str(tmp_path / "t.npz"))
 
 
 def test_a_link_is_measured_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +240,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         (["--link", "1GB"], "--link needs --record"),
         (["--link", "fast", "--record", "1MB"], "'fast' is no size"),
         (["--link", "0", "--record", "1MB"], "--link '0' is not a bandwidth"),
-        (["--record", "0"], "a record of 0 bytes is none"),
+        (["--record", "0"], "an expert of 0 bytes is not possible"),
         (["--floor", "1"], "--floor needs --link"),
     ],
 )

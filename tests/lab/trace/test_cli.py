@@ -153,7 +153,10 @@ def test_ctrl_c_before_the_first_token_writes_nothing(tmp_path: Path, monkeypatc
         (["record", "--prompts", "bad.jsonl", "-o", "t.npz"], "bad.jsonl, line 2 is not a prompt"),
         (["record", "--prompts", "long.txt", "-o", "t.npz", "--ctx", "16"], "prompt 'one two"),
         (["record", "./nowhere.gguf", "--built-in", "-o", "t.npz"], "give a .gguf file"),
-        (["record", "--built-in", "-o", "there.npz"], "there.npz exists: choose another name, or --force"),
+        (
+            ["record", "--built-in", "-o", "there.npz"],
+            "there.npz exists: choose another name, or overwrite it with --force",
+        ),
         (["info", "none.npz"], "none.npz is no routing trace: [Errno 2] No such file"),
         (["info", "cut.npz"], "cut.npz is no routing trace: "),
         (["info", "there.npz", "--plot", "no/where.png"], "No such file or directory"),

@@ -106,7 +106,7 @@ HEAD = "sequence,token,layer,phase,experts,weights\n"
         ("t.csv", HEAD + "0,0,0,decode,1,\n0,1,1,decode,1,\n", "holds no expert at token 0, layer 1"),
         ("t.csv", HEAD + "0,0,0,decode,1,\n0,0,0,decode,1,\n", "one expert twice"),
         ("t.csv", HEAD + "0,0,0,prefill,1,\n", "it has no decoded token"),
-        ("t.csv", HEAD + "0,0,0,decode,1,\n0,0,3,prefill,1,\n", "a prompt has layer 3 which no decoded token has"),
+        ("t.csv", HEAD + "0,0,0,decode,1,\n0,0,3,prefill,1,\n", "a prompt has layer 3, which no decoded token has"),
         (
             "t.csv",
             '# {"layers": 9}\n' + HEAD + "0,0,0,decode,1,\n",

@@ -163,7 +163,7 @@ def test_a_decoder_that_knows_no_weights_gives_ids_alone(engine: Engine) -> None
 
 
 def test_one_recorder_at_a_time(engine: Engine) -> None:
-    with Recorder(engine), pytest.raises(OffmoeError, match="being recorded already"), Recorder(engine):
+    with Recorder(engine), pytest.raises(OffmoeError, match="already being recorded"), Recorder(engine):
         pass
     with Recorder(engine):
         pass

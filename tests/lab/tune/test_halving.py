@@ -28,7 +28,7 @@ from offmoe.lab.live.results import Configuration
 from offmoe.lab.trace.prompts import Prompt
 from offmoe.lab.tune import halving as lab
 from offmoe.lab.tune.halving import Tuner, Verdict, profile_text
-from offmoe.settings import Settings
+from offmoe.settings import Settings, parse_budget, parse_policy, parse_prefetch
 
 DEFAULT = Configuration("50%", "crf:h=16")
 
@@ -162,7 +162,7 @@ def test_a_candidate_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPat
 
     verdict, _ = tuned(monkeypatch, FakeBench(ms))
     assert verdict.chosen is None
-    assert "does not run here" in verdict.why
+    assert "cannot run on this machine" in verdict.why
 
 
 def test_the_demo_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,10 +217,11 @@ def keep(model: Path, **changes: Any) -> Path:
 
 def test_a_profile_comes_back(model: Path) -> None:
     path = keep(model)
-    assert read_profile(model) == Profile(path, "50%", "cpu", "lfru", None, 0.08, 0.02)
+    assert read_profile(model) == Profile(path, parse_budget("50%"), "cpu", parse_policy("lfru"), None, 0.08, 0.02)
     gate = Configuration("50%", "lru", "gate:d=1,p=0.05,n=2")
     keep(model, chosen=gate, vram=None, device="cuda")
-    assert read_profile(model) == Profile(path, None, "cuda", "lru", gate.prefetch, 0.08, 0.02)
+    prefetch = parse_prefetch(gate.prefetch)
+    assert read_profile(model) == Profile(path, None, "cuda", parse_policy("lru"), prefetch, 0.08, 0.02)
     assert stat.S_ISREG(path.stat().st_mode)
     assert path.parent == Path(os.environ["XDG_CONFIG_HOME"]) / "offmoe" / "profiles"
 
@@ -233,7 +234,7 @@ def test_a_profile_is_used_and_says_so(model: Path) -> None:
     keep(model)
     for asked in (Settings.of(vram="50%"), Settings.of(), Settings.of(device="cpu")):
         settings, line = apply_profile(model, asked)
-        assert settings == replace(asked, policy="lfru")
+        assert settings == replace(asked, policy=parse_policy("lfru"))
         assert line == ("profile: lfru, 8.0% ± 2.0% less time per token (tuned at --vram 50%); --no-profile ignores it")
 
 
@@ -351,7 +352,7 @@ def test_run_uses_the_profile_and_says_so(command: Run, loaded: list[Settings]) 
         0, "hi \n", "profile: lfru, 8.0% ± 2.0% less time per token (tuned at --vram 50%); --no-profile ignores it\n",
     )  # fmt: skip
     assert command("run", "demo", "hi", "--vram", "50%", "--device", "cpu", "--no-profile")[2] == ""
-    assert [settings.policy for settings in loaded] == ["lfru", None]
+    assert [settings.policy for settings in loaded] == [parse_policy("lfru"), None]
 
 
 def test_chat_uses_the_profile_and_says_so(
@@ -363,7 +364,7 @@ def test_chat_uses_the_profile_and_says_so(
     assert status == 0
     assert "\nprofile: lfru, 8.0% ± 2.0% less time per token" in err
     assert command("chat", "demo", "--device", "cpu", "--no-profile")[2].count("profile") == 0
-    assert [settings.policy for settings in loaded] == ["lfru", None]
+    assert [settings.policy for settings in loaded] == [parse_policy("lfru"), None]
 
 
 def test_tune_writes_the_profile_and_forgets_it(command: Run, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +375,7 @@ def test_tune_writes_the_profile_and_forgets_it(command: Run, config: Path, monk
     assert out == f'it is "faster"\nprofile: {path}\n'
     found = read_profile(DEMO)
     assert found is not None
-    assert found.policy == "lfru"
+    assert found.policy == parse_policy("lfru")
     assert [file.name for file in path.parent.iterdir()] == [path.name], "no draft is left"
     assert command("tune", "demo", "--forget") == (0, f"deleted {path}\n", "")
     assert read_profile(DEMO) is None
