@@ -17,8 +17,7 @@ def compile_prompt_kernels(trunk: DeviceTrunk, store: VramStore, kv: KVCache) ->
     """Of a chunk that has tokens before it, all side by side; none runs, and nothing is changed."""
     config = trunk.config
     tokens = min(TOKENS, kv.ctx)
-    windows = (config.window(layer) for layer in range(config.layers))
-    start = min(kv.ctx - tokens, max(1, *windows))  # behind other tokens, and windows are full
+    start = min(kv.ctx - tokens, max(1, *config.windows))  # behind other tokens, and windows are full
     with kv.untouched(), compiled_at_once():
         x = trunk.embed(torch.zeros(tokens, dtype=torch.int64, device=store.device)).zero_()
         for layer in range(config.layers):

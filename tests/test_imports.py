@@ -16,6 +16,7 @@ ROOMS = (
     ("errors", "settings", "cache", "kernels"),
     ("checkpoint",),
     ("machine",),
+    ("mixers",),
     ("models",),
     ("text", "trunk"),
     ("plan", "prefetch"),

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from offmoe.checkpoint.fields import count, flag, number, numbers
 from offmoe.errors import OffmoeError
 from offmoe.kernels.rope import PLAIN, PROPORTIONAL, Scaling, yarn_mscale
-from offmoe.models.fields import count, flag, number, numbers
 
 OLD_NAMES = {None: "default", "none": "default", "su": "longrope"}
 GGUF_FACTORS = "rope_freqs.weight"  # a tensor: what each pair's frequency is divided by
@@ -98,18 +98,3 @@ def gguf_scaling(
     if multiplier := number(given, "log", 0.0):
         found["mscale"] = found["mscale_all_dim"] = 10 * multiplier
     return {name: value for name, value in found.items() if value is not None}
-
-
-def check_rope(scaling: Scaling, rotary: int, theta: float) -> None:
-    """What the numbers of one rotation say about one another."""
-    if theta < 1 or (theta == 1 and scaling.kind == "yarn"):
-        raise OffmoeError(f"rope_theta is {theta:g}: expected at least 1{', and more for yarn' * (theta == 1)}")
-    if scaling.kind == "dynamic" and rotary == 2:
-        raise OffmoeError("rope_type is 'dynamic' for 2 values of a head: expected more")
-    if scaling.kind == "llama3" and scaling.fast < scaling.slow:
-        raise OffmoeError(
-            f"high_freq_factor is {scaling.fast:g} and low_freq_factor {scaling.slow:g}: expected no smaller first"
-        )
-    for name, factors in (("short_factor", scaling.short), ("long_factor", scaling.long)):
-        if scaling.kind == "longrope" and len(factors) != rotary // 2:
-            raise OffmoeError(f"{name} has {len(factors)} numbers: expected one for each of {rotary // 2} pairs")

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,17 @@ from torch import Tensor
 from offmoe.checkpoint.base import Checkpoint, TensorInfo
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS, Format
-from offmoe.kernels.mla import Latent
+from offmoe.mixers.base import GgufRows
+from offmoe.mixers.registry import float32_roles
 from offmoe.models.family import Values
-from offmoe.models.held import HELD, tiled
 from offmoe.models.model import Model, described
-from offmoe.models.shapes import layers_of, trunk_shapes
+from offmoe.models.shapes import layer_shapes, model_shapes
 from offmoe.pack.gguf_keys import model_keys, rope_tensors, tokenizer_keys
 from offmoe.pack.quantise import packable, quantise
 from offmoe.settings import format_size
 
 PIECE = 1 << 22  # weights read, quantised and written together: 16 MiB in float32
 EXPERT_ROLES = ("gate", "up", "down")
-SMALL = ("delta_b", "delta_a", "delta_ba", "delta_conv", "delta_dt", "delta_decay", "conv_taps")  # and sensitive
-HALVES = ("k_b", "v_b")  # of kv_b
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12,
               "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
               "MXFP4": 38}  # fmt: skip  # general.file_type
@@ -117,66 +115,65 @@ def pack(checkpoint: Checkpoint, out: Path, fmt: str, progress: Callable[[int, i
 
 def roles(model: Model) -> Iterator[tuple[str, int]]:
     """Every tensor of the GGUF as (role, layer), in the order of the file."""
-    trunk = {role: layers_of(role, model.config) for role in trunk_shapes(model.config, split=True)}
-    names = model.family.gguf_names
-    trunk = {role if role in names else HELD[role]: layers for role, layers in trunk.items()}
-    per_layer = [role for role in trunk if "{l}" in names[role][0]]
-    yield from ((role, 0) for role in trunk if role not in per_layer)
-    for layer in range(model.config.layers):
-        yield from ((role, layer) for role in per_layer if layer in trunk[role])
-        if layer in model.config.routed:
+    config, names = model.config, model.family.gguf_names
+    yield from ((role, 0) for role in model_shapes(config))
+    for layer, mixer in enumerate(config.mixers):
+        own = layer_shapes(config, layer, split=True)
+        yield from (
+            (role, layer) for role in dict.fromkeys(role if role in names else mixer.held[role] for role in own)
+        )
+        if layer in config.routed:
             yield from ((role, layer) for role in EXPERT_ROLES)
-            yield from ((f"{role}_bias", layer) for role in EXPERT_ROLES if model.config.expert_bias)
+            yield from ((f"{role}_bias", layer) for role in EXPERT_ROLES if config.moe.expert_bias)
 
 
 def intended(role: str, wanted: Format) -> Format:
-    if role.endswith(("router", "norm", "bias", "sinks", "offset", "gain", "factors", "scale")) or role in SMALL:
+    """Format of the tensor that plays `role`, where `wanted` was asked for."""
+    small = role.endswith(("router", "norm", "bias", "sinks", "offset", "gain", "factors", "scale"))
+    if small or role in float32_roles():
         return FORMATS["F32"]
     return FORMATS["Q8_0"] if wanted.name == "MXFP4" and role not in EXPERT_ROLES else wanted
 
 
 def output(model: Model, role: str, layer: int, wanted: Format) -> Output:
-    name, c = model.family.gguf_names[role][0].format(l=layer), model.config
+    """The GGUF's tensor that plays `role`."""
+    name, c, moe = model.family.gguf_names[role][0].format(l=layer), model.config, model.config.moe
     if role in EXPERT_ROLES:
         runs = [expert_run(model, role, layer, expert) for expert in range(c.experts)]
-        wide, narrow = (c.experts, c.expert_hidden, c.hidden), (c.experts, c.hidden, c.expert_hidden)
+        wide, narrow = (c.experts, moe.expert_hidden, c.hidden), (c.experts, c.hidden, moe.expert_hidden)
         return Output(name, narrow if role == "down" else wide, wanted, runs)
     if role in ("gate_bias", "up_bias") and (both := model.find("gate_up_bias", layer)):
         run = Run(both, 0, c.experts, lambda rows: rows_of(rows.mT, role, model.layouts[0].interleaved).mT)
-        return Output(name, (c.experts, c.expert_hidden), wanted, [run])
-    if c.latent and role in HALVES:
-        return half(model, c.latent, role, layer, Output(name, trunk_shapes(c, split=True)[role], wanted, []))
+        return Output(name, (c.experts, moe.expert_hidden), wanted, [run])
+    shapes = {**model_shapes(c), **layer_shapes(c, layer, split=True)}
+    if pieces := c.mixers[layer].gguf_rows(role):
+        return Output(name, shapes[role], wanted, [mixer_run(model, piece, layer) for piece in pieces])
     whole = model.find(role, layer)
     info, rows = (whole, None) if whole else model.stored(role, layer)
-    shape = trunk_shapes(c, layer=layer).get(role, info.shape)
-    return Output(name, shape, wanted, [Run(info, 0, prod(info.shape[:-1]), turned(model, role, rows))])
+    run = Run(info, 0, prod(info.shape[:-1]), reordered(model, role, layer, rows))
+    return Output(name, shapes.get(role, info.shape), wanted, [run])
 
 
-def turned(model: Model, role: str, rows: Tensor | None) -> Values | None:
-    """All that differs between a role's tensor here and in a GGUF, `rows` of it being meant."""
-    c, weight_transform = model.config, model.weight_transform(role)
-    heads = {"q": c.heads, "k": c.kv_heads}.get(role) if model.family.interleaved_gguf else None
-    tiles = model.family.tiled_gguf and role.startswith("delta")
-    if rows is None and not (weight_transform or heads or tiles):
+def reordered(model: Model, role: str, layer: int, rows: Tensor | None) -> Values | None:
+    """Function from a role's tensor in safetensors to that of a GGUF; `rows`: indices of the role's rows in it."""
+    weight_transform, family = model.weight_transform(role), model.family
+    order = model.config.mixers[layer].gguf_order(role, family.interleaved_gguf, family.tiled_gguf)
+    if rows is None and not (weight_transform or order):
         return None
 
-    def turn(weight: Tensor) -> Tensor:
+    def pick(weight: Tensor) -> Tensor:
         weight = weight if rows is None else weight[rows]
         weight = weight_transform(weight) if weight_transform else weight
-        weight = interleaved(weight, heads) if heads else weight
-        return tiled(weight, role, c) if tiles else weight
+        return order(weight) if order else weight
 
-    return turn
+    return pick
 
 
-def half(model: Model, z: Latent, role: str, layer: int, empty: Output) -> Output:
-    """The keys' or the values' rows of kv_b, head by head."""
-    info = model.find("kv_b", layer)
-    assert info is not None, f"kv_b of layer {layer} was there when the model was described"
-    first, count = (0, z.qk_nope) if role == "k_b" else (z.qk_nope, z.value)
-    pick = transposed_rows if role == "k_b" else None
-    runs = [Run(info, head * (z.qk_nope + z.value) + first, count, pick) for head in range(model.config.heads)]
-    return replace(empty, runs=runs)
+def mixer_run(model: Model, piece: GgufRows, layer: int) -> Run:
+    """Some rows of another role's tensor."""
+    info = model.find(piece.role, layer)
+    assert info is not None, f"{piece.role} of layer {layer} was there when the model was described"
+    return Run(info, piece.first, piece.count, transposed_rows if piece.transposed else None)
 
 
 def transposed_rows(rows: Tensor) -> Tensor:
@@ -191,7 +188,7 @@ def expert_run(model: Model, role: str, layer: int, expert: int) -> Run:
     if layout.interleaved and role != "down":
         rows = info.shape[1]
         return Run(info, expert * rows, rows, lambda matrix: rows_of(matrix, role, interleaved=True))
-    count = model.config.hidden if role == "down" else model.config.expert_hidden
+    count = model.config.hidden if role == "down" else model.config.moe.expert_hidden
     first = expert * info.shape[1] if len(info.shape) == 3 else 0
     return Run(info, first + (count if role == "up" and info.shape[-2] == 2 * count else 0), count)
 
@@ -264,11 +261,6 @@ def pieces(model: Model, output: Output) -> Iterator[Tensor]:
         for first in range(0, run.count, step):
             rows = model.checkpoint.rows(run.info, run.first + first, min(step, run.count - first))
             yield run.pick(rows).contiguous() if run.pick else rows
-
-
-def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """[heads · D, H] with the rotated pairs in halves (NEOX) → side by side, as llama.cpp wants them here."""
-    return weight.view(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
 
 
 def write_piece(file: Any, piece: Tensor, output: Output, pool: ThreadPoolExecutor) -> int:

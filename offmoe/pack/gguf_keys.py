@@ -10,6 +10,7 @@ from torch import Tensor
 from offmoe.errors import OffmoeError
 from offmoe.kernels.feed_forward import GELU, SILU, Glu
 from offmoe.kernels.rope import Scaling, frequency_factors, yarn_mscale
+from offmoe.mixers.heads.config import HeadsConfig
 from offmoe.models.rope import FACTORED, GGUF_FACTORS
 from offmoe.text.pretokenizers import KINDS, pre_tokenizer_name
 from offmoe.text.tokenizer import BYTE_TOKEN
@@ -17,97 +18,80 @@ from offmoe.text.vocab import BYTE, CONTROL, NAMES, UNKNOWN, USER_DEFINED, Vocab
 
 if TYPE_CHECKING:
     from offmoe.checkpoint.base import Checkpoint
-    from offmoe.kernels.mla import Latent
     from offmoe.models.config import ModelConfig
     from offmoe.models.family import Family
 
 NORMAL, UNUSED = 1, 5  # tokenizer.ggml.token_type; the others stand in vocab.py
 GPT_OSS = Glu(alpha=1.702, limit=7.0, plus=1.0)
+GATED = ("deepseek2",)  # archs that always say how experts are scored
 NOT_TRUNCATED = ("gpt-oss",)  # archs whose yarn ramps between bounds that are no whole numbers
 UNMERGED = -1e9  # the score of a token that no merge makes
 
 
 def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
     """Hyper-parameters. Raises OffmoeError on what the GGUF architecture has no key for."""
-    if config.rule.renormalise != family.renormalise and config.rule.scores != "sigmoid":
+    check_packable(config, family)
+    moe = config.moe
+    keys: dict[str, Any] = {
+        "block_count": config.layers,
+        "context_length": config.ctx,
+        "embedding_length": config.hidden,
+        "feed_forward_length": moe.dense_hidden or moe.expert_hidden,
+        "expert_feed_forward_length": moe.expert_hidden,
+        "attention.layer_norm_rms_epsilon": config.norm.eps,
+        "expert_count": config.experts,
+        "expert_used_count": config.top_k,
+        "vocab_size": config.vocab,
+    }
+    if moe.shared_gated:
+        keys["expert_shared_feed_forward_length"] = moe.shared_hidden
+    elif moe.shared:
+        keys["expert_shared_count"] = moe.shared
+    if config.dense and family.dense_first:
+        keys["leading_dense_block_count"] = len(config.dense)
+    if moe.rule.scores == "sigmoid" or family.arch in GATED:
+        keys["expert_gating_func"] = 2 if moe.rule.scores == "sigmoid" else 1
+        keys |= {"expert_weights_norm": moe.rule.renormalise, "expert_weights_scale": moe.rule.scale}
+    if moe.rule.groups > 1:
+        keys |= {"expert_group_count": moe.rule.groups, "expert_group_used_count": moe.rule.kept}
+    for mixer in reversed(config.kinds):  # the first kind's keys stand, where kinds differ
+        keys |= mixer.gguf_keys()
+    for rope in config.ropes:
+        keys |= scaling_keys(rope.scaling, family)
+    keys |= family.gguf_keys(config)
+    return {f"{family.arch}.{key}": value for key, value in keys.items()}
+
+
+def check_packable(config: ModelConfig, family: Family) -> None:
+    """Raise OffmoeError where llama.cpp would compute otherwise than the config says."""
+    rule, refused = config.moe.rule, f"{family.model_type} with {{}} cannot be packed: "
+    arch = f"the GGUF architecture {family.arch}"
+    if rule.renormalise != family.renormalise and rule.scores != "sigmoid":
+        said = refused.format(f"norm_topk_prob = {rule.renormalise}")
+        raise OffmoeError(f"{said}{arch} always means {family.renormalise}")
+    clip = next((mixer.clip for mixer in config.kinds if isinstance(mixer, HeadsConfig) and mixer.clip), None)
+    if clip:
+        said = refused.format(f"clip_qkv = {clip}")
         raise OffmoeError(
-            f"{family.model_type} with norm_topk_prob = {config.rule.renormalise} cannot be packed: "
-            f"the GGUF architecture {family.arch} always means {family.renormalise}"
+            f"{said}llama.cpp ignores it for the architecture {family.arch}, and would answer differently"
         )
-    if config.clip_qkv:
-        raise OffmoeError(
-            f"{family.model_type} with clip_qkv = {config.clip_qkv} cannot be packed: "
-            f"llama.cpp ignores it for the architecture {family.arch}, and would answer differently"
-        )
-    if config.rule.scores == "mixer":
+    if rule.scores == "mixer":
         raise OffmoeError(
             f"{family.model_type} cannot be packed: llama.cpp routes the architecture {family.arch} by another rule, "
             "and would answer differently"
         )
     if family.dense_first and config.dense != tuple(range(len(config.dense))):
-        raise OffmoeError(
-            f"{family.model_type} with experts in the layers {config.routed} cannot be packed: "
-            "in a GGUF only the first layers are without"
-        )
-    if config.rule.groups > config.rule.kept and config.rule.group_best != 2:
-        raise OffmoeError(
-            f"{family.model_type} with n_group = {config.rule.groups} cannot be packed: "
-            f"llama.cpp ranks groups by their two best experts, this model by {config.rule.group_best}"
-        )
-    if config.glu not in (SILU, GPT_OSS, GELU):
-        raise OffmoeError(
-            f"{family.model_type} with {config.glu} cannot be packed: the GGUF architecture {family.arch} always means "
-            f"{GPT_OSS}"
-        )
-    keys: dict[str, Any] = {
-        "block_count": config.layers,
-        "context_length": config.ctx,
-        "embedding_length": config.hidden,
-        "feed_forward_length": config.dense_hidden or config.expert_hidden,
-        "expert_feed_forward_length": config.expert_hidden,
-        "attention.head_count": config.heads,
-        "attention.head_count_kv": config.kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
-        "rope.dimension_count": config.rotary,
-        "rope.freq_base": config.rope_theta,
-        "expert_count": config.experts,
-        "expert_used_count": config.top_k,
-        "vocab_size": config.vocab,
-    }
-    if config.shared_gated:
-        keys["expert_shared_feed_forward_length"] = config.shared_hidden
-    elif config.shared:
-        keys["expert_shared_count"] = config.shared
-    if config.dense and family.dense_first:
-        keys["leading_dense_block_count"] = len(config.dense)
-    if config.rule.scores == "sigmoid" or config.latent:
-        keys["expert_gating_func"] = 2 if config.rule.scores == "sigmoid" else 1
-        keys |= {"expert_weights_norm": config.rule.renormalise, "expert_weights_scale": config.rule.scale}
-    if config.rule.groups > 1:
-        keys |= {"expert_group_count": config.rule.groups, "expert_group_used_count": config.rule.kept}
-    if config.latent:
-        keys |= latent_keys(config.latent)
-    keys |= scaling_keys(config.rope, family)
-    keys |= family.gguf_keys(config)
-    return {f"{family.arch}.{key}": value for key, value in keys.items()}
-
-
-def latent_keys(z: Latent) -> dict[str, int]:
-    """The plain key and value lengths are those of the cache: one key-value head, whose value is its key's front."""
-    return {
-        "attention.key_length": z.width,
-        "attention.value_length": z.kv_rank,
-        "attention.key_length_mla": z.key,
-        "attention.value_length_mla": z.value,
-        "attention.kv_lora_rank": z.kv_rank,
-        **({"attention.q_lora_rank": z.q_rank} if z.q_rank else {}),
-    }
+        said = refused.format(f"experts in the layers {config.routed}")
+        raise OffmoeError(f"{said}in a GGUF only the first layers are without")
+    if rule.groups > rule.kept and rule.group_best != 2:
+        said = refused.format(f"n_group = {rule.groups}")
+        raise OffmoeError(f"{said}llama.cpp ranks groups by their two best experts, this model by {rule.group_best}")
+    if config.moe.glu not in (SILU, GPT_OSS, GELU):
+        raise OffmoeError(f"{refused.format(config.moe.glu)}{arch} always means {GPT_OSS}")
 
 
 def scaling_keys(rope: Scaling, family: Family) -> dict[str, Any]:
-    """`rope.scaling.*`, what models.rope.gguf_scaling reads. Raises OffmoeError on what these keys cannot say."""
+    """`rope.scaling.*`, as models.rope.gguf_scaling reads them. Raises OffmoeError on what these keys cannot say."""
     if rope.kind == "default" or (rope.kind in FACTORED and family.gguf_factors):
         return {}
     keys = {"type": rope.kind, "factor": rope.factor}
@@ -128,9 +112,9 @@ def scaling_keys(rope: Scaling, family: Family) -> dict[str, Any]:
 
 
 def rope_tensors(config: ModelConfig) -> dict[str, Tensor]:
-    """By name, float32: what frequencies are divided by, where `scaling_keys` leaves it to a tensor."""
-    scaled = next((heads for heads in config.kinds_of_heads if heads.rope.kind in FACTORED), None)
-    return {GGUF_FACTORS: frequency_factors(scaled.rotary, scaled.rope_theta, scaled.rope)} if scaled else {}
+    """Name → float32 values: divisors of the frequencies, where `scaling_keys` leaves scaling to a tensor."""
+    scaled = next((rope for rope in config.ropes if rope.scaling.kind in FACTORED), None)
+    return {GGUF_FACTORS: frequency_factors(scaled.rotary, scaled.theta, scaled.scaling)} if scaled else {}
 
 
 def tokenizer_keys(checkpoint: Checkpoint, vocab_size: int) -> dict[str, Any]:
