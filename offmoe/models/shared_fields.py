@@ -59,11 +59,10 @@ def sliding_windows(raw: Mapping[str, Any], config: ModelConfig, default: Sequen
     return tuple(count(raw, "sliding_window") if kind == SLIDING else 0 for kind in kinds)
 
 
-def windowed(config: ModelConfig, windows: Sequence[int], **changes: Any) -> ModelConfig:
-    """Each layer's attention heads with its window; `changes` in those that have one."""
+def windowed(config: ModelConfig, windows: Sequence[int]) -> ModelConfig:
+    """The attention heads of each layer with its window; 0: none."""
     for layer, window in enumerate(windows):
-        if window:
-            config = config.with_heads((layer,), window=window, **changes)
+        config = config.with_heads((layer,), window=window)
     return config
 
 

@@ -64,8 +64,8 @@ def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
         shared_hidden=count(raw, "moe_intermediate_size"),
         weighted_input=True,
     )
-    config = config.with_heads(qk_norm="unit" if flag(raw, "use_qk_norm", True) else "none")
-    config = windowed(config, [chunk if kind == CHUNKED else 0 for kind in kinds], chunked=True)
+    config = config.with_heads(chunked=CHUNKED in kinds, qk_norm="unit" if flag(raw, "use_qk_norm", True) else "none")
+    config = windowed(config, [chunk if kind == CHUNKED else 0 for kind in kinds])
     no_rope = [layer for layer, one in enumerate(rotates) if not one]
     return config.with_heads(no_rope, rope=None, temperature=temperature)
 
