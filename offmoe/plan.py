@@ -10,18 +10,18 @@ import psutil
 import torch
 
 from offmoe.cache.policies import POLICIES
-from offmoe.cache.policy import make_policy
-from offmoe.errors import OffmoeError, users_mistakes
+from offmoe.cache.policy import PolicySpec, parse_policy
+from offmoe.errors import OffmoeError
 from offmoe.mixers.base import MixerConfig
 from offmoe.mixers.recurrent import STATES
 from offmoe.models.model import Model
 from offmoe.models.parameters import bias_weights, count_weights, trunk_weights
-from offmoe.prefetch import NONE, Gate
+from offmoe.prefetch import Gate
 from offmoe.settings import Budget, Settings, format_size
 from offmoe.trunk.kv_cache import kv_nbytes, state_nbytes
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-DEFAULT_POLICY = "echo"
+DEFAULT_POLICY = parse_policy("echo")
 DEFAULT_SCOPE = "layer"  # hits 1.6–3 points more than one global pool on traces of gpt-oss-20b and the demo model
 DEFAULT_CTX = 8192
 SHARE_OF_FREE = 0.6  # of free memory: the desktop goes on living
@@ -40,7 +40,7 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     ctx: int
-    policy: str  # canonical
+    policy: PolicySpec
     scope: str
     slots: int
     stride: int  # bytes of a slot and of a RAM row: the largest record
@@ -55,7 +55,7 @@ class Plan:
     batch: int  # records that cross the link together while a prompt is run
     workspace_bytes: int  # VRAM for a chunk's activations and batches of records; 0 on the CPU device
     kv: str  # what keys and values are kept in: "same" as the activations, or "int8"
-    prefetch: str  # canonical
+    prefetch: Gate
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -139,7 +139,7 @@ def make_plan(model: Model, settings: Settings) -> Plan:
         device=device,
         dtype=dtype,
         ctx=ctx,
-        policy=canonical_policy(DEFAULT_POLICY if settings.policy is None else settings.policy, model, device),
+        policy=pick_policy(settings.policy, device),
         scope=scope,
         slots=slots,
         stride=model.slot_bytes,
@@ -154,7 +154,7 @@ def make_plan(model: Model, settings: Settings) -> Plan:
         batch=batch_records(model),
         workspace_bytes=workspace,
         kv=settings.kv or "same",
-        prefetch=str(pick_prefetch(settings, device)),
+        prefetch=pick_prefetch(settings, device),
     )
     check_fits(plan, free)
     return plan
@@ -162,9 +162,9 @@ def make_plan(model: Model, settings: Settings) -> Plan:
 
 def pick_prefetch(settings: Settings, device: torch.device) -> Gate:
     """What only the decode step on a GPU can do is refused elsewhere."""
-    gate = Gate.of(settings.prefetch or NONE)
+    gate = settings.prefetch or Gate()
     if device.type == "cpu" and (gate.most or settings.kv == "int8"):
-        asked = f"--prefetch {settings.prefetch}" if gate.most else "--kv int8"
+        asked = f"--prefetch {gate}" if gate.most else "--kv int8"
         raise OffmoeError(f"{asked} works on a GPU, and the device is the CPU: leave it out")
     return gate
 
@@ -258,12 +258,11 @@ def default_slots(model: Model, free: Free, resident: int, real: int) -> int:
     return model.records if model.records * real <= room else room // 2 // real
 
 
-def pick_slots(model: Model, budget: Budget | str | int | None, default: int) -> int:
+def pick_slots(model: Model, budget: Budget | None, default: int) -> int:
     smallest = token_records(model)
     if budget is None:
         slots, asked = default, f"the free memory, {format_size(max(default, 0) * model.slot_bytes)},"
     else:
-        assert isinstance(budget, Budget), "Settings parses budgets"
         wanted = model.records * budget.percent / 100 if budget.percent else (budget.bytes or 0) / model.slot_bytes
         slots, asked = int(wanted + 1e-9), f"--vram {budget}"
     if slots < smallest:
@@ -276,23 +275,22 @@ def pick_slots(model: Model, budget: Budget | str | int | None, default: int) ->
     return min(slots, model.records)
 
 
-def pick_ram_rows(model: Model, asked: int | str | None, slots: int, left: int) -> int:
+def pick_ram_rows(model: Model, asked: int | None, slots: int, left: int) -> int:
     """Rows of the RAM tier; where every record has a slot none need stay behind."""
     staging = max(STAGING_ROWS, model.config.top_k)
     if slots >= model.records:
         return min(staging, model.records)
-    budget = int(left * SHARE_OF_FREE) if asked is None else int(asked)
+    budget = int(left * SHARE_OF_FREE) if asked is None else asked
     return min(max(budget // model.slot_bytes, staging), model.records)
 
 
-def canonical_policy(spec: str, model: Model, device: torch.device) -> str:
-    """A policy without `state` scores nothing in a captured graph."""
-    with users_mistakes():
-        policy = make_policy(spec, model.records)
-    if device.type != "cpu" and not policy.state:
+def pick_policy(asked: PolicySpec | None, device: torch.device) -> PolicySpec:
+    """Return the policy to run; refuse one without `state` on a GPU, where it scores nothing in a captured graph."""
+    policy = asked or DEFAULT_POLICY
+    if device.type != "cpu" and not policy.kind.state:
         able = ", ".join(name for name, kind in POLICIES.items() if kind.state)
         raise OffmoeError(f"policy {policy.name!r} works on the CPU and in replay: on a GPU choose {able}")
-    return policy.name
+    return policy
 
 
 def smaller(plan: Plan, model: Model) -> Plan:
@@ -350,4 +348,5 @@ def plan_numbers(plan: Plan) -> dict[str, Any]:
         "state_bytes",
     )
     numbers = {name: getattr(plan, name) for name in (*names, "trunk_bytes", "kv_bytes", "waste_bytes", "tiers")}
+    numbers |= {"policy": str(plan.policy), "prefetch": str(plan.prefetch)}
     return {**numbers, "device": str(plan.device), "dtype": str(plan.dtype).removeprefix("torch.")}

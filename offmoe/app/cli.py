@@ -34,7 +34,7 @@ from offmoe.app.report import section_tables
 from offmoe.app.terminal import choose_output, choose_ui, clean, console, decode, interruptible, one_line, progress_bar
 from offmoe.checkpoint.find_model import find_model
 from offmoe.errors import OffmoeError
-from offmoe.machine.gc_pause import collecting_no_garbage
+from offmoe.machine.gc_pause import gc_paused
 from offmoe.settings import Sampling, Settings
 
 if TYPE_CHECKING:
@@ -183,10 +183,10 @@ def pack_command(model: str, out: Path, fmt: str, force: bool) -> None:
 
 
 def load(path: Path, settings: Settings, think: str | None = None) -> Engine:
-    with collecting_no_garbage(), progress_bar("loading") as progress:
+    with gc_paused(), progress_bar("loading") as progress:
         from offmoe.engine import Engine
 
-        engine = Engine.load(str(path), progress, think, **vars(settings))
+        engine = Engine.load(str(path), progress, think, settings)
         gc.freeze()  # what is there now stays
         return engine
 

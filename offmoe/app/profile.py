@@ -7,13 +7,18 @@ import json
 import os
 import platform
 import tomllib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from offmoe.errors import OffmoeError
-from offmoe.settings import Settings, parse_budget
+from offmoe.settings import Budget, Settings, parse_budget, parse_policy, parse_prefetch
+
+if TYPE_CHECKING:
+    from offmoe.cache.policy import PolicySpec
+    from offmoe.prefetch import Gate
 
 VERSION = 1
 HEAD = 1 << 20  # bytes of a file that stand for it: a GGUF's metadata and first tensors
@@ -24,10 +29,10 @@ class Profile:
     """`policy` and `prefetch` are what the engine is given; None: the default stayed."""
 
     path: Path
-    vram: str | None  # the budget that it was measured at; None: what is free
+    vram: Budget | None  # the budget that it was measured at; None: what is free
     device: str  # cpu or cuda
-    policy: str | None
-    prefetch: str | None
+    policy: PolicySpec | None
+    prefetch: Gate | None
     gain: float  # share of the default's time that is saved
     spread: float
 
@@ -37,7 +42,7 @@ class Profile:
         at = f"tuned at --vram {self.vram}" if self.vram else "tuned"
         if self.policy is None and self.prefetch is None:
             return f"profile: the default stays, nothing was faster ({at})"
-        chosen = " + ".join(name for name in (self.policy, self.prefetch) if name)
+        chosen = " + ".join(str(part) for part in (self.policy, self.prefetch) if part)
         return f"profile: {chosen}, {self.gain:.1%} ± {self.spread:.1%} less time a token ({at}); --no-profile: without"
 
 
@@ -107,22 +112,17 @@ def parse_profile(path: Path, document: dict[str, Any]) -> Profile:
     for name, number in numbers.items():
         if not isinstance(number, int | float):
             raise damaged(path, f"{name} is {number!r}, expected a number")
-    check_names(path, texts["policy"], texts["prefetch"])
-    return Profile(path=path, **texts, **numbers)  # type: ignore[arg-type]
-
-
-def check_names(path: Path, policy: str | None, prefetch: str | None) -> None:
-    """What a person may have written into it."""
-    from offmoe.cache.policy import make_policy  # numpy, which nobody without a profile waits for here
-    from offmoe.prefetch import Gate
-
+    parsers: dict[str, Callable[[Any], Any]] = {
+        "policy": parse_policy,
+        "prefetch": parse_prefetch,
+        "vram": parse_budget,
+        "device": str,
+    }
     try:
-        if policy is not None:
-            make_policy(policy, 1)
-        if prefetch is not None:
-            Gate.of(prefetch)
-    except (ValueError, OffmoeError) as error:
+        parsed = {name: None if text is None else parsers[name](text) for name, text in texts.items()}
+    except OffmoeError as error:
         raise damaged(path, str(error)) from None
+    return Profile(path=path, **parsed, **numbers)  # type: ignore[arg-type]
 
 
 def damaged(path: Path, what: str) -> OffmoeError:
@@ -140,7 +140,7 @@ def use_profile(model: Path, settings: Settings) -> tuple[Settings, str | None]:
         return settings, str(error)
     if profile is None or not fits(profile, settings):
         return settings, None
-    if profile.vram is not None and settings.vram is not None and settings.vram != parse_budget(profile.vram):
+    if profile.vram is not None and settings.vram is not None and settings.vram != profile.vram:
         return settings, f"profile: tuned at --vram {profile.vram}, not used at {settings.vram}"
     if settings.policy is not None or settings.prefetch is not None:
         return settings, "profile: left out, --policy or --prefetch was given"

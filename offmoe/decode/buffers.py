@@ -1,4 +1,4 @@
-"""The static tensors of a decode step."""
+"""Static tensors of a decode step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_EOS = 16
 
 
 class StepBuffers:
-    """Everything that a captured graph reads and writes beside weights, slots and cache."""
+    """Tensors that a captured graph reads and writes, except weights, slots, KV cache and residency table."""
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         c, moe = config, config.moe
@@ -31,10 +31,11 @@ class StepBuffers:
         if c.norm.sandwich:  # what attention, the shared expert and the routed ones add, before norms
             self.given, self.shared_expert, self.added = floats(1, c.hidden), floats(1, c.hidden), floats(1, c.hidden)
             self.shared_expert_in = floats(1, c.hidden)
-        self.router_logits, self.weights = floats(c.experts + 1), floats(c.top_k + 1)  # one more: the shared expert's
+        # The last router logit and the last weight belong to the shared expert.
+        self.router_logits, self.weights = floats(c.experts + 1), floats(c.top_k + 1)
         self.inner = floats(c.top_k, moe.expert_hidden)
         self.dense_inner, self.shared_inner = floats(1, moe.dense_hidden), floats(1, moe.shared_hidden)
-        self.only, self.one = ints(1), floats(1) + 1  # the slot and the weight of what every token passes
+        self.only, self.one = ints(1), floats(1) + 1  # slot 0 and weight 1: a feed-forward part that every token passes
         self.logits = floats(1, c.vocab)
         self.ids, self.slots, self.hit = ints(c.top_k), ints(c.top_k), ints(c.top_k)
         self.miss_count, self.miss_records, self.miss_slots = ints(1), ints(c.top_k), ints(c.top_k)
@@ -52,7 +53,7 @@ class StepBuffers:
         self.eos = torch.full((MOST_EOS,), -2, dtype=torch.int32, device=device)
 
     def set_sampling(self, sampling: Sampling, ids: list[int], eos: frozenset[int], most: int) -> str:
-        """Parameters of an answer of at most `most` tokens to the prompt `ids`; returns the variant that they need."""
+        """Write the sampling parameters of an answer of at most `most` tokens; return the sampler's variant."""
         temperature, top_k = sampling.temperature or 0.0, sampling.top_k or 0
         top_p = 1.0 if sampling.top_p is None else sampling.top_p
         params = (temperature, top_k, top_p, sampling.min_p or 0.0, sampling.repeat_penalty or 1.0)

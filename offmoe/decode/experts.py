@@ -183,7 +183,7 @@ class ExpertsStep:
                 self.store.ram.base, self.plan.stride,
             )  # fmt: skip
             page_in(
-                copies, self.store.records, self.store.layouts[layer], landed=self.table.landed,
+                copies, self.store.slot_memory, self.store.layouts[layer], landed=self.table.landed,
                 progress=self.table.progress,
             )  # fmt: skip
             self._fetched[layer].set()
@@ -191,7 +191,7 @@ class ExpertsStep:
     def _experts(self, layer: int, variant: Variant) -> None:
         """Multiply what is there while what is missing comes; behind a join, a whole edge, there is no early start."""
         b, c, store, w = self.buffers, self.config, self.store, self._layer(layer)
-        records, layout = store.records, store.layouts[layer]
+        records, layout = store.slot_memory, store.layouts[layer]
         gate_up_bias, down_bias = store.biases[layer] if store.biases else (None, None)
         if w.resident_ffn:
             given, out = (b.shared_expert_in, b.shared_expert) if w.sandwich else (b.normed, b.x)

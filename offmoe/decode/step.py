@@ -26,7 +26,6 @@ from offmoe.kernels.ring import ABORTED, DONE, Ring, row_words
 from offmoe.machine.pinned_memory import host_memory, register, unregister
 from offmoe.mixers.recurrent import NOWHERE
 from offmoe.plan import Plan
-from offmoe.prefetch import Gate
 from offmoe.trunk.device_trunk import DeviceTrunk
 from offmoe.trunk.kv_cache import KVCache
 
@@ -42,7 +41,7 @@ class DecodeStep:
         self.pdl = pdl_supported(device)
         sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         self.buffers = StepBuffers(c, device)
-        self.gate = Gate.of(plan.prefetch).within(store.table, c.top_k)
+        self.gate = plan.prefetch.within(store.table, c.top_k)
         self.table = device_table(store.table, reach(store.table, c.top_k, self.gate.most), device)
         self.routed = c.moe_layers * c.top_k  # records a step, at most
         self.sampler = Scratch.of(c.vocab, device)

@@ -15,7 +15,7 @@ from offmoe.checkpoint.open import open_checkpoint
 from offmoe.checkpoint.row_major import Bytes
 from offmoe.kernels.planes import slot_layout
 from offmoe.kernels.record import RecordLayout
-from offmoe.machine.gc_pause import collecting_no_garbage
+from offmoe.machine.gc_pause import gc_paused
 from offmoe.mixers.base import Names
 from offmoe.models.config import ModelConfig
 from offmoe.models.family import Family, Values
@@ -124,7 +124,7 @@ class Model:
 
 def open_model(path: str | Path) -> Model:
     """Open a checkpoint and check that its tensors are those of its config. Raises OffmoeError."""
-    with collecting_no_garbage():
+    with gc_paused():
         checkpoint = open_checkpoint(path)
         try:
             return described(checkpoint)

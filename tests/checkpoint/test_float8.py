@@ -10,11 +10,11 @@ import float8_files
 import pytest
 import torch
 from quantised_checks import check_answers, check_stacked, check_tensors_refused, stack_experts
+from reference import reference_of
 from safetensors.torch import load_file, save_file
 from test_int4 import FAMILIES
 from test_models import decoded, engine_of, packed
 from tiny_models import SHAPE
-from tolerance import assert_close
 
 from offmoe.errors import OffmoeError
 from offmoe.models.model import open_model
@@ -47,11 +47,6 @@ def made(
     return path, transformers.AutoModelForCausalLM.from_pretrained(plain, dtype="float32").eval()
 
 
-@torch.no_grad()
-def logits_of(model: Any) -> torch.Tensor:
-    return model(torch.tensor([IDS])).logits[0]
-
-
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("vram", "ram"), [("100%", "64MiB"), ("51%", 0)])
 def test_logits_are_those_of_transformers(kind: torch.dtype, vram: str, ram: str | int, tmp_path: Path) -> None:
@@ -61,13 +56,13 @@ def test_logits_are_those_of_transformers(kind: torch.dtype, vram: str, ram: str
         assert formats == {"F8_E4M3" if kind == torch.float32 else "F8_E4M3_BF16"}
         assert engine.model.layouts[0].nbytes == 3 * (512 * 256 + 8 * kind.itemsize)
         logits, _ = decoded(engine, IDS, prompt=8)
-    assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
+    reference_of(model, IDS).check_logits(logits, 7)
 
 
 @pytest.mark.parametrize("family", [name for name in OTHERS if name != "deepseek_v3"])
 def test_other_families_tokens_are_the_same_at_every_budget(family: str, tmp_path: Path) -> None:
     path, model = made(tmp_path, powers=False, family=family)
-    check_answers(path, IDS, logits_of(model), lambda formats: formats == {"F8_E4M3"})
+    check_answers(path, IDS, reference_of(model, IDS), lambda formats: formats == {"F8_E4M3"})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
@@ -80,12 +75,10 @@ def test_the_step_and_a_chunk_multiply_the_records_as_they_are(tmp_path: Path) -
     from offmoe.decode.variant import Variant
 
     path, model = made(tmp_path)
-    with torch.no_grad():
-        want = model(torch.tensor([test_step.IDS])).logits[0]
-        chunk = model(torch.tensor([test_prefill.IDS])).logits[0]
     with test_step.step_of(path, vram="60%") as step:
-        assert_close("logits", test_step.run(step, Variant()), want, 1e-5)
-    assert_close("logits", test_prefill.prefill(path, 4, 8, vram="60%"), chunk, 1e-5)
+        reference_of(model, test_step.IDS).check_logits(test_step.run(step, Variant()))
+    chunk = test_prefill.prefill(path, 4, 8, vram="60%")
+    reference_of(model, test_prefill.IDS).check_logits(chunk)
 
 
 def test_it_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,14 +87,14 @@ def test_it_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, model = made(tmp_path, powers=False)
     with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
-    assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
+    reference_of(model, IDS).check_logits(logits, 7)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
 def test_stacked_experts_are_the_same(kind: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offmoe.pack.convert.PIECE", 50 * 512)
     path, model = made(tmp_path, powers=False, kind=kind)
-    check_stacked(path, tmp_path, IDS, logits_of(model))
+    check_stacked(path, tmp_path, IDS, reference_of(model, IDS))
 
 
 def test_stacked_experts_of_odd_tiles_are_refused(tmp_path: Path) -> None:

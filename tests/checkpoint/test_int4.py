@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from int4_files import Case, quantise
 from quantised_checks import check_answers
+from reference import reference_of
 from safetensors.torch import save_file
 from test_models import decoded, engine_of, packed
 from tiny_models import SHAPE
@@ -92,11 +93,6 @@ def made(folder: Path, name: str, family: str = "") -> tuple[Path, Any]:
     return path, transformers.AutoModelForCausalLM.from_pretrained(plain, dtype="float32").eval()
 
 
-@torch.no_grad()
-def logits_of(model: Any, ids: list[int] = IDS) -> Tensor:
-    return model(torch.tensor([ids])).logits[0]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
@@ -104,7 +100,7 @@ def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
 ) -> None:
     """All in slots; and what a token needs, out of a RAM tier of so few rows that records are read and turned again."""
     path, model = made(tmp_path, name, family)
-    check_answers(path, IDS, logits_of(model), lambda formats: all(fmt.startswith("INT4") for fmt in formats))
+    check_answers(path, IDS, reference_of(model, IDS), lambda formats: all(fmt.startswith("INT4") for fmt in formats))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
@@ -121,12 +117,14 @@ def test_the_step_and_a_chunk_multiply_what_they_are_given(tmp_path: Path) -> No
         assert {form.format for layer in step.trunk.layers for _, form in (*layer.in_proj, *layer.out_proj)} == {
             "INT4_64_F16_ZEROS"
         }
-        assert_close("logits", test_step.run(step, Variant()), logits_of(model, test_step.IDS), 1e-3)
-    assert_close("logits", test_prefill.prefill(path, 4, 8, vram="60%"), logits_of(model, test_prefill.IDS), 1e-3)
+        want = reference_of(model, test_step.IDS).exact.logits
+        assert_close("logits", test_step.run(step, Variant()), want, 1e-3)
+    want = reference_of(model, test_prefill.IDS).exact.logits
+    assert_close("logits", test_prefill.prefill(path, 4, 8, vram="60%"), want, 1e-3)
 
 
 def test_it_packs(tmp_path: Path) -> None:
     path, model = made(tmp_path, "gptq")
     with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
-    assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
+    reference_of(model, IDS).check_logits(logits, 7)

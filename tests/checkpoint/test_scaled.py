@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantised_checks import check_answers, check_config_refused, check_stacked, check_tensors_refused
+from reference import reference_of
 from safetensors.torch import save_file
 from scaled_files import E2M1, quantise
-from test_int4 import FAMILIES, IDS, logits_of
+from test_int4 import FAMILIES, IDS
 from test_models import decoded, engine_of, packed
-from tolerance import assert_close
 from torch import Tensor
 
 from offmoe.checkpoint.open import open_checkpoint
@@ -91,7 +91,7 @@ def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
     """All in slots; and what a token needs, out of a RAM tier of a few rows."""
     path, model = made(tmp_path, kind, family)
     each = CASES[kind][1].split()  # layer by layer; where the first is dense, of the last
-    check_answers(path, IDS, logits_of(model), lambda formats: formats in (set(each), set(each[-1:])))
+    check_answers(path, IDS, reference_of(model, IDS), lambda formats: formats in (set(each), set(each[-1:])))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
@@ -106,12 +106,12 @@ def test_the_step_multiplies_what_it_is_given(tmp_path: Path) -> None:
     with test_step.step_of(path, vram="60%") as step:
         parts = [part for layer in step.trunk.layers for part in (*layer.in_proj, *layer.out_proj)]
         assert {form.format for _, form in parts} == {"F8_E4M3_ROW"}
-        assert_close("logits", test_step.run(step, Variant()), logits_of(model, test_step.IDS), 1e-5)
+        reference_of(model, test_step.IDS).check_logits(test_step.run(step, Variant()))
 
 
 def test_stacked_experts_are_the_same(tmp_path: Path) -> None:
     path, model = made(tmp_path, "float-quantized")
-    check_stacked(path, tmp_path, IDS, logits_of(model))
+    check_stacked(path, tmp_path, IDS, reference_of(model, IDS))
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 1), (3, 32), (3, 1, 1), (3, 1), (3,)], ids=str)
@@ -131,7 +131,7 @@ def test_it_packs(tmp_path: Path) -> None:
     path, model = made(tmp_path, "modelopt nvfp4")
     with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
-    assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
+    reference_of(model, IDS).check_logits(logits, 7)
 
 
 NV, NAME = "modelopt nvfp4", "model.layers.1.mlp.experts.3.up_proj.weight"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from offmoe.cache.policy import parse_policy
 from offmoe.checkpoint.find_model import DEMO
 from offmoe.errors import OffmoeError
 from offmoe.experts.ram_tier import RamTier
@@ -64,7 +65,7 @@ def model() -> Iterator[Model]:
 @contextmanager
 def tier(model: Model, rows: int = RECORDS, pin: bool = False) -> Iterator[RamTier]:
     reader = Reader(model.checkpoint.files)
-    ram = RamTier(model, rows, STRIDE, "lru", pin, reader)
+    ram = RamTier(model, rows, STRIDE, parse_policy("lru"), pin, reader)
     ram.rows.fill_(0xA5)
     try:
         yield ram

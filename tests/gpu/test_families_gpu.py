@@ -37,7 +37,7 @@ def engine_of(path: Path, **settings: Any) -> Engine:
     chosen = {"device": "cuda", "ctx": 256, "chunk": 100, "ram": "64MiB", **settings}
     engine = Engine(open_model(path), Settings.of(**chosen))
     if engine.plan.device.type == "cuda" and not engine.plan.all_in_slots:
-        engine.store.records.fill_(0xFF)  # NaN where nothing was filled in
+        engine.store.slot_memory.fill_(0xFF)  # NaN where nothing was filled in
     return engine
 
 

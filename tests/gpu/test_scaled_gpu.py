@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import reference_of
 from teacher_forcing import graph_logits
-from test_int4 import IDS, logits_of
+from test_int4 import IDS
 from test_models import engine_of
 from test_scaled import CASES, made
 from tolerance import assert_close
@@ -25,6 +26,6 @@ def test_graph_and_chunk(kind: str, vram: str, tmp_path: Path) -> None:
         chunk = engine.prefill(IDS).cpu()
         engine.reset()
         graph = graph_logits(engine, IDS[:8], IDS[8:])
-    want = logits_of(model)
+    want = reference_of(model, IDS).exact.logits
     assert_close("graph", graph, want[7:], 1e-3)  # half of kv_b is turned in float16
     assert_close("chunk", chunk, want[-1], 1e-3)

@@ -48,7 +48,7 @@ class Engine:
         self.resets = 0
 
     @classmethod
-    def load(cls, model: str, progress: Any = None, think: str | None = None, **settings: Any) -> Engine:
+    def load(cls, model: str, progress: Any = None, think: str | None = None, settings: Any = None) -> Engine:
         engine = cls()
         if think is not None:
             engine.think(think)

@@ -22,9 +22,9 @@ from offmoe.lab.trace.prompts import Prompt
 from offmoe.lab.trace.recorder import Recorder
 from offmoe.machine.bandwidth import link_bandwidth, slot_bandwidth
 from offmoe.models.model import open_model
-from offmoe.plan import DEFAULT_POLICY, Plan, canonical_policy, make_plan, pick_device, token_records
-from offmoe.prefetch import NONE, Gate
-from offmoe.settings import Settings, format_size, parse_budget
+from offmoe.plan import Plan, make_plan, pick_device, pick_policy, token_records
+from offmoe.prefetch import NONE
+from offmoe.settings import Settings, format_size, parse_budget, parse_policy, parse_prefetch
 from offmoe.text.tokenizer import load_tokenizer
 
 WARM_UP = 8  # steps that are replayed too, but not counted: threads start, memory is touched
@@ -131,10 +131,10 @@ class Bench:
 
     def canonical(self, vram: str, policy: str | None, prefetch: str | None) -> Configuration:
         """As the engine writes it, so that one thing is not measured under two names."""
-        name = canonical_policy(DEFAULT_POLICY if policy is None else policy, self.model, pick_device(self.base.device))
+        name = pick_policy(None if policy is None else parse_policy(policy), pick_device(self.base.device))
         budget = parse_budget(vram)
         exact = str(budget) if budget.bytes is None else str(budget.bytes)
-        return Configuration(exact, name, str(Gate.of(prefetch or NONE)))
+        return Configuration(exact, str(name), str(parse_prefetch(prefetch or NONE)))
 
     @property
     def smallest(self) -> float:
@@ -198,8 +198,12 @@ class Bench:
         self.close()
 
     def _settings(self, configuration: Configuration) -> Settings:
-        chosen = {"vram": configuration.vram, "policy": configuration.policy, "prefetch": configuration.prefetch}
-        return replace(self.base, **chosen)  # type: ignore[arg-type]  # Settings parses
+        return replace(
+            self.base,
+            vram=parse_budget(configuration.vram),
+            policy=parse_policy(configuration.policy),
+            prefetch=parse_prefetch(configuration.prefetch),
+        )
 
 
 class Unguarded:
@@ -259,7 +263,7 @@ class Runs:
         mean = {name: value / self.steps for name, value in self._sums.items()}
         routed = config.moe_layers * config.top_k
         hits = np.sum([simulated.hits for _, simulated in self._pairs], axis=0)
-        simulated = None if plan.prefetch != NONE else float(hits.sum()) / (routed * self.steps)
+        simulated = None if plan.prefetch.most else float(hits.sum()) / (routed * self.steps)
         seen = self.probe.sees_steps
         by_layer = np.sum([answer.hits for answer, _ in self._pairs], axis=0) if seen else hits
         known = seen or simulated is not None

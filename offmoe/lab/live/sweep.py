@@ -16,7 +16,7 @@ from offmoe.lab.live.measure import Bench, Configuration, Measured
 from offmoe.plan import DEFAULT_POLICY
 
 BUDGETS = ("25%", "50%", "75%", "100%")
-POLICIES = tuple(dict.fromkeys((DEFAULT_POLICY, "crf:h=16", "lru", "lfru")))[:3]
+POLICIES = tuple(dict.fromkeys((str(DEFAULT_POLICY), "crf:h=16", "lru", "lfru")))[:3]
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
 from offmoe.experts.store import Ints, grouped
 
@@ -41,7 +40,7 @@ class Simulator:
     """An engine's cache without the engine: uploads are there at once, nothing is prefetched."""
 
     def __init__(self, plan: Plan, layers: int, experts: int) -> None:
-        policy = make_policy(plan.policy, layers * experts)
+        policy = plan.policy.make(layers * experts)
         self.table = Residency(layers, experts, plan.slots, policy, plan.scope)
         self.clock = 0
         if plan.all_in_slots:  # the engine fills its slots before anybody asks

@@ -89,13 +89,13 @@ class Recorder:
             raise OffmoeError("the engine is being recorded already: leave the first recorder before the second")
         self.engine.store.routed = self._routed
         if self.with_states:
-            self.engine.watch = self._seen
+            self.engine.forward.watch = self._seen
             if not self._on_cpu:
                 self.engine.decoder = EagerDecoder(self.engine.step, self.engine.kv, self.engine.plan.device)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.engine.store.routed = self.engine.watch = None
+        self.engine.store.routed = self.engine.forward.watch = None
         self.engine.decoder = self._decoder
 
     @property

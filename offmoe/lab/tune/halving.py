@@ -26,7 +26,7 @@ from offmoe.lab.report.numbers import paired, with_spread
 from offmoe.lab.trace.prompts import Prompt
 from offmoe.plan import Plan
 from offmoe.prefetch import NONE
-from offmoe.settings import Settings
+from offmoe.settings import Settings, parse_budget, parse_policy
 
 STEPS = 64  # of a visit
 TOKENS = STEPS * LEAST
@@ -76,7 +76,7 @@ class Tuner:
     def __init__(self, bench: Bench, vram: str | None, minutes: float, say: Say) -> None:
         self.bench, self.given_vram, self.say = bench, vram, say
         self.began, self.seconds = time.perf_counter(), 60 * minutes
-        plan = bench.plan_of(bench.base if vram is None else replace(bench.base, vram=vram))
+        plan = bench.plan_of(bench.base if vram is None else replace(bench.base, vram=parse_budget(vram)))
         self.plan: Plan = plan
         self.default = bench.canonical(vram or str(plan.vram_bytes), None, None)
         self.turn = 0  # of prompts
@@ -132,7 +132,9 @@ class Tuner:
         return names
 
     def _misses(self, trace: Trace, policy: str) -> float:
-        simulator = Simulator(replace(self.plan, policy=policy), trace.meta["layers"], trace.meta["experts"])
+        simulator = Simulator(
+            replace(self.plan, policy=parse_policy(policy)), trace.meta["layers"], trace.meta["experts"]
+        )
         outcomes = [simulator.answer(answer) for answer in answers_of(trace, self.plan.chunk)]
         return sum(len(event) for outcome in outcomes for event in outcome.missed) / len(trace.experts)
 

@@ -182,7 +182,7 @@ def test_the_default_is_four_budgets_from_the_smallest_that_works(bench: Bench) 
     assert list(sweep.budgets) == ["31.3%", "50%", "75%", "100%"]
     assert [c.policy for c in sweep.budgets["50%"]] == [bench.canonical("50%", p, None).policy for p in SWEPT]
     assert len(SWEPT) == 3
-    assert SWEPT[0] == DEFAULT_POLICY
+    assert SWEPT[0] == str(DEFAULT_POLICY)
     assert len(sweep.budgets["100%"]) == 1, "nothing is evicted: one is enough"
     assert len(sweep.notes) == 2
 
