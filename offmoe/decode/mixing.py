@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offmoe.decode.buffers import StepBuffers
 from offmoe.kernels.gpu import gemv, sandwich
-from offmoe.mixers.base import StepTensors
+from offmoe.mixers.protocols import StepTensors
 from offmoe.trunk.device_trunk import DeviceTrunk, normed_dense
 from offmoe.trunk.kv_cache import KVCache
 

@@ -1,4 +1,4 @@
-"""What a mixer offers: the part of a layer in which a token takes up what the tokens before it hold.
+"""Interface of mixers: the part of a layer in which a token takes up information from the tokens before it.
 
 Every layer frames its mixer with one matrix in front of it and one behind it, which are the trunk's:
 
@@ -6,11 +6,11 @@ Every layer frames its mixer with one matrix in front of it and one behind it, w
 
 A package of this folder has three modules (and more where it needs them):
 
-    config.py   `MixerConfig`: numbers of one layer, its tensors by role, sizes of its cache, keys in a GGUF
-    host.py     `Host`, a `HostMixer`: weights and forward pass in plain torch
-    device.py   `Device`, a `DeviceMixer`: weights, forward pass of a prompt, launches of a decode step; imports Triton
+    config.py   a `MixerConfig`: numbers of one layer, its tensors by role, sizes of its cache, keys in a GGUF
+    host.py     `Host`, a `protocols.HostMixer`: weights and forward pass in plain torch
+    device.py   `Device`, a `protocols.DeviceMixer`: weights, a prompt's forward pass, a decode step's launches (Triton)
 
-and stands in `mixers.registry.CONFIGS`: that is the one line.
+and one line in `mixers.registry.CONFIGS`. tests/mixers/test_contract.py runs the same checks on every mixer.
 
 Letters in shapes, here and in the trunk: T tokens, H hidden size, P rows of in_proj, M columns of out_proj,
 D head_dim, Q = heads · D, K = kv_heads · D, S positions in a cache, V vocabulary, E experts, F inner size of an expert,
@@ -21,17 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from offmoe.kernels.planes import Matrix
-from offmoe.mixers.rope import RopeConfig, RopeTables
+from offmoe.mixers.rope import RopeConfig
 
 Names = Mapping[str, tuple[str, ...]]  # role → templates over layer {l} and expert {e}; the first that exists counts
-Part = tuple[Tensor, Matrix]  # a matrix in slot layout: its bytes, and their description
-Scratch = Mapping[str, tuple[int, torch.dtype]]  # name → size and type of a static tensor of the decode step
 
 
 @dataclass(frozen=True)
@@ -179,73 +176,3 @@ class MixerConfig:
     def gguf_rows(self, role: str) -> list[GgufRows] | None:
         """Where the rows of a GGUF's tensor are in safetensors, if they are parts of another role's tensor."""
         return None
-
-
-class Tensors(Protocol):
-    """Tensors of one layer by role, as `Host` loads them: rows in the order of `row_order`, weights transformed."""
-
-    ropes: RopeTables
-    device: torch.device
-    dtype: torch.dtype
-    tiled: bool  # value heads of DeltaNet are in llama.cpp's order
-
-    def has(self, role: str) -> bool: ...
-
-    def load(self, role: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor of `role`, in `self.dtype` unless told otherwise."""
-        ...
-
-
-class DeviceTensors(Tensors, Protocol):
-    """The same for `Device`: matrices stay quantised."""
-
-    def parts(self, *roles: str, cols: int) -> tuple[Part, ...]:
-        """Matrices [rows, cols] of these roles, one over another; neighbours of one format are one part."""
-        ...
-
-    def raw(self, role: str) -> tuple[str, Tensor]:
-        """Format and bytes [rows, row bytes] of one matrix."""
-        ...
-
-    def in_slots(self, fmt: str, raw: Tensor, cols: int) -> Part:
-        """Bytes [rows, row bytes] in slot layout."""
-        ...
-
-
-class HostMixer(Protocol):
-    """A layer's mixer on the CPU."""
-
-    def tensors(self) -> list[Tensor]:
-        """Its weights."""
-        ...
-
-    def mix(self, projected: Tensor, cache: Any, positions: Tensor, start: int) -> Tensor:
-        """projected [T, P] of the tokens at `positions` [T], the first of which is `start` → mixed [T, M].
-
-        `cache` (MixerConfig.cache) takes these tokens up.
-        """
-        ...
-
-
-class DeviceMixer(HostMixer, Protocol):
-    """A layer's mixer on a GPU: `mix` runs a prompt's chunk, `launch` one token of the decode step."""
-
-    def scratch(self, ctx: int, sms: int, device: torch.device) -> Scratch:
-        """Static tensors that `launch` needs; layers share those of one name."""
-        ...
-
-    def launch(self, projected: Tensor, mixed: Tensor, cache: Any, step: StepTensors) -> None:
-        """The token at `step.position`: projected [1, P] → mixed [1, M], both float32, mixed striped."""
-        ...
-
-
-@dataclass(frozen=True)
-class StepTensors:
-    """Static tensors of the decode step that mixers read, and how they launch."""
-
-    position: Tensor  # [1] int32; at `ctx` and beyond nothing is written
-    status: Tensor  # [1] int32; other than 0 no state changes
-    scratch: Mapping[str, Tensor]
-    ctx: int
-    sms: int  # multiprocessors, among which a context is split
-    pdl: bool  # programmatic dependent launch

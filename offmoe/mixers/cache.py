@@ -1,4 +1,4 @@
-"""What caches of positions share: memory that is reserved at start, and reads of whole buckets."""
+"""Memory of caches by position: reserved at start, and read in whole buckets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What recurrent layers share: their config, and a state that goes from token to token instead of keys and values.
+"""Recurrent layers: the base of their configs, and the state that they carry instead of keys and values.
 
 A state is the newest inputs of a convolution and, of a DeltaNet, a memory a head. It cannot be rolled back: it is exact
 for one number of tokens, `States.at`. A conversation usually diverges a little before the end of a prompt (a chat

@@ -5,10 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import cast
 
-from offmoe.mixers.base import DeviceMixer, DeviceTensors, HostMixer, MixerConfig, Names, Tensors
+from offmoe.mixers.base import MixerConfig, Names
 from offmoe.mixers.deltanet.config import DeltaConfig
 from offmoe.mixers.heads.config import HeadsConfig
 from offmoe.mixers.latent.config import LatentConfig
+from offmoe.mixers.protocols import DeviceMixer, DeviceTensors, HostMixer, Tensors
 from offmoe.mixers.shortconv.config import ShortConvConfig
 
 CONFIGS: tuple[type[MixerConfig], ...] = (HeadsConfig, LatentConfig, DeltaConfig, ShortConvConfig)

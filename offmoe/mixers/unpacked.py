@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from offmoe.kernels.gpu.formats.unpack import dequantise_into
-from offmoe.mixers.base import Part
+from offmoe.mixers.protocols import Part
 
 
 def product(x: Tensor, parts: Sequence[Part]) -> Tensor:

@@ -16,7 +16,7 @@ from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.norm_rope import rms_norm
 from offmoe.kernels.route import select
 from offmoe.kernels.striped import stripe
-from offmoe.mixers.base import Part
+from offmoe.mixers.protocols import Part
 from offmoe.mixers.unpacked import product
 from offmoe.models.model import Model
 from offmoe.trunk.device_weights import DeviceLayer, DeviceWeights, Resident

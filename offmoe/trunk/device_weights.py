@@ -14,8 +14,8 @@ from offmoe.kernels.planes import SlotLayout, matrix, rearrange, rearrange_matri
 from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.sandwich import Sandwich
 from offmoe.kernels.striped import stripe
-from offmoe.mixers.base import DeviceMixer, Part
 from offmoe.mixers.latent.rows import FLOATS
+from offmoe.mixers.protocols import DeviceMixer, Part
 from offmoe.mixers.registry import device_mixer
 from offmoe.mixers.rope import RopeTables
 from offmoe.models.model import Model
@@ -155,7 +155,7 @@ class DeviceWeights:
 
 
 class LayerTensors:
-    """Tensors of one layer by role (mixers.base.DeviceTensors)."""
+    """Tensors of one layer by role (mixers.protocols.DeviceTensors)."""
 
     dtype = torch.float32
 

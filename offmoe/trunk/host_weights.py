@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offmoe.kernels.sandwich import Sandwich
-from offmoe.mixers.base import HostMixer
+from offmoe.mixers.protocols import HostMixer
 from offmoe.mixers.registry import host_mixer
 from offmoe.mixers.rope import RopeTables
 from offmoe.models.model import Model
@@ -90,7 +90,7 @@ class HostWeights:
 
 
 class LayerTensors:
-    """Tensors of one layer by role (mixers.base.Tensors)."""
+    """Tensors of one layer by role (mixers.protocols.Tensors)."""
 
     def __init__(self, weights: HostWeights, layer: int) -> None:
         self.ropes, self.device, self.dtype, self.tiled = weights.ropes, weights.device, weights.dtype, weights.tiled

@@ -17,11 +17,12 @@ from offmoe.kernels.planes import matrix, rearrange_matrix
 from offmoe.kernels.rope import AttentionTemperature
 from offmoe.kernels.shortconv import ShortConv
 from offmoe.kernels.striped import unstripe
-from offmoe.mixers.base import MixerConfig, Part, StepTensors
+from offmoe.mixers.base import MixerConfig
 from offmoe.mixers.deltanet.config import DeltaConfig
 from offmoe.mixers.heads import cache as head_cache
 from offmoe.mixers.heads.config import HeadsConfig
 from offmoe.mixers.latent.config import LatentConfig
+from offmoe.mixers.protocols import Part, StepTensors
 from offmoe.mixers.recurrent import LayerState, RecurrentConfig, States
 from offmoe.mixers.registry import CONFIGS, device_mixer, host_mixer
 from offmoe.mixers.rope import RopeConfig, RopeTables

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from offmoe.kernels.gpu.deltanet import delta_chunk, delta_step
-from offmoe.mixers.base import DeviceTensors, Scratch, StepTensors
 from offmoe.mixers.deltanet.config import DeltaConfig
 from offmoe.mixers.deltanet.host import load_weights
+from offmoe.mixers.protocols import DeviceTensors, Scratch, StepTensors
 from offmoe.mixers.recurrent import LayerState
 
 

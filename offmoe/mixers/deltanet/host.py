@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from offmoe.kernels.deltanet import DeltaWeights, delta_mix
-from offmoe.mixers.base import Tensors
 from offmoe.mixers.deltanet.config import DeltaConfig
+from offmoe.mixers.protocols import Tensors
 from offmoe.mixers.recurrent import LayerState
 
 

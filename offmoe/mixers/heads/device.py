@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from offmoe.kernels.gpu import attention, norm_rope, prefill
-from offmoe.mixers.base import DeviceTensors, Scratch, StepTensors
 from offmoe.mixers.heads.cache import HeadCache
 from offmoe.mixers.heads.config import HeadsConfig
 from offmoe.mixers.heads.weights import load_weights
+from offmoe.mixers.protocols import DeviceTensors, Scratch, StepTensors
 
 
 class Device:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from offmoe.kernels.attention import attention
 from offmoe.kernels.norm_rope import rms_norm, rope
-from offmoe.mixers.base import Tensors
 from offmoe.mixers.heads.cache import HeadCache
 from offmoe.mixers.heads.config import HeadsConfig
 from offmoe.mixers.heads.weights import load_weights
+from offmoe.mixers.protocols import Tensors
 
 
 class Host:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offmoe.mixers.base import Tensors
 from offmoe.mixers.heads.config import HeadsConfig
+from offmoe.mixers.protocols import Tensors
 
 
 @dataclass(frozen=True)

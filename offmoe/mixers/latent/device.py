@@ -11,10 +11,10 @@ from torch import Tensor
 from offmoe.kernels.gpu import gemv, mla, norm_rope, prefill
 from offmoe.kernels.mla import HEADS_AT_ONCE, LATENT_EPS, expand
 from offmoe.kernels.striped import stripe, unstripe
-from offmoe.mixers.base import DeviceTensors, Part, Scratch, StepTensors
 from offmoe.mixers.latent.cache import LatentCache
 from offmoe.mixers.latent.config import LatentConfig
 from offmoe.mixers.latent.rows import head_rows, positioned, transposed
+from offmoe.mixers.protocols import DeviceTensors, Part, Scratch, StepTensors
 from offmoe.mixers.unpacked import product, unpacked
 
 

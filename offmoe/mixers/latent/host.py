@@ -8,10 +8,10 @@ from torch import Tensor
 
 from offmoe.kernels.mla import LATENT_EPS, latent_attention
 from offmoe.kernels.norm_rope import rms_norm
-from offmoe.mixers.base import Tensors
 from offmoe.mixers.latent.cache import LatentCache
 from offmoe.mixers.latent.config import LatentConfig
 from offmoe.mixers.latent.rows import head_rows, positioned
+from offmoe.mixers.protocols import Tensors
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from offmoe.kernels.gpu.shortconv import conv_chunk, conv_step
-from offmoe.mixers.base import DeviceTensors, Scratch, StepTensors
+from offmoe.mixers.protocols import DeviceTensors, Scratch, StepTensors
 from offmoe.mixers.recurrent import LayerState
 from offmoe.mixers.shortconv.config import ShortConvConfig
 from offmoe.mixers.shortconv.host import load_weights

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from offmoe.kernels.shortconv import ConvWeights, conv_mix
-from offmoe.mixers.base import Tensors
+from offmoe.mixers.protocols import Tensors
 from offmoe.mixers.recurrent import LayerState
 from offmoe.mixers.shortconv.config import ShortConvConfig
 
