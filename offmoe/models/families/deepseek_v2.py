@@ -12,7 +12,7 @@ from offmoe.models.shared_fields import first_dense, latent_attention, shared_ex
 
 
 def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
-    """A group is as good as its best expert. A GGUF has no topk_method: there a number of groups means this one."""
+    """Groups are ranked by their best expert. A GGUF has no topk_method: one with groups means group_limited_greedy."""
     config = first_dense(raw, latent_attention(raw, config))
     rule = replace(config.moe.rule, scale=number(raw, "routed_scaling_factor", 1.0))
     if raw.get("topk_method", "group_limited_greedy") == "group_limited_greedy":

@@ -22,7 +22,7 @@ OURS = {
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Baidu's field names → those of the other families; a last layer with experts that is the last is none."""
+    """Baidu's field names → those of the other families. moe_layer_end_index may name the last layer, which is all."""
     last = raw.get("moe_layer_end_index")
     last = None if last in (-1, count(raw, "num_hidden_layers") - 1) else last
     return {**raw, "moe_layer_end_index": last, **{o: raw[theirs] for o, theirs in OURS.items() if theirs in raw}}

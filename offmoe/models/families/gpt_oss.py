@@ -20,7 +20,7 @@ MLP = "model.layers.{l}.mlp"
 
 
 def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
-    """The published yarn does not round its bounds, which a GGUF does not say."""
+    """The published yarn does not round its bounds; a GGUF has no key for it."""
     parameters = rope_parameters(raw)
     assert config.heads.rope
     rope = RopeConfig(

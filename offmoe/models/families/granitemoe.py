@@ -1,4 +1,4 @@
-"""Granite 3 MoE (1b-a400m, 3b-a800m): plain GQA, and four multipliers."""
+"""Granite 3 MoE (1b-a400m, 3b-a800m): grouped-query attention; embedding, residual, scores and logits are scaled."""
 
 from collections.abc import Mapping
 from typing import Any

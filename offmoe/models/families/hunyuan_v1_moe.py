@@ -1,4 +1,4 @@
-"""Hunyuan-A13B: a shared expert, q and k normed per head after they are rotated, a base of the rotation stretched."""
+"""Hunyuan-A13B: a shared expert, q and k normed per head after they are rotated, a stretched rope_theta."""
 
 from collections.abc import Mapping
 from typing import Any

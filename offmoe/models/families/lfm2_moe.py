@@ -21,7 +21,7 @@ LAYER, BLOCK = "model.layers.{l}", "model.layers.{l}.feed_forward"
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields under names of their own; a GGUF says by a layer's key-value heads, or none, of which kind it is."""
+    """LFM2's field names → those of the other families; in a GGUF, layers without key-value heads are convolutions."""
     ours = {
         "rms_norm_eps": raw.get("norm_eps"),
         "first_k_dense_replace": raw.get("num_dense_layers"),

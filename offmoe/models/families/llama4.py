@@ -35,8 +35,10 @@ NAMES = {
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A config gives the experts' width under the name that others have for a dense layer's. A GGUF has its own name
-    for it, and says neither whether heads are normed nor how many experts a layer shares."""
+    """Widths under the names of the other families: here intermediate_size is an expert's, not a dense layer's.
+
+    A GGUF has the usual names, and no key that says whether heads are normed.
+    """
     raw = text_fields(raw)
     if "moe_intermediate_size" in raw:
         return {**raw, "use_qk_norm": raw.get("num_experts") != UNNORMED}
@@ -71,7 +73,7 @@ def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
 
 
 def each_layer(raw: Mapping[str, Any], name: str, layers: int, among: tuple[Any, ...]) -> list[Any]:
-    """A list with one of `among` for each layer; empty where it is not given."""
+    """A list with one of `among` for each layer; empty where the config has none."""
     values = raw.get(name) or []
     if not isinstance(values, list) or len(values) not in (0, layers) or not all(value in among for value in values):
         raise OffmoeError(
@@ -91,7 +93,7 @@ def layers_with_experts(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]:
 
 
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
-    """Raises OffmoeError where the model is not one of those that llama.cpp knows by heart."""
+    """Raises OffmoeError where the model differs from those whose numbers llama.cpp has built in."""
     c, no_rope = config, tuple(range(EVERY - 1, config.layers, EVERY))
     heads = [mixer for mixer in c.mixers if isinstance(mixer, HeadsConfig)]
     windows, step = tuple(0 if layer in no_rope else CHUNK for layer in range(c.layers)), c.routed[0] + 1

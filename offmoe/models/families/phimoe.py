@@ -13,7 +13,7 @@ from offmoe.models.rope import rope_parameters
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The two mscales are the factor of cos and sin; a window as long as the context is none."""
+    """The mscales, which must be equal, are the factor of cos and sin; a window as long as the context is none."""
     rope = dict(rope_parameters(raw))
     short, long = (number(rope, name, 1.0) for name in ("short_mscale", "long_mscale"))
     if rope["rope_type"] == "longrope":

@@ -1,4 +1,4 @@
-"""Qwen2 MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): QKV bias, a shared expert times the sigmoid of a gate of its own."""
+"""Qwen2 MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): QKV bias, a shared expert with a sigmoid gate."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,5 +1,5 @@
 """Qwen3-Next (80B-A3B): three of four layers are gated DeltaNet, the others attention with gated heads, a quarter of
-each rotated; 512 experts and a gated shared one. RMS norms count their weights from 1."""
+each rotated; 512 experts and a gated shared one. Weights of RMS norms are stored as differences from 1."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GGUF = {**GGUF_NAMES, "ffn_norm": ("blk.{l}.post_attention_norm.weight",)}
 
 
 def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
-    """For the newer models of the line too: they have the same config, with fewer fields."""
+    """Qwen3.5 and 3.6 share it: their configs have the same fields, some of them left out."""
     delta = DeltaConfig.from_fields(raw, config.norm.eps)
     config = sparse_layers(raw, config).with_moe(
         shared=1, shared_hidden=count(raw, "shared_expert_intermediate_size"), shared_gated=True
@@ -50,12 +50,12 @@ def below_zero(logarithm: Tensor) -> Tensor:
 
 
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
-    """Raises OffmoeError where the layers with attention do not follow one another at one distance."""
+    """Raises OffmoeError where attention is not in every n-th layer."""
     every = attention_interval(config)
     if every is None:
         raise OffmoeError(
             f"{config.model_type} with DeltaNet in the layers {config.recurrent} cannot be packed: "
-            "in a GGUF all are but every so many"
+            "in a GGUF every n-th layer has attention, and no other"
         )
     return {"full_attention_interval": every}
 
