@@ -17,7 +17,7 @@ VIEW := build/view/offmoe
 # On AMD, MKL ignores MKL_ENABLE_INSTRUCTIONS but not MKL_CBWR.
 PROCESSORS := $(foreach isa,default avx2 avx512,ATEN_CPU_CAPABILITY=$(isa)) MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=AVX2
 
-.PHONY: chat install test test-llama test-processors lint types clean
+.PHONY: chat install test test-llama test-processors lint types docs clean
 .SILENT:
 
 chat: $(VENV)/installed
@@ -52,6 +52,11 @@ types: $(VENV)/with-test
 	ln -s $(CURDIR)/offmoe/* $(CURDIR)/cache $(CURDIR)/kernels $(VIEW)/
 	$(BIN)/mypy -p offmoe
 
+docs: $(VENV)/with-docs  ## build the documentation as a site into build/site
+	rm -rf $(VIEW) && mkdir -p $(VIEW)
+	ln -s $(CURDIR)/offmoe/* $(CURDIR)/cache $(CURDIR)/kernels $(VIEW)/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
 	rm -rf build dist $(VENV) *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
@@ -72,6 +77,11 @@ $(VENV)/with-test: $(METADATA) | $(BIN)/python
 	echo "installing offmoe and what tests need into $(VENV), once" >&2
 	$(PIP) -e '.[test,lab]'
 	touch $@ $(VENV)/installed
+
+$(VENV)/with-docs: $(METADATA) | $(BIN)/python
+	echo "installing what the documentation needs into $(VENV), once" >&2
+	$(PIP) -e '.[docs]'
+	touch $@
 
 # Compiles llama.cpp: 4 to 23 minutes on 2 cores. Without AMX: GCC 12 drops stores that ldtilecfg reads, and products of
 # small matrices crash on a processor that has it.

@@ -33,7 +33,7 @@ from offmoe.settings import SAMPLING_DEFAULTS, Sampling, Settings
 from offmoe.stats.meter import Meter
 from offmoe.stats.roof import roof
 from offmoe.stats.stats import Stats
-from offmoe.text.speech import Speech
+from offmoe.text.answer_parser import AnswerParser
 from offmoe.text.tokenizer import Message, Tokenizer, load_tokenizer
 from offmoe.trunk.host_trunk import Trunk
 from offmoe.trunk.kv_cache import KVCache
@@ -214,7 +214,7 @@ class Engine:
         logits = self._prefill_metered(ids, meter)
         if self._cancelled:
             return
-        speech = self.tokenizer.speech(ids, sampling.stop) if self.tokenizer else None
+        parser = self.tokenizer.answer_parser(ids, sampling.stop) if self.tokenizer else None
         eos = self.tokenizer.eos if self.tokenizer else frozenset()
         with closing(self.decoder.tokens(logits, ids, sampling, frozenset(eos), meter)) as tokens:
             for token in tokens:
@@ -225,16 +225,16 @@ class Engine:
                     break
                 self.answer_tokens.append(token)
                 meter.tokens += 1
-                yield from pieces(speech, token)
+                yield from pieces(parser, token)
                 if self._cancelled:
                     break
-                if reason := self._finished(speech is not None and speech.stopped, sampling, meter):
+                if reason := self._finished(parser is not None and parser.stopped, sampling, meter):
                     meter.finish_reason = reason
                     break
-        if speech:
-            for reasoning, text in speech.flush():
+        if parser:
+            for reasoning, text in parser.flush():
                 yield Piece(text, None, reasoning)
-            self.answer_is_plain = speech.plain
+            self.answer_is_plain = parser.saw_no_marker
 
     def _prefill_metered(self, ids: list[int], meter: Meter) -> Tensor:
         began = time.perf_counter()
@@ -264,10 +264,10 @@ class Engine:
         return "context" if len(self.kv.tokens) >= self.plan.ctx else None
 
 
-def pieces(speech: Speech | None, token: int) -> Iterator[Piece]:
+def pieces(parser: AnswerParser | None, token: int) -> Iterator[Piece]:
     """Yield the pieces of text that `token` completes; the first one carries the token itself."""
-    parts = speech.push(token) if speech else []
-    for index, (reasoning, text) in enumerate(parts or [(bool(speech and speech.inside), "")]):
+    parts = parser.push(token) if parser else []
+    for index, (reasoning, text) in enumerate(parts or [(bool(parser and parser.in_reasoning), "")]):
         yield Piece(text, None if index else token, reasoning)
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from offmoe.checkpoint.base import Checkpoint, shown
-from offmoe.checkpoint.int4 import Packing, Parts, check_small
-from offmoe.checkpoint.safetensors import unsupported
-from offmoe.checkpoint.scaled import Scaled
+from offmoe.checkpoint.int4 import Int4Tensors, Packing, check_zero_points
+from offmoe.checkpoint.safetensors import unsupported_dtype
+from offmoe.checkpoint.scaled import ScaledTensors
 from offmoe.errors import OffmoeError
 
 Table = Mapping[str, Any]
@@ -40,20 +40,20 @@ def assemble(checkpoint: Checkpoint, config: object) -> None:
     Zero points and column groups that the config declares trivial are checked here, for a layer's first expert only:
     the 18,000 small reads for the other experts of a large model are made when their records are read.
     """
-    packing, scaled = packing_of(config), Scaled(checkpoint)
-    parts = Parts(checkpoint, packing) if packing else None
+    packing, scaled = packing_of(config), ScaledTensors(checkpoint)
+    parts = Int4Tensors(checkpoint, packing) if packing else None
     found = [*scaled.matrices(), *(parts.matrices() if parts else ())]
     used = scaled.used | (parts.used if parts else set())
     for name, info in checkpoint.parts.items():
         if name not in used:
-            raise unsupported(checkpoint.path, name, info.format)
+            raise unsupported_dtype(checkpoint.path, name, info.format)
     kept = {name: info for name, info in checkpoint.tensors.items() if name not in used}
     checkpoint.tensors = {**kept, **{info.name: info for info in found}}
     checkpoint.parts = {}
     for info in found:
         _, _, expert = info.name.partition(".experts.")
         if not expert or expert.startswith("0."):
-            check_small(checkpoint, info)
+            check_zero_points(checkpoint, info)
 
 
 def awq(config: Table) -> Packing:
@@ -71,7 +71,7 @@ def gptq(config: Table) -> Packing:
     if others:
         raise refused("gptq", "dynamic", others[0], "one way for all modules")
     first = "gptq_v2" not in (config.get("checkpoint_format"), config.get("format"))
-    return Packing("gptq", group_size(config, "gptq"), zeros=not config["sym"], plus=int(first))
+    return Packing("gptq", group_size(config, "gptq"), zeros=not config["sym"], zero_offset=int(first))
 
 
 def fp8(config: Table) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from offmoe.checkpoint.base import Checkpoint, TensorInfo
-from offmoe.checkpoint.row_major import Columns
+from offmoe.checkpoint.row_major import TransposeColumns
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.planes import plane_sizes
@@ -108,5 +108,5 @@ def transpose_experts(checkpoint: Checkpoint, names: Names, config: ModelConfig)
             info = find(checkpoint, names, role, layer, 0)
             if info and len(info.shape) == 3 and info.format in FLOATS and not info.row_major:
                 experts, cols, rows = info.shape
-                columns = Columns(rows, cols, FORMATS[info.format].bytes)
+                columns = TransposeColumns(rows, cols, FORMATS[info.format].bytes)
                 checkpoint.tensors[info.name] = replace(info, shape=(experts, rows, cols), row_major=columns)

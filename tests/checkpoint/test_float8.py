@@ -1,4 +1,4 @@
-"""Checkpoints of float8 with a scale for every 128 x 128 weights: records stay as published, on every path."""
+"""float8 checkpoints with a scale for every 128 x 128 weights: experts are used as published, on every path."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OTHERS = {name: {key: ROUND.get(key, value) for key, value in numbers.items()} f
 def made(
     folder: Path, powers: bool = True, kind: torch.dtype = torch.float32, family: str = "deepseek_v3"
 ) -> tuple[Path, Any]:
-    """A model in float8, and transformers' model of what its bytes mean."""
+    """Save a model in float8; return it and transformers' model with the same values."""
     transformers, numbers = pytest.importorskip("transformers"), WIDE if family == "deepseek_v3" else OTHERS[family]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **numbers))
@@ -67,7 +67,7 @@ def test_other_families_tokens_are_the_same_at_every_budget(family: str, tmp_pat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
 def test_the_step_and_a_chunk_multiply_the_records_as_they_are(tmp_path: Path) -> None:
-    """With scales that are powers of two, which the trunk's bfloat16 holds exactly."""
+    """Scales are powers of two, which the trunk's bfloat16 represents exactly."""
     pytest.importorskip("triton")
     import test_prefill
     import test_step
@@ -82,7 +82,7 @@ def test_the_step_and_a_chunk_multiply_the_records_as_they_are(tmp_path: Path) -
 
 
 def test_it_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In pieces that begin within a tile."""
+    """Pieces begin inside a tile."""
     monkeypatch.setattr("offmoe.pack.convert.PIECE", 50 * 512)
     path, model = made(tmp_path, powers=False)
     with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:
@@ -106,11 +106,13 @@ def test_stacked_experts_of_odd_tiles_are_refused(tmp_path: Path) -> None:
         scales = tensors[name + "_scale_inv"][:, : -(-rows // 128)]
         tensors |= {name: tensors[name][:, :rows].contiguous(), name + "_scale_inv": scales.contiguous()}
 
-    check_tensors_refused(path, lambda t: shorten(t, 500), "expected F32 or BF16 for 500 rows and 512 columns, of wh")
+    check_tensors_refused(
+        path, lambda t: shorten(t, 500), "expected F32 or BF16 for 500 rows and 512 columns, 128 of wh"
+    )
 
 
 def test_gate_and_up_that_share_a_tile_are_refused(tmp_path: Path) -> None:
-    """Where down, whose columns these rows are, is no float8 of tiles."""
+    """`down`, whose columns are these rows, is not float8 with tiles."""
     path, _ = made(tmp_path)
     stack_experts(path)
     config = json.loads((path / "config.json").read_text())

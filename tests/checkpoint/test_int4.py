@@ -1,4 +1,4 @@
-"""Codes of 4 bits in groups: what they mean, and the files of compressed-tensors, AWQ and GPTQ that hold them."""
+"""4-bit codes in groups: their values, and the files of compressed-tensors, AWQ and GPTQ."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ SCALES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def written(codes: Tensor, zeros: Tensor, scale: Tensor) -> Tensor:
-    """(q - z) · s in the scales' own type, as AutoAWQ's and GPTQModel's dequantisation and compressed-tensors' have it:
-    codes [R, C], zeros and scales [R, G]."""
+    """Return (q - z) · s in the scales' own type, as AutoAWQ, GPTQModel and compressed-tensors dequantise.
+
+    codes [R, C], zeros and scales [R, G].
+    """
     codes, zeros = codes.to(scale.dtype), zeros.to(scale.dtype)
     each = codes.shape[1] // scale.shape[1]
     return (codes - zeros.repeat_interleave(each, 1)) * scale.repeat_interleave(each, 1)
 
 
 def record_bytes(codes: Tensor, zeros: Tensor | None, scale: Tensor) -> Tensor:
-    """Of every group the scale and, in 2 bytes, the zero point; then the codes, two neighbours in a byte."""
+    """Return each group's scale and zero point (2 bytes each), then the codes, two consecutive ones per byte."""
     heads = [scale.view(torch.int16), *([] if zeros is None else [zeros.to(torch.int16)])]
     return torch.cat(
         (torch.stack(heads, -1).flatten().view(torch.uint8), (codes[:, ::2] | codes[:, 1::2] << 4).flatten())
@@ -44,7 +46,7 @@ def record_bytes(codes: Tensor, zeros: Tensor | None, scale: Tensor) -> Tensor:
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_values_are_those_of_the_published_formula(fmt: str, data: st.DataObject) -> None:
-    """Scales of any bits: 0, denormal, infinite, NaN."""
+    """Scales have any bits: 0, denormal, infinite, NaN."""
     rows, groups, dtype = 2, 3, SCALES[fmt.split("_")[2]]
     codes = torch.randint(0, 16, (rows, groups * FORMATS[fmt].block), dtype=torch.uint8)
     zeros = torch.randint(0, 16, (rows, groups), dtype=torch.uint8) if fmt.endswith("ZEROS") else None
@@ -80,7 +82,7 @@ IDS = torch.randint(3, 96, (20,), generator=torch.Generator().manual_seed(7)).to
 
 
 def made(folder: Path, name: str, family: str = "") -> tuple[Path, Any]:
-    """The quantised directory, and transformers' model of what its bytes mean."""
+    """Save the quantised directory; return it and transformers' model with the same values."""
     transformers, case = pytest.importorskip("transformers"), CASES[name]
     torch.manual_seed(0)
     family = family or case.family
@@ -98,14 +100,16 @@ def made(folder: Path, name: str, family: str = "") -> tuple[Path, Any]:
 def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
     name: str, family: str, tmp_path: Path
 ) -> None:
-    """All in slots; and what a token needs, out of a RAM tier of so few rows that records are read and turned again."""
+    """All experts in slots; and the smallest budget, with a RAM tier so small that experts are read and transposed
+    again.
+    """
     path, model = made(tmp_path, name, family)
     check_answers(path, IDS, reference_of(model, IDS), lambda formats: all(fmt.startswith("INT4") for fmt in formats))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
 def test_the_step_and_a_chunk_multiply_what_they_are_given(tmp_path: Path) -> None:
-    """Codes stay as they are but for the keys' half of kv_b, which is turned in float16."""
+    """Codes stay as they are, except the keys' half of kv_b, which is transposed in float16."""
     pytest.importorskip("triton")
     import test_prefill
     import test_step

@@ -1,5 +1,6 @@
-"""float8 with a scale a row or a matrix, NVFP4 and MXFP4 out of tensors of their own: what they mean, and the files of
-Model Optimizer and compressed-tensors that hold them."""
+"""float8 with a scale per row or matrix, NVFP4 and MXFP4 in separate tensors: their values, and the files of Model
+Optimizer and compressed-tensors.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from test_models import decoded, engine_of, packed
 from torch import Tensor
 
 from offmoe.checkpoint.open import open_checkpoint
-from offmoe.checkpoint.scaled import Scaled
+from offmoe.checkpoint.scaled import ScaledTensors
 from offmoe.kernels.formats import FORMATS, as_it_lies, dequantise, whole_rows
 
 
@@ -28,7 +29,7 @@ def eights(codes: Tensor) -> Tensor:
 
 
 def same_bits(got: Tensor, want: Tensor) -> bool:
-    """But for -0, which is 0."""
+    """Compare bits, except that -0 equals 0."""
     return bool(((got + 0 == want + 0) | (got.isnan() & want.isnan())).all())
 
 
@@ -36,7 +37,7 @@ def same_bits(got: Tensor, want: Tensor) -> bool:
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_values_are_those_of_the_published_formula(fmt: str, data: st.DataObject) -> None:
-    """NVFP4QTensor.dequantize of Model Optimizer, written out, on scales of any bits: 0, denormal, infinite, NaN."""
+    """NVFP4QTensor.dequantize of Model Optimizer, written out; the scales have any bits: 0, denormal, infinite, NaN."""
     rows, cols = 3, 64
     extreme = st.sampled_from([0, 1, 0x80000000, 0x007FFFFF, 0x7F7FFFFF, 0x7F800000, 0x7FC00000]) | st.integers(
         0, 2**32 - 1
@@ -59,7 +60,7 @@ def test_values_are_those_of_the_published_formula(fmt: str, data: st.DataObject
     assert same_bits(dequantise(moved, fmt, 2, cols), want[[2, 0]])
 
 
-CASES = {  # the family, and what its experts become
+CASES = {  # family, and the formats of its experts
     "modelopt nvfp4": ("qwen3_moe", "NVFP4"),
     "nvfp4-pack-quantized": ("deepseek_v3", "NVFP4"),
     "mxfp4-pack-quantized": ("qwen3_moe", "MXFP4_PAIRS"),
@@ -71,7 +72,7 @@ CASES = {  # the family, and what its experts become
 
 
 def made(folder: Path, kind: str, family: str = "") -> tuple[Path, Any]:
-    """The quantised directory, and transformers' model of what its bytes mean."""
+    """Save the quantised directory; return it and transformers' model with the same values."""
     transformers, family = pytest.importorskip("transformers"), family or CASES[kind][0]
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **FAMILIES[family])
@@ -88,15 +89,15 @@ def made(folder: Path, kind: str, family: str = "") -> tuple[Path, Any]:
 def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
     kind: str, family: str, tmp_path: Path
 ) -> None:
-    """All in slots; and what a token needs, out of a RAM tier of a few rows."""
+    """All experts in slots; and the smallest budget, with a RAM tier of a few rows."""
     path, model = made(tmp_path, kind, family)
-    each = CASES[kind][1].split()  # layer by layer; where the first is dense, of the last
+    each = CASES[kind][1].split()  # one per layer; if the first layer is dense, that of the last
     check_answers(path, IDS, reference_of(model, IDS), lambda formats: formats in (set(each), set(each[-1:])))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
 def test_the_step_multiplies_what_it_is_given(tmp_path: Path) -> None:
-    """Rows of attention keep their scales, also where matrices are joined."""
+    """Rows of attention keep their scales, even where matrices are concatenated."""
     pytest.importorskip("triton")
     import test_step
 
@@ -119,7 +120,7 @@ def test_scales_of_a_stack_of_float8(shape: tuple[int, ...], tmp_path: Path) -> 
     codes, scales = torch.randn(3, 32, 64).to(torch.float8_e4m3fn), torch.rand(shape)
     save_file({"e": codes, "e_scale": scales}, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
-        (info,) = Scaled(checkpoint).matrices()
+        (info,) = ScaledTensors(checkpoint).matrices()
         for expert in range(3):
             raw = checkpoint.matrix(info, expert)
             want = codes[expert].float() * scales[expert].reshape(-1, 1)

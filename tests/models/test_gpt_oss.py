@@ -46,8 +46,8 @@ def test_blocks_and_scales_may_lie_in_different_shards(tmp_path: Path) -> None:
 
 
 TENSORS: dict[str, tuple[Any, str]] = {
-    "no scales": (lambda t: t.pop(f"{GATE_UP}_scales"), "gate_up_proj_blocks' has dtype 'U8': supported are F32"),
-    "no blocks": (lambda t: t.pop(f"{GATE_UP}_blocks"), "gate_up_proj_scales' has dtype 'U8': supported are F32"),
+    "no scales": (lambda t: t.pop(f"{GATE_UP}_scales"), "gate_up_proj_blocks' has dtype 'U8': expected F32"),
+    "no blocks": (lambda t: t.pop(f"{GATE_UP}_blocks"), "gate_up_proj_scales' has dtype 'U8': expected F32"),
     "other scales": (lambda t: t.update({f"{GATE_UP}_scales": torch.zeros(6, 64, 3, dtype=torch.uint8)}),
                      r"gate_up_proj_scales' is U8 \[6, 64, 3\]: expected U8 \[6, 64, 2\]"),
     "no sinks": (lambda t: t.pop("model.layers.2.self_attn.sinks"), "has no tensor model.layers.2.self_attn.sinks"),

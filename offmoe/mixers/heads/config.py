@@ -194,9 +194,9 @@ class HeadsConfig(MixerConfig):
 
     def gguf_order(self, role: str, interleaved: bool, tiled: bool) -> Callable[[Tensor], Tensor] | None:
         heads = {"q": self.heads, "k": self.kv_heads}.get(role) if interleaved else None
-        return (lambda weight: interleave(weight, heads)) if heads else None
+        return (lambda weight: interleave_rope_rows(weight, heads)) if heads else None
 
 
-def interleave(weight: Tensor, heads: int) -> Tensor:
+def interleave_rope_rows(weight: Tensor, heads: int) -> Tensor:
     """Rows [heads · D, H] with rotated pairs in halves (NEOX) → rows with the pairs as neighbours (llama.cpp)."""
     return weight.view(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)

@@ -94,7 +94,7 @@ class LatentConfig(MixerConfig):
 
     @property
     def cached(self) -> tuple[str, str]:
-        return f"a latent of {self.latent.width}", "values a position"
+        return f"a latent of {self.latent.width}", "values per position"
 
     def check(self) -> None:
         check_heads(self.heads, 1, self.latent.key)

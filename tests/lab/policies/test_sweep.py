@@ -184,7 +184,7 @@ def test_csv_holds_the_same_rows(tmp_path: Path) -> None:
 
 def test_a_global_pool_that_is_too_small_is_warned_of() -> None:
     result = bench(SMALL, "--slots", "3", "--scope", "global", "--policy", "lru", "--policy", "least-stale", "--json")
-    assert "a global pool of 3 slots a layer is smaller than what one token uses: lru will hit nothing" in result.stderr
+    assert "a global pool of 3 slots per layer is smaller than what one token uses: lru will never hit" in result.stderr
     by = {row["policy"]: row["hit_rate"] for row in map(json.loads, result.stdout.splitlines())}
     assert by["lru"] == 0 < by["least-stale"] < by["belady"]
     assert not bench(SMALL, "--slots", "4", "--scope", "global", "--policy", "lru").stderr
@@ -207,7 +207,7 @@ def test_a_plugin_says_where_it_runs(tmp_path: Path) -> None:
         "    def score(self, records, now):\n        return 0.0 * records\n"
     )
     said = bench(SMALL, "--slots", "8", "--policy", f"{path}:Mine").stderr
-    assert f"{path}:Mine: no kernel evaluates its score, so it runs in replay and on the CPU only" in said
+    assert f"{path}:Mine: no GPU kernel evaluates its score, so it runs only in replay and on the CPU" in said
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
@@ -239,9 +239,9 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         (["--policy", f"static:profile={DEMO}"], "is of 960 records and 128 are needed: record it with this model"),
         (["--link", "1GB"], "--link needs --record"),
         (["--link", "fast", "--record", "1MB"], "'fast' is no size"),
-        (["--link", "0", "--record", "1MB"], "--link '0' is no bandwidth"),
+        (["--link", "0", "--record", "1MB"], "--link '0' is not a bandwidth"),
         (["--record", "0"], "a record of 0 bytes is none"),
-        (["--floor", "1"], "--floor says nothing without --link"),
+        (["--floor", "1"], "--floor needs --link"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], words: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reasoning told from the answer: marks as tokens and as text, channels, prompts that begin it, and the next turn."""
+"""Reasoning is separated from the answer: markers as tokens and as text, harmony's channels, prompts that open it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from test_tokenizer import DEMO, Files, load, write
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
-from offmoe.app.answer import Answer
+from offmoe.app.answer_printer import AnswerPrinter
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.engine import Engine, Piece, pieces
 from offmoe.errors import OffmoeError
-from offmoe.text.reasoning import PAIRS, Part, Splitter, find_format
+from offmoe.text.reasoning_parser import MARKER_PAIRS, Part, ReasoningParser, detect_format
 from offmoe.text.tokenizer import Message, Tokenizer, load_tokenizer
 
 LLAMA_CPP = Path(os.environ.get("LLAMA_CPP_SOURCE", "/nonexistent"))  # a checkout: models/templates/*.jinja
@@ -39,10 +39,10 @@ def library() -> Library:
         return load_tokenizer(checkpoint)._bpe
 
 
-def made(
+def with_tokens(
     folder: Path, library: Library, template: str = SILENT, shown: tuple[str, ...] = (), hidden: tuple[str, ...] = ()
 ) -> Tokenizer:
-    """The demo's vocabulary with more tokens: shown ones are text, hidden ones special."""
+    """Return the demo's vocabulary with more tokens: visible ones are text, hidden ones special."""
     copy = Library.from_str(library.to_str())
     copy.add_tokens([AddedToken(text, special=False, normalized=False) for text in shown])
     copy.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in hidden])
@@ -56,7 +56,7 @@ def make(tmp_path: Path, library: Library) -> Iterator[Any]:
     opened: list[Tokenizer] = []
 
     def make(*arguments: Any, **named: Any) -> Tokenizer:
-        opened.append(made(tmp_path, library, *arguments, **named))
+        opened.append(with_tokens(tmp_path, library, *arguments, **named))
         return opened[-1]
 
     yield make
@@ -64,77 +64,79 @@ def make(tmp_path: Path, library: Library) -> Iterator[Any]:
         tokenizer.close()
 
 
-def heard(tokenizer: Tokenizer, answer: str, prompt: str = "", stops: tuple[str, ...] = ()) -> tuple[str, str, bool]:
-    """(reasoning, answer, plain) of the answer's tokens, taken one at a time until a stop string comes."""
-    speech, parts = tokenizer.speech(tokenizer.encode(prompt), stops), []
+def parsed(tokenizer: Tokenizer, answer: str, prompt: str = "", stops: tuple[str, ...] = ()) -> tuple[str, str, bool]:
+    """Return (reasoning, answer, saw_no_marker) of the answer's tokens, pushed one at a time until a stop string is
+    found.
+    """
+    parser, parts = tokenizer.answer_parser(tokenizer.encode(prompt), stops), []
     for id in tokenizer.encode(answer):
-        parts += speech.push(id)
-        if speech.stopped:
+        parts += parser.push(id)
+        if parser.stopped:
             break
-    return *joined([*parts, *speech.flush()]), speech.plain
+    return *joined([*parts, *parser.flush()]), parser.saw_no_marker
 
 
 def joined(parts: list[Part]) -> tuple[str, str]:
-    assert all(text and text.encode() for _, text in parts)  # no mark is left, nor half a character
+    assert all(text and text.encode() for _, text in parts)  # no marker and no half character is left
     return "".join(text for inside, text in parts if inside), "".join(text for inside, text in parts if not inside)
 
 
 # Blocks.
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", MARKER_PAIRS)
 @pytest.mark.parametrize("tokens", ["shown", "hidden", "none"])
-def test_a_block_is_told_from_the_answer(make: Any, pair: tuple[str, str], tokens: str) -> None:
-    """Whether its marks are text, tokens, or special tokens, which are hidden elsewhere."""
+def test_a_block_is_separated_from_the_answer(make: Any, pair: tuple[str, str], tokens: str) -> None:
+    """Markers are plain text, tokens, or special tokens, which are hidden elsewhere."""
     open, close = pair
     single = "<|channel>", "<channel|>", "<|think|>", "<|end|>", "<|begin|>", "<|content|>", "[BEGIN FINAL RESPONSE]"
-    marks = tuple(mark for mark in single if mark in open + close) or (open, close)
-    tokenizer = make(f"{open}{close}", **({tokens: marks} if tokens != "none" else {}))
-    assert heard(tokenizer, f"{open}\nI think,\n\nso\n{close}\n\nIt is 🎉") == ("I think,\n\nso", "It is 🎉", False)
-    assert heard(tokenizer, f"I think,\n{close}\n\n  yes", f"Why?\n{open}\n") == ("I think,", "  yes", False)
-    assert heard(tokenizer, f"{open}\n\n{close}\n\nyes") == ("", "yes", False)
-    assert heard(tokenizer, f"{open}\nno end 🎉 ") == ("no end 🎉", "", False)
-    assert heard(tokenizer, f"{close}yes") == ("", "yes", False)  # MiniMax-M3 writes this where it does not think
-    assert heard(tokenizer, "\n plain") == ("", "\n plain", True)
-    assert heard(tokenizer, "<plain") == ("", "<plain", True)
+    format = tuple(mark for mark in single if mark in open + close) or (open, close)
+    tokenizer = make(f"{open}{close}", **({tokens: format} if tokens != "none" else {}))
+    assert parsed(tokenizer, f"{open}\nI think,\n\nso\n{close}\n\nIt is 🎉") == ("I think,\n\nso", "It is 🎉", False)
+    assert parsed(tokenizer, f"I think,\n{close}\n\n  yes", f"Why?\n{open}\n") == ("I think,", "  yes", False)
+    assert parsed(tokenizer, f"{open}\n\n{close}\n\nyes") == ("", "yes", False)
+    assert parsed(tokenizer, f"{open}\nno end 🎉 ") == ("no end 🎉", "", False)
+    assert parsed(tokenizer, f"{close}yes") == ("", "yes", False)  # MiniMax-M3 writes this if it does not think
+    assert parsed(tokenizer, "\n plain") == ("", "\n plain", True)
+    assert parsed(tokenizer, "<plain") == ("", "<plain", True)
 
 
-def test_marks_in_the_midst_of_an_answer_are_text(make: Any) -> None:
+def test_markers_inside_an_answer_are_text(make: Any) -> None:
     tokenizer = make(shown=("<think>", "</think>"))
-    assert heard(tokenizer, "The tag <think> is closed by </think>.")[1] == "The tag <think> is closed by </think>."
+    assert parsed(tokenizer, "The tag <think> is closed by </think>.")[1] == "The tag <think> is closed by </think>."
     hidden = make(hidden=("<think>", "</think>"))
-    assert heard(hidden, "a<think>b")[1] == "ab"
+    assert parsed(hidden, "a<think>b")[1] == "ab"
 
 
-def test_a_mark_that_is_spelled_out_is_no_mark_where_there_is_a_token(make: Any, library: Library) -> None:
+def test_a_spelled_out_marker_is_text_if_the_marker_is_a_token(make: Any, library: Library) -> None:
     tokenizer = make(shown=("<think>", "</think>"))
     spelled = [id for letter in "</think>" for id in library.encode(letter).ids]
     ids = [*tokenizer.encode("<think>a"), *spelled, *tokenizer.encode("b</think>c")]
-    speech = tokenizer.speech([])
-    assert joined([part for id in ids for part in speech.push(id)]) == ("a</think>b", "c")
+    parser = tokenizer.answer_parser([])
+    assert joined([part for id in ids for part in parser.push(id)]) == ("a</think>b", "c")
 
 
-def test_a_character_cut_short_by_a_mark_stays_before_it(make: Any) -> None:
+def test_an_incomplete_character_before_a_marker_stays_before_it(make: Any) -> None:
     tokenizer = make(shown=("<think>", "</think>"))
     ids = [*tokenizer.encode("<think>a"), tokenizer.encode("🎉")[0], *tokenizer.encode("</think>b")]
-    speech = tokenizer.speech([])
-    assert joined([part for id in ids for part in speech.push(id)]) == ("a\ufffd", "b")
+    parser = tokenizer.answer_parser([])
+    assert joined([part for id in ids for part in parser.push(id)]) == ("a\ufffd", "b")
 
 
 def test_stop_strings_end_the_answer_and_not_the_reasoning(make: Any) -> None:
     tokenizer = make(shown=("<think>", "</think>"))
     text = "<think>one STOP two</think>three STOP four"
-    assert heard(tokenizer, text, stops=("e STOP",)) == ("one STOP two", "thre", False)
-    assert heard(tokenizer, "<think>one</think>three STO", stops=("STOP",)) == ("one", "three STO", False)
+    assert parsed(tokenizer, text, stops=("e STOP",)) == ("one STOP two", "thre", False)
+    assert parsed(tokenizer, "<think>one</think>three STO", stops=("STOP",)) == ("one", "three STO", False)
 
 
 @given(st.text("<thinkx/> \n", max_size=30), st.lists(st.integers(0, 30), max_size=6), st.booleans())
 def test_parts_do_not_depend_on_the_pieces(text: str, cuts: list[int], inside: bool) -> None:
-    marks = find_format("", {}, ())
+    format = detect_format("", {}, ())
 
     def parts(*pieces: str) -> tuple[str, str]:
-        splitter = marks.splitter("<think>" if inside else "")
-        return joined([part for piece in pieces for part in splitter.push(piece)] + splitter.flush())
+        parser = format.parser("<think>" if inside else "")
+        return joined([part for piece in pieces for part in parser.push(piece)] + parser.flush())
 
     ends = sorted(cuts)
     pieces = [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
@@ -159,46 +161,46 @@ ANALYSIS = "<|channel|>analysis<|message|>Let me see.\n<|end|><|start|>assistant
 def test_channels(harmony: Tokenizer) -> None:
     prompt = "<|start|>user<|message|>Why?<|end|><|start|>assistant"
     final = "<|channel|>final<|message|>Because 🎉"
-    assert heard(harmony, ANALYSIS + final, prompt) == ("Let me see.", "Because 🎉", False)
-    assert heard(harmony, final, prompt) == ("", "Because 🎉", False)
+    assert parsed(harmony, ANALYSIS + final, prompt) == ("Let me see.", "Because 🎉", False)
+    assert parsed(harmony, final, prompt) == ("", "Because 🎉", False)
     twice = "<|channel|>analysis<|message|>More.<|end|><|start|>assistant<|channel|>commentary<|message|>Wait.<|end|>"
     expected = ("Let me see.\n\nMore.", "Wait.\n\nBecause 🎉", False)
-    assert heard(harmony, ANALYSIS + twice + "<|start|>assistant" + final, prompt) == expected
+    assert parsed(harmony, ANALYSIS + twice + "<|start|>assistant" + final, prompt) == expected
     call = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}"
-    assert heard(harmony, ANALYSIS + call, prompt) == ("Let me see.\n\n{}", "", False)
-    assert heard(harmony, "seen</a><|end|><|start|>assistant" + final, prompt + ANALYSIS[:30]) == (
+    assert parsed(harmony, ANALYSIS + call, prompt) == ("Let me see.\n\n{}", "", False)
+    assert parsed(harmony, "seen</a><|end|><|start|>assistant" + final, prompt + ANALYSIS[:30]) == (
         "seen</a>",
         "Because 🎉",
         False,
     )
-    assert heard(harmony, "Because", prompt + final[:27]) == ("", "Because", True)
+    assert parsed(harmony, "Because", prompt + final[:27]) == ("", "Because", True)
 
 
-def test_channels_that_do_not_come(harmony: Tokenizer) -> None:
-    """A model that does not know the format, raw text, and an answer cut off in a header."""
+def test_output_without_channels(harmony: Tokenizer) -> None:
+    """A model that does not know the format, raw text, and an answer that ends inside a header."""
     prompt = "<|start|>user<|message|>Why?<|end|><|start|>assistant"
-    assert heard(harmony, "Because", prompt)[:2] == ("", "Because")
-    assert heard(harmony, "so " * 200, prompt)[:2] == ("", "so " * 200)
-    speech = harmony.speech(harmony.encode(prompt))
-    assert joined([part for id in harmony.encode("so " * 200) for part in speech.push(id)]) == ("", "so " * 200)
-    assert heard(harmony, " a time", "Once upon") == ("", " a time", True)
-    assert heard(harmony, ANALYSIS + "<|channel|>fin", prompt)[:2] == ("Let me see.", "")
+    assert parsed(harmony, "Because", prompt)[:2] == ("", "Because")
+    assert parsed(harmony, "so " * 200, prompt)[:2] == ("", "so " * 200)
+    parser = harmony.answer_parser(harmony.encode(prompt))
+    assert joined([part for id in harmony.encode("so " * 200) for part in parser.push(id)]) == ("", "so " * 200)
+    assert parsed(harmony, " a time", "Once upon") == ("", " a time", True)
+    assert parsed(harmony, ANALYSIS + "<|channel|>fin", prompt)[:2] == ("Let me see.", "")
 
 
 @given(st.lists(st.sampled_from(["\ud800", "\ud801", "\ud802", "\ud803", "analysis", "final", " ", "\n", "a"])))
 def test_channels_do_not_depend_on_the_pieces(pieces: list[str]) -> None:
-    marks = find_format("", dict.fromkeys(HARMONY, 0), HARMONY)
+    format = detect_format("", dict.fromkeys(HARMONY, 0), HARMONY)
 
     def parts(pieces: list[str]) -> tuple[str, str]:
-        splitter: Splitter = marks.splitter("\ud802")
-        return joined([part for piece in pieces for part in splitter.push(piece)] + splitter.flush())
+        parser: ReasoningParser = format.parser("\ud802")
+        return joined([part for piece in pieces for part in parser.push(piece)] + parser.flush())
 
     assert parts(pieces) == parts(["".join(pieces)]) == parts(list("".join(pieces)))
 
 
 def test_ends_of_harmony_and_of_generation_config(tmp_path: Path, library: Library) -> None:
     write(tmp_path, "generation_config.json", eos_token_id=[5, 6])
-    tokenizer = made(tmp_path, library, hidden=tuple(HARMONY))
+    tokenizer = with_tokens(tmp_path, library, hidden=tuple(HARMONY))
     ids = [tokenizer._bpe.token_to_id(text) for text in ("<|return|>", "<|call|>", "<|im_end|>", "<|endoftext|>")]
     assert tokenizer.eos == {5, 6, *ids}
     tokenizer.close()
@@ -234,7 +236,10 @@ def test_the_template_decides_what_becomes_of_reasoning(
     ("message", "reason"),
     [
         ({"role": "user", "content": [{"type": "image"}]}, "message 1 has a content of type list"),
-        ({"role": "assistant", "content": "", "tool_calls": []}, "message 1 has 'tool_calls': .*, no images or tools"),
+        (
+            {"role": "assistant", "content": "", "tool_calls": []},
+            "message 1 has 'tool_calls': .*images and tools are not supported",
+        ),
         ({"role": "tool", "content": "4"}, "message 1 has the role 'tool'"),
         ({"role": "user", "content": "a", "reasoning": 3}, "message 1 has a reasoning of type int"),
         ({"role": "user", "content": "a", "reasoning": "\ud800"}, "lone surrogate"),
@@ -266,7 +271,7 @@ KEEP = {
 @pytest.mark.skipif(not PUBLISHED, reason="LLAMA_CPP_SOURCE names no llama.cpp sources")
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
 def test_published_templates(file: Path, make: Any) -> None:
-    """Reasoning is out of the next turn, but where the template writes it or takes the content as it is."""
+    """Reasoning is left out of the next turn, unless the template writes it or uses the content unchanged."""
     source = file.read_text(encoding="utf-8")
     tokenizer = make(source)
     assert tokenizer.reasoning.open == WRITTEN.get(file.stem, "<think>")
@@ -290,7 +295,7 @@ def engine() -> Iterator[Engine]:
 
 
 def answered(engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str, **sampling: Any) -> list[Piece]:
-    """What the engine makes of a model that says `text`."""
+    """Return the pieces that the engine yields for a model that generates `text`."""
     assert engine.tokenizer
     ids = engine.tokenizer.encode(text)
     monkeypatch.setattr(engine.decoder, "tokens", lambda *_: (id for id in ids))
@@ -299,9 +304,9 @@ def answered(engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str, **sampl
 
 def test_pieces_of_an_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     said = answered(engine, monkeypatch, "<think>\nhm, 🎉\n</think>\n\nSo it is STOP", stop=("STOP",))
-    answer = Answer(None)
+    answer = AnswerPrinter(None)
     for piece in said:
-        answer.take(piece)
+        answer.add(piece)
     assert (answer.reasoning, answer.text) == ("hm, 🎉", "So it is ")
     assert [piece.token for piece in said if piece.token is not None] == engine.answer_tokens
     assert not engine.answer_is_plain
@@ -309,10 +314,10 @@ def test_pieces_of_an_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_token_of_two_parts_is_counted_once() -> None:
-    speech: Any = SimpleNamespace(push=lambda _: [(True, "a"), (False, "b")], inside=False)
-    assert list(pieces(speech, 7)) == [Piece("a", 7, True), Piece("b", None, False)]
-    speech = SimpleNamespace(push=lambda _: [], inside=True)
-    assert list(pieces(speech, 7)) == [Piece("", 7, True)]
+    parser: Any = SimpleNamespace(push=lambda _: [(True, "a"), (False, "b")], in_reasoning=False)
+    assert list(pieces(parser, 7)) == [Piece("a", 7, True), Piece("b", None, False)]
+    parser = SimpleNamespace(push=lambda _: [], in_reasoning=True)
+    assert list(pieces(parser, 7)) == [Piece("", 7, True)]
     assert list(pieces(None, 7)) == [Piece("", 7, False)]
 
 

@@ -1,4 +1,6 @@
-"""The thinking switch: every published template takes it under its own name, or says what it takes."""
+"""Thinking switch: published templates accept it under their own variable names, or the error says what they
+accept.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import pytest
 from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
 from offmoe.text.chat_template import ChatTemplate
-from offmoe.text.thinking import thinking_variables
+from offmoe.text.thinking_switch import thinking_variables
 
 LLAMA_CPP = Path(os.environ.get("LLAMA_CPP_SOURCE", "/nonexistent"))  # a checkout: models/templates/*.jinja
 MESSAGES = [{"role": "user", "content": "Why?"}]
@@ -28,7 +30,7 @@ Reasoning: {{ reasoning_effort }}"""
 
 
 def rendered(template: ChatTemplate, value: str | None) -> str:
-    template.chosen = thinking_variables(value, template.variables)
+    template.extra_variables = thinking_variables(value, template.variables)
     return template.render(MESSAGES, add_generation_prompt=True)
 
 
@@ -40,7 +42,7 @@ def test_a_template_is_given_what_it_reads() -> None:
     template = ChatTemplate(GPT_OSS, {})
     texts = [rendered(template, value).strip() for value in (None, "low", "high")]
     assert texts == [f"Reasoning: {value}" for value in ("medium", "low", "high")]
-    with pytest.raises(OffmoeError, match="refuses this conversation: no such effort"):
+    with pytest.raises(OffmoeError, match="rejects this conversation: no such effort"):
         rendered(template, "enormous")
     template.close()
 
@@ -54,8 +56,8 @@ def test_a_template_is_given_what_it_reads() -> None:
         ("max", {"thinking_effort"}, {"thinking_effort": "max"}),
         (None, set(), {}),
         ("on", {"messages"}, "has no variable for thinking"),
-        ("off", {"reasoning_effort"}, "takes no 'off' for thinking, but a word: try low"),
-        ("low", {"enable_thinking"}, "takes no 'low' for thinking: expected on or off"),
+        ("off", {"reasoning_effort"}, "does not accept 'off' for thinking: try a word such as low"),
+        ("low", {"enable_thinking"}, "does not accept 'low' for thinking: expected on or off"),
         ("a lot", {"enable_thinking"}, "thinking is 'a lot': expected on, off or a word"),
     ],
 )
