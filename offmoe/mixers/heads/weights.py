@@ -26,10 +26,12 @@ class HeadsWeights:
 
 
 def load_weights(config: HeadsConfig, tensors: Tensors) -> HeadsWeights:
+    """Load what a layer's heads have beyond their projections."""
     q_norm, k_norm = (head_norm(config, tensors, role) for role in ("q_norm", "k_norm"))
     sinks = tensors.load("sinks") if config.sinks else None
-    tempered = config.temperature is not None and config.rope is None
-    temperature = tensors.ropes.temperature(config.temperature).to(tensors.dtype) if tempered else None  # type: ignore[arg-type]
+    temperature = None
+    if config.temperature and not config.rope:
+        temperature = tensors.ropes.temperature(config.temperature).to(tensors.dtype)
     return HeadsWeights(q_norm, k_norm, sinks, tensors.ropes.table(config.rope), temperature)
 
 
