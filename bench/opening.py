@@ -24,7 +24,7 @@ from typing import Any
 from offmoe.models.family import family_of
 from offmoe.models.model import open_model
 from offmoe.models.read_config import from_hf
-from offmoe.models.shapes import layers_of, trunk_shapes
+from offmoe.models.shapes import trunk_roles
 
 ROUNDS, SHARD = 5, 5_000_000_000
 COLUMNS = ("shape", "weights", "gb", "tensors", "records", "seconds", "target of 60 GB")
@@ -61,17 +61,14 @@ def entries(raw: dict[str, Any], weights: str) -> Iterator[Entry]:
     """Yield every tensor of a checkpoint with this config."""
     family = family_of("model_type", raw["model_type"])
     config = from_hf(raw, family)
-    for role, shape in trunk_shapes(config).items():
+    for role, layer, shape in trunk_roles(config):
         packed = len(shape) == 2 and role.split("_")[0] in ("q", "k", "v", "o")
-        for layer in layers_of(role, config):
-            name = family.names[role][0].format(l=layer)
-            if role == "q" and config.output_gated:
-                shape = (2 * config.heads * config.head_dim, config.hidden)
-            yield from stored(name, shape, weights if packed else "bf16")
-    wide, narrow = (config.expert_hidden, config.hidden), (config.hidden, config.expert_hidden)
+        yield from stored(family.names[role][0].format(l=layer), shape, weights if packed else "bf16")
+    inner = config.moe.expert_hidden
+    wide, narrow = (inner, config.hidden), (config.hidden, inner)
     for layer in config.routed:
         if "gate" not in family.names or family.transposed_experts:
-            both = (config.experts, config.hidden, 2 * config.expert_hidden)
+            both = (config.experts, config.hidden, 2 * inner)
             yield family.names["gate_up"][0].format(l=layer), "BF16", both
             yield family.names["down"][0].format(l=layer), "BF16", (config.experts, *wide)
             continue

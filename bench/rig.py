@@ -121,7 +121,7 @@ class Rig:
         """
         plan, embed = self.engine.plan, self.model.find("embed")
         assert embed is not None
-        trunk = plan.trunk_bytes - (0 if self.model.config.tied else embed.range.nbytes)
+        trunk = plan.trunk_bytes - (0 if self.model.config.stream.tied else embed.range.nbytes)
         return trunk + self.layers * self.k * self.record + plan.kv_bytes / plan.ctx * context + 2 * plan.state_bytes
 
     def bandwidths(self) -> tuple[float, float]:

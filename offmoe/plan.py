@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,13 +12,13 @@ import torch
 from offmoe.cache.policies import POLICIES
 from offmoe.cache.policy import PolicySpec, parse_policy
 from offmoe.errors import OffmoeError
-from offmoe.kernels.mla import HEADS_AT_ONCE
+from offmoe.mixers.base import MixerConfig
+from offmoe.mixers.recurrent import STATES
 from offmoe.models.model import Model
 from offmoe.models.parameters import bias_weights, count_weights, trunk_weights
 from offmoe.prefetch import Gate
 from offmoe.settings import Budget, Settings, format_size
-from offmoe.trunk.kv_cache import kv_nbytes
-from offmoe.trunk.recurrent_state import STATES, segment_nbytes, state_nbytes
+from offmoe.trunk.kv_cache import kv_nbytes, state_nbytes
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DEFAULT_POLICY = parse_policy("echo")
@@ -48,7 +49,7 @@ class Plan:
     real_slot_bytes: int  # of all slots; on the CPU device they hold unpacked records
     trunk_bytes: int
     kv_bytes: int
-    state_bytes: int  # of layers without keys: what a token reads and writes
+    state_bytes: int  # of recurrent layers: what a token reads and writes
     waste_bytes: int  # in slots that are larger than their record
     chunk: int  # tokens of a prompt that are run at once
     batch: int  # records that cross the link together while a prompt is run
@@ -111,7 +112,7 @@ class Free:
 
 def make_plan(model: Model, settings: Settings) -> Plan:
     """Place `model`. Raises OffmoeError with the smallest budget that works where one is too small."""
-    if settings.kv == "int8" and model.config.latent:
+    if settings.kv == "int8" and not all(mixer.int8_cache for mixer in model.config.mixers):
         raise OffmoeError("--kv int8 does not go with latent attention, whose cache is small already: leave it out")
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
@@ -173,23 +174,27 @@ def batch_records(model: Model) -> int:
 
 
 def workspace_nbytes(model: Model, chunk: int, ctx: int, itemsize: int) -> int:
-    """VRAM that a chunk needs beside weights, context and slots: its activations, and batches of records passing by."""
-    c = model.config
-    heads = c.projected + (2 * c.heads * c.head_dim if c.latent else 0)
-    a_token = c.hidden * (12 + 4 * itemsize) + heads * 4 * itemsize + c.top_k * (c.hidden + c.expert_hidden) * itemsize
-    if any(c.windows):  # a chunk's keys and values, before they go into a ring
-        a_token += 4 * max(h.keys for h in c.kinds_of_heads) * itemsize
-    inner = max(c.dense_hidden, c.shared_hidden)
-    a_token += 4 * inner * itemsize  # gate, up, its silu and their product
-    if c.mixer:
-        a_token += (sum(c.mixer.projected) + c.mixer.values) * itemsize
-        heads = max(heads, sum(c.mixer.projected))
-    unpacked = max(heads, c.hidden, inner) * max(c.hidden, *(h.queries for h in c.kinds_of_heads)) * itemsize
-    if c.latent:  # keys and values of some heads, expanded and padded
-        wide, some = max(c.latent.key, c.latent.value), min(c.heads, HEADS_AT_ONCE)
-        unpacked += some * ctx * 4 * wide * itemsize
-    segment = segment_nbytes(c.mixer) if c.mixer else 0
-    return chunk * a_token + segment + unpacked + BATCHES * batch_records(model) * model.slot_bytes + 16 * c.vocab
+    """VRAM that a chunk needs for activations, unpacked matrices and batches of records."""
+    c, moe = model.config, model.config.moe
+    inner = max(moe.dense_hidden, moe.shared_hidden)
+    # Of the experts; of a dense or shared part: gate, up, glu of gate, product.
+    values = moe.top_k * (c.hidden + moe.expert_hidden) + 4 * inner
+    rows, cols, passing = max(c.hidden, inner), c.hidden, 0
+    for mixers in by_type(c.kinds):
+        values += max(mixer.activations for mixer in mixers) + max(mixer.staged for mixer in mixers)
+        rows, cols = max(rows, *(m.widest[0] for m in mixers)), max(cols, *(m.widest[1] for m in mixers))
+        passing += max(mixer.chunk_nbytes(ctx, itemsize) for mixer in mixers)
+    a_token = c.hidden * (12 + 4 * itemsize) + values * itemsize
+    records = BATCHES * batch_records(model) * model.slot_bytes
+    return chunk * a_token + passing + rows * cols * itemsize + records + 16 * c.vocab
+
+
+def by_type(mixers: Iterable[MixerConfig]) -> list[list[MixerConfig]]:
+    """Mixers of one kind together."""
+    kinds: dict[type[MixerConfig], list[MixerConfig]] = {}
+    for mixer in mixers:
+        kinds.setdefault(type(mixer), []).append(mixer)
+    return list(kinds.values())
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -101,8 +101,7 @@ def compile_prompt_kernels(trunk: DeviceTrunk, store: VramStore, kv: KVCache) ->
 
     config = trunk.config
     tokens = min(COMPILED_TOKENS, kv.ctx)
-    windows = (config.window(layer) for layer in range(config.layers))
-    start = min(kv.ctx - tokens, max(1, *windows))  # after other tokens, with full windows
+    start = min(kv.ctx - tokens, max(1, *config.windows))  # after other tokens, with full windows
     with kv.untouched(), compiled_at_once():
         x = trunk.embed(torch.zeros(tokens, dtype=torch.int64, device=store.device)).zero_()
         for layer in range(config.layers):

@@ -16,6 +16,7 @@ ROOMS = (
     ("errors", "settings", "prefetch", "cache", "kernels"),
     ("checkpoint",),
     ("machine",),
+    ("mixers",),
     ("models",),
     ("text", "trunk"),
     ("plan",),

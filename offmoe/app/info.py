@@ -7,11 +7,12 @@ from typing import Any
 
 from offmoe.machine.bandwidth import disk_bandwidth, link_bandwidth, slot_bandwidth
 from offmoe.machine.disk_reader import PAGE
+from offmoe.mixers.recurrent import STATES
+from offmoe.models.config import ModelConfig
 from offmoe.models.model import Model
 from offmoe.models.parameters import Weights, count_weights
 from offmoe.plan import Plan, make_plan, plan_numbers
 from offmoe.settings import Settings, format_size
-from offmoe.trunk.recurrent_state import STATES
 
 Rows = list[tuple[str, str]]
 
@@ -52,8 +53,8 @@ class ModelInfo:
             "hidden": c.hidden,
             "experts": c.experts,
             "top_k": c.top_k,
-            "routing": str(c.rule),
-            "shared_experts": c.shared,
+            "routing": str(c.moe.rule),
+            "shared_experts": c.moe.shared,
             "dense_layers": len(c.dense),
             "trained_context": c.ctx,
             "record_bytes": sorted({layout.nbytes for layout in self.model.layouts}),
@@ -85,21 +86,17 @@ class ModelInfo:
     def _model_rows(self) -> Rows:
         c, w, sizes = self.model.config, self.weights, {layout.nbytes for layout in self.model.layouts}
         kinds = [f"{len(c.dense)} without experts"] if c.dense else []
-        instead = "DeltaNet" if c.delta else "convolution"
-        kinds += [f"{len(c.recurrent)} with a {instead} instead of attention"] if c.recurrent else []
-
+        label = c.mixers[c.recurrent[0]].label if c.recurrent else ""
+        kinds += [f"{len(c.recurrent)} with a {label} instead of attention"] if c.recurrent else []
         layer_kinds = f" ({', '.join(kinds)})" if kinds else ""
         record = " to ".join(format_size(size) for size in sorted({min(sizes), max(sizes)}))
-        cache = f"{' or '.join(str(h.kv_heads) for h in c.kinds_of_heads)} key-value heads"
-        if c.latent:
-            cache = f"a latent of {c.latent.width} values per position"
         return [
             ("family", f"{c.model_type} ({self.model.checkpoint.kind})"),
             ("parameters", f"{format_count(w.total)} in total, {format_count(w.active)} active per token"),
             ("", f"{format_count(w.active_without_embedding)} active without the input embedding"),
-            ("layers", f"{c.layers}{layer_kinds}, hidden {c.hidden}, {c.heads} heads, {cache}"),
-            ("experts", f"{c.experts} per layer, {c.top_k} routed per token, {c.shared or 'none'} shared"),
-            ("routing", str(c.rule)),
+            ("layers", f"{c.layers}{layer_kinds}, hidden {c.hidden}, {attention(c)}"),
+            ("experts", f"{c.experts} per layer, {c.top_k} routed per token, {c.moe.shared or 'none'} shared"),
+            ("routing", str(c.moe.rule)),
             ("size of an expert", f"{record} ({'; '.join(self.formats())})"),
             ("all experts", format_size(self.model.record_bytes)),
             ("everything else", f"{format_size(w.trunk_bytes)} in the file"),
@@ -150,6 +147,13 @@ def inspect_model(model: Model, settings: Settings) -> ModelInfo:
         TierCost("nvme", paged if direct else read, disk),
     )
     return ModelInfo(model, plan, count_weights(model), costs, direct)
+
+
+def attention(config: ModelConfig) -> str:
+    """Return heads and what is cached for them: `32 heads, 8 or 2 key-value heads`."""
+    mixers = [config.mixers[layer] for layer in config.attended]
+    amounts, units = (dict.fromkeys(cached) for cached in zip(*(mixer.cached for mixer in mixers), strict=True))
+    return f"{mixers[0].heads_of_attention} heads, {' or '.join(amounts)} {' or '.join(units)}"
 
 
 def format_count(count: int) -> str:

@@ -58,8 +58,8 @@ def tensor(file: DataFile, name: str, entry: Any, data: ByteRange) -> TensorInfo
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SIZES:
         raise unsupported_dtype(file.path, name, dtype)
-    if not is_natural_list(shape) or 0 in shape or len(shape) > 4:
-        raise damaged(f"has the shape {shown(shape)}, expected up to 4 numbers above 0")
+    if not is_natural_list(shape) or 0 in shape or len(shape) > 5:  # vision towers have five
+        raise damaged(f"has the shape {shown(shape)}, expected up to 5 numbers above 0")
     if not is_natural_list(offsets) or len(offsets) != 2:
         raise damaged(f"has the data_offsets {shown(offsets)}, expected two")
     begin, end = offsets

@@ -25,7 +25,7 @@ class HostStore(ExpertStore):
         super().__init__(model, plan)
         self.layouts = model.layouts
         self.slots = UnpackedSlots(plan.slots, model.layouts[0], plan.dtype)
-        self._glu = model.config.glu
+        self._glu = model.config.moe.glu
 
     def preload(self, progress: Callable[[int, int], None]) -> None:
         experts = np.arange(self.table.experts)

@@ -53,11 +53,11 @@ class ExpertStore(ABC):
         )
         # Biases by MoE layer, if any: gate and up concatenated [E, 2F], down [E, H]. Kernels add them in float32.
         dtype = plan.dtype if plan.device.type == "cpu" else torch.float32
-        read = (model.expert_biases(moe_layer) for moe_layer in range(config.moe_layers * config.expert_bias))
+        read = (model.expert_biases(moe_layer) for moe_layer in range(config.moe_layers * config.moe.expert_bias))
         self.biases = [(wide.to(plan.device, dtype), narrow.to(plan.device, dtype)) for wide, narrow in read]
         self.reader = Reader(model.checkpoint.files)
         self.ram = RamTier(model, plan.ram_rows, plan.stride, plan.policy, plan.device.type == "cuda", self.reader)
-        self._weighted_input = model.config.weighted_input
+        self._weighted_input = model.config.moe.weighted_input
         self.routed: Routed | None = None  # called with every layer's ids [T, k] and weights, to record a trace
         self.prompt: list[int] = []  # the tokens of a prompt while it is run, empty while decoding
         self.clock = 0  # tokens so far

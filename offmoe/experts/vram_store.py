@@ -39,7 +39,7 @@ class VramStore(ExpertStore):
             (self.table.slots + self.uploads.batch, plan.stride), dtype=torch.uint8, device=plan.device
         )
         self._scratch = scratch_for(plan.device, PROGRAMS * WARPS * CHUNK)
-        self._k, self._glu = config.top_k, config.glu
+        self._k, self._glu = config.top_k, config.moe.glu
         self._streaming = False
         self._all: list[Tensor] = []  # by MoE layer, addresses of all records [experts], once every record has a slot
 

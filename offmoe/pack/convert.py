@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,17 @@ from torch import Tensor
 from offmoe.checkpoint.base import Checkpoint, TensorInfo
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS, Format
-from offmoe.kernels.mla import Latent
+from offmoe.mixers.base import GgufRows
+from offmoe.mixers.registry import float32_roles
 from offmoe.models.family import Values
-from offmoe.models.held import HELD, tiled
 from offmoe.models.model import Model, described
-from offmoe.models.shapes import layers_of, trunk_shapes
+from offmoe.models.shapes import layer_shapes, model_shapes
 from offmoe.pack.gguf_keys import model_keys, rope_tensors, tokenizer_keys
 from offmoe.pack.quantise import packable, quantise
 from offmoe.settings import format_size
 
 PIECE = 1 << 22  # weights read, quantised and written at once: 16 MiB in float32
 EXPERT_ROLES = ("gate", "up", "down")
-SENSITIVE_ROLES = ("delta_b", "delta_a", "delta_ba", "delta_conv", "delta_dt", "delta_decay", "conv_taps")  # stay F32
-KV_B_HALVES = ("k_b", "v_b")  # of kv_b
 FILE_TYPES = {  # general.file_type
     "F32": 0,
     "F16": 1,
@@ -132,80 +130,68 @@ def pack(checkpoint: Checkpoint, out: Path, fmt: str, progress: Callable[[int, i
 
 def tensor_roles(model: Model) -> Iterator[tuple[str, int]]:
     """Yield every tensor of the GGUF as (role, layer), in the order of the file."""
-    trunk = {role: layers_of(role, model.config) for role in trunk_shapes(model.config, split=True)}
-    names = model.family.gguf_names
-    trunk = {role if role in names else HELD[role]: layers for role, layers in trunk.items()}
-    per_layer = [role for role in trunk if "{l}" in names[role][0]]
-    yield from ((role, 0) for role in trunk if role not in per_layer)
-    for layer in range(model.config.layers):
-        yield from ((role, layer) for role in per_layer if layer in trunk[role])
-        if layer in model.config.routed:
+    config, names = model.config, model.family.gguf_names
+    yield from ((role, 0) for role in model_shapes(config))
+    for layer, mixer in enumerate(config.mixers):
+        own = [role if role in names else mixer.held[role] for role in layer_shapes(config, layer, split=True)]
+        yield from ((role, layer) for role in dict.fromkeys(own))
+        if layer in config.routed:
             yield from ((role, layer) for role in EXPERT_ROLES)
-            yield from ((f"{role}_bias", layer) for role in EXPERT_ROLES if model.config.expert_bias)
+            yield from ((f"{role}_bias", layer) for role in EXPERT_ROLES if config.moe.expert_bias)
 
 
 def target_format(role: str, requested: Format) -> Format:
     """Return the format of a role: F32 for small tensors, Q8_0 instead of MXFP4 outside the experts."""
     small = ("router", "norm", "bias", "sinks", "offset", "gain", "factors", "scale")
-    if role.endswith(small) or role in SENSITIVE_ROLES:
+    if role.endswith(small) or role in float32_roles():
         return FORMATS["F32"]
     return FORMATS["Q8_0"] if requested.name == "MXFP4" and role not in EXPERT_ROLES else requested
 
 
 def output(model: Model, role: str, layer: int, requested: Format) -> OutputTensor:
     """Describe one tensor of the GGUF and the rows of the source that it is made of."""
-    name, c = model.family.gguf_names[role][0].format(l=layer), model.config
+    name, c, moe = model.family.gguf_names[role][0].format(l=layer), model.config, model.config.moe
     if role in EXPERT_ROLES:
         row_ranges = [expert_rows(model, role, layer, expert) for expert in range(c.experts)]
-        wide, narrow = (c.experts, c.expert_hidden, c.hidden), (c.experts, c.hidden, c.expert_hidden)
+        wide, narrow = (c.experts, moe.expert_hidden, c.hidden), (c.experts, c.hidden, moe.expert_hidden)
         return OutputTensor(name, narrow if role == "down" else wide, requested, row_ranges)
     if role in ("gate_bias", "up_bias") and (both := model.find("gate_up_bias", layer)):
         row_range = RowRange(
             both, 0, c.experts, lambda rows: gate_or_up_rows(rows.mT, role, model.layouts[0].interleaved).mT
         )
-        return OutputTensor(name, (c.experts, c.expert_hidden), requested, [row_range])
-    if c.latent and role in KV_B_HALVES:
-        return kv_b_half(
-            model, c.latent, role, layer, OutputTensor(name, trunk_shapes(c, split=True)[role], requested, [])
-        )
+        return OutputTensor(name, (c.experts, moe.expert_hidden), requested, [row_range])
+    shapes = {**model_shapes(c), **layer_shapes(c, layer, split=True)}
+    if parts := c.mixers[layer].gguf_rows(role):
+        return OutputTensor(name, shapes[role], requested, [mixer_rows(model, part, layer) for part in parts])
     whole = model.find(role, layer)
     info, rows = (whole, None) if whole else model.stored(role, layer)
-    shape = trunk_shapes(c, layer=layer).get(role, info.shape)
-    return OutputTensor(
-        name, shape, requested, [RowRange(info, 0, prod(info.shape[:-1]), gguf_transform(model, role, rows))]
-    )
+    row_range = RowRange(info, 0, prod(info.shape[:-1]), gguf_transform(model, role, layer, rows))
+    return OutputTensor(name, shapes.get(role, info.shape), requested, [row_range])
 
 
-def gguf_transform(model: Model, role: str, rows: Tensor | None) -> Values | None:
+def gguf_transform(model: Model, role: str, layer: int, rows: Tensor | None) -> Values | None:
     """Return the conversion of a role's tensor to the layout of a GGUF, or None for identity.
 
     `rows` selects rows first.
     """
-    c, weight_transform = model.config, model.weight_transform(role)
-    heads = {"q": c.heads, "k": c.kv_heads}.get(role) if model.family.interleaved_gguf else None
-    tiles = model.family.tiled_gguf and role.startswith("delta")
-    if rows is None and not (weight_transform or heads or tiles):
+    weight_transform, family = model.weight_transform(role), model.family
+    order = model.config.mixers[layer].gguf_order(role, family.interleaved_gguf, family.tiled_gguf)
+    if rows is None and not (weight_transform or order):
         return None
 
     def transform(weight: Tensor) -> Tensor:
         weight = weight if rows is None else weight[rows]
         weight = weight_transform(weight) if weight_transform else weight
-        weight = interleave_rope_rows(weight, heads) if heads else weight
-        return tiled(weight, role, c) if tiles else weight
+        return order(weight) if order else weight
 
     return transform
 
 
-def kv_b_half(model: Model, z: Latent, role: str, layer: int, empty: OutputTensor) -> OutputTensor:
-    """Complete `empty`, the keys' or the values' half of kv_b, with its rows of each head."""
-    info = model.find("kv_b", layer)
-    assert info is not None, f"kv_b of layer {layer} was there when the model was described"
-    first, count = (0, z.qk_nope) if role == "k_b" else (z.qk_nope, z.value)
-    transform = Tensor.t if role == "k_b" else None
-    row_ranges = [
-        RowRange(info, head * (z.qk_nope + z.value) + first, count, transform) for head in range(model.config.heads)
-    ]
-    return replace(empty, row_ranges=row_ranges)
+def mixer_rows(model: Model, part: GgufRows, layer: int) -> RowRange:
+    """Return the rows that a mixer takes out of another role's tensor."""
+    info = model.find(part.role, layer)
+    assert info is not None, f"{part.role} of layer {layer} was there when the model was described"
+    return RowRange(info, part.first, part.count, Tensor.t if part.transposed else None)
 
 
 def expert_rows(model: Model, role: str, layer: int, expert: int) -> RowRange:
@@ -216,7 +202,7 @@ def expert_rows(model: Model, role: str, layer: int, expert: int) -> RowRange:
     if layout.interleaved and role != "down":
         rows = info.shape[1]
         return RowRange(info, expert * rows, rows, lambda matrix: gate_or_up_rows(matrix, role, interleaved=True))
-    count = model.config.hidden if role == "down" else model.config.expert_hidden
+    count = model.config.hidden if role == "down" else model.config.moe.expert_hidden
     first = expert * info.shape[1] if len(info.shape) == 3 else 0
     return RowRange(info, first + (count if role == "up" and info.shape[-2] == 2 * count else 0), count)
 
@@ -295,11 +281,6 @@ def pieces(model: Model, output: OutputTensor) -> Iterator[Tensor]:
         for first in range(0, row_range.count, step):
             rows = model.checkpoint.rows(row_range.info, row_range.first + first, min(step, row_range.count - first))
             yield row_range.transform(rows).contiguous() if row_range.transform else rows
-
-
-def interleave_rope_rows(weight: Tensor, heads: int) -> Tensor:
-    """Reorder [heads · D, H] from rotary pairs in halves (NEOX) to adjacent pairs, as llama.cpp stores them."""
-    return weight.view(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
 
 
 def write_piece(file: Any, piece: Tensor, output: OutputTensor, pool: ThreadPoolExecutor) -> int:

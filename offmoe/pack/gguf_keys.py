@@ -10,6 +10,7 @@ from torch import Tensor
 from offmoe.errors import OffmoeError
 from offmoe.kernels.feed_forward import GELU, SILU, Glu
 from offmoe.kernels.rope import Scaling, frequency_factors, yarn_mscale
+from offmoe.mixers.heads.config import HeadsConfig
 from offmoe.models.rope import FACTORED, GGUF_FACTORS
 from offmoe.text.directory_vocab import vocab_from_directory
 from offmoe.text.gguf_vocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -19,95 +20,73 @@ from offmoe.text.vocab import NAMES, Vocab
 
 if TYPE_CHECKING:
     from offmoe.checkpoint.base import Checkpoint
-    from offmoe.kernels.mla import Latent
     from offmoe.models.config import ModelConfig
     from offmoe.models.family import Family
 
 GPT_OSS = Glu(alpha=1.702, limit=7.0, plus=1.0)
+GATING_STATED = ("deepseek2",)  # architectures whose files always state how experts are scored
 NOT_TRUNCATED = ("gpt-oss",)  # architectures whose YaRN ramp has fractional bounds
 UNMERGED = -1e9  # score of a token that no merge produces
 
 
 def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
     """Return the hyper-parameters. Raises OffmoeError if the GGUF architecture has no key for one of them."""
-    if config.rule.renormalise != family.renormalise and config.rule.scores != "sigmoid":
-        raise OffmoeError(
-            f"{family.model_type} with norm_topk_prob = {config.rule.renormalise} cannot be packed: "
-            f"the GGUF architecture {family.arch} always means {family.renormalise}"
-        )
-    if config.clip_qkv:
-        raise OffmoeError(
-            f"{family.model_type} with clip_qkv = {config.clip_qkv} cannot be packed: "
-            f"llama.cpp ignores it for the architecture {family.arch}, and its answers would differ"
-        )
-    if config.rule.scores == "mixer":
+    check_packable(config, family)
+    moe = config.moe
+    keys: dict[str, Any] = {
+        "block_count": config.layers,
+        "context_length": config.ctx,
+        "embedding_length": config.hidden,
+        "feed_forward_length": moe.dense_hidden or moe.expert_hidden,
+        "expert_feed_forward_length": moe.expert_hidden,
+        "attention.layer_norm_rms_epsilon": config.norm.eps,
+        "expert_count": config.experts,
+        "expert_used_count": config.top_k,
+        "vocab_size": config.vocab,
+    }
+    if moe.shared_gated:
+        keys["expert_shared_feed_forward_length"] = moe.shared_hidden
+    elif moe.shared:
+        keys["expert_shared_count"] = moe.shared
+    if config.dense and family.dense_first:
+        keys["leading_dense_block_count"] = len(config.dense)
+    if moe.rule.scores == "sigmoid" or family.arch in GATING_STATED:
+        keys["expert_gating_func"] = 2 if moe.rule.scores == "sigmoid" else 1
+        keys |= {"expert_weights_norm": moe.rule.renormalise, "expert_weights_scale": moe.rule.scale}
+    if moe.rule.groups > 1:
+        keys |= {"expert_group_count": moe.rule.groups, "expert_group_used_count": moe.rule.kept}
+    for mixer in reversed(config.kinds):  # where kinds differ in a key, the first layer's wins
+        keys |= mixer.gguf_keys()
+    for rope in config.ropes:
+        keys |= scaling_keys(rope.scaling, family)
+    keys |= family.gguf_keys(config)
+    return {f"{family.arch}.{key}": value for key, value in keys.items()}
+
+
+def check_packable(config: ModelConfig, family: Family) -> None:
+    """Raise OffmoeError if llama.cpp would compute something else than the config describes."""
+    rule, arch = config.moe.rule, f"the GGUF architecture {family.arch}"
+
+    def refused(what: str, why: str) -> OffmoeError:
+        return OffmoeError(f"{family.model_type} with {what} cannot be packed: {why}")
+
+    if rule.renormalise != family.renormalise and rule.scores != "sigmoid":
+        raise refused(f"norm_topk_prob = {rule.renormalise}", f"{arch} always means {family.renormalise}")
+    if clip := next((mixer.clip for mixer in config.kinds if isinstance(mixer, HeadsConfig) and mixer.clip), None):
+        why = f"llama.cpp ignores it for the architecture {family.arch}, and its answers would differ"
+        raise refused(f"clip_qkv = {clip}", why)
+    if rule.scores == "mixer":
         raise OffmoeError(
             f"{family.model_type} cannot be packed: llama.cpp routes the architecture {family.arch} by another rule, "
             "and its answers would differ"
         )
     if family.dense_first and config.dense != tuple(range(len(config.dense))):
-        raise OffmoeError(
-            f"{family.model_type} with experts in the layers {config.routed} cannot be packed: "
-            "in a GGUF only the first layers can be dense"
-        )
-    if config.rule.groups > config.rule.kept and config.rule.group_best != 2:
-        raise OffmoeError(
-            f"{family.model_type} with n_group = {config.rule.groups} cannot be packed: "
-            f"llama.cpp ranks groups by their best two experts, this model by {config.rule.group_best}"
-        )
-    if config.glu not in (SILU, GPT_OSS, GELU):
-        raise OffmoeError(
-            f"{family.model_type} with {config.glu} cannot be packed: the GGUF architecture {family.arch} always means "
-            f"{GPT_OSS}"
-        )
-    keys: dict[str, Any] = {
-        "block_count": config.layers,
-        "context_length": config.ctx,
-        "embedding_length": config.hidden,
-        "feed_forward_length": config.dense_hidden or config.expert_hidden,
-        "expert_feed_forward_length": config.expert_hidden,
-        "attention.head_count": config.heads,
-        "attention.head_count_kv": config.kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
-        "rope.dimension_count": config.rotary,
-        "rope.freq_base": config.rope_theta,
-        "expert_count": config.experts,
-        "expert_used_count": config.top_k,
-        "vocab_size": config.vocab,
-    }
-    if config.shared_gated:
-        keys["expert_shared_feed_forward_length"] = config.shared_hidden
-    elif config.shared:
-        keys["expert_shared_count"] = config.shared
-    if config.dense and family.dense_first:
-        keys["leading_dense_block_count"] = len(config.dense)
-    if config.rule.scores == "sigmoid" or config.latent:
-        keys["expert_gating_func"] = 2 if config.rule.scores == "sigmoid" else 1
-        keys |= {"expert_weights_norm": config.rule.renormalise, "expert_weights_scale": config.rule.scale}
-    if config.rule.groups > 1:
-        keys |= {"expert_group_count": config.rule.groups, "expert_group_used_count": config.rule.kept}
-    if config.latent:
-        keys |= latent_keys(config.latent)
-    keys |= scaling_keys(config.rope, family)
-    keys |= family.gguf_keys(config)
-    return {f"{family.arch}.{key}": value for key, value in keys.items()}
-
-
-def latent_keys(z: Latent) -> dict[str, int]:
-    """Return the keys of latent attention.
-
-    The generic key and value lengths describe the cache: one key-value head, whose value is the front of its key.
-    """
-    return {
-        "attention.key_length": z.width,
-        "attention.value_length": z.kv_rank,
-        "attention.key_length_mla": z.key,
-        "attention.value_length_mla": z.value,
-        "attention.kv_lora_rank": z.kv_rank,
-        **({"attention.q_lora_rank": z.q_rank} if z.q_rank else {}),
-    }
+        raise refused(f"experts in the layers {config.routed}", "in a GGUF only the first layers can be dense")
+    if rule.groups > rule.kept and rule.group_best != 2:
+        why = f"llama.cpp ranks groups by their best two experts, this model by {rule.group_best}"
+        raise refused(f"n_group = {rule.groups}", why)
+    if config.moe.glu not in (SILU, GPT_OSS, GELU):
+        raise refused(str(config.moe.glu), f"{arch} always means {GPT_OSS}")
 
 
 def scaling_keys(rope: Scaling, family: Family) -> dict[str, Any]:
@@ -138,8 +117,8 @@ def scaling_keys(rope: Scaling, family: Family) -> dict[str, Any]:
 
 def rope_tensors(config: ModelConfig) -> dict[str, Tensor]:
     """Return the frequency divisors by tensor name, float32, for scalings that are not described by `scaling_keys`."""
-    scaled = next((heads for heads in config.kinds_of_heads if heads.rope.kind in FACTORED), None)
-    return {GGUF_FACTORS: frequency_factors(scaled.rotary, scaled.rope_theta, scaled.rope)} if scaled else {}
+    scaled = next((rope for rope in config.ropes if rope.scaling.kind in FACTORED), None)
+    return {GGUF_FACTORS: frequency_factors(scaled.rotary, scaled.theta, scaled.scaling)} if scaled else {}
 
 
 def tokenizer_keys(checkpoint: Checkpoint, vocab_size: int) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def test_damaged_gguf(error_line: ErrorLine, good: Path, tmp_path: Path, change:
 
 ARCH = "qwen3moe"
 METADATA: dict[str, tuple[dict[str, Any], str]] = {
-    "architecture": ({"general.architecture": "mamba2"}, "'mamba2' is not supported; supported are qwen3moe, qwen2moe"),
+    "architecture": ({"general.architecture": "mamba2"}, "'mamba2' is not supported; supported are deepseek2, dots1"),
     "dense": ({"general.architecture": "llama"}, "is a dense llama model: offmoe runs mixture-of-experts models"),
     "no experts": ({f"{ARCH}.expert_count": None}, "is a dense qwen3moe model"),
     "no layers": ({f"{ARCH}.block_count": None}, "has no num_hidden_layers"),
@@ -287,9 +287,9 @@ def test_damaged_safetensors(error_line: ErrorLine, folder: Path, tmp_path: Path
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "model_type": ({"model_type": "phi5"}, "'phi5' is not supported; supported are qwen3_moe, qwen2_moe"),
-    "no model_type": ({"model_type": None}, "architecture 'None' is not supported; supported are qwen3_moe"),
-    "model_type of lists": ({"model_type": [[]]}, "is not supported; supported are qwen3_moe"),
+    "model_type": ({"model_type": "phi5"}, "'phi5' is not supported; supported are deepseek_v2, deepseek_v3"),
+    "no model_type": ({"model_type": None}, "architecture 'None' is not supported; supported are deepseek_v2"),
+    "model_type of lists": ({"model_type": [[]]}, "is not supported; supported are deepseek_v2"),
     "hidden_act": ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and offmoe implements 'silu': this model cannot be"),
     "rope_scaling": ({"rope_scaling": {"type": "mrope", "factor": 4}}, "rope_type is 'mrope', and offmoe implements"),
     "rope_parameters": ({"rope_parameters": {"rope_type": ["a"]}}, r"rope_type is \['a'\], and offmoe implements"),

@@ -118,7 +118,7 @@ def test_the_step_and_a_chunk_multiply_what_they_are_given(tmp_path: Path) -> No
 
     path, model = made(tmp_path, "awq")
     with test_step.step_of(path, vram="60%") as step:
-        assert {form.format for layer in step.trunk.layers for _, form in (*layer.qkv, *layer.o)} == {
+        assert {form.format for layer in step.trunk.layers for _, form in (*layer.in_proj, *layer.out_proj)} == {
             "INT4_64_F16_ZEROS"
         }
         want = reference_of(model, test_step.IDS).exact.logits

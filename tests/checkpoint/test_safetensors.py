@@ -69,9 +69,9 @@ DAMAGED = {
     "negative": (safetensors_bytes({"a": entry(shape=[-4, -4])}), "has the shape [-4, -4]"),
     "boolean": (safetensors_bytes({"a": entry(shape=[True, 16])}), "has the shape [True, 16]"),
     "float": (safetensors_bytes({"a": entry(shape=[4.0, 4])}), "has the shape [4.0, 4]"),
-    "five dimensions": (
-        safetensors_bytes({"a": entry(shape=[1, 1, 1, 4, 4])}),
-        "expected up to 4 numbers above 0",
+    "six dimensions": (
+        safetensors_bytes({"a": entry(shape=[1, 1, 1, 1, 4, 4])}),
+        "expected up to 5 numbers above 0",
     ),
     "overflow": (
         safetensors_bytes({"a": entry(shape=[1 << 62] * 4)}),

@@ -105,7 +105,8 @@ def test_the_step_multiplies_what_it_is_given(tmp_path: Path) -> None:
 
     path, model = made(tmp_path, "mixed")
     with test_step.step_of(path, vram="60%") as step:
-        assert {form.format for layer in step.trunk.layers for _, form in (*layer.qkv, *layer.o)} == {"F8_E4M3_ROW"}
+        parts = [part for layer in step.trunk.layers for part in (*layer.in_proj, *layer.out_proj)]
+        assert {form.format for _, form in parts} == {"F8_E4M3_ROW"}
         reference_of(model, test_step.IDS).check_logits(test_step.run(step, Variant()))
 
 

@@ -32,13 +32,13 @@ from offmoe.experts.vram_store import VramStore
 from offmoe.kernels.gpu import prefill as gpu_prefill
 from offmoe.kernels.kv import dequantise, quantise
 from offmoe.kernels.ring import ABORTED, DONE
+from offmoe.mixers.heads import cache as head_cache
+from offmoe.mixers.recurrent import NOWHERE
 from offmoe.models.model import open_model
 from offmoe.plan import make_plan
 from offmoe.settings import Sampling, Settings
-from offmoe.trunk import kv_cache as kvcache
 from offmoe.trunk.device_trunk import DeviceTrunk
 from offmoe.trunk.kv_cache import KVCache
-from offmoe.trunk.recurrent_state import NOWHERE
 
 pytestmark = pytest.mark.usefixtures("whole_model")
 IDS = [5, 17, 3, 60, 9, 33]
@@ -47,7 +47,7 @@ IDS = [5, 17, 3, 60, 9, 33]
 @contextmanager
 def step_of(path: Path, **settings: Any) -> Iterator[DecodeStep]:
     model = open_model(path)
-    config = replace(model.config, rule=settings.pop("rule", model.config.rule))
+    config = model.config.with_moe(rule=settings.pop("rule", model.config.moe.rule))
     model, prefetch = replace(model, config=config), settings.pop("prefetch", "none")
     int8 = settings.pop("int8", False)
     plan = make_plan(model, Settings.of(**{"device": "cpu", "ctx": 32, "ram": "64MiB", **settings}))
@@ -108,7 +108,7 @@ def prefill(step: DecodeStep, chunks: list[list[int]]) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["gpt_oss", "llama4_text-chunked", "gemma4_text"])
 def test_a_ring_that_has_gone_around(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt in chunks, then tokens whose windows lie across the ring's end."""
-    monkeypatch.setattr(kvcache, "SLACK", 64)
+    monkeypatch.setattr(head_cache, "SLACK", 64)
     want = reference(family, BEFORE + IDS)
     with step_of(saved(family, tmp_path), vram="100%", ctx=128) as step:
         want.check_logits(prefill(step, CHUNKS), 90, 110, "the prompt's")
@@ -121,7 +121,7 @@ def test_a_ring_that_has_gone_around(family: str, tmp_path: Path, monkeypatch: p
 def test_a_ring_of_int8_is_one_of_rounded_values(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against floats that are rounded as they are read, a token's own too: a tiny model magnifies what rounding does,
     gpt-oss to 17 % and Gemma to 80 % of its logits, so nothing else can be compared."""
-    monkeypatch.setattr(kvcache, "SLACK", 64)
+    monkeypatch.setattr(head_cache, "SLACK", 64)
     path = saved(family, tmp_path)
     with step_of(path, vram="100%", ctx=128, int8=True) as step:
         prompt, got = prefill(step, CHUNKS), run(step, Variant())
@@ -192,7 +192,7 @@ def test_an_idle_launch_changes_nothing(family: str, tmp_path: Path) -> None:
     with step_of(saved(family, tmp_path), vram="60%") as step:
         run(step, Variant())
         step.push(7, 2)
-        keys = [tensor for layer in step.config.attended for tensor in step.kv.layer(layer)]
+        keys = [tensor for layer in step.config.attended for tensor in step.kv.caches[layer].tensors()]
         states = [step.kv.states.memory, step.kv.states.recent] if step.kv.states else []
         state = [*keys, *states, step.table.owner, step.table.a, step.table.b, step.table.clock,
                  step.buffers.position, step.buffers.status, step.ring.memory, step.store.slot_memory]  # fmt: skip
@@ -255,8 +255,8 @@ def test_a_token_may_take_fewer_experts_than_the_cap(tmp_path: Path) -> None:
     assert disturbed == [used, used], "a near tie of the top-p, choose other inputs"
     assert len(IDS) < used[0] < 3 * len(IDS)
     opened = open_model(saved("qwen3_moe", tmp_path))
-    rule = replace(opened.config.rule, top_p=p)
-    opened = replace(opened, config=replace(opened.config, rule=rule))
+    rule = replace(opened.config.moe.rule, top_p=p)
+    opened = replace(opened, config=opened.config.with_moe(rule=rule))
     with Engine(opened, Settings.of(device="cpu", ctx=32, vram="60%", chunk=2)) as engine:
         rows = [engine.prefill(IDS[:3])] + [engine.step(token) for token in IDS[3:]]
         want.check_logits(torch.stack(rows), 2, name="on the CPU")

@@ -11,7 +11,7 @@ from offmoe.kernels.mla import Latent, latent_attention
 from offmoe.kernels.planes import Matrix, matrix, rearrange_matrix
 from offmoe.kernels.rope import rope_table
 from offmoe.kernels.striped import stripe, unstripe
-from offmoe.models.latent import positioned
+from offmoe.mixers.latent.rows import positioned
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 if torch.cuda.is_available():

@@ -18,6 +18,7 @@ from offmoe.checkpoint.find_model import DEMO
 from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
 from offmoe.kernels.record import unpack
+from offmoe.mixers.rope import RopeConfig
 from offmoe.models.model import open_model
 from offmoe.settings import Settings
 
@@ -228,11 +229,18 @@ def test_llama_cpp_gives_the_same_logits(family: str, tmp_path: Path) -> None:
     want = torch.from_numpy(np.array(llama.scores[: len(IDS)]))
     model = open_model(path)
     # llama.cpp rounds yarn's bounds always, gpt-oss's own config.json says not to
-    model = replace(model, config=replace(model.config, rope=replace(model.config.rope, truncate=True)))
+    (rope, *_) = model.config.ropes
+    if rope.scaling.kind == "yarn":
+        mixers = (replace(mixer, rope=truncated(rope)) for mixer in model.config.mixers)
+        model = replace(model, config=replace(model.config, mixers=tuple(mixers)))
     with Engine(model, Settings.of(device="cpu", ctx=64)) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
     # Both are float32; ggml's exponential is a polynomial, and GELU a table of float16.
     assert_close("logits", logits, want[7:], 2.5e-2 if model.family.arch == "gemma4" else 5e-5)
+
+
+def truncated(rope: RopeConfig) -> RopeConfig:
+    return replace(rope, scaling=replace(rope.scaling, truncate=True))
 
 
 def dequantised_demo(path: Path) -> Path:

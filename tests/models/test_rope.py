@@ -13,10 +13,11 @@ from tolerance import assert_close
 from offmoe.checkpoint.base import ByteRange, Checkpoint, TensorInfo
 from offmoe.errors import OffmoeError
 from offmoe.kernels.rope import KINDS, Scaling, frequency_factors, inverse_frequencies, rope_table
+from offmoe.mixers.rope import check_rope
 from offmoe.models.families.gemma4 import factored
 from offmoe.models.family import family_of
 from offmoe.models.read_config import rope_factors
-from offmoe.models.rope import GGUF_FACTORS, check_rope, gguf_scaling, positions, scaling_of
+from offmoe.models.rope import GGUF_FACTORS, gguf_scaling, positions, scaling_of
 from offmoe.pack.gguf_keys import scaling_keys
 
 HEAD, THETA, TRAINED = 64, 150_000.0, 4096

@@ -24,12 +24,16 @@ from offmoe.checkpoint.base import Checkpoint
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import GGML
-from offmoe.kernels.rope import inverse_frequencies
-from offmoe.models.config import ModelConfig
+from offmoe.kernels.rope import PLAIN, inverse_frequencies
+from offmoe.mixers.deltanet.config import DeltaConfig
+from offmoe.mixers.heads.config import HeadsConfig, interleave_rope_rows
+from offmoe.mixers.latent.config import LatentConfig
+from offmoe.mixers.rope import RopeConfig
+from offmoe.models.config import ModelConfig, NormConfig, StreamConfig
 from offmoe.models.model import Model, described
 from offmoe.models.shapes import trunk_roles
 from offmoe.pack import ggml_library
-from offmoe.pack.convert import EXPERT_ROLES, PackReport, interleave_rope_rows, pack
+from offmoe.pack.convert import EXPERT_ROLES, PackReport, pack
 from offmoe.pack.gguf_keys import rope_tensors
 from offmoe.pack.quantise import BY_GGML, packable, quantise
 
@@ -55,35 +59,38 @@ def expected(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Return the values that the GGUF should have, by GGUF names, in float32."""
     model = described(checkpoint)
     tensors: dict[str, torch.Tensor] = {}
-    for layer in model.config.recurrent if model.config.delta else ():
-        tensors |= deltanet(checkpoint, model.config, layer, model.family.tiled_gguf)
-    z, heads = model.config.latent, model.config.heads
+    for layer, mixer in enumerate(model.config.mixers):
+        if isinstance(mixer, DeltaConfig):
+            tensors |= deltanet(checkpoint, mixer, layer, model.family.tiled_gguf)
     for role, layer, shape in trunk_roles(model.config, split=True):
         if not role.startswith("delta"):
             info = model.find("kv_b" if role in ("k_b", "v_b") else role, layer)
             assert info is not None
             value = checkpoint.tensor(info.name)
+            mixer = model.config.mixers[layer]
             if role in ("k_b", "v_b"):
+                assert isinstance(mixer, LatentConfig)
+                z, heads = mixer.latent, mixer.heads
                 both = value.view(heads, z.qk_nope + z.value, z.kv_rank)
                 value = both[:, : z.qk_nope].transpose(1, 2) if role == "k_b" else both[:, z.qk_nope :]
             value = value.reshape(shape)
             if role in ("q", "k") and model.family.interleaved_gguf:
-                value = interleave_rope_rows(value, model.config.heads if role == "q" else model.config.kv_heads)
-            from_one = bool(model.config.delta) and role.endswith("norm")
+                assert isinstance(mixer, HeadsConfig)
+                value = interleave_rope_rows(value, mixer.heads if role == "q" else mixer.kv_heads)
+            from_one = model.config.model_type.startswith(("qwen3_next", "qwen3_5")) and role.endswith("norm")
             tensors[model.family.gguf_names[role][0].format(l=layer)] = value + 1 if from_one else value
     for layer in model.config.routed:
         for role in EXPERT_ROLES:
             tensors[model.family.gguf_names[role][0].format(l=layer)] = stacked(checkpoint, model, role, layer)
-            if model.config.expert_bias:
+            if model.config.moe.expert_bias:
                 name = model.family.gguf_names[f"{role}_bias"][0].format(l=layer)
                 tensors[name] = stacked(checkpoint, model, role, layer, "_bias")
     return tensors
 
 
-def deltanet(checkpoint: Checkpoint, config: ModelConfig, layer: int, tiled: bool) -> dict[str, torch.Tensor]:
+def deltanet(checkpoint: Checkpoint, config: DeltaConfig, layer: int, tiled: bool) -> dict[str, torch.Tensor]:
     """Return a layer's DeltaNet in llama.cpp's layout: value heads grouped by key head, or tiled."""
     d = config.delta
-    assert d is not None
     each = d.value_heads // d.key_heads
 
     def read(name: str) -> torch.Tensor:
@@ -145,17 +152,33 @@ def test_f32_holds_every_weight(family: str, fused: bool, tmp_path: Path) -> Non
         assert result.tensors.keys() == want.keys()
         for name, value in want.items():
             assert torch.equal(result.tensor(name), value), name
-        config = described(checkpoint).config
-        floats = {name: value for name, value in vars(config).items() if type(value) is float}
-        rounded = {name: torch.tensor(value).item() for name, value in floats.items()}  # GGUF keeps float32
-        again = replace(described(result).config, model_type=config.model_type)  # some share an arch
-        assert again.rope.scores == pytest.approx(config.rope.scores)  # stored as a logarithm
-        turns = [inverse_frequencies(c.rotary, c.rope_theta, c.ctx, c.rope) for c in (again, config)]
-        assert_close("frequencies", turns[0] / turns[1], torch.ones_like(turns[1]), 1e-6)
-        again_rope = replace(again.rope, scores=config.rope.scores)
-        again = replace(again, rope=config.rope if config.rope.kind == "llama3" else again_rope)
-        assert again == replace(config, **rounded)
+        config, again = described(checkpoint).config, described(result).config
+        for ours, theirs in zip(again.ropes, config.ropes, strict=True):
+            assert ours.scaling.scores == pytest.approx(theirs.scaling.scores)  # by way of a logarithm
+            turns = [inverse_frequencies(r.rotary, r.theta, config.ctx, r.scaling) for r in (ours, theirs)]
+            rotated = turns[1] > 0
+            ratio = turns[0][rotated] / turns[1][rotated]
+            assert_close("frequencies", ratio, torch.ones_like(ratio), 1e-6)
+            assert torch.equal(turns[0] > 0, rotated)
+        again = replace(again, model_type=config.model_type)  # some share an arch
+        assert unscaled(again) == unscaled(rounded(config))
         assert result.metadata["tokenizer.ggml.model"] == "no_vocab"
+
+
+def rounded(config: Any) -> Any:
+    """Return `config` with its floats in float32, as a GGUF keeps them."""
+    own = {name: torch.tensor(value).item() for name, value in vars(config).items() if type(value) is float}
+    nested = (NormConfig, StreamConfig, RopeConfig)
+    parts = {name: rounded(value) for name, value in vars(config).items() if isinstance(value, nested)}
+    if isinstance(config, ModelConfig):
+        parts["mixers"] = tuple(rounded(mixer) for mixer in config.mixers)
+    return replace(config, **own, **parts)
+
+
+def unscaled(config: ModelConfig) -> ModelConfig:
+    """Return `config` without rotary scaling, which is compared by itself."""
+    mixers = (replace(m, rope=replace(m.rope, scaling=PLAIN)) if m.position else m for m in config.mixers)
+    return replace(config, mixers=tuple(mixers))
 
 
 def test_interleaved_is_what_llama_cpp_converts_to() -> None:

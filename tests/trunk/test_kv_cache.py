@@ -10,10 +10,10 @@ import torch
 from tiny_models import reference, saved
 
 from offmoe.engine import Engine
+from offmoe.mixers.heads import cache as head_cache
 from offmoe.models.model import open_model
 from offmoe.settings import Settings
-from offmoe.trunk import kv_cache as kvcache
-from offmoe.trunk.kv_cache import KVCache, kv_nbytes, rooms
+from offmoe.trunk.kv_cache import KVCache, kv_nbytes
 
 IDS = torch.randint(3, 96, (150,), generator=torch.Generator().manual_seed(3)).tolist()
 SLACK, WINDOW, CTX = 20, 4, 256
@@ -22,27 +22,31 @@ SLACK, WINDOW, CTX = 20, 4, 256
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Rings of 24 positions, which no chunk of 30 fits."""
-    monkeypatch.setattr(kvcache, "SLACK", SLACK)
+    monkeypatch.setattr(head_cache, "SLACK", SLACK)
     with Engine(open_model(saved("gpt_oss", tmp_path)), Settings.of(device="cpu", ctx=CTX, chunk=30)) as engine:
-        assert rooms(engine.config, CTX) == [24, 256, 24, 256]
+        assert rooms(engine) == [24, 256, 24, 256]
         yield engine
+
+
+def rooms(engine: Engine) -> list[int]:
+    return [cache.room for cache in engine.kv.caches]
 
 
 def test_logits_behind_many_windows(engine: Engine) -> None:
     want = reference("gpt_oss", IDS)
     rows = [engine.prefill(IDS[:100])] + [engine.step(token) for token in IDS[100:]]
     want.check_logits(torch.stack(rows), 99)
-    assert engine.kv.layer(0)[0].shape == (2, 24, 32)
-    assert engine.kv.layer(1)[0].shape == (2, 256, 32)
+    assert engine.kv.caches[0].keys.shape == (2, 24, 32)
+    assert engine.kv.caches[1].keys.shape == (2, 256, 32)
 
 
 def test_logits_behind_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of attention, of seven positions each, cut across those of a prompt."""
-    monkeypatch.setattr(kvcache, "SLACK", 5)
+    monkeypatch.setattr(head_cache, "SLACK", 5)
     want = reference("llama4_text-chunked", IDS)
     model = open_model(saved("llama4_text-chunked", tmp_path))
     with Engine(model, Settings.of(device="cpu", ctx=CTX, chunk=10)) as engine:
-        assert rooms(engine.config, CTX) == [12, 12, 256, 12]
+        assert rooms(engine) == [12, 12, 256, 12]
         rows = [engine.prefill(IDS[:100])] + [engine.step(token) for token in IDS[100:]]
         want.check_logits(torch.stack(rows), 99)
 
@@ -86,5 +90,5 @@ def test_steps_that_nobody_read_are_counted(engine: Engine) -> None:
 def test_a_cache_is_as_large_as_the_plan_says(engine: Engine) -> None:
     for int8 in (False, True):
         kv = KVCache(engine.config, CTX, torch.device("cpu"), torch.float32, int8)
-        held = [tensor for layer in range(4) for tensor in (*kv.layer(layer), kv.scales(layer)) if tensor is not None]
+        held = [tensor for cache in kv.caches for tensor in cache.tensors()]
         assert sum(tensor.nbytes for tensor in held) == kv_nbytes(engine.config, CTX, 4, int8)

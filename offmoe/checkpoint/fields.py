@@ -1,4 +1,4 @@
-"""Fields of a config.json, checked one by one: whole numbers, numbers, flags."""
+"""Fields of a config.json, checked one by one: whole numbers, numbers, flags, lists."""
 
 from __future__ import annotations
 
