@@ -9,12 +9,13 @@ from typing import Any
 import float8_files
 import pytest
 import torch
+from packed_files import packed
 from quantised_checks import check_answers, check_stacked, check_tensors_refused, stack_experts
 from safetensors.torch import load_file, save_file
-from test_int4 import FAMILIES
-from test_models import decoded, engine_of, packed
+from tiny_engines import decoded, engine_of
 from tiny_models import SHAPE
 from tolerance import assert_close
+from wide_models import FAMILIES
 
 from offmoe.errors import OffmoeError
 from offmoe.models.model import open_model
@@ -74,18 +75,20 @@ def test_other_families_tokens_are_the_same_at_every_budget(family: str, tmp_pat
 def test_the_step_and_a_chunk_multiply_the_records_as_they_are(tmp_path: Path) -> None:
     """With scales that are powers of two, which the trunk's bfloat16 holds exactly."""
     pytest.importorskip("triton")
-    import test_prefill
-    import test_step
+    from interpreted_prefill import IDS as PROMPT_IDS
+    from interpreted_prefill import prefill
+    from interpreted_step import IDS as STEP_IDS
+    from interpreted_step import run, step_of
 
     from offmoe.decode.variant import Variant
 
     path, model = made(tmp_path)
     with torch.no_grad():
-        want = model(torch.tensor([test_step.IDS])).logits[0]
-        chunk = model(torch.tensor([test_prefill.IDS])).logits[0]
-    with test_step.step_of(path, vram="60%") as step:
-        assert_close("logits", test_step.run(step, Variant()), want, 1e-5)
-    assert_close("logits", test_prefill.prefill(path, 4, 8, vram="60%"), chunk, 1e-5)
+        want = model(torch.tensor([STEP_IDS])).logits[0]
+        chunk = model(torch.tensor([PROMPT_IDS])).logits[0]
+    with step_of(path, vram="60%") as step:
+        assert_close("logits", run(step, Variant()), want, 1e-5)
+    assert_close("logits", prefill(path, 4, 8, vram="60%"), chunk, 1e-5)
 
 
 def test_it_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

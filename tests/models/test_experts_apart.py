@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from packed_files import packed
 from quantised_checks import check_answers
 from safetensors.torch import load_file, save_file
 from scaled_files import quantise
-from test_int4 import logits_of
-from test_models import IDS, decoded, engine_of, packed
+from tiny_engines import IDS, decoded, engine_of
 from tiny_models import saved, tiny
 from tolerance import assert_close
 from torch import Tensor
+from wide_models import logits_of
 
 STACKS = {  # gate over up, and down
     "gemma4_text": ("experts.gate_up_proj", "experts.down_proj"),
@@ -92,10 +93,11 @@ def test_they_pack(family: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("whole_model")
 def test_the_step_multiplies_what_it_is_given(family: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    import test_step
+    from interpreted_step import IDS as STEP_IDS
+    from interpreted_step import run, step_of
 
     from offmoe.decode.variant import Variant
 
     path, model = made(family, "float-quantized", APART.get(family, "experts"), tmp_path)
-    with test_step.step_of(path, vram="60%") as step:
-        assert_close("logits", test_step.run(step, Variant()), logits_of(model, test_step.IDS), 1e-5)
+    with step_of(path, vram="60%") as step:
+        assert_close("logits", run(step, Variant()), logits_of(model, STEP_IDS), 1e-5)
