@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from reference import reference_of
-from test_models import decoded, engine_of, oracle, packed
 from test_published import PUBLISHED
+from tiny_engines import IDS, decoded, engine_of
 from tiny_models import SHAPE
 from tolerance import assert_close
 
