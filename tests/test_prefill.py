@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, reference, saved
+from exhaustive import cases
+from tiny_models import FAMILIES, TELLING, reference, saved
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -19,8 +20,14 @@ from offmoe.experts.vram_store import VramStore
 pytestmark = pytest.mark.usefixtures("whole_model")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("chunk", "batch", "vram"), [(10, 2, "50%"), (4, 8, "60%"), (5, 3, "100%")])
+@pytest.mark.parametrize(
+    "family",
+    cases(
+        FAMILIES,
+        TELLING,
+    ),
+)
 def test_logits_are_those_of_transformers(family: str, chunk: int, batch: int, vram: str, tmp_path: Path) -> None:
     reference(family, IDS).check_logits(prefill(saved(family, tmp_path), chunk, batch, vram=vram))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from exhaustive import cases
 from tiny_models import saved
 
 from offmoe.app.cli import main
@@ -124,7 +125,10 @@ def test_the_demo_is_replayed_exactly() -> None:
     assert measured.parts["page-in"] == pytest.approx(measured.stall_ms)
 
 
-@pytest.mark.parametrize("policy", [name for name, kind in POLICIES.items() if "profile" not in kind.parameters])
+@pytest.mark.parametrize(
+    "policy",
+    cases([name for name, kind in POLICIES.items() if "profile" not in kind.parameters], ["lru", "echo"]),
+)
 def test_the_demo_misses_what_its_replay_misses(policy: str) -> None:
     """The same records in the same order, at three budgets."""
     with Bench(DEMO, Settings.of(device="cpu"), list(PROMPTS), 30) as bench:
