@@ -1,4 +1,4 @@
-"""The benchmarks' generators, and what they compute beside the engine; the engine itself they run only on a GPU."""
+"""Generators of the benchmarks, and what they compute without the engine, which they run only on a GPU."""
 
 from __future__ import annotations
 
