@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from offmoe.checkpoint.base import shown
+from offmoe.checkpoint.base import quote
 from offmoe.errors import OffmoeError
 
 MOST = 2**24  # no dimension of a published model comes near; larger ones are lies
@@ -17,7 +17,7 @@ def count(raw: Mapping[str, Any], *names: str, default: int | None = None) -> in
         if (value := raw.get(name)) is not None:
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
                 raise OffmoeError(
-                    f"the model's config gives {name} = {shown(value)}: expected a whole number of at least 1"
+                    f"the model's config gives {name} = {quote(value)}: expected a whole number of at least 1"
                 )
             return value
     if default is None:
@@ -30,14 +30,14 @@ def number(raw: Mapping[str, Any], name: str, default: float) -> float:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
-        raise OffmoeError(f"the model's config gives {name} = {shown(value)}: expected a number of at least 0")
+        raise OffmoeError(f"the model's config gives {name} = {quote(value)}: expected a number of at least 0")
     return float(value)
 
 
 def flag(raw: Mapping[str, Any], name: str, default: bool) -> bool:
     value = raw.get(name)
     if not isinstance(value, bool | None):
-        raise OffmoeError(f"the model's config gives {name} = {shown(value)}: expected true or false")
+        raise OffmoeError(f"the model's config gives {name} = {quote(value)}: expected true or false")
     return default if value is None else value
 
 
@@ -53,5 +53,5 @@ def numbers(raw: Mapping[str, Any], name: str) -> tuple[float, ...]:
     """A list of numbers above 0."""
     values = raw.get(name)
     if not isinstance(values, list) or not all(type(v) in (int, float) and 0 < v < 1e12 for v in values):
-        raise OffmoeError(f"the model's config gives {name} = {shown(values)}: expected a list of numbers above 0")
+        raise OffmoeError(f"the model's config gives {name} = {quote(values)}: expected a list of numbers above 0")
     return tuple(float(value) for value in values)
