@@ -9,12 +9,13 @@ from typing import Any
 import float8_files
 import pytest
 import torch
+from packed_files import packed
 from quantised_checks import check_answers, check_stacked, check_tensors_refused, stack_experts
 from reference import reference_of
 from safetensors.torch import load_file, save_file
-from test_int4 import FAMILIES
-from test_models import decoded, engine_of, packed
+from tiny_engines import decoded, engine_of
 from tiny_models import SHAPE
+from wide_models import FAMILIES
 
 from offmoe.errors import OffmoeError
 from offmoe.models.model import open_model
@@ -69,16 +70,18 @@ def test_other_families_tokens_are_the_same_at_every_budget(family: str, tmp_pat
 def test_the_step_and_a_chunk_multiply_the_records_as_they_are(tmp_path: Path) -> None:
     """Scales are powers of two, which the trunk's bfloat16 represents exactly."""
     pytest.importorskip("triton")
-    import test_prefill
-    import test_step
+    from interpreted_prefill import IDS as PROMPT_IDS
+    from interpreted_prefill import prefill
+    from interpreted_step import IDS as STEP_IDS
+    from interpreted_step import run, step_of
 
     from offmoe.decode.variant import Variant
 
     path, model = made(tmp_path)
-    with test_step.step_of(path, vram="60%") as step:
-        reference_of(model, test_step.IDS).check_logits(test_step.run(step, Variant()))
-    chunk = test_prefill.prefill(path, 4, 8, vram="60%")
-    reference_of(model, test_prefill.IDS).check_logits(chunk)
+    with step_of(path, vram="60%") as step:
+        reference_of(model, STEP_IDS).check_logits(run(step, Variant()))
+    chunk = prefill(path, 4, 8, vram="60%")
+    reference_of(model, PROMPT_IDS).check_logits(chunk)
 
 
 def test_it_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from int4_files import saved_int4
 from quantised_checks import check_config_refused, check_tensors_refused
 from safetensors.torch import load_file, save_file
-from test_int4 import IDS, made
-from test_models import engine_of
+from tiny_engines import engine_of
+from wide_models import IDS
 
 from offmoe.errors import OffmoeError
 
@@ -38,7 +39,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("change", CONFIGS)
 def test_what_a_config_may_not_ask_for(change: str, tmp_path: Path) -> None:
     name, values, message = CONFIGS[change]
-    path, _ = made(tmp_path, name)
+    path, _ = saved_int4(tmp_path, name)
     check_config_refused(path, values, message)
 
 
@@ -60,12 +61,12 @@ TENSORS: dict[str, tuple[str, Any, str]] = {
 @pytest.mark.parametrize("change", TENSORS)
 def test_tensors_that_do_not_fit(change: str, tmp_path: Path) -> None:
     name, edit, message = TENSORS[change]
-    path, _ = made(tmp_path, name)
+    path, _ = saved_int4(tmp_path, name)
     check_tensors_refused(path, edit, message)
 
 
 def test_act_order_of_a_later_expert_is_refused_once_it_is_read(tmp_path: Path) -> None:
-    path, _ = made(tmp_path, "gptq")
+    path, _ = saved_int4(tmp_path, "gptq")
     tensors = load_file(path / "model.safetensors")
     later = ORDER.replace("experts.0", "experts.5")
     tensors[later] = tensors[later].flip(0).contiguous()

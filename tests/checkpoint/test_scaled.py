@@ -11,13 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_files import packed
 from quantised_checks import check_answers, check_config_refused, check_stacked, check_tensors_refused
 from reference import reference_of
 from safetensors.torch import save_file
-from scaled_files import E2M1, quantise
-from test_int4 import FAMILIES, IDS
-from test_models import decoded, engine_of, packed
+from scaled_files import CASES, E2M1, saved_scaled
+from tiny_engines import decoded, engine_of
 from torch import Tensor
+from wide_models import FAMILIES, IDS
 
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.checkpoint.scaled import ScaledTensors
@@ -60,37 +61,13 @@ def test_values_are_those_of_the_published_formula(fmt: str, data: st.DataObject
     assert same_bits(dequantise(moved, fmt, 2, cols), want[[2, 0]])
 
 
-CASES = {  # family, and the formats of its experts
-    "modelopt nvfp4": ("qwen3_moe", "NVFP4"),
-    "nvfp4-pack-quantized": ("deepseek_v3", "NVFP4"),
-    "mxfp4-pack-quantized": ("qwen3_moe", "MXFP4_PAIRS"),
-    "float-quantized": ("qwen2_moe", "F8_E4M3_ROW"),
-    "modelopt fp8": ("deepseek_v3", "F8_E4M3_ROW"),
-    "mixed": ("qwen3_moe", "NVFP4"),
-    "mixed with int4": ("qwen3_moe", "NVFP4 INT4_32_BF16"),
-}
-
-
-def made(folder: Path, kind: str, family: str = "") -> tuple[Path, Any]:
-    """Save the quantised directory; return it and transformers' model with the same values."""
-    transformers, family = pytest.importorskip("transformers"), family or CASES[kind][0]
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **FAMILIES[family])
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    path, plain = folder / "scaled", folder / "plain"
-    for where in (path, plain):
-        model.float().eval().save_pretrained(where)
-    save_file(quantise(path, kind), plain / "model.safetensors", {"format": "pt"})
-    return path, transformers.AutoModelForCausalLM.from_pretrained(plain, dtype="float32").eval()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", CASES)
 def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
     kind: str, family: str, tmp_path: Path
 ) -> None:
     """All experts in slots; and the smallest budget, with a RAM tier of a few rows."""
-    path, model = made(tmp_path, kind, family)
+    path, model = saved_scaled(tmp_path, kind, family)
     each = CASES[kind][1].split()  # one per layer; if the first layer is dense, that of the last
     check_answers(path, IDS, reference_of(model, IDS), lambda formats: formats in (set(each), set(each[-1:])))
 
@@ -99,19 +76,20 @@ def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
 def test_the_step_multiplies_what_it_is_given(tmp_path: Path) -> None:
     """Rows of attention keep their scales, even where matrices are concatenated."""
     pytest.importorskip("triton")
-    import test_step
+    from interpreted_step import IDS as STEP_IDS
+    from interpreted_step import run, step_of
 
     from offmoe.decode.variant import Variant
 
-    path, model = made(tmp_path, "mixed")
-    with test_step.step_of(path, vram="60%") as step:
+    path, model = saved_scaled(tmp_path, "mixed")
+    with step_of(path, vram="60%") as step:
         parts = [part for layer in step.trunk.layers for part in (*layer.in_proj, *layer.out_proj)]
         assert {form.format for _, form in parts} == {"F8_E4M3_ROW"}
-        reference_of(model, test_step.IDS).check_logits(test_step.run(step, Variant()))
+        reference_of(model, STEP_IDS).check_logits(run(step, Variant()))
 
 
 def test_stacked_experts_are_the_same(tmp_path: Path) -> None:
-    path, model = made(tmp_path, "float-quantized")
+    path, model = saved_scaled(tmp_path, "float-quantized")
     check_stacked(path, tmp_path, IDS, reference_of(model, IDS))
 
 
@@ -129,7 +107,7 @@ def test_scales_of_a_stack_of_float8(shape: tuple[int, ...], tmp_path: Path) -> 
 
 
 def test_it_packs(tmp_path: Path) -> None:
-    path, model = made(tmp_path, "modelopt nvfp4")
+    path, model = saved_scaled(tmp_path, "modelopt nvfp4")
     with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
     reference_of(model, IDS).check_logits(logits, 7)
@@ -154,7 +132,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("change", CONFIGS)
 def test_what_a_config_may_not_ask_for(change: str, tmp_path: Path) -> None:
     kind, values, message = CONFIGS[change]
-    path, _ = made(tmp_path, kind)
+    path, _ = saved_scaled(tmp_path, kind)
     check_config_refused(path, values, message)
 
 
@@ -177,5 +155,5 @@ TENSORS: dict[str, tuple[str, Any, str]] = {
 @pytest.mark.parametrize("change", TENSORS)
 def test_tensors_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> None:
     kind, alter, message = TENSORS[change]
-    path, _ = made(tmp_path, kind)
+    path, _ = saved_scaled(tmp_path, kind)
     check_tensors_refused(path, alter, message)

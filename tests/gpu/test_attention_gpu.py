@@ -11,16 +11,13 @@ from torch import Tensor
 
 from offmoe.kernels import kv as naive_kv
 from offmoe.kernels.attention import attention
+from offmoe.kernels.gpu import attention as fast
+from offmoe.kernels.gpu import norm_rope as fast_norm
+from offmoe.kernels.gpu.launch import pdl_supported
+from offmoe.kernels.gpu.prefill import prefill_attention
 from offmoe.kernels.norm_rope import rms_norm, rope
 from offmoe.kernels.rope import rope_table
 from offmoe.kernels.striped import unstripe
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-if torch.cuda.is_available():
-    from offmoe.kernels.gpu import attention as fast
-    from offmoe.kernels.gpu import norm_rope as fast_norm
-    from offmoe.kernels.gpu.launch import pdl_supported
-    from offmoe.kernels.gpu.prefill import prefill_attention
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 EPS = 1e-6

@@ -19,7 +19,6 @@ from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS, dequantise
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 PROMPT = "Tell me a short story about a fox who learns to share. Use simple words, and end with a moral."
 RAM = {"all": "64MiB", "half": 480 * 31232, "none": 0}
 PREFETCH = ("none", "gate:d=1,p=0.02,n=2", "gate:d=2,p=0,n=4")

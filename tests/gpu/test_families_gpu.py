@@ -20,7 +20,6 @@ from offmoe.models.model import open_model
 from offmoe.settings import Settings
 
 pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
     pytest.mark.parametrize("family", FAMILIES),
 ]
 IDS = torch.randint(3, 96, (150,), generator=torch.Generator().manual_seed(7)).tolist()

@@ -7,17 +7,14 @@ import torch
 from tolerance import assert_close
 from torch import Tensor
 
+from offmoe.kernels.gpu import mla as fast
+from offmoe.kernels.gpu.launch import pdl_supported
+from offmoe.kernels.gpu.prefill import prefill_attention
 from offmoe.kernels.mla import Latent, latent_attention
 from offmoe.kernels.planes import Matrix, matrix, rearrange_matrix
 from offmoe.kernels.rope import rope_table
 from offmoe.kernels.striped import stripe, unstripe
 from offmoe.mixers.latent.rows import positioned
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-if torch.cuda.is_available():
-    from offmoe.kernels.gpu import mla as fast
-    from offmoe.kernels.gpu.launch import pdl_supported
-    from offmoe.kernels.gpu.prefill import prefill_attention
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = {

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from packed_files import packed
 from quantised_checks import check_answers
 from reference import reference_of
 from safetensors.torch import load_file, save_file
 from scaled_files import quantise
-from test_models import IDS, decoded, engine_of, packed
+from tiny_engines import IDS, decoded, engine_of
 from tiny_models import saved, tiny
 from torch import Tensor
 
@@ -91,10 +92,11 @@ def test_they_pack(family: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("whole_model")
 def test_the_step_multiplies_what_it_is_given(family: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    import test_step
+    from interpreted_step import IDS as STEP_IDS
+    from interpreted_step import run, step_of
 
     from offmoe.decode.variant import Variant
 
     path, model = made(family, "float-quantized", APART.get(family, "experts"), tmp_path)
-    with test_step.step_of(path, vram="60%") as step:
-        reference_of(model, test_step.IDS).check_logits(test_step.run(step, Variant()))
+    with step_of(path, vram="60%") as step:
+        reference_of(model, STEP_IDS).check_logits(run(step, Variant()))

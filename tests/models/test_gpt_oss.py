@@ -100,9 +100,10 @@ def test_experts_of_floats_that_lie_column_by_column_are_turned_as_they_are_read
     assert answers[0] == answers[1]
     if torch.cuda.is_available() or not find_spec("triton"):
         return
-    import test_step
+    from interpreted_step import IDS as STEP_IDS
+    from interpreted_step import run, step_of
 
     from offmoe.decode.variant import Variant
 
-    with test_step.step_of(path, vram="60%") as step:
-        reference("gpt_oss", test_step.IDS).check_logits(test_step.run(step, Variant()))
+    with step_of(path, vram="60%") as step:
+        reference("gpt_oss", STEP_IDS).check_logits(run(step, Variant()))

@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import reference_of, spread
+from llama_oracle import oracle
+from packed_files import older, packed
+from reference import reference_of
+from tiny_engines import IDS, decoded, engine_of
 from tiny_models import FAMILIES, PACKABLE, PACKABLE_UNHEARD, reference, saved, tiny
 from tolerance import assert_close
 
@@ -22,26 +25,7 @@ from offmoe.mixers.rope import RopeConfig
 from offmoe.models.model import open_model
 from offmoe.settings import Settings
 
-IDS = torch.randint(3, 96, (40,), generator=torch.Generator().manual_seed(7)).tolist()
-
 FORMAT = {"bfloat16": "BF16", "float16": "F16"}
-
-
-def engine_of(path: Path, **settings: object) -> Engine:
-    return Engine(open_model(path), Settings.of(**{"device": "cpu", "ctx": 64, **settings}))
-
-
-def decoded(engine: Engine, ids: list[int], prompt: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits after each of ids[prompt - 1:], the rest decoded one by one; and every router's weights [T, E]."""
-    routed: list[list[torch.Tensor]] = [[] for _ in range(engine.config.moe_layers)]
-
-    def heard(place: int, experts: np.ndarray, weights: torch.Tensor) -> None:
-        routed[place].append(spread(torch.from_numpy(experts), weights, engine.config.experts))
-
-    engine.store.routed = heard
-    rows = [engine.prefill(ids[:prompt])] + [engine.step(token) for token in ids[prompt:]]
-    engine.store.check()
-    return torch.stack(rows), [torch.cat(layer) for layer in routed]
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["split", "fused"])
@@ -88,34 +72,6 @@ def test_mxfp4_is_packed_without_a_loss(tmp_path: Path) -> None:
                 rows = store.ram.rows[store.ram.fetch(place, np.array([expert]), 0)]
                 weights.append(unpack(rows[:, : store.layouts[place].nbytes], store.layouts[place], torch.float32))
             assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
-
-
-def older(path: Path, folder: Path, heads: int, fmt: str) -> Path:
-    """A packed model of latent attention as llama.cpp wrote them before it absorbed: attn_kv_b in one."""
-    import gguf
-
-    reader, writer = gguf.GGUFReader(path), gguf.GGUFWriter(folder / f"older-{fmt}.gguf", "deepseek2")
-    values = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    widths = {f"deepseek2.attention.{name}_length": values.pop(f"deepseek2.attention.{name}_length_mla").contents()
-              for name in ("key", "value")}  # fmt: skip
-    for name, field in values.items():
-        if name not in ("general.architecture", "deepseek2.expert_gating_func"):
-            value = heads if name.endswith("head_count_kv") else widths.get(name, field.contents())
-            writer.add_key_value(name, value, field.types[0])
-    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
-    for name, data in tensors.items():
-        if name.endswith("attn_k_b.weight"):
-            both = np.concatenate((data.transpose(0, 2, 1), tensors[name.replace("k_b", "v_b")]), axis=1)
-            both = np.ascontiguousarray(both.reshape(-1, both.shape[-1]))
-            kind = gguf.GGMLQuantizationType[fmt]
-            writer.add_tensor(name.replace("k_b", "kv_b"), gguf.quants.quantize(both, kind), raw_dtype=kind)
-        elif not name.endswith("attn_v_b.weight"):
-            writer.add_tensor(name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return folder / f"older-{fmt}.gguf"
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2-lite", "deepseek_v3-groups"])
@@ -178,30 +134,6 @@ def test_half_precision_files_are_read(dtype: str, tmp_path: Path) -> None:
         assert {info.format for info in engine.model.checkpoint.tensors.values()} == {FORMAT[dtype]}
         logits, _ = decoded(engine, IDS, prompt=8)
     want.check_logits(logits, 7)
-
-
-def packed(path: Path, folder: Path, fmt: str) -> Path:
-    from offmoe.checkpoint.open import open_checkpoint
-    from offmoe.pack.convert import pack
-
-    out = folder / f"{path.name}-{fmt}.gguf"
-    pack(open_checkpoint(path), out, fmt, lambda *_: None)
-    return out
-
-
-def oracle(path: Path) -> Any:
-    """llama.cpp in float32 throughout: its KV cache too, and no flash attention."""
-    llama_cpp = pytest.importorskip("llama_cpp")
-    return llama_cpp.Llama(
-        str(path),
-        n_ctx=256,
-        n_batch=256,
-        logits_all=True,
-        flash_attn=False,
-        type_k=0,
-        type_v=0,
-        verbose=False,
-    )
 
 
 @pytest.mark.parametrize(("family", "message"), [

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_cpp_sources import LLAMA_CPP, WANT_TOOLS
 
 from offmoe.errors import OffmoeError
 from offmoe.text.chat_template import ChatTemplate
 
-LLAMA_CPP = Path(os.environ.get("LLAMA_CPP_SOURCE", "/nonexistent"))  # a checkout: models/templates/*.jinja
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -114,10 +114,6 @@ def test_same_text_as_transformers(template: tuple[str, ChatTemplate], chat: str
     assert ours(rendering, CHATS[chat], prompt) == theirs(source, CHATS[chat], prompt)
 
 
-WANT_TOOLS = (  # templates that require tools: without, they fail in transformers too
-    *("CohereForAI-c4ai-command-r-plus-tool_use", "fireworks-ai-llama-3-firefunction-v2"),
-    *("NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use", "NousResearch-Hermes-3-Llama-3.1-8B-tool_use"),
-)
 PUBLISHED = sorted(LLAMA_CPP.glob("models/templates/*.jinja"))
 
 

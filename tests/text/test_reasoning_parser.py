@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_chat_template import WANT_TOOLS
-from test_tokenizer import DEMO, Files, load, write
+from llama_cpp_sources import LLAMA_CPP, WANT_TOOLS
+from paths import DEMO
+from tokenizer_files import Files, load, write
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
@@ -23,7 +23,6 @@ from offmoe.errors import OffmoeError
 from offmoe.text.reasoning_parser import MARKER_PAIRS, Part, ReasoningParser, detect_format
 from offmoe.text.tokenizer import Message, Tokenizer, load_tokenizer
 
-LLAMA_CPP = Path(os.environ.get("LLAMA_CPP_SOURCE", "/nonexistent"))  # a checkout: models/templates/*.jinja
 HARMONY = ["<|start|>", "<|end|>", "<|channel|>", "<|message|>", "<|return|>", "<|call|>"]
 # Keeps reasoning of the last turn and drops that of older ones, as Qwen3's, GLM's and gpt-oss' templates do.
 KEYED = """{%- for m in messages %}<|{{ m.role }}|>

@@ -4,17 +4,14 @@ accept.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
+from llama_cpp_sources import LLAMA_CPP
 
 from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
 from offmoe.text.chat_template import ChatTemplate
 from offmoe.text.thinking_switch import thinking_variables
 
-LLAMA_CPP = Path(os.environ.get("LLAMA_CPP_SOURCE", "/nonexistent"))  # a checkout: models/templates/*.jinja
 MESSAGES = [{"role": "user", "content": "Why?"}]
 QWEN3 = """{% for message in messages %}<|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>

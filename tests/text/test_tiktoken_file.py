@@ -9,9 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from test_pack_tokenizer import CORPUS, byte_level
-from test_tokenizer import Files, expect_error, load, write
-from test_unicode import texts, words
+from tokenizer_files import Files, expect_error, load, write
+from trained_tokenizers import CORPUS, byte_level, words
+from unicode_texts import texts
 
 from offmoe.text.byte_unicode import bytes_to_unicode, unicode_to_bytes
 from offmoe.text.pretokenizers import build_pre_tokenizer, find_kind

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from llama_cpp_sources import LLAMA_CPP
 from paths import DEMO
+from tokenizer_files import Files, expect_error, load, write
 from tokenizers import Tokenizer as Library
 from tokenizers import models
 
@@ -24,27 +25,9 @@ from offmoe.text.answer_parser import StopStrings
 from offmoe.text.pretokenizers import GPT2, KINDS, QWEN2, build_pre_tokenizer, pre_tokenizer_name
 from offmoe.text.tokenizer import Message, Tokenizer, load_tokenizer
 
-LLAMA_CPP = Path(os.environ.get("LLAMA_CPP_SOURCE", "/nonexistent"))  # a checkout: models/ggml-vocab-*.gguf
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-
-
-class Files:
-    """Parts of a checkpoint that a tokenizer reads."""
-
-    def __init__(self, path: Path | None = None, **metadata: Any) -> None:
-        self.kind = "safetensors" if path else "gguf"
-        self.path = path or Path("model.gguf")
-        self.metadata = {f"tokenizer.{key}": value for key, value in metadata.items()}
-
-    def json(self, name: str) -> Any:
-        file = self.path / name
-        return json.loads(file.read_text()) if file.exists() else None
-
-
-def load(files: Files) -> Tokenizer:
-    return load_tokenizer(files)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -266,10 +249,6 @@ def directory(tmp_path: Path, demo: Tokenizer) -> Path:
     return tmp_path
 
 
-def write(path: Path, name: str, **content: Any) -> None:
-    (path / name).write_text(json.dumps(content))
-
-
 def test_directory_has_the_same_ids(directory: Path, demo: Tokenizer) -> None:
     tokenizer = load(Files(directory))
     for text in ("", "Hello wörld\n\n 123 🎉", "<|im_end|>"):
@@ -340,12 +319,6 @@ def test_damaged_directories(directory: Path) -> None:
 
 
 # GGUF metadata that is missing or damaged.
-
-
-def expect_error(files: Files, message: str) -> None:
-    with pytest.raises(OffmoeError, match=message) as error:
-        load(files)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_models import engine_of
+from tiny_engines import engine_of
 from tiny_models import saved
 from tolerance import assert_close
 

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from paths import DATA, SHARED
-from synthetic_traces import of, synthetic
-from test_ahead import seeing
+from synthetic_traces import of, seeing, synthetic
 
 from offmoe.app.cli import explain
 from offmoe.cache.replay import replay
