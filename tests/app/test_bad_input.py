@@ -316,7 +316,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "text for a number": ({"hidden_size": "32"}, "hidden_size = '32': expected a whole number"),
     "true for a number": ({"num_experts": True}, "num_experts = True: expected a whole number"),
     "huge": ({"vocab_size": 10**40}, "vocab_size = 1000.*: expected a whole number"),
-    "missing": ({"num_experts_per_tok": None}, "has no num_experts_per_tok: it is incomplete or no MoE model"),
+    "missing": ({"num_experts_per_tok": None}, "has no num_experts_per_tok: it is incomplete or not an MoE model"),
     "top-k": ({"num_experts_per_tok": 5}, "routes to 5 of 4 experts: more than there are"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "2 heads do not divide among 3 key-value heads"),
     "odd head": ({"head_dim": 15}, "head_dim is 15: rotary embedding needs an even number"),
