@@ -1,4 +1,4 @@
-"""What layers without keys and values mix tokens by, naive; the twin of kernels.gpu.keyless."""
+"""Recurrent layers, naive: dispatch between DeltaNet and short convolutions; the twin of kernels.gpu.recurrent."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ MixerWeights = DeltaWeights | ConvWeights
 
 
 def mix(projected: Tensor, w: MixerWeights, memory: Tensor, recent: Tensor, start: int) -> Tensor:
-    """The T tokens from position `start` on: projected [T, sum of Mixer.projected] → [T, values] float32; memory and
-    recent, float32, are carried on in place."""
+    """Mix the T tokens from position `start` on: projected [T, sum of Mixer.projected] → [T, values] float32.
+
+    memory and recent, float32, are updated in place.
+    """
     if isinstance(w, DeltaWeights):
         return delta_mix(projected, w, memory, recent, start)
     return conv_mix(projected, w, memory, recent, start)

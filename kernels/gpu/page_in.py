@@ -1,13 +1,12 @@
-"""Records into slots, by the GPU itself: pinned host memory (or VRAM) is read through raw addresses.
+"""Copies of records into slots by the GPU itself, which reads pinned host memory (or VRAM) through raw addresses.
 
-A few programs saturate the link: what counts is bytes under way, not threads. Formats whose blocks are aligned are
-copied in 16-byte words; of the others a program stages its chunk in VRAM, then gathers the planes from there (L1 and
-L2), so that the link sees whole lines only. In the decode graph the first programs of `expert_gate_up` are the movers,
-who multiply what they bring, a few rows at a time; `page_in` is a launch of its own.
+A few programs saturate the link: bytes in flight count, not threads. Formats whose blocks are aligned are copied in
+16-byte words. For other formats a program stages its chunk in VRAM and gathers the planes from there (L1 and L2), so
+that the link sees whole lines only. In the decode graph the first programs of `expert_gate_up` are the movers, which
+multiply what they copy, a few rows at a time; `page_in` is a launch of its own.
 
-Triton reads 16 bytes at once where it can prove two things: that the pointer is a multiple of 16, which a cast forgets
-and has to be said of what comes out of it, and that a mask holds for four words at once, so that masks compare words
-with a multiple of 4.
+Triton reads 16 bytes at once only where it can prove two things: the pointer is a multiple of 16 (a cast loses this, so
+it is stated after the cast), and the mask is constant over four words (so masks compare words with a multiple of 4).
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ FIELDS = tl.constexpr(14)
 
 @dataclass(frozen=True)
 class Copies:
-    """The first `count` [1] of records at addresses `sources` [n] int64 go into `slots` [n]; all else is int32.
+    """Copies of the first `count` [1] records, at addresses `sources` [n] int64, into `slots` [n]; others are int32.
 
-    Without `sources` record i lies at base + records[i] · stride. Each lies as in the file and is rearranged on its
-    way. `scratch` belongs to one launch at a time.
+    Without `sources`, record i is at base + records[i] · stride. Records are in the file's layout and are rearranged on
+    the way. `scratch` must not be shared by concurrent launches.
     """
 
     count: Tensor
@@ -58,24 +57,25 @@ class Copies:
 
     @property
     def arguments(self) -> tuple[Tensor | int | None, ...]:
+        """Return the arguments of a kernel, in its order."""
         return self.sources, self.records, self.base, self.stride, self.count, self.slots, self.scratch
 
 
 @triton.jit
 def words_at(address):
-    """An address that is a multiple of 16, as a pointer to words."""
+    """Return an address that is a multiple of 16 as a pointer to 32-bit words."""
     return tl.multiple_of(address.to(tl.pointer_type(tl.uint32)), 16)
 
 
 @triton.jit
 def whole(nbytes):
-    """Words of so many bytes, up to the next 16: rows and planes have room for them."""
+    """Return the words of `nbytes`, rounded up to 16 bytes: rows and planes are padded to them."""
     return tl.cdiv(nbytes, 16) * 4
 
 
 @triton.jit
 def copy_words(source, target, start, nbytes, CHUNK: tl.constexpr):
-    """Bytes `start` … start + nbytes of an aligned run; addresses are those of the run."""
+    """Copy bytes start … start + nbytes of an aligned run; `source` and `target` are the run's addresses."""
     word = tl.arange(0, CHUNK // 4)
     at, inside = start // 4 + word, word < whole(nbytes)
     tl.store(words_at(target) + at, tl.load(words_at(source) + at, mask=inside, other=0), mask=inside)
@@ -90,12 +90,14 @@ def plane_offset(runs, at, plane):
 @triton.jit
 def gather_plane(stage, skip, target, first, count, RUNS: tl.constexpr, AT: tl.constexpr, PLANE: tl.constexpr,
                  STEP: tl.constexpr):  # fmt: skip
-    """A plane's bytes of `count` staged blocks, of which the run's `first` is the first, into the slot at `target`."""
+    """Gather one plane of `count` staged blocks into the slot at `target`; `first` is the first block's index in the
+    run.
+    """
     BYTES: tl.constexpr = RUNS[AT + BLOCK_BYTES]
     SIZE: tl.constexpr = RUNS[AT + PLANE_BYTES + PLANE * PLANE_FIELDS]
     FIRST: tl.constexpr = plane_offset(RUNS, AT, PLANE)
     WORDS: tl.constexpr = RUNS[AT + CHUNK_BLOCKS] * SIZE // 4
-    place = target + first * SIZE + RUNS[AT + PLANE_START + PLANE * PLANE_FIELDS]
+    to = target + first * SIZE + RUNS[AT + PLANE_START + PLANE * PLANE_FIELDS]
     for start in tl.static_range(0, WORDS, STEP):
         word = start + tl.arange(0, STEP)
         inside = word < tl.minimum(whole(count * SIZE), WORDS)
@@ -111,12 +113,12 @@ def gather_plane(stage, skip, target, first, count, RUNS: tl.constexpr, AT: tl.c
                 at = word * 4 + b
                 spot = stage + skip + at // SIZE * BYTES + FIRST + at % SIZE
                 value |= tl.load(spot, mask=inside, other=0).to(tl.uint32) << (8 * b)
-        tl.store(words_at(place) + word, value.to(tl.uint32), mask=inside)
+        tl.store(words_at(to) + word, value.to(tl.uint32), mask=inside)
 
 
 @triton.jit
 def copy_blocks(source, target, stage, first, count, RUNS: tl.constexpr, AT: tl.constexpr, CHUNK: tl.constexpr):
-    """`count` blocks of a run that is taken apart, from `first` on; `target` is the slot's address."""
+    """Copy `count` blocks from block `first` of a run that is split into planes; `target` is the slot's address."""
     BYTES: tl.constexpr = RUNS[AT + BLOCK_BYTES]
     address = source + first * BYTES
     skip = (address % 16).to(tl.int32)
@@ -132,8 +134,9 @@ def copy_blocks(source, target, stage, first, count, RUNS: tl.constexpr, AT: tl.
 
 @triton.jit
 def copy_part(source, target, stage, first, count, RUNS: tl.constexpr, AT: tl.constexpr, CHUNK: tl.constexpr):
-    """`count` blocks, a chunk's at most, from `first` on of the run whose numbers begin at AT: out of the record at
-    address `source` into the slot at `target`."""
+    """Copy `count` blocks, at most one chunk, from block `first` of the run at AT: record at `source`, slot at
+    `target`.
+    """
     if RUNS[AT + PLANE_BYTES + PLANE_FIELDS] > 0:  # a second plane: blocks are taken apart
         copy_blocks(source + RUNS[AT + SOURCE], target, stage, first, count, RUNS, AT, CHUNK)
     else:
@@ -145,7 +148,7 @@ def copy_part(source, target, stage, first, count, RUNS: tl.constexpr, AT: tl.co
 
 @triton.jit
 def copy_chunk(source, target, stage, chunk, RUNS: tl.constexpr, AT: tl.constexpr, CHUNK: tl.constexpr):
-    """One chunk, if it is of the run whose numbers begin at AT."""
+    """Copy one chunk if it belongs to the run at AT."""
     mine = chunk - RUNS[AT + FIRST_CHUNK]
     if (mine >= 0) & (mine < RUNS[AT + CHUNKS]):
         first = mine * RUNS[AT + CHUNK_BLOCKS]
@@ -163,7 +166,7 @@ def copy_chunk(source, target, stage, chunk, RUNS: tl.constexpr, AT: tl.constexp
 
 @triton.jit
 def source_of(sources, records, base, stride, i):
-    """Address of the i-th record on the list."""
+    """Return the address of the i-th record of the list."""
     source = base + tl.load(records + i).to(tl.int64) * stride if sources is None else tl.load(sources + i)
     return tl.multiple_of(source, 16)
 
@@ -173,7 +176,7 @@ def bring(
     mover, movers, sources, records, base, stride, count, slots, scratch, target, target_stride, landed, progress,
     RUNS: tl.constexpr, CHUNK: tl.constexpr, LANDED: tl.constexpr,
 ):  # fmt: skip
-    """Movers take chunks in turn, record by record. RUNS: `described`."""
+    """Copy records, chunk by chunk, in turn with the other movers. RUNS: see `described`."""
     chunks = RUNS[0]
     stage = scratch + mover * CHUNK
     for work in range(mover, tl.load(count).to(tl.int32) * chunks, movers):
@@ -205,9 +208,9 @@ def page_in(
     copies: Copies, target: Tensor, layout: SlotLayout | None = None, *, landed: Tensor | None = None,
     progress: Tensor | None = None, programs: int = PROGRAMS, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """Make `copies` into slots of target [S, stride] uint8; without a layout, as they are, the whole stride.
+    """Execute `copies` into slots of target [S, stride] uint8; without a layout, records are copied as they are.
 
-    `landed` [S] int32: set to 1 once a slot is whole; `progress` [S] int32 is 0 before and after.
+    `landed` [S] int32 is set to 1 once a slot is complete; `progress` [S] int32 is 0 before and after.
     """
     chunk = CHUNK * WARPS
     check(copies, target, programs, chunk)
@@ -219,7 +222,7 @@ def page_in(
 
 
 def check(copies: Copies, target: Tensor, programs: int, chunk: int) -> None:
-    """There is room, and all is aligned."""
+    """Assert that the scratch is large enough and slots are aligned."""
     assert copies.scratch.numel() >= programs * chunk, f"{programs} programs stage {programs * chunk} bytes"
     assert target.stride(1) == 1
     assert target.stride(0) % 16 == 0, f"slots of {target.stride(0)} bytes are no whole number of 16"
@@ -227,7 +230,7 @@ def check(copies: Copies, target: Tensor, programs: int, chunk: int) -> None:
 
 @cache
 def merged(runs: tuple[Run, ...]) -> tuple[Run, ...]:
-    """Aligned neighbours as one run."""
+    """Return the runs with adjacent aligned runs merged."""
     kept: list[Run] = []
     for run in runs:
         last = kept[-1] if kept else None
@@ -255,15 +258,15 @@ def described(runs: tuple[Run, ...], chunk: int) -> tuple[int, ...]:
 
 
 def room_of(run: Run, chunk: int) -> int:
-    """Bytes of a chunk: what is taken apart begins anywhere in 16 of them."""
+    """Return the usable bytes of a chunk: a run that is split into planes may begin anywhere within 16 bytes."""
     return chunk - (16 if len(PLANES[run.format]) > 1 else 0)
 
 
 def step_of(run: Run) -> int:
-    """Of so many blocks every part of a plane is aligned."""
+    """Return the number of blocks whose part of every plane is a multiple of 16 bytes."""
     return 16 // math.gcd(16, *PLANES[run.format])
 
 
 def scratch_for(device: torch.device, nbytes: int = UNDER_WAY) -> Tensor:
-    """Room in which a launch stages what it rearranges."""
+    """Return the scratch in which a launch stages what it rearranges."""
     return torch.empty(nbytes, dtype=torch.uint8, device=device)

@@ -1,4 +1,4 @@
-"""What layers without keys and values mix tokens by (see kernels.keyless): a token in one launch, or a prompt."""
+"""Recurrent layers (kernels.recurrent) on the GPU: one token in one launch, or a prompt."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def mix_step(
     projected: Tensor, w: MixerWeights, memory: Tensor, recent: Tensor, position: Tensor, status: Tensor,
     out: Tensor, *, ctx: int, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """The token at `position` [1]: projected [sum of Mixer.projected] float32 → out [values] float32, striped.
+    """Mix the token at `position` [1]: projected [sum of Mixer.projected] float32 → out [values] float32, striped.
 
-    memory and recent go on in place; not where status [1] is other than 0 or the position is `ctx`.
+    memory and recent are updated in place unless status [1] is not 0 or the position is `ctx`.
     """
     if isinstance(w, DeltaWeights):
         delta_step(projected, w, memory, recent, position, status, out, ctx=ctx, pdl=pdl)
@@ -25,7 +25,7 @@ def mix_step(
 
 
 def mix_chunk(projected: Tensor, w: MixerWeights, memory: Tensor, recent: Tensor, start: int) -> Tensor:
-    """The twin of kernels.keyless.mix: [T, values] in the type of `projected` [T, …]."""
+    """Mix a prompt's tokens like kernels.recurrent.mix: [T, values] in the type of `projected` [T, …]."""
     if isinstance(w, DeltaWeights):
         return delta_chunk(projected, w, memory, recent, start)
     return conv_chunk(projected, w, recent, start)
