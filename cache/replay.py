@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from offmoe.cache.arrays import Flags
 from offmoe.cache.fast import replay_fast
 from offmoe.cache.policy import policy_for
 from offmoe.cache.residency import Access, Residency
 from offmoe.cache.trace import Trace
 
 SCOPES = ("layer", "global")
-Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

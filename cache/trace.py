@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from offmoe.cache.arrays import Ints
 from offmoe.cache.files import whole_file
-from offmoe.cache.policies.base import Ints
 
 # What np.load meets in a broken file; MemoryError: a header that claims an absurd shape.
 BROKEN = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)

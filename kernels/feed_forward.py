@@ -1,4 +1,4 @@
-"""The products of routed experts: the naive twin of the GEMV and the grouped GEMM."""
+"""Feed-forward of routed experts: the naive twin of the GEMV and the grouped GEMM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight formats as they lie in files, and naive dequantisers, bit-exact against `gguf.quants`."""
+"""Weight formats of model files, and naive dequantisers, bit-exact against `gguf.quants`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NIBBLES, CRUMBS, BITS = (0x0101010101010101 * ones for ones in (0xF, 0x3, 0x1))
 
 @dataclass(frozen=True)
 class Scales:
-    """What stands before all blocks of a matrix: scales, row by row, each of so many rows and columns of weights."""
+    """Scales that precede all blocks of a matrix, row by row, each for `rows` × `cols` weights."""
 
     rows: int
     cols: int  # 0: all of a row
@@ -40,13 +40,13 @@ class Format:
     scales: Scales | None = None
 
     def nbytes(self, rows: int, cols: int) -> int:
-        """Bytes of a [rows, cols] matrix. Raises ValueError where cols is no multiple of `block`."""
+        """Return the bytes of a [rows, cols] matrix; ValueError if cols is not a multiple of `block`."""
         if cols % self.block:
             raise ValueError(f"a row of {cols} weights is no whole number of {self.name} blocks of {self.block}")
         return rows * (cols // self.block) * self.bytes + self.scales_nbytes(rows, cols)
 
     def scales_nbytes(self, rows: int, cols: int) -> int:
-        """Of what stands before the blocks."""
+        """Return the bytes of the scales that precede the blocks."""
         return self.scales.dtype.itemsize * math.prod(self.scales.count(rows, cols)) if self.scales else 0
 
     def lines(self, cols: int) -> tuple[int, ...]:
@@ -56,7 +56,7 @@ class Format:
 
     @property
     def tiled(self) -> bool:
-        """Rows share scales, and cannot be moved alone."""
+        """Whether rows share scales, so that a row cannot be moved alone."""
         return self.scales is not None and self.scales.rows > 1
 
 
@@ -84,14 +84,14 @@ def scales_of(raw: Tensor, form: Format, scales: Scales, rows: int, cols: int) -
 
 
 def together(raw: Tensor, form: Format) -> Tensor:
-    """Bytes [..., n * form.bytes] of a format that lies apart → blocks [..., n, form.bytes]."""
+    """Join planes [..., n * form.bytes] of a format that stores them apart into blocks [..., n, form.bytes]."""
     n = raw.shape[-1] // form.bytes
     planes = raw.split([n * size for size in form.apart], -1)
     return torch.cat([plane.unflatten(-1, (n, -1)) for plane in planes], -1)
 
 
 def taken_apart(blocks: Tensor, form: Format) -> Tensor:
-    """The way back."""
+    """Split blocks into planes, the inverse of `together`."""
     return torch.cat([plane.flatten(-2) for plane in blocks.split(form.apart, -1)], -1)
 
 
@@ -119,7 +119,7 @@ def reinterpret(raw: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def split(raw: Tensor, *sizes: int) -> Tensor:
-    """The last dimension as several."""
+    """Split the last dimension into several."""
     return raw.view(*raw.shape[:-1], *sizes)
 
 

@@ -1,4 +1,4 @@
-"""Products of many tokens with routed experts out of slots, naive: unpack each expert, then multiply its tokens."""
+"""Products of many tokens with routed experts, naive: unpack each expert, then multiply its tokens."""
 
 from __future__ import annotations
 

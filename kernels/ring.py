@@ -52,7 +52,7 @@ class Row:
 
 
 def row_words(ids: int) -> int:
-    """int32 words of a row with so many ids: whole lines of 64 bytes."""
+    """Return the int32 words of a row with `ids` ids: a multiple of 64 bytes."""
     return -(-(IDS + ids) // 16) * 16
 
 

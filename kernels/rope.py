@@ -1,8 +1,4 @@
-"""How far each pair of a head is turned a position: frequencies, and their scalings for contexts longer than trained.
-
-Sources: RoPE arXiv 2104.09864, position interpolation 2306.15595, YaRN 2309.00071, LongRoPE 2402.13753; `dynamic`
-and `llama3` as transformers computes them.
-"""
+"""Rotary embedding: angle per position of each pair, and its scalings for contexts longer than trained."""
 
 from __future__ import annotations
 
@@ -30,7 +26,9 @@ class Scaling:
     truncate: bool = True  # yarn: the bounds of the ramp between are whole numbers
     short: tuple[float, ...] = ()  # longrope, a factor a pair: for contexts up to `original` …
     long: tuple[float, ...] = ()  # … and for longer ones
-    share: float = 1.0  # proportional: of a head's pairs so many are turned, as if all were, and the others stay
+    share: float = (
+        1.0  # proportional: share of the pairs that are rotated, with the frequencies that all pairs would have
+    )
 
 
 PLAIN = Scaling()
@@ -82,8 +80,8 @@ def inverse_frequencies(dim: int, theta: float, ctx: int, scaling: Scaling = PLA
 
 def frequency_factors(dim: int, theta: float, scaling: Scaling) -> Tensor:
     """What scaling divides every pair's frequency by, as llama.cpp wants it [dim / 2]: 1e30 for a pair that rests."""
-    turned = inverse_frequencies(dim, theta, 1, scaling)
-    return torch.where(turned > 0, inverse_frequencies(dim, theta, 1) / turned, 1e30)
+    scaled = inverse_frequencies(dim, theta, 1, scaling)
+    return torch.where(scaled > 0, inverse_frequencies(dim, theta, 1) / scaled, 1e30)
 
 
 def yarn_bounds(dim: int, theta: float, s: Scaling) -> tuple[float, float]:

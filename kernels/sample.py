@@ -1,4 +1,4 @@
-"""The next token from logits. Reference: torch only, any device, no host sync."""
+"""Sampling of the next token from logits: naive, torch only, any device, no host sync."""
 
 from __future__ import annotations
 

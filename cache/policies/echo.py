@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from offmoe.cache.policies.base import Ints, Numbers, Parameter
+from offmoe.cache.arrays import Ints, Numbers
+from offmoe.cache.policies.base import Parameter
 from offmoe.cache.policies.crf import CRF
 
 NEAREST, AHEAD = 8, 8  # earlier tokens that are listened to, and how many that came after each

@@ -9,7 +9,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from offmoe.cache.policies.base import Ints, Parameter, Setting, Share
+from offmoe.cache.arrays import Ints
+from offmoe.cache.policies.base import Parameter, Setting, Share
 from offmoe.cache.trace import Trace
 
 Shares = NDArray[np.floating]

@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 from synthetic_traces import synthetic
 
-from offmoe.cache.policies.base import Ints, Policy
+from offmoe.cache.arrays import Ints
+from offmoe.cache.policies.base import Policy
 from offmoe.cache.policy import policy_for
 from offmoe.cache.residency import Access, Residency
 from offmoe.cache.trace import Trace
