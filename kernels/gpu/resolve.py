@@ -134,7 +134,7 @@ def scratch_size(slots: int, count: int) -> int:
 
 
 class Seen(NamedTuple):
-    """What `look` read: vectors over the layer's experts [EP], the candidates [CP] and the fetched slots [KP]."""
+    """Result of `look`: vectors over the layer's experts [EP], the candidates [CP] and the fetched slots [KP]."""
 
     slot: Any  # [EP] of the expert, -1: absent
     state: Any  # [EP] 0 absent, 1 resident, 2 resident by an unused prefetch, 3 arriving
