@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     if find_spec("triton"):
         import fast_interpreter
 
-        fast_interpreter.patch_once()
+        fast_interpreter.install()
 
 
 @pytest.fixture(scope="module")
