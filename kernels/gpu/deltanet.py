@@ -34,7 +34,7 @@ def softplus(x):
     return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
 
 
-@triton.jit(do_not_specialize_on_alignment=["memory", "recent"])
+@triton.jit(do_not_specialize_on_alignment=["recent"])
 def _delta_step(
     projected, memory, recent, conv, decay, dt, norm, position, status, out, ctx, scale, eps,
     KEY_HEADS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr,

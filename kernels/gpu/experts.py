@@ -133,7 +133,7 @@ def _gate_up(
     )
     each = tl.cdiv(tl.cdiv(INNER, R), sharing) * R
     first, end = which * each, tl.minimum(which * each + each, INNER)
-    TURNS: tl.constexpr = tl.cdiv(INNER, ROWS)  # of a record
+    TURNS: tl.constexpr = triton.cdiv(INNER, ROWS)  # of a record
     turns = tl.where(moves, missing * TURNS, (pair >= 0).to(tl.int32))
     for now in range(tl.where(moves, pid, 0), turns, tl.where(moves, MOVERS, 1)):
         if MOVERS > 0:

@@ -42,7 +42,7 @@ def bring_strip(source, record, stage, first, end, ROWS: tl.constexpr, INNER: tl
         EACH: tl.constexpr = BLOCKS * ROWS // INNER
         begin, last = first // ROWS * EACH, tl.cdiv(end, ROWS) * EACH
     else:  # whole words of 16 bytes; a row of tiles may begin within a block
-        DEEP: tl.constexpr = tl.cdiv(INNER, TILE)
+        DEEP: tl.constexpr = triton.cdiv(INNER, TILE)  # of tl.cdiv Triton 3.6 makes no constant
         begin, last = first // TILE * BLOCKS // DEEP // 4 * 4, tl.cdiv(tl.cdiv(end, TILE) * BLOCKS, DEEP * 4) * 4
     last = tl.minimum(last, BLOCKS)
     for block in range(begin, last, RUNS[AT + 5]):

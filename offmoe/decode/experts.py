@@ -103,7 +103,7 @@ class ExpertsStep:
         b = self.buffers
         assert w.resident_ffn is not None
         records, layout = w.resident_ffn.records, w.resident_ffn.layout
-        expert_gate_up(records, layout, b.only, weight, given, inner, glu=self.config.glu, pdl=self.pdl)
+        expert_gate_up(records, layout, b.only, weight, given, inner, glu=self.config.moe.glu, pdl=self.pdl)
         expert_down(records, layout, b.only, inner, out, pdl=self.pdl)
 
     def _layer(self, moe_layer: int) -> DeviceLayer:
@@ -123,8 +123,8 @@ class ExpertsStep:
             joins = True
         route(
             b.x[0], w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.moe_layers,
-            rule=c.rule, bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped,
-            factors=w.router_factors, apart=c.sandwich, logits=b.router_logits, normed=b.normed[0],
+            rule=c.moe.rule, bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped,
+            factors=w.router_factors, apart=c.norm.sandwich, logits=b.router_logits, normed=b.normed[0],
             ticket=b.route_ticket, ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
             miss_records=b.miss_records, miss_slots=b.miss_slots, status=b.status, counters=b.counters, log=b.log,
             step=b.steps, units=self._units[layer], forced=self._forced if variant.forced else None,
@@ -166,9 +166,9 @@ class ExpertsStep:
         with self._ahead():
             self._routed.wait()
             predict(
-                b.raw, w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.moe_layers, rule=c.rule,
-                bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped,
-                apart=c.sandwich, least=self.gate.least,
+                b.raw, w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.moe_layers,
+                rule=c.moe.rule, bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped,
+                apart=c.norm.sandwich, least=self.gate.least,
                 most=self.gate.most,
                 logits=b.predict_logits, ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
                 fetch_records=b.fetch_records[layer], fetch_slots=b.fetch_slots[layer], status=b.status,
@@ -183,7 +183,7 @@ class ExpertsStep:
                 self.store.ram.base, self.plan.stride,
             )  # fmt: skip
             page_in(
-                copies, self.store.records, self.store.layouts[layer], landed=self.table.landed,
+                copies, self.store.slot_memory, self.store.layouts[layer], landed=self.table.landed,
                 progress=self.table.progress,
             )  # fmt: skip
             self._fetched[layer].set()
@@ -191,16 +191,16 @@ class ExpertsStep:
     def _experts(self, layer: int, variant: Variant) -> None:
         """Multiply what is there while what is missing comes; behind a join, a whole edge, there is no early start."""
         b, c, store, w = self.buffers, self.config, self.store, self._layer(layer)
-        records, layout = store.records, store.layouts[layer]
+        records, layout = store.slot_memory, store.layouts[layer]
         gate_up_bias, down_bias = store.biases[layer] if store.biases else (None, None)
         if w.resident_ffn:
             given, out = (b.shared_expert_in, b.shared_expert) if w.sandwich else (b.normed, b.x)
-            self._resident_ffn(w, b.weights[c.top_k :] if c.shared_gated else b.one, given, b.shared_inner, out)
+            self._resident_ffn(w, b.weights[c.top_k :] if c.moe.shared_gated else b.one, given, b.shared_inner, out)
         copies = None if self.plan.all_in_slots else self._copies(variant)
         joins = self._join(layer, variant)
         expert_gate_up(
-            records, layout, b.slots, b.weights, b.normed, b.inner, copies=copies, glu=c.glu, ids=b.ids,
-            bias=gate_up_bias, before=c.weighted_input, pdl=self.pdl and not joins,
+            records, layout, b.slots, b.weights, b.normed, b.inner, copies=copies, glu=c.moe.glu, ids=b.ids,
+            bias=gate_up_bias, before=c.moe.weighted_input, pdl=self.pdl and not joins,
         )  # fmt: skip
         expert_down(
             records, layout, b.slots, b.inner, b.added if w.sandwich else b.x, ids=b.ids, weights=b.weights,

@@ -30,7 +30,7 @@ finally:
 
 SMALL = {"layers": 48, "hidden": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "vocab": 512, "experts": 8, "top_k": 2,
          "inner": 256, "ctx": 64}  # fmt: skip
-LATENT = {"layers": 27, "kv_rank": 64, "turned": 32, "value": 64, "first": 256, "kv_heads": 1}
+LATENT = {"layers": 27, "kv_rank": 64, "qk_rope": 32, "value": 64, "first": 256, "kv_heads": 1}
 LINEAR = {"layers": 4, "rotary": 32, "key_heads": 2, "value_heads": 4, "key_dim": 64}
 OWN = {"olmoe": {"kv_heads": 4}, "deepseek-v2-lite": LATENT, "glm-4.7-flash": LATENT, "qwen3.6-35b-a3b": LINEAR,
        "lfm2-8b-a1b": {"layers": 24, "first": 256}, "llama-4-scout": {"layers": 8, "top_k": 1}}  # fmt: skip
@@ -118,7 +118,7 @@ def test_predictions_have_the_quality_asked_for(recall: float, precision: float)
 
 def test_an_absent_trace_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OFFMOE_TRACES", str(tmp_path))
-    with pytest.raises(SystemExit, match=r"gpt-oss-20b.npz is absent: set OFFMOE_TRACES"):
+    with pytest.raises(SystemExit, match=r"gpt-oss-20b.npz does not exist: set OFFMOE_TRACES"):
         routing.from_trace(tokens=10)
 
 
@@ -132,7 +132,7 @@ def test_so_many_of_the_forced_records_are_missing(missing: int, every: int) -> 
 
 
 def test_cells_are_those_asked_for() -> None:
-    args = decode.parsed(["--caps", "25,100", "--policies", "crf:h=16,lru@25", "--prefetch", "none", "oracle:d=2"])
+    args = decode.parse_args(["--caps", "25,100", "--policies", "crf:h=16,lru@25", "--prefetch", "none", "oracle:d=2"])
     assert [tuple(vars(load).values()) for load in decode.loads(args)] == [
         ("25", "crf:h=16", "none"), ("25", "crf:h=16", "oracle:d=2"),
         ("25", "lru", "none"), ("25", "lru", "oracle:d=2"), ("100", "crf:h=16", "none"),

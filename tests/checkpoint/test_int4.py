@@ -1,4 +1,4 @@
-"""Codes of 4 bits in groups: what they mean, and the files of compressed-tensors, AWQ and GPTQ that hold them."""
+"""4-bit codes in groups: their values, and the files of compressed-tensors, AWQ and GPTQ."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from int4_files import CASES, saved_int4
 from packed_files import packed
 from quantised_checks import check_answers
+from reference import reference_of
 from tiny_engines import decoded, engine_of
 from tolerance import assert_close
 from torch import Tensor
-from wide_models import FAMILIES, IDS, logits_of
+from wide_models import FAMILIES, IDS
 
 from offmoe.kernels.formats import FORMATS, dequantise
 
@@ -23,15 +24,17 @@ SCALES = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def written(codes: Tensor, zeros: Tensor, scale: Tensor) -> Tensor:
-    """(q - z) · s in the scales' own type, as AutoAWQ's and GPTQModel's dequantisation and compressed-tensors' have it:
-    codes [R, C], zeros and scales [R, G]."""
+    """Return (q - z) · s in the scales' own type, as AutoAWQ, GPTQModel and compressed-tensors dequantise.
+
+    codes [R, C], zeros and scales [R, G].
+    """
     codes, zeros = codes.to(scale.dtype), zeros.to(scale.dtype)
     each = codes.shape[1] // scale.shape[1]
     return (codes - zeros.repeat_interleave(each, 1)) * scale.repeat_interleave(each, 1)
 
 
 def record_bytes(codes: Tensor, zeros: Tensor | None, scale: Tensor) -> Tensor:
-    """Of every group the scale and, in 2 bytes, the zero point; then the codes, two neighbours in a byte."""
+    """Return each group's scale and zero point (2 bytes each), then the codes, two consecutive ones per byte."""
     heads = [scale.view(torch.int16), *([] if zeros is None else [zeros.to(torch.int16)])]
     return torch.cat(
         (torch.stack(heads, -1).flatten().view(torch.uint8), (codes[:, ::2] | codes[:, 1::2] << 4).flatten())
@@ -42,7 +45,7 @@ def record_bytes(codes: Tensor, zeros: Tensor | None, scale: Tensor) -> Tensor:
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_values_are_those_of_the_published_formula(fmt: str, data: st.DataObject) -> None:
-    """Scales of any bits: 0, denormal, infinite, NaN."""
+    """Scales have any bits: 0, denormal, infinite, NaN."""
     rows, groups, dtype = 2, 3, SCALES[fmt.split("_")[2]]
     codes = torch.randint(0, 16, (rows, groups * FORMATS[fmt].block), dtype=torch.uint8)
     zeros = torch.randint(0, 16, (rows, groups), dtype=torch.uint8) if fmt.endswith("ZEROS") else None
@@ -60,14 +63,16 @@ def test_values_are_those_of_the_published_formula(fmt: str, data: st.DataObject
 def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
     name: str, family: str, tmp_path: Path
 ) -> None:
-    """All in slots; and what a token needs, out of a RAM tier of so few rows that records are read and turned again."""
+    """All experts in slots; and the smallest budget, with a RAM tier so small that experts are read and transposed
+    again.
+    """
     path, model = saved_int4(tmp_path, name, family)
-    check_answers(path, IDS, logits_of(model), lambda formats: all(fmt.startswith("INT4") for fmt in formats))
+    check_answers(path, IDS, reference_of(model, IDS), lambda formats: all(fmt.startswith("INT4") for fmt in formats))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
 def test_the_step_and_a_chunk_multiply_what_they_are_given(tmp_path: Path) -> None:
-    """Codes stay as they are but for the keys' half of kv_b, which is turned in float16."""
+    """Codes stay as they are, except the keys' half of kv_b, which is transposed in float16."""
     pytest.importorskip("triton")
     from interpreted_prefill import IDS as PROMPT_IDS
     from interpreted_prefill import prefill
@@ -78,15 +83,17 @@ def test_the_step_and_a_chunk_multiply_what_they_are_given(tmp_path: Path) -> No
 
     path, model = saved_int4(tmp_path, "awq")
     with step_of(path, vram="60%") as step:
-        assert {form.format for layer in step.trunk.layers for _, form in (*layer.qkv, *layer.o)} == {
+        assert {form.format for layer in step.trunk.layers for _, form in (*layer.in_proj, *layer.out_proj)} == {
             "INT4_64_F16_ZEROS"
         }
-        assert_close("logits", run(step, Variant()), logits_of(model, STEP_IDS), 1e-3)
-    assert_close("logits", prefill(path, 4, 8, vram="60%"), logits_of(model, PROMPT_IDS), 1e-3)
+        want = reference_of(model, STEP_IDS).exact.logits
+        assert_close("logits", run(step, Variant()), want, 1e-3)
+    want = reference_of(model, PROMPT_IDS).exact.logits
+    assert_close("logits", prefill(path, 4, 8, vram="60%"), want, 1e-3)
 
 
 def test_it_packs(tmp_path: Path) -> None:
     path, model = saved_int4(tmp_path, "gptq")
     with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
-    assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
+    reference_of(model, IDS).check_logits(logits, 7)

@@ -1,4 +1,4 @@
-"""What AWQ, GPTQ and compressed-tensors may ask for and we do not do: refused before any weight is read."""
+"""AWQ, GPTQ and compressed-tensors configs that are not implemented are rejected before any weight is read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gptq act order": ("gptq", {"desc_act": True}, "desc_act is True, and offmoe implements False"),
     "gptq marlin": ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin', and offmoe implements"),
     "gptq overrides": ("gptq", {"dynamic": {"-:lm": {}, "+:.*down": {"bits": 8}}}, "dynamic is '.:..down', and"),
-    "gptq groups of 16": ("gptq", {"group_size": 16}, "columns in groups of 16: .* each a multiple of 32"),
+    "gptq groups of 16": ("gptq", {"group_size": 16}, "columns in groups of 16: .* a multiple of 32 columns"),
     "gptq other groups": ("gptq", {"group_size": 64}, r"scales' is F16 \[2, 128\]: expected F16 or BF16, \[1, 128\]"),
     "packed format": ("packed", {"format": "marlin-24"}, "format is 'marlin-24', and offmoe implements pack-q"),
     "packed bits": ("packed", {"config_groups": {"a": {"weights": {"num_bits": 8}}}}, "num_bits is 8, and offmoe"),
@@ -51,10 +51,10 @@ TENSORS: dict[str, tuple[str, Any, str]] = {
                                      r"qzeros' is I32 \[2, 9\]: expected I32, \[2, 8\]"),
     "act order": ("gptq", lambda t: t[ORDER].copy_(t[ORDER].flip(0)), r"g_idx .* \(act order\)"),
     "a group that is not there": ("gptq", lambda t: t[ORDER][5].fill_(4), "g_idx has a column in group 4 of 4"),
-    "zero points where none are": ("gptq", lambda t: t[f"{MODULE}.qzeros"].zero_(), "a zero point is 1, .* expected 8"),
+    "zero points where none are": ("gptq", lambda t: t[f"{MODULE}.qzeros"].zero_(), "a zero point is 1, .* only 8"),
     "zero points that are not said": (
-        "packed", lambda t: t.update({f"{MODULE}.weight_zero_point": torch.zeros(8, 4).int()}), "has zero points, and"),
-    "whole numbers": ("packed", lambda t: t.update(other=torch.zeros(3).int()), "'other' has dtype 'I32': supported"),
+        "packed", lambda t: t.update({f"{MODULE}.weight_zero_point": torch.zeros(8, 4).int()}), "has zero points, but"),
+    "whole numbers": ("packed", lambda t: t.update(other=torch.zeros(3).int()), "'other' has dtype 'I32': expected"),
 }  # fmt: skip
 
 

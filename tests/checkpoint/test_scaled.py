@@ -1,5 +1,6 @@
-"""float8 with a scale a row or a matrix, NVFP4 and MXFP4 out of tensors of their own: what they mean, and the files of
-Model Optimizer and compressed-tensors that hold them."""
+"""float8 with a scale per row or matrix, NVFP4 and MXFP4 in separate tensors: their values, and the files of Model
+Optimizer and compressed-tensors.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_files import packed
 from quantised_checks import check_answers, check_config_refused, check_stacked, check_tensors_refused
+from reference import reference_of
 from safetensors.torch import save_file
 from scaled_files import CASES, E2M1, saved_scaled
 from tiny_engines import decoded, engine_of
-from tolerance import assert_close
 from torch import Tensor
-from wide_models import FAMILIES, IDS, logits_of
+from wide_models import FAMILIES, IDS
 
 from offmoe.checkpoint.open import open_checkpoint
-from offmoe.checkpoint.scaled import Scaled
+from offmoe.checkpoint.scaled import ScaledTensors
 from offmoe.kernels.formats import FORMATS, as_it_lies, dequantise, whole_rows
 
 
@@ -29,7 +30,7 @@ def eights(codes: Tensor) -> Tensor:
 
 
 def same_bits(got: Tensor, want: Tensor) -> bool:
-    """But for -0, which is 0."""
+    """Compare bits, except that -0 equals 0."""
     return bool(((got + 0 == want + 0) | (got.isnan() & want.isnan())).all())
 
 
@@ -37,7 +38,7 @@ def same_bits(got: Tensor, want: Tensor) -> bool:
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_values_are_those_of_the_published_formula(fmt: str, data: st.DataObject) -> None:
-    """NVFP4QTensor.dequantize of Model Optimizer, written out, on scales of any bits: 0, denormal, infinite, NaN."""
+    """NVFP4QTensor.dequantize of Model Optimizer, written out; the scales have any bits: 0, denormal, infinite, NaN."""
     rows, cols = 3, 64
     extreme = st.sampled_from([0, 1, 0x80000000, 0x007FFFFF, 0x7F7FFFFF, 0x7F800000, 0x7FC00000]) | st.integers(
         0, 2**32 - 1
@@ -65,15 +66,15 @@ def test_values_are_those_of_the_published_formula(fmt: str, data: st.DataObject
 def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
     kind: str, family: str, tmp_path: Path
 ) -> None:
-    """All in slots; and what a token needs, out of a RAM tier of a few rows."""
+    """All experts in slots; and the smallest budget, with a RAM tier of a few rows."""
     path, model = saved_scaled(tmp_path, kind, family)
-    each = CASES[kind][1].split()  # layer by layer; where the first is dense, of the last
-    check_answers(path, IDS, logits_of(model), lambda formats: formats in (set(each), set(each[-1:])))
+    each = CASES[kind][1].split()  # one per layer; if the first layer is dense, that of the last
+    check_answers(path, IDS, reference_of(model, IDS), lambda formats: formats in (set(each), set(each[-1:])))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
 def test_the_step_multiplies_what_it_is_given(tmp_path: Path) -> None:
-    """Rows of attention keep their scales, also where matrices are joined."""
+    """Rows of attention keep their scales, even where matrices are concatenated."""
     pytest.importorskip("triton")
     from interpreted_step import IDS as STEP_IDS
     from interpreted_step import run, step_of
@@ -82,13 +83,14 @@ def test_the_step_multiplies_what_it_is_given(tmp_path: Path) -> None:
 
     path, model = saved_scaled(tmp_path, "mixed")
     with step_of(path, vram="60%") as step:
-        assert {form.format for layer in step.trunk.layers for _, form in (*layer.qkv, *layer.o)} == {"F8_E4M3_ROW"}
-        assert_close("logits", run(step, Variant()), logits_of(model, STEP_IDS), 1e-5)
+        parts = [part for layer in step.trunk.layers for part in (*layer.in_proj, *layer.out_proj)]
+        assert {form.format for _, form in parts} == {"F8_E4M3_ROW"}
+        reference_of(model, STEP_IDS).check_logits(run(step, Variant()))
 
 
 def test_stacked_experts_are_the_same(tmp_path: Path) -> None:
     path, model = saved_scaled(tmp_path, "float-quantized")
-    check_stacked(path, tmp_path, IDS, logits_of(model))
+    check_stacked(path, tmp_path, IDS, reference_of(model, IDS))
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 1), (3, 32), (3, 1, 1), (3, 1), (3,)], ids=str)
@@ -96,7 +98,7 @@ def test_scales_of_a_stack_of_float8(shape: tuple[int, ...], tmp_path: Path) -> 
     codes, scales = torch.randn(3, 32, 64).to(torch.float8_e4m3fn), torch.rand(shape)
     save_file({"e": codes, "e_scale": scales}, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
-        (info,) = Scaled(checkpoint).matrices()
+        (info,) = ScaledTensors(checkpoint).matrices()
         for expert in range(3):
             raw = checkpoint.matrix(info, expert)
             want = codes[expert].float() * scales[expert].reshape(-1, 1)
@@ -108,7 +110,7 @@ def test_it_packs(tmp_path: Path) -> None:
     path, model = saved_scaled(tmp_path, "modelopt nvfp4")
     with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
-    assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
+    reference_of(model, IDS).check_logits(logits, 7)
 
 
 NV, NAME = "modelopt nvfp4", "model.layers.1.mlp.experts.3.up_proj.weight"

@@ -28,7 +28,7 @@ def demo(**settings: Any) -> Engine:
     """On the GPU unless said otherwise; slots that were never filled hold NaN scales (0xFFFF)."""
     engine = Engine.load(str(DEMO), **{"device": "cuda", "ctx": 256, "chunk": 16, **settings})
     if engine.plan.device.type == "cuda" and not engine.plan.all_in_slots:
-        engine.store.records.fill_(0xFF)
+        engine.store.slot_memory.fill_(0xFF)
     return engine
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from int4_files import CASES, saved_int4
+from reference import reference_of
 from teacher_forcing import graph_logits
 from tiny_engines import engine_of
 from tiny_models import reference, saved
 from tolerance import assert_close
-from wide_models import IDS, logits_of
+from wide_models import IDS
 
 
 def logits(path: Path, vram: str) -> torch.Tensor:
@@ -24,9 +25,10 @@ def logits(path: Path, vram: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_int4(name: str, vram: str, tmp_path: Path) -> None:
     path, model = saved_int4(tmp_path, name)
-    assert_close(name, logits(path, vram), logits_of(model)[7:], 1e-3)  # half of kv_b is turned in float16
+    want = reference_of(model, IDS).exact.logits[7:]
+    assert_close(name, logits(path, vram), want, 1e-3)  # half of kv_b is turned in float16
 
 
 def test_stacked_floats(tmp_path: Path) -> None:
-    want = reference("gpt_oss", IDS)[0]
+    want = reference("gpt_oss", IDS).exact.logits
     assert_close("gpt_oss", logits(saved("gpt_oss", tmp_path, fused=True), "60%"), want[7:], 1e-4)

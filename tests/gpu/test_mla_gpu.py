@@ -14,7 +14,7 @@ from offmoe.kernels.mla import Latent, latent_attention
 from offmoe.kernels.planes import Matrix, matrix, rearrange_matrix
 from offmoe.kernels.rope import rope_table
 from offmoe.kernels.striped import stripe, unstripe
-from offmoe.models.latent import positioned
+from offmoe.mixers.latent.rows import positioned
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = {

@@ -6,11 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from reference import reference_of
 from scaled_files import CASES, saved_scaled
 from teacher_forcing import graph_logits
 from tiny_engines import engine_of
 from tolerance import assert_close
-from wide_models import IDS, logits_of
+from wide_models import IDS
 
 
 @pytest.mark.parametrize("vram", ["60%", "100%"])
@@ -22,6 +23,6 @@ def test_graph_and_chunk(kind: str, vram: str, tmp_path: Path) -> None:
         chunk = engine.prefill(IDS).cpu()
         engine.reset()
         graph = graph_logits(engine, IDS[:8], IDS[8:])
-    want = logits_of(model)
+    want = reference_of(model, IDS).exact.logits
     assert_close("graph", graph, want[7:], 1e-3)  # half of kv_b is turned in float16
     assert_close("chunk", chunk, want[-1], 1e-3)

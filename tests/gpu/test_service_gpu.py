@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from offmoe.cache.policy import parse_policy
 from offmoe.checkpoint.find_model import DEMO
 from offmoe.experts.ram_tier import RamTier
 from offmoe.experts.uploads import Uploads
@@ -37,7 +38,7 @@ def model() -> Iterator[Model]:
 def ram(request: pytest.FixtureRequest, model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[RamTier]:
     monkeypatch.setattr(memory, "PIECE", 1 << 20)
     reader = Reader(model.checkpoint.files)
-    tier = RamTier(model, request.param, STRIDE, "lru", True, reader)
+    tier = RamTier(model, request.param, STRIDE, parse_policy("lru"), True, reader)
     yield tier
     torch.cuda.synchronize()
     reader.close()

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from offmoe.engine import feed_forward
 from offmoe.experts.vram_store import VramStore
 from offmoe.models.model import open_model
 from offmoe.plan import make_plan
-from offmoe.prefill import compile_prompt_kernels
+from offmoe.prefill import compile_prompt_kernels, feed_forward
 from offmoe.settings import Settings
 from offmoe.trunk.device_trunk import DeviceTrunk
 from offmoe.trunk.kv_cache import KVCache
@@ -36,7 +35,7 @@ def prefill(path: Path, chunk: int, batch: int, **settings: Any) -> torch.Tensor
     model = open_model(path)
     plan = make_plan(model, Settings.of(**{"device": "cpu", "ctx": 32, "ram": "64MiB", **settings}))
     store = VramStore(model, replace(plan, batch=batch))
-    store.records.fill_(0xFF)
+    store.slot_memory.fill_(0xFF)
     trunk = DeviceTrunk(model, plan.device, torch.float32, plan.ctx)
     trunk.load_layers(lambda *_: None)
     kv = KVCache(model.config, plan.ctx, plan.device, torch.float32)

@@ -15,7 +15,7 @@ from offmoe.decode.variant import Variant
 from offmoe.experts.vram_store import VramStore
 from offmoe.models.model import open_model
 from offmoe.plan import make_plan
-from offmoe.settings import Sampling, Settings
+from offmoe.settings import Sampling, Settings, parse_prefetch
 from offmoe.trunk.device_trunk import DeviceTrunk
 from offmoe.trunk.kv_cache import KVCache
 
@@ -25,13 +25,13 @@ IDS = [5, 17, 3, 60, 9, 33]
 @contextmanager
 def step_of(path: Path, **settings: Any) -> Iterator[DecodeStep]:
     model = open_model(path)
-    config = replace(model.config, rule=settings.pop("rule", model.config.rule))
-    model, prefetch = replace(model, config=config), settings.pop("prefetch", "none")
+    config = model.config.with_moe(rule=settings.pop("rule", model.config.moe.rule))
+    model, prefetch = replace(model, config=config), parse_prefetch(settings.pop("prefetch", "none"))
     int8 = settings.pop("int8", False)
     plan = make_plan(model, Settings.of(**{"device": "cpu", "ctx": 32, "ram": "64MiB", **settings}))
     plan = replace(plan, prefetch=prefetch)
     store = VramStore(model, plan)
-    store.records.fill_(0xFF)  # NaN
+    store.slot_memory.fill_(0xFF)  # NaN
     store.ram.fill()
     store.ram.wait_complete()
     trunk = DeviceTrunk(model, plan.device, torch.float32, plan.ctx)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from offmoe.cache.policy import parse_policy
 from offmoe.errors import OffmoeError
 from offmoe.experts.ram_tier import RamTier
 from offmoe.machine import disk_reader as transfer
@@ -54,7 +55,7 @@ class Pins:
 @contextmanager
 def tier(model: Model, rows: int = RECORDS, pin: bool = False) -> Iterator[RamTier]:
     reader = Reader(model.checkpoint.files)
-    ram = RamTier(model, rows, STRIDE, "lru", pin, reader)
+    ram = RamTier(model, rows, STRIDE, parse_policy("lru"), pin, reader)
     ram.rows.fill_(0xA5)
     try:
         yield ram

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from reference import spread
 
 from offmoe.engine import Engine
 from offmoe.models.model import open_model
@@ -22,15 +23,10 @@ def decoded(engine: Engine, ids: list[int], prompt: int) -> tuple[torch.Tensor, 
     """Logits after each of ids[prompt - 1:], the rest decoded one by one; and every router's weights [T, E]."""
     routed: list[list[torch.Tensor]] = [[] for _ in range(engine.config.moe_layers)]
 
-    def heard(place: int, experts: np.ndarray, weights: torch.Tensor) -> None:
-        routed[place].append(spread(torch.from_numpy(experts), weights, engine.config.experts))
+    def heard(moe_layer: int, experts: np.ndarray, weights: torch.Tensor) -> None:
+        routed[moe_layer].append(spread(torch.from_numpy(experts), weights, engine.config.experts))
 
     engine.store.routed = heard
     rows = [engine.prefill(ids[:prompt])] + [engine.step(token) for token in ids[prompt:]]
     engine.store.check()
     return torch.stack(rows), [torch.cat(layer) for layer in routed]
-
-
-def spread(ids: torch.Tensor, weights: torch.Tensor, experts: int) -> torch.Tensor:
-    """Ids and weights [T, k] → [T, E], NaN where an expert was not chosen: the order of the k says nothing."""
-    return torch.full((len(ids), experts), float("nan")).scatter_(1, ids, weights)

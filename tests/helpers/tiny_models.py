@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from reference import Reference, reference_of
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 96,
@@ -172,33 +173,11 @@ def saved(family: str, folder: Path, fused: bool = False, **save: Any) -> Path:
     return path
 
 
-@torch.no_grad()
-def reference(family: str, ids: list[int], model: Any = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits [T, V] and of every layer with experts the routed ids [T, k]."""
-    logits, routing = reference_routing(family, ids, model)
-    return logits, [experts for experts, _ in routing]
+def reference(family: str, ids: list[int]) -> Reference:
+    """Return logits and routing of the tiny model in float64, computed once."""
+    return _reference(family, tuple(ids))
 
 
-@torch.no_grad()
-def reference_routing(
-    family: str, ids: list[int], model: Any = None
-) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Logits [T, V] and of every layer with experts the ids and weights [T, k] that its own router chose."""
-    model = model or tiny(family)
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def heard(_module: Any, _inputs: Any, out: Any) -> None:
-        weights, ids = out[1:] if len(out) == 3 else out[0].max(-1, keepdim=True)  # Llama 4's: zeros but for one
-        seen.append((ids, weights))
-
-    hooks = [
-        module.register_forward_hook(heard)
-        for module in model.modules()
-        if type(module).__name__.endswith(("Router", "V1Gate"))
-    ]
-    try:
-        logits = model(torch.tensor([ids])).logits[0]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits, seen
+@cache
+def _reference(family: str, ids: tuple[int, ...]) -> Reference:
+    return reference_of(tiny(family), list(ids))

@@ -15,7 +15,7 @@ from offmoe.kernels.mla import Latent, expand, latent_attention
 from offmoe.kernels.planes import Matrix, matrix, rearrange_matrix
 from offmoe.kernels.rope import rope_table
 from offmoe.kernels.striped import stripe, unstripe
-from offmoe.models.latent import positioned
+from offmoe.mixers.latent.rows import positioned
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():

@@ -10,13 +10,12 @@ import pytest
 import torch
 from packed_files import packed
 from quantised_checks import check_answers
+from reference import reference_of
 from safetensors.torch import load_file, save_file
 from scaled_files import quantise
 from tiny_engines import IDS, decoded, engine_of
 from tiny_models import saved, tiny
-from tolerance import assert_close
 from torch import Tensor
-from wide_models import logits_of
 
 STACKS = {  # gate over up, and down
     "gemma4_text": ("experts.gate_up_proj", "experts.down_proj"),
@@ -77,7 +76,7 @@ def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
     family: str, kind: str, base: str, tmp_path: Path
 ) -> None:
     path, model = made(family, kind, base, tmp_path)
-    check_answers(path, IDS, logits_of(model, IDS), lambda formats: formats == {KINDS[kind]})
+    check_answers(path, IDS, reference_of(model, IDS), lambda formats: formats == {KINDS[kind]})
 
 
 @pytest.mark.parametrize("family", STACKS)
@@ -85,7 +84,7 @@ def test_they_pack(family: str, tmp_path: Path) -> None:
     path, model = made(family, "nvfp4-pack-quantized", APART.get(family, "experts"), tmp_path)
     with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
-    assert (logits - logits_of(model, IDS)[7:]).abs().max() < 1e-4
+    reference_of(model, IDS).check_logits(logits, 7)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
@@ -100,4 +99,4 @@ def test_the_step_multiplies_what_it_is_given(family: str, tmp_path: Path) -> No
 
     path, model = made(family, "float-quantized", APART.get(family, "experts"), tmp_path)
     with step_of(path, vram="60%") as step:
-        assert_close("logits", run(step, Variant()), logits_of(model, STEP_IDS), 1e-5)
+        reference_of(model, STEP_IDS).check_logits(run(step, Variant()))

@@ -1,4 +1,4 @@
-"""A packed tokenizer gives the ids of the tokenizer.json that it was made from."""
+"""A packed tokenizer gives the same ids as the tokenizer.json that it was made from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KINDS = {"gpt2": byte_level, "nfc": normalising, "whole": whole_words, "llama": 
 
 
 def with_tokenizer(folder: Path, tokenizer: Tokenizer, **config: Any) -> Path:
-    """A saved tiny model whose vocabulary is larger than the tokenizer's."""
+    """Save a tiny model whose vocabulary is larger than the tokenizer's."""
     tokenizer.add_tokens([AddedToken("<|tool|>", special=False, normalized=False)])
     source = saved("olmoe", folder)
     fields = json.loads((source / "config.json").read_text())
@@ -88,13 +88,13 @@ def test_tokenizers_that_a_gguf_cannot_say(tmp_path: Path) -> None:
     source = with_tokenizer(tmp_path, byte_level())
     raw = json.loads((source / "tokenizer.json").read_text())
     cases = {
-        "is no BPE": {**raw, "model": {"type": "WordPiece", "vocab": {}, "unk_token": "x"}},
+        "is not a BPE": {**raw, "model": {"type": "WordPiece", "vocab": {}, "unk_token": "x"}},
         r"normalises text by \['Lowercase', 'NFC'\]": {
             **raw,
             "normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, {"type": "NFC"}]},
         },
-        "cuts text by": {**raw, "pre_tokenizer": {"type": "Whitespace"}},
-        "token id 99999: the config's vocab_size is": {
+        "splits text by": {**raw, "pre_tokenizer": {"type": "Whitespace"}},
+        "token id 99999: expected ids below vocab_size": {
             **raw,
             "model": {**raw["model"], "vocab": {**raw["model"]["vocab"], "far": 99999}},
         },

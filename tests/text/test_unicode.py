@@ -1,4 +1,4 @@
-"""Ten thousand random texts, through each kind of tokenizer, give transformers' ids and come back whole."""
+"""Ten thousand random texts, through each kind of tokenizer, give the same ids as transformers and round-trip."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from offmoe.text.tokenizer import Tokenizer
 
 
 def gguf(library: Library, model: str, **more: Any) -> Tokenizer:
-    """The same as a GGUF would have it."""
+    """Return the same tokenizer from GGUF metadata."""
     vocab, merges = words(library)
     tokens = sorted(vocab, key=vocab.__getitem__)
     types = [3 if text in ("<s>", "</s>") else 2 if text == "<unk>" else 1 for text in tokens]
@@ -54,7 +54,7 @@ def directory(library: Library, folder: Path) -> Tokenizer:
 
 
 def theirs(kind: str, library: Library) -> Any:
-    """transformers' tokenizer from vocabulary and merges alone, or from the whole."""
+    """Return transformers' tokenizer, built from vocabulary and merges alone, or from the whole file."""
     import transformers
 
     if kind in ("PreTrainedTokenizerFast", "Unigram"):
@@ -80,7 +80,7 @@ def test_ids_are_those_of_transformers_and_texts_come_back(kind: str, tmp_path: 
     library = make()
     ours, other = open(library, tmp_path), theirs(kind, library)
     said = texts()
-    if kind == "Qwen2Tokenizer":  # it normalises first, of which a GGUF says nothing
+    if kind == "Qwen2Tokenizer":  # it normalises first, which a GGUF cannot express
         said = [unicodedata.normalize("NFC", text) for text in said]
     if kind == "LlamaTokenizer":  # it puts no space before a space, as sentencepiece does
         said = [text.lstrip(" ") for text in said]

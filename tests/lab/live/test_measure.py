@@ -25,12 +25,13 @@ from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
 from offmoe.lab.live import run as live_run
 from offmoe.lab.live.folder import Cell, Folder, write_file
-from offmoe.lab.live.measure import Bench, Configuration, Measured
-from offmoe.lab.live.probe import Probe, Watched
-from offmoe.lab.live.prompts import PROMPTS, encoded, prompts_of
+from offmoe.lab.live.measure import Bench
+from offmoe.lab.live.probe import ObservedAnswer, Probe
+from offmoe.lab.live.prompts import PROMPTS, encode_prompt, load_prompts
+from offmoe.lab.live.results import Configuration, Measured
 from offmoe.lab.live.sweep import POLICIES as SWEPT
-from offmoe.lab.live.sweep import Sweep, run_sweep, traces
-from offmoe.lab.live.truth import Answer, Simulator, answers_of, same
+from offmoe.lab.live.sweep import Sweep, join_traces, run_sweep
+from offmoe.lab.live.truth import Answer, Simulator, answers_of, same_events
 from offmoe.lab.trace.prompts import Prompt
 from offmoe.models.model import open_model
 from offmoe.plan import DEFAULT_POLICY
@@ -56,13 +57,13 @@ def earlier(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def live(model: Path, **settings: Any) -> tuple[list[Watched], Engine]:
+def live(model: Path, **settings: Any) -> tuple[list[ObservedAnswer], Engine]:
     chosen = {"device": "cpu", "ctx": 128, "chunk": 16, **settings}
     with Engine(open_model(model), Settings.of(**chosen)) as engine, Probe(engine) as probe:
         return [probe.run(ids, 24) for ids in IDS], engine
 
 
-def replayed(answers: list[Watched], engine: Engine) -> list[Any]:
+def replayed(answers: list[ObservedAnswer], engine: Engine) -> list[Any]:
     simulator = Simulator(engine.plan, engine.config.layers, engine.config.experts)
     return [simulator.answer(answer) for answer in answers]
 
@@ -79,7 +80,7 @@ def test_the_replay_misses_what_the_engine_misses(
     for answer, simulated in zip(answers, replayed(answers, engine), strict=True):
         assert len(answer.steps) == 24
         assert [len(chunk) for chunk in answer.prompt] == [16, 16, 8]
-        assert same(answer.missed, simulated.missed)
+        assert same_events(answer.missed, simulated.missed)
         assert np.array_equal(answer.hits, simulated.hits)
     missed = sum(len(event) for answer in answers for event in answer.missed)
     assert 0 < missed < len(IDS) * 24 * 9, "hits and misses, or nothing is compared"
@@ -90,7 +91,7 @@ def test_a_replay_without_the_prompt_is_caught(model: Path) -> None:
     answers, engine = live(model, vram="50%")
     for answer in answers:
         answer.prompt = []
-    assert not all(same(a.missed, s.missed) for a, s in zip(answers, replayed(answers, engine), strict=True))
+    assert not all(same_events(a.missed, s.missed) for a, s in zip(answers, replayed(answers, engine), strict=True))
 
 
 def test_a_recorded_trace_is_replayed_as_it_was_run(model: Path) -> None:
@@ -99,8 +100,8 @@ def test_a_recorded_trace_is_replayed_as_it_was_run(model: Path) -> None:
         answers = [probe.run(ids, 8) for ids in IDS]
         trace = probe.recorder.trace()
     for again, answer in zip(answers_of(trace, engine.plan.chunk), answers, strict=True):
-        assert same(again.prompt, answer.prompt)
-        assert same(again.steps, answer.steps)
+        assert same_events(again.prompt, answer.prompt)
+        assert same_events(again.steps, answer.steps)
 
 
 def test_everything_in_slots_never_misses(model: Path) -> None:
@@ -182,7 +183,7 @@ def test_the_default_is_four_budgets_from_the_smallest_that_works(bench: Bench) 
     assert list(sweep.budgets) == ["31.3%", "50%", "75%", "100%"]
     assert [c.policy for c in sweep.budgets["50%"]] == [bench.canonical("50%", p, None).policy for p in SWEPT]
     assert len(SWEPT) == 3
-    assert SWEPT[0] == DEFAULT_POLICY
+    assert SWEPT[0] == str(DEFAULT_POLICY)
     assert len(sweep.budgets["100%"]) == 1, "nothing is evicted: one is enough"
     assert len(sweep.notes) == 2
 
@@ -244,7 +245,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, bench: Bench, monkeypatch: p
     results = run_sweep(bench, sweep, folder, 6, lambda _, *turn: seen.append(turn))
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)], "three of six were kept"
     assert list(results) == sweep.cells()
-    trace = traces(folder, 2)
+    trace = join_traces(folder, 2)
     assert len(trace.experts) == sum(m.tokens for c, m in results.items() if str(c.configuration) == "50% lfu")
     assert trace.sequences >= 2
 
@@ -260,7 +261,7 @@ def test_a_round_whose_trace_is_lost_is_measured_again(
     seen: list[int] = []
     run_sweep(bench, sweep, folder, 4, lambda what, done, todo: seen.append(todo))
     assert seen == [1, 1]
-    assert traces(folder, 2).sequences == 2
+    assert join_traces(folder, 2).sequences == 2
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +272,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_draft(tmp_path: Path, monkeypatch
     folder = Folder(tmp_path, {})
     folder.write(CELL, MEASURED)
     monkeypatch.setattr(files, "open", lambda *_: Full(), raising=False)
-    with pytest.raises(OffmoeError, match=r"cannot write .*: No space left on device; what was written before is kept"):
+    with pytest.raises(OffmoeError, match=r"cannot write .*: No space left on device; files written before are kept"):
         folder.write(Cell(1, 0, Configuration("75%", "lru")), MEASURED)
     assert [path.name for path in (tmp_path / "cells").iterdir()] == [CELL.file]
 
@@ -322,11 +323,11 @@ def test_the_command_measures_reports_and_resumes(command: Command, tmp_path: Pa
     (out / "cells" / sorted(path.name for path in stamps)[2]).write_text('{"run')
     status, _, err = command("demo", *SMALL, "-o", out)
     assert status == 0
-    assert "was damaged: measured again" in err
+    assert "was damaged and is measured again" in err
     changed = [path for path in stamps if path.stat().st_mtime_ns != stamps[path]]
     assert len(changed) == 1, "only the damaged one was measured again"
     line = refused(command("demo", *SMALL[:-1], 1, "-o", out))
-    assert "holds another run's results" in line
+    assert "has the results of another run" in line
 
 
 def test_a_replay_that_is_off_ends_with_3(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,11 +336,11 @@ def test_a_replay_that_is_off_ends_with_3(command: Command, tmp_path: Path, monk
     monkeypatch.setattr(Simulator, "answer", lambda self, a: answer(self, Answer([], a.steps)))
     status, screen, _ = command("demo", *SMALL, "-o", tmp_path / "results")
     assert status == 3
-    assert "the replay is wrong: 50% lru: measured" in screen
+    assert "the replay disagrees: 50% lru: measured" in screen
     report = (tmp_path / "results" / "report.md").read_text()
     assert "**50% lru: measured" in report
-    assert "**No number of a replay is to be believed here" in report
-    assert "**Other records missed, or in another order, in 2 of 2 configurations.**" in report
+    assert "**No result of a replay can be trusted here" in report
+    assert "**Other experts missed, or in another order, in 2 of 2 configurations.**" in report
 
 
 @pytest.mark.parametrize(
@@ -352,7 +353,7 @@ def test_a_replay_that_is_off_ends_with_3(command: Command, tmp_path: Path, monk
         (["--prefetch", "gate"], "works on a GPU, and the device is the CPU"),
         (["--prefetch", "oracle"], "prefetch 'oracle' is unknown"),
         (["--tokens", "100000"], "the context holds 8192: give shorter prompts or fewer --tokens"),
-        (["--rounds", "17"], "17 rounds need as many prompts and there are 16"),
+        (["--rounds", "17"], "17 rounds need at least as many prompts, and there are 16"),
         (["--prompts", "/nowhere/prompts.txt"], "cannot read /nowhere/prompts.txt: No such file or directory"),
     ],
 )
@@ -366,9 +367,9 @@ def test_what_cannot_be_measured_is_refused_before(
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda folder: (folder / "other.txt").write_text("mine"), "is not empty and holds no run"),
+        (lambda folder: (folder / "other.txt").write_text("mine"), "is not empty and has no run"),
         (lambda folder: (folder / "run.json").write_text("{"), "run.json is damaged"),
-        (lambda folder: (folder / "run.json").write_text('{"key": "another"}'), "holds another run's results"),
+        (lambda folder: (folder / "run.json").write_text('{"key": "another"}'), "has the results of another run"),
     ],
 )
 def test_a_folder_that_is_no_run_of_ours_is_left_alone(
@@ -402,19 +403,19 @@ def test_without_matplotlib_nothing_is_measured(
 def test_prompts_are_those_of_trace_record(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\n two \nthree\nfour\nfive\none\n")
-    assert [prompt.given for prompt in prompts_of(file)] == ["one", "two", "three", "four", "five"]
+    assert [prompt.given for prompt in load_prompts(file)] == ["one", "two", "three", "four", "five"]
     file.write_text("one\none\none\none\none\n")
-    with pytest.raises(OffmoeError, match="holds 1 different prompts: at least 5 are needed"):
-        prompts_of(file)
+    with pytest.raises(OffmoeError, match="has 1 different prompts: at least 5 are needed"):
+        load_prompts(file)
     file.write_bytes(b"\xff")
-    with pytest.raises(OffmoeError, match=r"is no UTF-8"):
-        prompts_of(file)
+    with pytest.raises(OffmoeError, match=r"is not UTF-8"):
+        load_prompts(file)
     assert len({prompt.given for prompt in PROMPTS}) == len(PROMPTS) >= 5
 
 
 def test_prompts_go_through_the_template_unless_raw(bench: Bench) -> None:
-    asked, raw = (encoded(bench.tokenizer, Prompt("", "Hello!", raw=raw)) for raw in (False, True))
-    messages = encoded(bench.tokenizer, Prompt("", [{"role": "user", "content": "Hello!"}]))
+    asked, raw = (encode_prompt(bench.tokenizer, Prompt("", "Hello!", raw=raw)) for raw in (False, True))
+    messages = encode_prompt(bench.tokenizer, Prompt("", [{"role": "user", "content": "Hello!"}]))
     assert asked == messages
     assert len(raw) < len(asked)
     assert raw == bench.tokenizer.encode("Hello!")
@@ -427,7 +428,7 @@ def test_ctrl_c_says_what_is_kept(command: Command, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Bench, "measure", measure)
     status, _, err = command("demo", *SMALL, "-o", tmp_path / "out")
     assert status == 130
-    assert "offmoe: 0 of 6 measurements are kept: the same command goes on" in err
+    assert "offmoe: 0 of 6 measurements are saved: run the same command to continue" in err
     assert json.loads((tmp_path / "out" / "run.json").read_text())["tokens"] == 6
 
 

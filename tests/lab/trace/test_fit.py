@@ -12,7 +12,7 @@ from synthetic_traces import synthetic
 
 from offmoe.cache.predictor import make_predictor
 from offmoe.cache.trace import Trace
-from offmoe.lab.trace.fit import LinearMap, fit_map, judge, recalls, top
+from offmoe.lab.trace.fit import LinearMap, evaluate, fit_map, recalls, top
 
 TOKENS, LAYERS, HIDDEN, EXPERTS, K = 400, 4, 24, 16, 3
 
@@ -83,7 +83,7 @@ def test_recall_by_hand() -> None:
     weights = np.array([[[0] * 5], [[9, 8, 0, 7, 0]]], np.float16)
     linear = LinearMap(weights, np.zeros((2, 5), np.float16), 1, {})
     assert recalls(linear, trace) == [pytest.approx(2 / 3)]
-    row = judge(linear, trace, trace)["map"]
+    row = evaluate(linear, trace, trace)["map"]
     assert row["recall_at_k"] == pytest.approx(2 / 3)
     assert (row["precision_likely"], row["recall_likely"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
 
@@ -92,8 +92,8 @@ def test_the_first_token_of_a_sequence_has_none_before_it() -> None:
     """So nothing of it is new."""
     trace = with_states(sequences=TOKENS)
     linear = fit_map(trace, None, 1, 0.1)
-    assert judge(linear, trace, trace)["map"]["recall_of_new"] == 0
-    assert judge(linear, trace, with_states(sequences=8))["map"]["recall_of_new"] > 0.9
+    assert evaluate(linear, trace, trace)["map"]["recall_of_new"] == 0
+    assert evaluate(linear, trace, with_states(sequences=8))["map"]["recall_of_new"] > 0.9
 
 
 @pytest.mark.parametrize("ahead", [1, 2])
@@ -123,7 +123,7 @@ def test_what_cannot_be_learned_is_refused() -> None:
         ((trace, other, 1, None), "no states"),
         ((trace, replace(trace, meta={**trace.meta, "top_k": 2}, experts=trace.experts[..., :2]), 1, None),
          "the trace is of made, 4 layers of 16 experts, top 2, and made has 4 layers of 16 experts, top 3"),
-        ((trace, narrow, 1, None), "states of 5 numbers cannot judge a map of 24"),
+        ((trace, narrow, 1, None), "states of 5 numbers cannot evaluate a map of 24"),
         ((trace, None, 4, None), "4 layers ahead are too many: the model has 4"),
         ((few, None, 1, 0.1), "3 sequences are too few"),
         ((trace, None, 1, 0.0), "ridge is 0: expected a number above 0"),

@@ -56,8 +56,8 @@ def test_the_trace_is_what_transformers_routes(engine: Engine) -> None:
     assert trace.prefill_tokens.tolist() == PROMPTS[0] + PROMPTS[1]
     assert trace.prefill is not None
     for i, prompt in enumerate(PROMPTS):
-        _, routing = reference("qwen3_moe", prompt + answers[i][:-1])
-        want = np.stack([layer.numpy() for layer in routing], axis=1)
+        want, *disturbed = reference("qwen3_moe", prompt + answers[i][:-1]).ids()
+        assert all(torch.equal(want, other) for other in disturbed), "a near tie in the order of experts"
         rows = slice(*trace.offsets[i : i + 2])
         assert np.array_equal(trace.experts[rows], want[len(prompt) :])
         assert np.array_equal(trace.prefill[slice(*trace.prompts[i : i + 2])], want[: len(prompt)])
@@ -163,12 +163,12 @@ def test_a_decoder_that_knows_no_weights_gives_ids_alone(engine: Engine) -> None
 
 
 def test_one_recorder_at_a_time(engine: Engine) -> None:
-    with Recorder(engine), pytest.raises(OffmoeError, match="being recorded already"), Recorder(engine):
+    with Recorder(engine), pytest.raises(OffmoeError, match="already being recorded"), Recorder(engine):
         pass
     with Recorder(engine):
         pass
     assert engine.store.routed is None
-    assert engine.watch is None
+    assert engine.forward.watch is None
 
 
 def test_a_trace_of_the_demo_can_be_read_without_it() -> None:
