@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llama_oracle import oracle
 from packed_files import older, packed
 from reference import reference_of
 from tiny_engines import IDS, decoded, engine_of
@@ -133,21 +134,6 @@ def test_half_precision_files_are_read(dtype: str, tmp_path: Path) -> None:
         assert {info.format for info in engine.model.checkpoint.tensors.values()} == {FORMAT[dtype]}
         logits, _ = decoded(engine, IDS, prompt=8)
     want.check_logits(logits, 7)
-
-
-def oracle(path: Path) -> Any:
-    """llama.cpp in float32 throughout: its KV cache too, and no flash attention."""
-    llama_cpp = pytest.importorskip("llama_cpp")
-    return llama_cpp.Llama(
-        str(path),
-        n_ctx=256,
-        n_batch=256,
-        logits_all=True,
-        flash_attn=False,
-        type_k=0,
-        type_v=0,
-        verbose=False,
-    )
 
 
 @pytest.mark.parametrize(("family", "message"), [

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llama_oracle import oracle
+from packed_files import packed
+from published_configs import PUBLISHED
 from reference import reference_of
-from test_published import PUBLISHED
-from tiny_engines import IDS, decoded, engine_of
+from tiny_engines import decoded, engine_of
 from tiny_models import SHAPE
 from tolerance import assert_close
 
