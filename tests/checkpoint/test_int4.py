@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from int4_files import CASES, saved_int4
+from matrices import diagonal
 from packed_files import packed
 from quantised_checks import check_answers
 from reference import reference_of
@@ -58,8 +59,7 @@ def test_values_are_those_of_the_published_formula(fmt: str, data: st.DataObject
     assert same.all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "family"), diagonal(CASES, FAMILIES))
 def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
     name: str, family: str, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import diagonal
 from packed_files import packed
 from quantised_checks import check_answers, check_config_refused, check_stacked, check_tensors_refused
 from reference import reference_of
@@ -61,8 +62,7 @@ def test_values_are_those_of_the_published_formula(fmt: str, data: st.DataObject
     assert same_bits(dequantise(moved, fmt, 2, cols), want[[2, 0]])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize(("kind", "family"), diagonal(CASES, FAMILIES))
 def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
     kind: str, family: str, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from matrices import diagonal
 from quantised_matrices import EXTREMES, TESTED, filled_slots, random_records
 from tolerance import assert_close
 
@@ -124,7 +125,6 @@ def test_combine(dtype: torch.dtype) -> None:
     assert_close("of some", fast.combine(out, weights), want, 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["normal", *EXTREMES])
-@pytest.mark.parametrize("fmt", TESTED)
+@pytest.mark.parametrize(("fmt", "kind"), diagonal(TESTED, ["normal", *EXTREMES]))
 def test_unpacked_bit_for_bit(fmt: str, kind: str) -> None:
     check_unpacked(fmt, kind)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matrices import diagonal
 from torch import Tensor
 
 from offmoe.kernels.sample import sample, uniforms
@@ -72,8 +73,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("vocab", [5, 300])
+@pytest.mark.parametrize(("settings", "vocab"), diagonal(SETTINGS, [300, 5]))
 def test_the_same_uniforms_give_the_same_id(settings: dict[str, Any], vocab: int) -> None:
     sampler = Sampler(randn(vocab), history=[0, 3, 4], seed=1234567890123456789, **settings)
     for step in range(3):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matrices import diagonal, exhaustive, some
 from tiny_models import saved
 
 from offmoe.app.cli import main
@@ -68,9 +69,7 @@ def replayed(answers: list[ObservedAnswer], engine: Engine) -> list[Any]:
     return [simulator.answer(answer) for answer in answers]
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("vram", BUDGETS)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("policy", "vram", "scope"), diagonal(POLICIES, BUDGETS, ["layer", "global"]))
 def test_the_replay_misses_what_the_engine_misses(
     model: Path, earlier: Path, policy: str, vram: str, scope: str
 ) -> None:
@@ -124,7 +123,10 @@ def test_the_demo_is_replayed_exactly() -> None:
     assert measured.parts["page-in"] == pytest.approx(measured.stall_ms)
 
 
-@pytest.mark.parametrize("policy", [name for name, kind in POLICIES.items() if "profile" not in kind.parameters])
+WITHOUT_PROFILE = [name for name, kind in POLICIES.items() if "profile" not in kind.parameters]
+
+
+@pytest.mark.parametrize("policy", some(WITHOUT_PROFILE, ["crf", "echo"]))
 def test_the_demo_misses_what_its_replay_misses(policy: str) -> None:
     """The same records in the same order, at three budgets."""
     with Bench(DEMO, Settings.of(device="cpu"), list(PROMPTS), 30) as bench:
@@ -228,6 +230,7 @@ def test_a_truncated_measurement_is_made_again(tmp_path: Path) -> None:
     assert folder.read(CELL) is None
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_run_goes_on(tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, measure, measured = Sweep.of(bench, ("50%",), ("lru", "lfu"), (), 2), bench.measure, list[str]()
 
@@ -250,7 +253,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, bench: Bench, monkeypatch: p
     assert trace.sequences >= 2
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:99])])
+@pytest.mark.parametrize("spoil", [Path.unlink, exhaustive(lambda path: path.write_bytes(path.read_bytes()[:99]))])
 def test_a_round_whose_trace_is_lost_is_measured_again(
     tmp_path: Path, bench: Bench, spoil: Callable[[Path], object]
 ) -> None:
@@ -330,6 +333,7 @@ def test_the_command_measures_reports_and_resumes(command: Command, tmp_path: Pa
     assert "has the results of another run" in line
 
 
+@pytest.mark.exhaustive
 def test_a_replay_that_is_off_ends_with_3(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the simulator forgot the prompts."""
     answer = Simulator.answer
