@@ -8,7 +8,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 PIP := $(INSTALL) -c constraints.txt
 WARM := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -P -c 'import prompt_toolkit, offmoe.__main__ as offmoe; offmoe.main()' \
 	chat </dev/null 2>/dev/null
-PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+# Tests start Python dozens of times: it keeps the bytecode of torch and transformers, also where it is told not to.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 CACHE_TESTS := tests/cache
 COMPARING = $(shell grep -rlE 'assert_close|check_(answers|stacked)|reference' tests --include='test_*.py')
 # Supported versions of Triton: each is installed into a folder of its own, as the only package there.
@@ -21,44 +22,55 @@ VIEW := build/view/offmoe
 # On AMD, MKL ignores MKL_ENABLE_INSTRUCTIONS but not MKL_CBWR.
 PROCESSORS := $(foreach isa,default avx2 avx512,ATEN_CPU_CAPABILITY=$(isa)) MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=AVX2
 
-.PHONY: chat install test test-triton $(TRITONS:%=test-triton-%) test-llama test-processors lint types docs clean
+.PHONY: help chat install test test-fast test-all test-triton $(TRITONS:%=test-triton-%) test-llama test-processors lint types docs clean
 .SILENT:
+.DEFAULT_GOAL := chat
 
-chat: $(VENV)/installed
+help:  ## list the targets
+	sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+chat: $(VENV)/installed  ## install into .venv and chat with the demo model (MODEL=... for another)
 	$(BIN)/offmoe chat $(MODEL)
 
-install: $(VENV)/installed
+install: $(VENV)/installed  ## install into .venv
 
 # What is traced takes 2.6 times as long through Triton's interpreter: only the tests of cache/ are.
-test: $(VENV)/with-test
+test: $(VENV)/with-test  ## run the tests: a telling part of every matrix
 	$(PYTEST) --cov --cov-report= $(CACHE_TESTS)
 	$(BIN)/coverage report --include='*/cache/*' --fail-under=95
 	$(PYTEST) --ignore=$(CACHE_TESTS)
 
+test-fast: $(VENV)/with-test  ## run a telling test or two of each room
+	$(PYTEST) -m 'fast and not exhaustive'
+
+# `make test-triton` compiles what is exhaustive in TRITON_TESTS.
+test-all: $(VENV)/with-test  ## run the rest of all matrices, which `make test` leaves out
+	$(PYTEST) -m 'exhaustive and not llama' --ignore=$(TRITON_TESTS)
+
 # Every kernel in every weight format, compiled for every capability with each Triton, which is an environment of its own.
-test-triton: $(TRITONS:%=test-triton-%)
+test-triton: $(TRITONS:%=test-triton-%)  ## compile every kernel for every GPU with every supported Triton
 
 $(TRITONS:%=test-triton-%): test-triton-%: $(VENV)/triton-%/installed
 	echo "compiling all kernels with Triton $*" >&2
 	PYTHONPATH=$(abspath $(<D))$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/pytest -n 0 -m '' -k 'not few' $(TRITON_TESTS)
 
-test-llama: $(VENV)/with-llama
+test-llama: $(VENV)/with-llama  ## compare with llama.cpp, which is compiled first
 	$(PYTEST) -m llama
 
 # The tests that compare floats, as on other processors, with one thread and with two: by hand before a release, on a
 # processor with AVX-512. Takes ten times as long as the tests of these files.
-test-processors: $(VENV)/with-test
+test-processors: $(VENV)/with-test  ## run the tests that compare floats as on other processors
 	for processor in $(PROCESSORS); do for threads in 1 2; do \
 		echo "$$processor OMP_NUM_THREADS=$$threads"; \
 		env $$processor OMP_NUM_THREADS=$$threads $(BIN)/pytest -n 0 -q $(COMPARING) || exit 1; \
 	done; done
 
-lint: $(VENV)/with-test
+lint: $(VENV)/with-test  ## check style and format with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 # mypy does not see through an editable install: it is shown the three folders as the package that they install as.
-types: $(VENV)/with-test
+types: $(VENV)/with-test  ## check types with mypy
 	rm -rf $(VIEW) && mkdir -p $(VIEW)
 	ln -s $(CURDIR)/offmoe/* $(CURDIR)/cache $(CURDIR)/kernels $(VIEW)/
 	$(BIN)/mypy -p offmoe
@@ -68,7 +80,7 @@ docs: $(VENV)/with-docs  ## build the documentation as a site into build/site
 	ln -s $(CURDIR)/offmoe/* $(CURDIR)/cache $(CURDIR)/kernels $(VIEW)/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-clean:
+clean:  ## remove everything that was built or installed
 	rm -rf build dist $(VENV) *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:

@@ -38,6 +38,7 @@ def test_what_is_resident_changes_no_bit(scope: str, tmp_path: Path) -> None:
     assert torch.equal(rows[0], prefill(path, 5, 2, vram="50%", ram=0)), "out of a RAM tier that is too small"
 
 
+@pytest.mark.fast
 def test_with_all_in_slots_the_host_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And so has no need to wait for a router."""
     asked, access = [], VramStore.access

@@ -66,6 +66,7 @@ def test_a_small_file_of_each_shape_runs(name: str, tmp_path: Path) -> None:
     assert logits.std() > 0.1
 
 
+@pytest.mark.fast
 def test_shapes_are_the_real_ones() -> None:
     sizes = {
         name: sum(FORMATS[fmt].nbytes(int(np.prod(dims[:-1])), dims[-1]) for _, fmt, dims in shapes.tensors(s))

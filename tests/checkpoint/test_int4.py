@@ -92,6 +92,7 @@ def test_the_step_and_a_chunk_multiply_what_they_are_given(tmp_path: Path) -> No
     assert_close("logits", prefill(path, 4, 8, vram="60%"), want, 1e-3)
 
 
+@pytest.mark.fast
 def test_it_packs(tmp_path: Path) -> None:
     path, model = saved_int4(tmp_path, "gptq")
     with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:

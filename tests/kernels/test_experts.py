@@ -65,6 +65,7 @@ def test_experts_of_two_tokens(fmt: str) -> None:
 
 
 @pytest.mark.parametrize(("fmt", "down"), [("Q4_K", "Q6_K"), ("MXFP4", "Q8_0"), ("F16", "Q4_1")])
+@pytest.mark.fast
 def test_experts_of_two_formats(fmt: str, down: str) -> None:
     check_experts(fmt, down, "normal", 1, False)
 

@@ -39,6 +39,7 @@ def test_experts(fmt: str) -> None:
 
 @pytest.mark.parametrize(("fmt", "down"), [("Q4_K", "Q6_K"), ("MXFP4", "Q8_0"), ("F16", "Q4_1")])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.fast
 def test_experts_of_two_formats(fmt: str, down: str, dtype: torch.dtype) -> None:
     check_experts(fmt, down, dtype)
 

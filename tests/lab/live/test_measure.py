@@ -93,6 +93,7 @@ def test_a_replay_without_the_prompt_is_caught(model: Path) -> None:
     assert not all(same_events(a.missed, s.missed) for a, s in zip(answers, replayed(answers, engine), strict=True))
 
 
+@pytest.mark.fast
 def test_a_recorded_trace_is_replayed_as_it_was_run(model: Path) -> None:
     """Chunks again, after a file knew only tokens."""
     with Engine(open_model(model), Settings.of(device="cpu", ctx=128, chunk=16)) as engine, Probe(engine) as probe:
