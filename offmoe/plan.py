@@ -1,4 +1,4 @@
-"""Where everything will lie, decided once from the model's headers, the settings and what is free."""
+"""The plan: all sizes and placements, decided once from the model's headers, the settings and the free memory."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DEFAULT_POLICY = parse_policy("echo")
 DEFAULT_SCOPE = "layer"  # hits 1.6–3 points more than one global pool on traces of gpt-oss-20b and the demo model
 DEFAULT_CTX = 8192
-SHARE_OF_FREE = 0.6  # of free memory: the desktop goes on living
-VRAM_MARGIN = 512 << 20  # libraries, kernels and graphs took 231 MiB more than planned, at most (bench/memory.py)
-# Of records that cross the link together: 2 ms on PCIe 5; half of it took a prompt 1.3 × the time.
+SHARE_OF_FREE = 0.6  # of free memory: the rest is left to the desktop
+VRAM_MARGIN = 512 << 20  # libraries, kernels and graphs took at most 231 MiB more than planned (bench/memory.py)
+# Bytes of records that cross the link together: 2 ms on PCIe 5; with half as many, a prompt took 1.3 × the time.
 BATCH_BYTES = 96 << 20
 BATCHES = 3  # two under way, one rearranged
 CHUNK, CHUNK_GPU = 512, 4096  # a GPU streams all absent experts past every chunk: the fewer the better
-STAGING_ROWS = 32  # RAM rows kept even with --ram 0: what passes from disk to slots
+STAGING_ROWS = 32  # RAM rows kept even with --ram 0, for records on their way from disk to slots
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Plan:
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """Of keys and values: on a GPU float16 beside bfloat16, as many bytes and three bits more."""
+        """Type of keys and values: on a GPU float16 where activations are bfloat16, for three bits more."""
         return torch.float16 if (self.dtype, self.device.type) == (torch.bfloat16, "cuda") else self.dtype
 
     @property
     def vram_bytes(self) -> int:
-        """What the slots are charged: the record as it is in the file."""
+        """Bytes charged to --vram: slots times the bytes of a record in the file."""
         return self.slots * self.stride
 
     @property
@@ -73,12 +73,12 @@ class Plan:
 
     @property
     def context_bytes(self) -> int:
-        """Keys, values and states, with the copies that are kept of these."""
+        """Bytes of keys, values and recurrent states, with the states' snapshots."""
         return self.kv_bytes + STATES * self.state_bytes
 
     @property
     def resident_bytes(self) -> int:
-        """Of fast memory: VRAM on a GPU."""
+        """Bytes of fast memory (VRAM on a GPU) that the plan takes."""
         return self.trunk_bytes + self.context_bytes + self.real_slot_bytes + self.workspace_bytes
 
     @property
@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def tiers(self) -> str:
-        """Where routed records come from."""
+        """Tiers that hold routed records, fastest first, as shown to users."""
         fast = "VRAM" if self.device.type == "cuda" else "memory slots"
         if self.all_in_slots:
             return fast
@@ -161,7 +161,7 @@ def make_plan(model: Model, settings: Settings) -> Plan:
 
 
 def pick_prefetch(settings: Settings, device: torch.device) -> Gate:
-    """What only the decode step on a GPU can do is refused elsewhere."""
+    """Return the prefetcher's parameters; refuse prefetching and int8 keys and values without a GPU."""
     gate = settings.prefetch or Gate()
     if device.type == "cpu" and (gate.most or settings.kv == "int8"):
         asked = f"--prefetch {gate}" if gate.most else "--kv int8"
@@ -235,7 +235,7 @@ def free_memory(device: torch.device) -> Free:
 
 
 def free_ram() -> int:
-    """What the machine has free, or less where a container (cgroup v2) allows less."""
+    """Return the free RAM in bytes, or less where a container (cgroup v2) allows less."""
     free = psutil.virtual_memory().available
     try:
         with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as used:
@@ -246,12 +246,12 @@ def free_ram() -> int:
 
 
 def token_records(model: Model) -> int:
-    """Records that one token is routed to: fewer slots cannot even hold them."""
+    """Return the records that one token is routed to: the smallest number of slots that works."""
     return model.config.moe_layers * model.config.top_k
 
 
 def default_slots(model: Model, free: Free, resident: int, real: int) -> int:
-    """As many as fit; on the CPU device half of the room, where the RAM tier needs the rest."""
+    """Return the slots that fit; on the CPU device half of the room, if the RAM tier needs the rest."""
     if free.vram is not None:
         return max(0, free.vram - resident - VRAM_MARGIN) // model.slot_bytes
     room = max(0, int(free.ram * SHARE_OF_FREE) - resident)
@@ -276,7 +276,7 @@ def pick_slots(model: Model, budget: Budget | None, default: int) -> int:
 
 
 def pick_ram_rows(model: Model, asked: int | None, slots: int, left: int) -> int:
-    """Rows of the RAM tier; where every record has a slot none need stay behind."""
+    """Return the rows of the RAM tier: just a few for staging if every record has a slot."""
     staging = max(STAGING_ROWS, model.config.top_k)
     if slots >= model.records:
         return min(staging, model.records)
@@ -294,12 +294,12 @@ def pick_policy(asked: PolicySpec | None, device: torch.device) -> PolicySpec:
 
 
 def smaller(plan: Plan, model: Model) -> Plan:
-    """With an eighth fewer slots. Raises OffmoeError where a token needs them."""
+    """Return the plan with an eighth fewer slots. Raises OffmoeError if a token needs more."""
     slots, unit = plan.slots * 7 // 8, model.config.moe_layers if plan.scope == "layer" else 1
     slots -= slots % unit
     if slots < token_records(model):
         raise OffmoeError(
-            f"the GPU's memory holds not even {plan.slots} expert slots beside the model's other weights: "
+            f"the GPU's memory holds not even {plan.slots} expert slots in addition to the model's other weights: "
             "close what else uses it (`nvidia-smi`), or give a smaller --ctx or --chunk"
         )
     real = plan.real_slot_bytes // plan.slots * slots
@@ -307,7 +307,7 @@ def smaller(plan: Plan, model: Model) -> Plan:
 
 
 def wasted(model: Model, slots: int) -> int:
-    """Bytes of `slots` that records smaller than the largest leave unused, on average."""
+    """Return the bytes of `slots` that records smaller than the largest leave unused, on average."""
     return int(slots * (model.slot_bytes - model.record_bytes / model.records))
 
 
@@ -330,7 +330,7 @@ def check_fits(plan: Plan, free: Free) -> None:
 
 
 def plan_numbers(plan: Plan) -> dict[str, Any]:
-    """For JSON."""
+    """Return the plan's numbers, as `--json` prints them."""
     names = (
         "ctx",
         "policy",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matrices import diagonal, some
+from exhaustive import cases
 from tiny_models import saved
 
 from offmoe.checkpoint.find_model import DEMO
@@ -69,12 +69,20 @@ def expected() -> tuple[list[int], torch.Tensor]:
         return engine.answer_tokens, engine.prefill(engine.prompt_ids(PROMPT))
 
 
-POLICIES = list(itertools.product(("lru", "crf:h=16"), ("layer", "global")))
-
-
-@pytest.mark.parametrize(("vram", "policy_and_scope", "ram"), diagonal(BUDGETS, POLICIES, reversed(RAM)))
-def test_greedy_tokens_do_not_depend_on_placement(vram: str, policy_and_scope: tuple[str, str], ram: str) -> None:
-    policy, scope = policy_and_scope
+@pytest.mark.parametrize(
+    ("vram", "policy", "scope", "ram"),
+    cases(
+        itertools.product(BUDGETS, ("lru", "crf:h=16"), ("layer", "global"), RAM),
+        [
+            *zip(
+                BUDGETS, itertools.cycle(("crf:h=16", "lru")), itertools.cycle(("layer", "global")), RAM, strict=False
+            ),
+            (BUDGETS[0], "lru", "global", "none"),
+            (BUDGETS[1], "crf:h=16", "layer", "all"),
+        ],
+    ),
+)
+def test_greedy_tokens_do_not_depend_on_placement(vram: str, policy: str, scope: str, ram: str) -> None:
     tokens, logits = expected()
     with demo(vram=vram, policy=policy, scope=scope, ram=RAM[ram]) as engine:
         answer(engine, PROMPT)

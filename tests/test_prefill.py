@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from matrices import diagonal, some
-from tiny_models import FAMILIES, reference, saved
+from exhaustive import cases
+from tiny_models import FAMILIES, TELLING, reference, saved
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -20,12 +20,15 @@ from offmoe.experts.vram_store import VramStore
 pytestmark = pytest.mark.usefixtures("whole_model")
 
 
-RUNS = [(10, 2, "50%"), (4, 8, "60%"), (5, 3, "100%")]  # tokens a chunk, experts at a time, budget
-
-
-@pytest.mark.parametrize(("family", "run"), diagonal(FAMILIES, RUNS))
-def test_logits_are_those_of_transformers(family: str, run: tuple[int, int, str], tmp_path: Path) -> None:
-    chunk, batch, vram = run
+@pytest.mark.parametrize(("chunk", "batch", "vram"), [(10, 2, "50%"), (4, 8, "60%"), (5, 3, "100%")])
+@pytest.mark.parametrize(
+    "family",
+    cases(
+        FAMILIES,
+        TELLING,
+    ),
+)
+def test_logits_are_those_of_transformers(family: str, chunk: int, batch: int, vram: str, tmp_path: Path) -> None:
     reference(family, IDS).check_logits(prefill(saved(family, tmp_path), chunk, batch, vram=vram))
 
 

@@ -193,7 +193,7 @@ class Checkpoint:
         self.close()
 
 
-def shown(text: object) -> str:
+def quote(text: object) -> str:
     """Return a short repr of something read from a file, safe to put into a one-line error."""
     quoted = repr(text)
     return quoted if len(quoted) <= 80 else f"{quoted[:76]}…{quoted[-1]}"
@@ -212,11 +212,11 @@ def check_ranges(file: DataFile, tensors: Iterable[TensorInfo], start: int) -> N
         extent = info.range
         if extent.offset + extent.nbytes > file.size:
             raise OffmoeError(
-                f"{file.path} is truncated or damaged: tensor {shown(info.name)} ends at byte "
+                f"{file.path} is truncated or damaged: tensor {quote(info.name)} ends at byte "
                 f"{extent.offset + extent.nbytes} and the file at {file.size}; copy it again"
             )
         if extent.offset < end:
-            raise OffmoeError(f"{file.path} is damaged: tensors {shown(previous)} and {shown(info.name)} overlap")
+            raise OffmoeError(f"{file.path} is damaged: tensors {quote(previous)} and {quote(info.name)} overlap")
         end, previous = extent.offset + extent.nbytes, info.name
 
 
@@ -244,5 +244,5 @@ def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {shown(max(keys, key=keys.count))} appears twice")
+        raise ValueError(f"the key {quote(max(keys, key=keys.count))} appears twice")
     return table

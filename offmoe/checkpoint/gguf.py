@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from offmoe.checkpoint.base import ByteRange, Checkpoint, DataFile, TensorInfo, check_ranges, join_names, shown
+from offmoe.checkpoint.base import ByteRange, Checkpoint, DataFile, TensorInfo, check_ranges, join_names, quote
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import GGML, Format
 
@@ -135,7 +135,7 @@ class Header:
         for _ in range(count):
             name = self.string()
             if name in table:
-                raise self.damaged(f"the {what} {shown(name)} appears twice")
+                raise self.damaged(f"the {what} {quote(name)} appears twice")
             table[name] = read()
         return table
 
@@ -197,12 +197,12 @@ def parse(file: DataFile, number: int) -> tuple[dict[str, Any], dict[str, Tensor
     found = header.entries("tensor", tensor_count, header.tensor)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        raise header.damaged(f"general.alignment is {shown(alignment)}, not a power of two")
+        raise header.damaged(f"general.alignment is {quote(alignment)}, not a power of two")
     start = -(-header.position // alignment) * alignment
     tensors = {}
     for name, (fmt, shape, offset) in found.items():
         if offset % alignment:
-            raise header.damaged(f"tensor {shown(name)} starts at {offset}, not a multiple of {alignment}")
+            raise header.damaged(f"tensor {quote(name)} starts at {offset}, not a multiple of {alignment}")
         extent = ByteRange(number, start + offset, fmt.nbytes(prod(shape[:-1]), shape[-1]))
         tensors[name] = TensorInfo(name, fmt.name, shape, extent)
     check_ranges(file, tensors.values(), start)
@@ -213,7 +213,7 @@ def split_paths(path: Path, count: object) -> list[Path]:
     """Return the paths of all `count` parts. Raises OffmoeError if some are missing."""
     match = SPLIT_NAME.fullmatch(path.name)
     if match is None or int(match[3]) != count:
-        raise OffmoeError(f"{path} is one of {shown(count)} parts: expected a name such as model-00001-of-00003.gguf")
+        raise OffmoeError(f"{path} is one of {quote(count)} parts: expected a name such as model-00001-of-00003.gguf")
     paths = [path.with_name(f"{match[1]}-{part:05}-of-{match[3]}.gguf") for part in range(1, int(match[3]) + 1)]
     missing = [part.name for part in paths if not part.exists()]
     if missing:
@@ -235,7 +235,7 @@ def merge_parts(files: list[DataFile]) -> tuple[dict[str, Any], dict[str, Tensor
             raise OffmoeError(f"{file.path} has another part number in its header than in its name: download it again")
         if duplicates := tensors.keys() & found.keys():
             raise OffmoeError(
-                f"{file.path} has the same tensors as another part: {join_names(map(shown, sorted(duplicates)))}"
+                f"{file.path} has the same tensors as another part: {join_names(map(quote, sorted(duplicates)))}"
             )
         tensors |= found
     if parts[0][0].get("split.tensors.count", len(tensors)) != len(tensors):

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from offmoe.checkpoint.base import Checkpoint, TensorInfo, shown
+from offmoe.checkpoint.base import Checkpoint, TensorInfo, quote
 from offmoe.checkpoint.row_major import Bytes, transpose
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS
@@ -185,14 +185,14 @@ class Int4Tensors:
         block = block_size(group)
         if not block or cols % group:
             raise OffmoeError(
-                f"{self.path}: {shown(module)} has {cols} columns in groups of {group}: expected a whole number of "
+                f"{self.path}: {quote(module)} has {cols} columns in groups of {group}: expected a whole number of "
                 "groups of a multiple of 32 columns; this model cannot be run yet"
             )
         groups, transposed = cols // group, p.transposed
         scales = self._find(module, scale, ("F16", "BF16"), (groups, rows) if transposed else (rows, groups))
         has_zeros, has_order = transposed or p.zeros, f"{module}.{order}" in self._tensors
         if not has_zeros and f"{module}.{zero}" in self._tensors:
-            raise OffmoeError(f"{self.path}: {shown(module)} has zero points, but quantization_config says symmetric")
+            raise OffmoeError(f"{self.path}: {quote(module)} has zero points, but quantization_config says symmetric")
         ranges = [scales.range]
         if has_zeros:
             shape = (groups, rows // 8) if transposed else (-(-rows // 8), groups)
@@ -217,7 +217,7 @@ class Int4Tensors:
         if info is None or info.format not in kinds or (len(info.shape) != 2 if shape is None else info.shape != shape):
             found = f"{info.format} {list(info.shape)}" if info else "missing"
             wanted = "two dimensions" if shape is None else str(list(shape))
-            raise OffmoeError(f"{self.path}: {shown(name)} is {found}: expected {' or '.join(kinds)}, {wanted}")
+            raise OffmoeError(f"{self.path}: {quote(name)} is {found}: expected {' or '.join(kinds)}, {wanted}")
         self.used.add(name)
         return info
 

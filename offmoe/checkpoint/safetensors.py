@@ -16,8 +16,8 @@ from offmoe.checkpoint.base import (
     check_ranges,
     join_names,
     parse_json,
+    quote,
     read_json,
-    shown,
 )
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS
@@ -51,17 +51,17 @@ def tensor(file: DataFile, name: str, entry: Any, data: ByteRange) -> TensorInfo
     """Validate one entry of a header. `data` is the start of the data section."""
 
     def damaged(reason: str) -> OffmoeError:
-        return OffmoeError(f"{file.path} is damaged: tensor {shown(name)} {reason}")
+        return OffmoeError(f"{file.path} is damaged: tensor {quote(name)} {reason}")
 
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise damaged(f"is described by {shown(entry)}, expected dtype, shape and data_offsets")
+        raise damaged(f"is described by {quote(entry)}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SIZES:
         raise unsupported_dtype(file.path, name, dtype)
     if not is_natural_list(shape) or 0 in shape or len(shape) > 5:  # vision towers have five
-        raise damaged(f"has the shape {shown(shape)}, expected up to 5 numbers above 0")
+        raise damaged(f"has the shape {quote(shape)}, expected up to 5 numbers above 0")
     if not is_natural_list(offsets) or len(offsets) != 2:
-        raise damaged(f"has the data_offsets {shown(offsets)}, expected two")
+        raise damaged(f"has the data_offsets {quote(offsets)}, expected two")
     begin, end = offsets
     nbytes = prod(shape) * SIZES[dtype]
     if end - begin != nbytes:
@@ -72,7 +72,7 @@ def tensor(file: DataFile, name: str, entry: Any, data: ByteRange) -> TensorInfo
 def unsupported_dtype(path: Path, name: str, dtype: object) -> OffmoeError:
     """Return the error for a tensor of an unsupported dtype."""
     return OffmoeError(
-        f"{path}: tensor {shown(name)} has dtype {shown(dtype)}: expected {', '.join(DTYPES)}, or the types of a "
+        f"{path}: tensor {quote(name)} has dtype {quote(dtype)}: expected {', '.join(DTYPES)}, or the types of a "
         "supported quantisation"
     )
 
@@ -99,14 +99,14 @@ def shards(directory: Path) -> dict[str, list[str]]:
     missing = sorted(shard for shard in names if not (directory / shard).exists())
     if missing:
         raise OffmoeError(
-            f"{directory} lacks {len(missing)} of {len(names)} shards: {join_names(map(shown, missing))}; download them"
+            f"{directory} lacks {len(missing)} of {len(names)} shards: {join_names(map(quote, missing))}; download them"
         )
     return names
 
 
 def bad_shard_name(index: Path, shard: object) -> OffmoeError:
     """Return the error for an index entry that is not the name of a shard."""
-    return OffmoeError(f"{index} points to {shown(shard)}: expected a .safetensors file in the same directory")
+    return OffmoeError(f"{index} points to {quote(shard)}: expected a .safetensors file in the same directory")
 
 
 def open_shard(file: DataFile, number: int, expected: list[str] | None) -> dict[str, TensorInfo]:
@@ -115,7 +115,7 @@ def open_shard(file: DataFile, number: int, expected: list[str] | None) -> dict[
     if expected is None:
         return found
     if absent := [name for name in expected if name not in found]:
-        raise OffmoeError(f"{file.path} lacks tensors that {INDEX} lists in it: {join_names(map(shown, absent))}")
+        raise OffmoeError(f"{file.path} lacks tensors that {INDEX} lists in it: {join_names(map(quote, absent))}")
     return {name: found[name] for name in expected}
 
 

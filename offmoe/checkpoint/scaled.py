@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from offmoe.checkpoint.base import Checkpoint, TensorInfo, shown
+from offmoe.checkpoint.base import Checkpoint, TensorInfo, quote
 from offmoe.checkpoint.row_major import Bytes
 from offmoe.errors import OffmoeError
 
@@ -58,7 +58,7 @@ class ScaledTensors:
         """Yield every scaled matrix. Raises OffmoeError if parts are missing or do not fit."""
         if scaled_input := next((name for name in self._tensors if name.endswith(SMOOTHED)), None):
             raise OffmoeError(
-                f"{self.path} has {shown(scaled_input)}, and offmoe does not implement matrices with scaled inputs: "
+                f"{self.path} has {quote(scaled_input)}, and offmoe does not implement matrices with scaled inputs: "
                 "this model cannot be run yet"
             )
         infos = list(self._tensors.values())
@@ -151,4 +151,4 @@ class ScaledTensors:
     def _error(self, name: str, info: TensorInfo | None, kinds: tuple[str, ...], wanted: str) -> OffmoeError:
         """Return the error for a tensor of the wrong type or shape; `info` None: it is missing."""
         found = f"{info.format} {list(info.shape)}" if info else "missing"
-        return OffmoeError(f"{self.path}: {shown(name)} is {found}: expected {' or '.join(kinds)} {wanted}")
+        return OffmoeError(f"{self.path}: {quote(name)} is {found}: expected {' or '.join(kinds)} {wanted}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from offmoe.errors import OffmoeError
 from offmoe.settings import format_size
 
-PIECE = 256 << 20  # bytes pinned in one call, about: whoever needs another piece may have to wait for this one
+PIECE = 256 << 20  # bytes pinned in one call, about: a thread that needs another piece may have to wait for this one
 
 
 def host_memory(nbytes: int) -> Tensor:

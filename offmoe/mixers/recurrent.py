@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offmoe.checkpoint.base import shown
+from offmoe.checkpoint.base import quote
 from offmoe.errors import OffmoeError
 from offmoe.mixers.base import MixerConfig
 
@@ -60,7 +60,7 @@ class RecurrentConfig(MixerConfig):
 def layers_of_kind(kinds: Any, layers: int, kind: str) -> tuple[int, ...]:
     """Layers of `kind` in a config's layer_types; all others must be full_attention. Raises OffmoeError."""
     if not isinstance(kinds, list) or len(kinds) != layers or not all(each in (FULL, kind) for each in kinds):
-        raise OffmoeError(f"layer_types is {shown(kinds)}: expected {layers} times {kind} or {FULL}")
+        raise OffmoeError(f"layer_types is {quote(kinds)}: expected {layers} times {kind} or {FULL}")
     if FULL not in kinds:
         raise OffmoeError(f"layer_types has no {FULL}: offmoe needs one")
     return tuple(layer for layer, each in enumerate(kinds) if each == kind)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from offmoe.checkpoint.base import Checkpoint, shown
+from offmoe.checkpoint.base import Checkpoint, quote
 from offmoe.checkpoint.int4 import Int4Tensors, Packing, check_zero_points
 from offmoe.checkpoint.safetensors import unsupported_dtype
 from offmoe.checkpoint.scaled import ScaledTensors
@@ -28,7 +28,7 @@ def packing_of(config: object) -> Packing | None:
     method = table.get("quant_method", table.get("quant_library"))
     if not isinstance(method, str) or method not in METHODS:
         raise OffmoeError(
-            f"quantization_config: quant_method is {shown(method)}, and offmoe implements {', '.join(METHODS)}: "
+            f"quantization_config: quant_method is {quote(method)}, and offmoe implements {', '.join(METHODS)}: "
             "this model cannot be run yet"
         )
     return METHODS[method](table)
@@ -157,6 +157,6 @@ def group_size(config: Table, method: str) -> int:
 
 def refused(method: str, field: str, value: object, implemented: str) -> OffmoeError:
     return OffmoeError(
-        f"quantization_config of {method}: {field} is {shown(value)}, and offmoe implements {implemented}: "
+        f"quantization_config of {method}: {field} is {quote(value)}, and offmoe implements {implemented}: "
         "this model cannot be run yet"
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from offmoe.checkpoint.base import Checkpoint, shown
+from offmoe.checkpoint.base import Checkpoint, quote
 from offmoe.checkpoint.fields import count, flag, number
 from offmoe.errors import OffmoeError
 from offmoe.kernels.route import Rule
@@ -100,7 +100,7 @@ def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
     rope = rope_parameters(raw)
     kinds = raw.get("layer_types") or []
     if not isinstance(kinds, list):
-        raise OffmoeError(f"the model's config gives layer_types = {shown(kinds)}: expected a list")
+        raise OffmoeError(f"the model's config gives layer_types = {quote(kinds)}: expected a list")
     known = family.implemented["layer_types"]
     asked = {
         **raw,
@@ -111,7 +111,7 @@ def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
     for field, allowed in family.implemented.items():
         if allowed and asked.get(field, allowed[0]) not in allowed:
             raise OffmoeError(
-                f"{family.model_type}: {field} is {shown(asked[field])}, and offmoe implements "
+                f"{family.model_type}: {field} is {quote(asked[field])}, and offmoe implements "
                 f"{' or '.join(repr(value) for value in allowed)}: this model cannot be run yet"
             )
 
@@ -185,7 +185,7 @@ def from_gguf(
     config = from_hf({name: value for name, value in raw.items() if value is not None}, family)
     if rotary not in (None, *(rope.rotary for rope in config.ropes)):
         raise OffmoeError(
-            f"{family.arch}: rope.dimension_count is {shown(rotary)}, and offmoe implements "
+            f"{family.arch}: rope.dimension_count is {quote(rotary)}, and offmoe implements "
             f"rotation of {' or '.join(str(rope.rotary) for rope in config.ropes)} values of a head: "
             "this model cannot be run yet"
         )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from offmoe.checkpoint.base import shown
+from offmoe.checkpoint.base import quote
 from offmoe.checkpoint.fields import count, number
 from offmoe.errors import OffmoeError
 from offmoe.mixers.latent.config import LatentConfig
@@ -24,7 +24,7 @@ def sparse_layers(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
     listed = raw.get("mlp_only_layers") or []
     if not isinstance(listed, list) or not all(type(layer) is int and 0 <= layer < layers for layer in listed):
         raise OffmoeError(
-            f"the model's config gives mlp_only_layers = {shown(listed)}: expected layers of 0 to {layers - 1}"
+            f"the model's config gives mlp_only_layers = {quote(listed)}: expected layers of 0 to {layers - 1}"
         )
     return routed_layers(
         raw, config, tuple(layer for layer in range(layers) if layer not in listed and (layer + 1) % step == 0)

@@ -188,7 +188,7 @@ def gguf_transform(model: Model, role: str, layer: int, rows: Tensor | None) -> 
 
 
 def mixer_rows(model: Model, part: GgufRows, layer: int) -> RowRange:
-    """Return the rows that a mixer takes out of another role's tensor."""
+    """Return the rows that a mixer takes from the tensor of another role."""
     info = model.find(part.role, layer)
     assert info is not None, f"{part.role} of layer {layer} was there when the model was described"
     return RowRange(info, part.first, part.count, Tensor.t if part.transposed else None)

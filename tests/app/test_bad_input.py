@@ -154,7 +154,7 @@ GGUF: dict[str, tuple[Change, str]] = {
     "absurd shape": (patched("output.weight", dims=[HUGE, HUGE]), "tensor 'output.weight' ends at byte"),
     "shape of zero": (patched("output.weight", dims=[32, 0]), r"a tensor has the shape \[0, 32\]"),
     "smaller shape": (patched("output.weight", dims=[32, 259]), r"has shape \[259, 32\]: the config asks for \[260"),
-    "turned shape": (patched("output.weight", dims=[260, 32]), r"has shape \[32, 260\]: the config asks for \[260"),
+    "transposed shape": (patched("output.weight", dims=[260, 32]), r"has shape \[32, 260\]: the config asks for \[260"),
     "dtype": (patched("output.weight", kind=16), "tensor format IQ2_XXS is not supported: expected one of F32, F16"),
     "integers": (patched("output.weight", kind=26), "tensor format I32 is not supported: expected one of F32, F16"),
     "unknown dtype": (patched("output.weight", kind=4242), "tensor format number 4242 is not supported"),
@@ -272,7 +272,7 @@ SAFETENSORS: dict[str, tuple[Change, str]] = {
     "half the dtype": (header(lambda entry: entry.update(dtype="F16")), "33280 bytes at its data_offsets, and 16640"),
     "absurd shape": (header(lambda entry: entry.update(shape=[HUGE, HUGE])), "33280 bytes at its data_offsets, and 8"),
     "negative shape": (header(lambda entry: entry.update(shape=[-260, -32])), r"has the shape \[-260, -32\], expected"),
-    "turned shape": (header(lambda entry: entry.update(shape=[32, 260])), r"has shape \[32, 260\]: the config asks"),
+    "swapped shape": (header(lambda entry: entry.update(shape=[32, 260])), r"has shape \[32, 260\]: the config asks"),
     "offset outside": (header(lambda entry: entry.update(data_offsets=[1 << 40, (1 << 40) + 33280])), "ends at byte 1"),
     "overlap": (header(lambda entry: entry.update(data_offsets=[64, 33344])), "tensors .* overlap"),
 }  # fmt: skip
@@ -316,7 +316,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "text for a number": ({"hidden_size": "32"}, "hidden_size = '32': expected a whole number"),
     "true for a number": ({"num_experts": True}, "num_experts = True: expected a whole number"),
     "huge": ({"vocab_size": 10**40}, "vocab_size = 1000.*: expected a whole number"),
-    "missing": ({"num_experts_per_tok": None}, "has no num_experts_per_tok: it is incomplete or no MoE model"),
+    "missing": ({"num_experts_per_tok": None}, "has no num_experts_per_tok: it is incomplete or not an MoE model"),
     "top-k": ({"num_experts_per_tok": 5}, "routes to 5 of 4 experts: more than there are"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "2 heads do not divide among 3 key-value heads"),
     "odd head": ({"head_dim": 15}, "head_dim is 15: rotary embedding needs an even number"),
@@ -420,7 +420,7 @@ def test_shard_that_is_cut(error_line: ErrorLine, folder: Path) -> None:
     assert re.search(r"head\.safetensors is truncated or damaged: tensor 'lm_head\.weight'", both(error_line, folder))
 
 
-# Beside the weights: tokenizer, template, generation config, weights that are no numbers.
+# Files other than weights: tokenizer, template, generation config, weights that are no numbers.
 
 
 def test_missing_and_damaged_tokenizers(error_line: ErrorLine, folder: Path) -> None:

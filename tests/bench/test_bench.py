@@ -1,4 +1,4 @@
-"""The benchmarks' generators, and what they compute beside the engine; the engine itself they run only on a GPU."""
+"""Generators and computations of the benchmarks; the engine itself is run only on a GPU."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_uniform_routing_hits_what_is_resident() -> None:
 
 @pytest.mark.parametrize(("recall", "precision"), [(0.727, 0.557), (0.142, 0.987), (0.877, 0.129), (1.0, 1.0)])
 def test_predictions_have_the_quality_asked_for(recall: float, precision: float) -> None:
-    """Against what LRU keeps: recall of the misses, precision of what is absent."""
+    """Recall of LRU's misses, and precision among experts without a slot."""
     layers, slots, warm = 6, 64, 200
     ids = routing.realistic(900, layers)
     misses = float((~routing.replayed(ids, 128, "lru", slots).hit[warm:]).mean()) * 8

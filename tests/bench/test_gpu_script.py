@@ -1,4 +1,4 @@
-"""bench/gpu.sh asks for what there is: minutes on a GPU are few. A stub of python3 writes down its arguments."""
+"""bench/gpu.sh passes valid options, checked without a GPU: a stub of python3 records its arguments."""
 
 from __future__ import annotations
 

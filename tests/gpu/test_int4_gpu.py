@@ -26,7 +26,7 @@ def logits(path: Path, vram: str) -> torch.Tensor:
 def test_int4(name: str, vram: str, tmp_path: Path) -> None:
     path, model = saved_int4(tmp_path, name)
     want = reference_of(model, IDS).exact.logits[7:]
-    assert_close(name, logits(path, vram), want, 1e-3)  # half of kv_b is turned in float16
+    assert_close(name, logits(path, vram), want, 1e-3)  # half of kv_b is transposed in float16
 
 
 def test_stacked_floats(tmp_path: Path) -> None:

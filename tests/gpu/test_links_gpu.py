@@ -1,4 +1,4 @@
-"""The roof is measured beside a model that has filled the card."""
+"""The roof can be measured while a model fills the card."""
 
 from __future__ import annotations
 

@@ -24,5 +24,5 @@ def test_graph_and_chunk(kind: str, vram: str, tmp_path: Path) -> None:
         engine.reset()
         graph = graph_logits(engine, IDS[:8], IDS[8:])
     want = reference_of(model, IDS).exact.logits
-    assert_close("graph", graph, want[7:], 1e-3)  # half of kv_b is turned in float16
+    assert_close("graph", graph, want[7:], 1e-3)  # half of kv_b is transposed in float16
     assert_close("chunk", chunk, want[-1], 1e-3)

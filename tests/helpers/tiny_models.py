@@ -133,6 +133,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
                     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]},
     "olmoe-clipped": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "clip_qkv": 1.0},
 }  # fmt: skip
+# One family or more for every mixer, kind of router and layout of a layer: what the default run of slow tests takes.
+TELLING = (
+    "qwen3_moe",
+    "qwen2_moe-sparse",
+    "gpt_oss",
+    "deepseek_v3",
+    "qwen3_next",
+    "lfm2_moe",
+    "gemma4_text",
+    "llama4_text",
+)
 
 # What llama.cpp's archs have no key for: clip_qkv, layers without experts, a sparse mixer.
 PACKABLE = [*(f for f in FAMILIES if "-" not in f and f != "phimoe"), "deepseek_v3-groups", "glm4_moe-groups"]

@@ -1,4 +1,4 @@
-"""Vocabularies in files: as much of a checkpoint as a tokenizer needs."""
+"""Vocabularies in files: the parts of a checkpoint that a tokenizer reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from offmoe.text.tokenizer import Tokenizer, load_tokenizer
 
 
 class Files:
-    """As much of a checkpoint as a tokenizer needs."""
+    """The parts of a checkpoint that a tokenizer reads."""
 
     def __init__(self, path: Path | None = None, **metadata: Any) -> None:
         self.kind = "safetensors" if path else "gguf"

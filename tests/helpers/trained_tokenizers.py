@@ -23,14 +23,14 @@ def byte_level() -> Tokenizer:
 
 
 def normalising() -> Tokenizer:
-    """As Qwen's."""
+    """A tokenizer like Qwen's."""
     tokenizer = byte_level()
     tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
 def whole_words() -> Tokenizer:
-    """As gpt-oss': a word of the vocabulary is one token, whatever its merges make."""
+    """A tokenizer like gpt-oss's: a word of the vocabulary is one token, regardless of the merges."""
     raw = json.loads(byte_level().to_str())
     raw["model"]["ignore_merges"] = True
     raw["model"]["vocab"]["zehn"] = len(raw["model"]["vocab"])
@@ -38,7 +38,7 @@ def whole_words() -> Tokenizer:
 
 
 def sentencepiece() -> Tokenizer:
-    """As Mixtral's: bytes after the special tokens, then what merges make."""
+    """A tokenizer like Mixtral's: special tokens, bytes, then merged tokens."""
     words = Tokenizer(models.BPE())
     words.normalizer = normalizers.Replace(" ", "▁")
     words.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=60, show_progress=False))
@@ -56,6 +56,6 @@ def sentencepiece() -> Tokenizer:
 
 
 def words(library: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges."""
+    """Return vocabulary and merges."""
     model = json.loads(library.to_str())["model"]
     return model["vocab"], [(left, right) for left, right in model["merges"]]

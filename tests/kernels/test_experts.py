@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
+from exhaustive import cases
 from kernel_tensors import DEVICE, ints, nan, randn
 from matrices import diagonal, some
 from quantised_matrices import TESTED, filled_slots, random_records
@@ -59,7 +62,7 @@ def check_experts(fmt: str, down: str, kind: str, tokens: int, stacked: bool) ->
     assert_close("down", y, summed, RATIO)
 
 
-@pytest.mark.parametrize("fmt", TESTED)
+@pytest.mark.parametrize("fmt", cases(TESTED, ["Q4_K", "Q6_K", "Q2_K", "IQ4_XS", "MXFP4", "NVFP4", "F8_E4M3", "F16"]))
 def test_experts_of_two_tokens(fmt: str) -> None:
     check_experts(fmt, fmt, "normal", 2, fmt in ("Q8_0", "Q6_K", "MXFP4"))
 
@@ -80,12 +83,12 @@ def test_rows_come_with_their_scales() -> None:
     assert sorted(strips.tiles) == [1, 1, 128, 128]
 
 
-MOVED = [fmt for fmt in TESTED if fmt != "IQ4_XS"]  # its planes move as Q6_K's do
-
-
 @pytest.mark.parametrize(
     ("fmt", "stacked"),
-    diagonal(MOVED, [False, True], telling=lambda fmt, _: fmt not in ("F8_E4M3", "F8_E4M3_BF16", "Q6_K", "Q5_K")),
+    cases(
+        product((fmt for fmt in TESTED if fmt != "IQ4_XS"), (False, True)),  # planes of IQ4_XS move as those of Q6_K
+        [("Q4_K", True), ("Q6_K", False), ("MXFP4", False), ("F8_E4M3", False), ("NVFP4", True), ("BF16", False)],
+    ),
 )
 def test_what_is_missing_is_brought_and_multiplied(fmt: str, stacked: bool) -> None:
     check_bringing(record_of(fmt, fmt, stacked))
@@ -93,10 +96,7 @@ def test_what_is_missing_is_brought_and_multiplied(fmt: str, stacked: bool) -> N
 
 @pytest.mark.parametrize(
     ("fmt", "inner", "hidden"),
-    some(
-        [("F8_E4M3", 512, 640), ("F8_E4M3_BF16", 1024, 384), ("F8_E4M3", 256, 384), ("F8_E4M3_BF16", 256, 384)],
-        [("F8_E4M3", 256, 384), ("F8_E4M3_BF16", 256, 384)],
-    ),
+    cases([("F8_E4M3", 512, 640), ("F8_E4M3_BF16", 1024, 384)], [("F8_E4M3", 512, 640)]),
 )
 def test_scales_of_a_tile_begin_within_sixteen_bytes(fmt: str, inner: int, hidden: int) -> None:
     """An odd number in a row of tiles; in bfloat16 they begin within a word."""

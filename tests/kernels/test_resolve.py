@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matrices import diagonal
+from exhaustive import cases
 from synthetic_traces import synthetic
 from tolerance import assert_close
 
@@ -140,7 +140,9 @@ def alike(mirror: Policy, policy: Echo, table: Table) -> None:
     assert int(table.past.ticket) == 0
 
 
-@pytest.mark.parametrize(("policy", "scope", "slots"), diagonal(POLICIES, ["layer", "global"], [7, 4]))
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("slots", cases([4, 7], [7]))
 def test_the_same_victims(policy: str, scope: str, slots: int) -> None:
     """52 layer events; with 4 slots a layer an event takes a whole pool."""
     residency, device = pair(policy, scope, slots)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import some
+from exhaustive import cases
 from packed_files import packed
 from quantised_checks import check_answers
 from reference import reference_of
@@ -89,7 +89,7 @@ def test_they_pack(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
-@pytest.mark.parametrize("family", some(STACKS, ["llama4_text"]))
+@pytest.mark.parametrize("family", cases(STACKS, ["llama4_text"]))
 @pytest.mark.usefixtures("whole_model")
 def test_the_step_multiplies_what_it_is_given(family: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")

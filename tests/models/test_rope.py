@@ -114,7 +114,7 @@ def test_gpt_oss_is_packed_as_its_config_says() -> None:
 
 @pytest.mark.parametrize("name", ["dynamic", "llama3", "longrope", "yarn, two mscales"])
 def test_what_a_gguf_cannot_say_is_not_packed(name: str) -> None:
-    with pytest.raises(OffmoeError, match="cannot be packed: a GGUF has no keys for it"):
+    with pytest.raises(OffmoeError, match="cannot be packed: a GGUF has no keys for this RoPE scaling"):
         scaling_keys(scaling_of(raw(SCALINGS[name])), family_of("model_type", "qwen3_moe"))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from offmoe.checkpoint.base import shown
+from offmoe.checkpoint.base import quote
 from offmoe.checkpoint.fields import count, number, text_fields
 from offmoe.errors import OffmoeError
 from offmoe.kernels.feed_forward import GELU
@@ -52,7 +52,7 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
     ropes = ours.get("rope_parameters") or ROPES
     if not isinstance(ropes, Mapping) or not all(isinstance(ropes.get(kind), Mapping) for kind in ROPES):
         raise OffmoeError(
-            f"gemma4: rope_parameters is {shown(ropes)}: expected a table for {SLIDING} and one for {FULL}"
+            f"gemma4: rope_parameters is {quote(ropes)}: expected a table for {SLIDING} and one for {FULL}"
         )
     return {
         "tie_word_embeddings": True,
@@ -68,7 +68,7 @@ def factored(rope: Mapping[str, Any], factors: list[float]) -> dict[str, Any]:
     """`rope` with the share of pairs that a GGUF's factors leave rotated."""
     rotated = [factor for factor in factors if factor < RESTS]
     if set(rotated) != {1.0} or factors[: len(rotated)] != rotated:
-        raise OffmoeError(f"{GGUF_FACTORS} is {shown(factors)}: expected ones, then factors that leave no turn")
+        raise OffmoeError(f"{GGUF_FACTORS} is {quote(factors)}: expected ones, then factors that leave no turn")
     return {**rope, "partial_rotary_factor": len(rotated) / len(factors)}
 
 
@@ -104,7 +104,7 @@ def gguf_fields(key: Callable[[str], Any]) -> dict[str, Any]:
     """Fields of config.json for which a GGUF has keys of this arch alone."""
     kept, near = key("attention.head_count_kv"), key("attention.sliding_window_pattern")
     if not isinstance(near, list) or not all(isinstance(one, bool) for one in near):
-        raise OffmoeError(f"gemma4.attention.sliding_window_pattern is {shown(near)}: expected true or false a layer")
+        raise OffmoeError(f"gemma4.attention.sliding_window_pattern is {quote(near)}: expected true or false a layer")
     each = kept if isinstance(kept, list) else [kept] * len(near)
     of_kind = {one: next((n for n, at in zip(each, near, strict=False) if at == one), None) for one in (True, False)}
     rope = {kind: {**ROPES[kind], "rope_theta": key(name) or ROPES[kind]["rope_theta"]}

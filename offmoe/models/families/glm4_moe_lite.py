@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from offmoe.checkpoint.base import shown
+from offmoe.checkpoint.base import quote
 from offmoe.checkpoint.fields import count
 from offmoe.errors import OffmoeError
 from offmoe.models.config import ModelConfig
@@ -18,7 +18,7 @@ def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
     kinds = [*kinds, *["sparse"] * (layers - len(kinds))] if isinstance(kinds, list) else [kinds]
     if len(kinds) != layers or any(kind not in ("dense", "sparse") for kind in kinds):
         raise OffmoeError(
-            f"the model's config gives mlp_layer_types = {shown(kinds)}: expected dense or sparse a layer"
+            f"the model's config gives mlp_layer_types = {quote(kinds)}: expected dense or sparse a layer"
         )
     return routed_layers(raw, config, tuple(layer for layer, kind in enumerate(kinds) if kind == "sparse"))
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from offmoe.checkpoint.base import shown
+from offmoe.checkpoint.base import quote
 from offmoe.checkpoint.fields import count, number
 from offmoe.errors import OffmoeError
 from offmoe.models.config import ModelConfig
@@ -49,7 +49,7 @@ def uniform(raw: Mapping[str, Any], *names: str) -> Any:
     if not isinstance(value, list):
         return value
     if any(other != value[0] for other in value[1:]):
-        raise OffmoeError(f"hunyuan_v1_moe: {name} is {shown(value)}, and offmoe implements layers that are all alike")
+        raise OffmoeError(f"hunyuan_v1_moe: {name} is {quote(value)}, and offmoe implements layers that are all alike")
     return value[0] if value else None
 
 

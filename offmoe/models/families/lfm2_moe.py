@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from offmoe.checkpoint.base import shown
+from offmoe.checkpoint.base import quote
 from offmoe.checkpoint.fields import flag, number
 from offmoe.errors import OffmoeError
 from offmoe.kernels.route import Rule
@@ -30,7 +30,7 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
     heads = raw.get("num_key_value_heads")
     if isinstance(heads, list):
         if not all(type(n) is int for n in heads) or len({n for n in heads if n}) != 1:
-            raise OffmoeError(f"attention.head_count_kv is {shown(heads)}: expected 0 or one other number a layer")
+            raise OffmoeError(f"attention.head_count_kv is {quote(heads)}: expected 0 or one other number a layer")
         ours |= {"num_key_value_heads": max(heads), "layer_types": [FULL if n else CONV for n in heads]}
     return {**raw, **{name: value for name, value in ours.items() if value is not None}}
 

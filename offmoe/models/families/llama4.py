@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from offmoe.checkpoint.base import shown
+from offmoe.checkpoint.base import quote
 from offmoe.checkpoint.fields import count, flag, number, text_fields
 from offmoe.errors import OffmoeError
 from offmoe.kernels.rope import AttentionTemperature
@@ -77,7 +77,7 @@ def each_layer(raw: Mapping[str, Any], name: str, layers: int, among: tuple[Any,
     values = raw.get(name) or []
     if not isinstance(values, list) or len(values) not in (0, layers) or not all(value in among for value in values):
         raise OffmoeError(
-            f"{name} is {shown(values)}: expected {among[0]!r} or {among[1]!r} for each of {layers} layers"
+            f"{name} is {quote(values)}: expected {among[0]!r} or {among[1]!r} for each of {layers} layers"
         )
     return values
 
@@ -88,7 +88,7 @@ def layers_with_experts(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     if listed is None:
         return tuple(range(step - 1, layers, step))
     if not isinstance(listed, list) or not all(type(layer) is int and 0 <= layer < layers for layer in listed):
-        raise OffmoeError(f"moe_layers is {shown(listed)}: expected layers of 0 to {layers - 1}")
+        raise OffmoeError(f"moe_layers is {quote(listed)}: expected layers of 0 to {layers - 1}")
     return tuple(sorted(set(listed)))
 
 

@@ -1,4 +1,4 @@
-"""`offmoe bench policies`: what its rows say, what it refuses, and the table itself."""
+"""`offmoe bench policies`: rows, errors and the table."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def rows(*arguments: str) -> list[dict[str, Any]]:
 
 
 def refusal(*arguments: str) -> str:
-    """The one line that is said."""
+    """Return the one-line error."""
     error = bench(*arguments).exception
     assert isinstance(error, OffmoeError), repr(error)
     line = explain(error)
@@ -274,7 +274,7 @@ def test_the_command_is_there_and_its_errors_are_one_line() -> None:
 
 @pytest.mark.slow
 def test_the_table_of_the_shared_trace() -> None:
-    """Those of its README, within a point."""
+    """The hit rates in its README, within a percentage point."""
     path = SHARED / "traces/gpt-oss-20b.npz"
     if not path.exists():
         pytest.skip(f"{path} is absent")

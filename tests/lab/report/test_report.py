@@ -1,4 +1,4 @@
-"""What a report claims: gains and noise, the fit, the replay's verdict, and figures that can be drawn of anything."""
+"""Statements of a report: gains and noise, the fit, agreement with the replay, and figures of unusual data."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ABOUT: dict[str, Any] = {
 
 
 def of(times: dict[str, list[tuple[float, ...]]], **changes: Any) -> Results:
-    """Rounds of ms a token: of a budget's baseline twice (first and again), of other methods once.
+    """Return results from ms per token and round: a baseline twice (first and again), other methods once.
 
     "50% lru": [(10, 10.1), …].
     """
@@ -67,7 +67,7 @@ def of(times: dict[str, list[tuple[float, ...]]], **changes: Any) -> Results:
 
 
 def test_a_gain_is_paired_round_by_round() -> None:
-    """Rounds of very different speed, always 10 % faster: the machine's moods cancel."""
+    """Rounds of very different speed, always 10 % faster: the load of the machine cancels out."""
     gain, spread = paired_gain([(10.0, 10.0, 9.0), (30.0, 30.0, 27.0), (5.0, 5.0, 4.5)])
     assert gain == pytest.approx(0.1)
     assert spread == pytest.approx(0, abs=1e-12)
@@ -81,7 +81,7 @@ def test_the_spread_is_the_pairs_scatter() -> None:
 
 
 def test_a_baseline_that_differs_from_itself_widens_the_spread() -> None:
-    """Both of its runs are the same configuration, so 10 % between them are noise: t(4) = 2.78."""
+    """Both runs of the baseline are the same configuration, so 10 % between them is noise: t(4) = 2.78."""
     same = [(10 / 1.05 * 1.0, 10 / 1.05 * 1.1, 9.0)] * 4
     gain, spread = paired_gain(same)
     assert gain == pytest.approx(0.1)
@@ -182,7 +182,7 @@ def test_the_replay_agrees_within_a_point(simulated: float, agrees: bool) -> Non
 
 
 def test_errors_that_cancel_are_seen() -> None:
-    """One round too high, one too low: each counts."""
+    """One round is too high, one too low: both count."""
     results = of({"50% lru": [(10,), (10,)]})
     cells = list(results)
     results[cells[0]] = replace(GOOD, simulated=0.53)
@@ -240,7 +240,7 @@ def test_belady_is_below_all_curves() -> None:
 
 
 def results_of(kind: str) -> Results:
-    """Runs that figures must survive."""
+    """Runs that figures must be able to draw."""
     many = {
         f"{v}% {p}": [(10.0, 10.5)] * 2 if p == "lru" else [(9.0,)] * 2 for v in (25, 50) for p in ("lru", "crf:h=16")
     }
@@ -253,7 +253,7 @@ def results_of(kind: str) -> Results:
 
 
 def knowing(seed: int, tokens: int = 30) -> Trace:
-    """States that are the next layer's logits, so that a gate knows, or others, so that it does not."""
+    """Return states that are the next layer's logits, so that a gate can predict, or other states."""
     trace = synthetic(tokens, 3, 16, 4, seed=3)
     rng = np.random.default_rng(seed)
     states = rng.normal(0, 1, (tokens, 3, 16)).astype(np.float16)

@@ -1,4 +1,4 @@
-"""`offmoe trace …`: what is written and printed, Ctrl-C, and every error in one line."""
+"""`offmoe trace …`: files and output, Ctrl-C, and one-line errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def trace(*arguments: Any) -> Result:
 
 
 def error(*arguments: Any) -> str:
-    """The one line that the command line would print."""
+    """Return the line that the command line would print."""
     result = trace(*arguments)
     if result.exit_code == 2:
         return result.output
@@ -45,7 +45,7 @@ def options(**more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 tokens of two prompts of the demo, states included."""
+    """A trace of 60 tokens of two prompts of the demo, with states."""
     folder = tmp_path_factory.mktemp("trace")
     prompts = [
         {"prompt": "Tell me a story about a fox.", "class": "story"},

@@ -1,4 +1,4 @@
-"""A map learns what is there to learn, is judged on what it did not see, and replay reads it."""
+"""A linear map is fitted, evaluated on held-out sequences, and read by replay."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENS, LAYERS, HIDDEN, EXPERTS, K = 400, 4, 24, 16, 3
 
 
 def with_states(noise: float = 0.0, seed: int = 0, sequences: int = 8) -> Trace:
-    """A stream that each layer turns a little, linearly; routers see it. The gates look at it one layer late."""
+    """Return a trace whose hidden state each layer rotates a little; the gates are one layer late."""
     rng = np.random.default_rng(seed)
     model = np.random.default_rng(99)
     stream = rng.normal(size=(TOKENS, HIDDEN))
@@ -48,7 +48,7 @@ def test_a_linear_stream_is_learned() -> None:
 
 
 def test_noise_is_not_learned() -> None:
-    """Judged on tokens that it saw, a map of noise would look good."""
+    """Evaluated on its own training tokens, a map of noise would look good."""
     trace = with_states()
     rng = np.random.default_rng(5)
     logits = rng.normal(size=(*trace.experts.shape[:2], EXPERTS))
@@ -57,7 +57,7 @@ def test_noise_is_not_learned() -> None:
 
 
 def test_sequences_that_judge_are_not_trained_on() -> None:
-    """Spoiling them leaves the map as it is."""
+    """Damaging the held-out sequences does not change the map."""
     trace = with_states(sequences=8)
     assert trace.states is not None
     spoilt = trace.states.copy()
@@ -76,7 +76,7 @@ def test_another_trace_may_judge() -> None:
 
 
 def test_recall_by_hand() -> None:
-    """Two of the first three are right in the one layer that has a layer before it."""
+    """Two of the first three are right, in the one layer that has a previous layer."""
     ids = np.array([[[0, 1, 2], [0, 1, 2]]], np.uint8)
     trace = Trace(ids, np.array([0, 1]), {"model": "m", "layers": 2, "experts": 5, "top_k": 3},
                   states=np.ones((1, 2, 1), np.float16), logits=np.zeros((1, 2, 5), np.float16))  # fmt: skip
@@ -89,7 +89,7 @@ def test_recall_by_hand() -> None:
 
 
 def test_the_first_token_of_a_sequence_has_none_before_it() -> None:
-    """So nothing of it is new."""
+    """So none of its experts is new."""
     trace = with_states(sequences=TOKENS)
     linear = fit_map(trace, None, 1, 0.1)
     assert evaluate(linear, trace, trace)["map"]["recall_of_new"] == 0

@@ -1,4 +1,4 @@
-"""What goes out to CSV or JSON lines comes back equal; other recorders' files are read; lies are one line."""
+"""CSV and JSON lines round-trip; files of other recorders are read; invalid files give one-line errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of a trace against hand-computed ones, and what is known of traces made on purpose."""
+"""Statistics of traces, compared with hand-computed ones and with the construction of synthetic traces."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_reuse_and_working_sets_by_hand() -> None:
 
 
 def test_nothing_reaches_over_a_sequence() -> None:
-    """Two sequences, each true to its own expert."""
+    """Two sequences, each with an expert of its own."""
     trace = replace(of([[0], [0], [1], [1]], 2), offsets=np.array([0, 2, 4]))
     facts = examine(trace)
     assert facts.reuse[0, 0] == 1
@@ -78,7 +78,7 @@ def test_an_expert_for_every_kind_of_token_tells_all_of_it() -> None:
 
 
 def test_chance_is_known_by_the_shuffled_control() -> None:
-    """Few tokens of many classes seem to tell much."""
+    """A few tokens of many classes seem to give much information."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 16, (120, 1)).tolist()
     pieces = rng.choice([" a", "1", ".", "\n", "é", "x"], 120).tolist()
@@ -88,7 +88,7 @@ def test_chance_is_known_by_the_shuffled_control() -> None:
 
 
 def test_prompts_are_shuffled_whole() -> None:
-    """Each of two sequences has its expert, and its class by accident: nothing is known beyond that."""
+    """Each of two sequences has its expert, and its class by chance: there is no information beyond that."""
     trace = of([[0]] * 50 + [[1]] * 50, 2)
     trace = replace(trace, offsets=np.array([0, 50, 100]), meta={**trace.meta, "classes": ["a", "b"]})
     way = examine(trace).classifications[-1]

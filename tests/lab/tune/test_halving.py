@@ -1,4 +1,4 @@
-"""Tuning: what is faster beyond the noise is kept, nothing else; and the profile that chat and run use."""
+"""Tuning keeps only what is faster beyond the noise; chat and run use the profile."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DEFAULT = Configuration("50%", "crf:h=16")
 
 
 class FakeBench:
-    """Times out of a function instead of an engine; a visit takes a second of a clock of its own."""
+    """A bench whose times come from a function; a visit takes one second of its own clock."""
 
     def __init__(self, ms: Callable[[Configuration, int], float], device: str = "cpu", whole: bool = False) -> None:
         self.ms, self.visits, self.clock = ms, list[Configuration](), 0.0
@@ -87,7 +87,7 @@ def replaced(value: Any, **changes: Any) -> Any:
 
 
 def shaken(visit: int, size: float) -> float:
-    """Deterministic noise of a few percent."""
+    """Return deterministic noise of a few percent."""
     return 1 + size * float(np.sin(visit * 12.9898))
 
 
@@ -107,7 +107,7 @@ def test_the_default_stays_where_all_are_alike(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_luck_in_the_rounds_that_choose_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fast while candidates are many, slow when it is alone: what decides are fresh rounds."""
+    """A candidate that is fast among many and slow alone: only the final rounds decide."""
     lucky = "lru"
 
     def ms(configuration: Configuration, visit: int) -> float:
@@ -166,7 +166,7 @@ def test_a_candidate_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_demo_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real engine, so short that nothing can be proven."""
+    """The real engine, in a run too short to prove anything."""
     monkeypatch.setattr(lab, "STEPS", 2)
     monkeypatch.setattr(lab, "TOKENS", 10)
     monkeypatch.setattr(lab, "POLICIES", ("lru",))
@@ -331,7 +331,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
-    """With what settings engines were loaded; a fake one answers."""
+    """Record the settings with which engines are loaded; a fake engine answers."""
     seen: list[Settings] = []
 
     @contextmanager
