@@ -31,7 +31,6 @@ PROCESSORS := $(foreach isa,default avx2 avx512,ATEN_CPU_CAPABILITY=$(isa)) MKL_
 
 .PHONY: help chat install test test-all test-fast test-triton $(TRITONS:%=test-triton-%) test-llama test-processors lint types docs clean
 .SILENT:
-.DEFAULT_GOAL := chat
 
 chat: $(VENV)/installed  ## install offmoe and chat with MODEL (default: the demo)
 	$(BIN)/offmoe chat $(MODEL)

@@ -30,7 +30,6 @@ def exists(module: str, name: str) -> bool:
     return hasattr(parent, name) or (hasattr(parent, "__path__") and find_spec(f"{module}.{name}") is not None)
 
 
-@pytest.mark.fast
 def test_every_name_exists() -> None:
     missing = [
         f"{path.relative_to(ROOT)}: from {module} import {name}"

@@ -90,7 +90,6 @@ def test_imports_run_down() -> None:
                 assert level(module) <= level(name), f"{name} imports {module}"
 
 
-@pytest.mark.fast
 def test_no_imports_run_in_a_circle() -> None:
     """Between modules of one room too, whatever they are imported for."""
     graph = {

@@ -71,7 +71,6 @@ def test_settings_are_parsed_once() -> None:
         ({"chunk": 1.5}, "chunk is 1.5: expected a whole number, at least 1"),
     ],
 )
-@pytest.mark.fast
 def test_settings_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(OffmoeError) as error:
         Settings.of(**values)

@@ -172,7 +172,6 @@ def test_hub_name_without_a_network_is_one_line(tmp_path: Path) -> None:
     assert "org/name is not a local path and cannot be downloaded from the hub" in line
 
 
-@pytest.mark.fast
 def test_demo_answers() -> None:
     result = offmoe(
         "run",

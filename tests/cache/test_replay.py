@@ -123,7 +123,6 @@ def test_golden_misses(name: str, policy: str, scope: str, slots: int, misses: i
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("name", GOLDEN)
-@pytest.mark.fast
 def test_the_two_laws_on_committed_traces(name: str, scope: str) -> None:
     trace = load(DATA / f"{name}.npz")
     k, experts = trace.meta["top_k"], trace.meta["experts"]

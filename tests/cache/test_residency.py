@@ -91,7 +91,6 @@ def asked(draw: st.DrawFn) -> tuple[int, list[int], list[int]]:
     scope=st.sampled_from(["layer", "global"]),
     spec=SPECS,
 )
-@pytest.mark.fast
 def test_the_table_does_what_its_rules_say(
     steps: list[tuple[tuple[int, list[int], list[int]], int, set[int]]], slots: int, scope: str, spec: str
 ) -> None:

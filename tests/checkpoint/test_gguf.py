@@ -24,7 +24,6 @@ def error_line(path: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.fast
 def test_demo_model_reads_as_gguf_reads_it() -> None:
     reader = gguf.GGUFReader(DEMO)
     with open_checkpoint(DEMO) as checkpoint:

@@ -38,7 +38,6 @@ def test_a_loser_is_left_off_and_its_trials_cost_less_than_a_percent(gain: float
     assert any(used), "it is tried again"
 
 
-@pytest.mark.fast
 def test_a_winner_is_kept() -> None:
     guard = Guard()
     seconds, used = run(guard, 10_000, 0.8)

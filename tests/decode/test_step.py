@@ -183,7 +183,6 @@ def test_steps_behind_the_end_leave_the_state(tmp_path: Path) -> None:
         assert states.at == NOWHERE
 
 
-@pytest.mark.fast
 def test_a_token_may_take_every_expert(tmp_path: Path) -> None:
     path = saved("qwen3_moe", tmp_path)
     config = json.loads((path / "config.json").read_text())

@@ -18,7 +18,6 @@ from offmoe.models.model import Model
 
 
 @pytest.mark.parametrize("pin", [False, True])
-@pytest.mark.fast
 def test_with_a_row_for_every_record_the_row_is_the_record(
     model: Model, pin: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

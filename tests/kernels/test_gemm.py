@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle, product
+
 import pytest
 import torch
 from exhaustive import cases
@@ -39,7 +41,6 @@ def test_experts(fmt: str) -> None:
 
 @pytest.mark.parametrize(("fmt", "down"), [("Q4_K", "Q6_K"), ("MXFP4", "Q8_0"), ("F16", "Q4_1")])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.fast
 def test_experts_of_two_formats(fmt: str, down: str, dtype: torch.dtype) -> None:
     check_experts(fmt, down, dtype)
 
@@ -126,6 +127,9 @@ def test_combine(dtype: torch.dtype) -> None:
     assert_close("of some", fast.combine(out, weights), want, 1e-6)
 
 
-@pytest.mark.parametrize(("fmt", "kind"), diagonal(TESTED, ["normal", *EXTREMES]))
+KINDS = ("normal", *EXTREMES)
+
+
+@pytest.mark.parametrize(("fmt", "kind"), cases(product(TESTED, KINDS), list(zip(TESTED, cycle(KINDS), strict=False))))
 def test_unpacked_bit_for_bit(fmt: str, kind: str) -> None:
     check_unpacked(fmt, kind)

@@ -56,7 +56,6 @@ def test_long_ranges_are_read_in_chunks(reader: Reader, chunk: int, monkeypatch:
         assert np.array_equal(target, np.concatenate([DATA[at : at + nbytes] for at, nbytes in PLACES]))
 
 
-@pytest.mark.fast
 def test_ranges_lie_one_after_another(reader: Reader) -> None:
     target = np.zeros(sum(nbytes for _, nbytes in PLACES) + 5, np.uint8)
     reader.read(wanted(*PLACES), target).done.result()

@@ -146,7 +146,6 @@ def test_a_cache_is_as_large_as_the_plan_says(name: str) -> None:
 
 
 @every
-@pytest.mark.fast
 def test_chunks_mix_as_one_prompt_does(name: str) -> None:
     config, given = MIXERS[name], projected(MIXERS[name], 24)
     mixer = host_mixer(config, Random(config))

@@ -61,7 +61,6 @@ def test_a_packed_gguf_gives_the_same_logits(family: str, fused: bool, tmp_path:
     want.check_logits(logits, 7)
 
 
-@pytest.mark.fast
 def test_mxfp4_is_packed_without_a_loss(tmp_path: Path) -> None:
     """gpt-oss's blocks in ggml's order; what is not an expert becomes Q8_0."""
     path = saved("gpt_oss", tmp_path)
@@ -114,7 +113,6 @@ def test_latents_are_not_kept_in_int8(tmp_path: Path) -> None:
         engine_of(saved("deepseek_v2", tmp_path), kv="int8")
 
 
-@pytest.mark.fast
 def test_kimi_k2_is_deepseek_v3_under_another_name(tmp_path: Path) -> None:
     want = reference("deepseek_v3", IDS)
     path = saved("deepseek_v3", tmp_path)

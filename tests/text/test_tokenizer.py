@@ -249,7 +249,6 @@ def directory(tmp_path: Path, demo: Tokenizer) -> Path:
     return tmp_path
 
 
-@pytest.mark.fast
 def test_directory_has_the_same_ids(directory: Path, demo: Tokenizer) -> None:
     tokenizer = load(Files(directory))
     for text in ("", "Hello wörld\n\n 123 🎉", "<|im_end|>"):

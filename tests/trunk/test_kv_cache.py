@@ -32,7 +32,6 @@ def rooms(engine: Engine) -> list[int]:
     return [cache.room for cache in engine.kv.caches]
 
 
-@pytest.mark.fast
 def test_logits_behind_many_windows(engine: Engine) -> None:
     want = reference("gpt_oss", IDS)
     rows = [engine.prefill(IDS[:100])] + [engine.step(token) for token in IDS[100:]]

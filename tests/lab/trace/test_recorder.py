@@ -46,7 +46,6 @@ def recorded(engine: Engine, states: bool = False) -> tuple[Trace, list[list[int
     return recorder.trace(), answers
 
 
-@pytest.mark.fast
 def test_the_trace_is_what_transformers_routes(engine: Engine) -> None:
     trace, answers = recorded(engine)
     assert trace.offsets.tolist() == [0, 11, 22]
