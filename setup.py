@@ -21,7 +21,12 @@ setup(
         for package, folder in FOLDERS.items()
         for name in (package, *(f"{package}.{sub}" for sub in find_packages(folder)))
     ],
-    package_data={"offmoe.demo": ["*.gguf", "*.md", "LICENSE"]},
+    package_data={
+        "offmoe.demo": ["*.gguf", "*.md", "LICENSE"],
+        "offmoe": ["py.typed"],
+        "offmoe.cache": ["py.typed"],
+        "offmoe.kernels": ["py.typed"],
+    },
     install_requires=[
         "torch>=2.9",
         "safetensors>=0.5",
@@ -38,6 +43,7 @@ setup(
     extras_require={
         "llama": ["llama-cpp-python>=0.3.16"],
         "lab": ["matplotlib>=3.10", "numba>=0.61"],
+        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
         "test": [
             "pytest>=8.3",
             "pytest-cov>=6.0",

@@ -1,12 +1,12 @@
-"""Decoding on a GPU: a CSV row and a line of a table for every cap, policy, prefetcher, context and routing.
+r"""Decoding on a GPU: a CSV row and a line of a table for every cap, policy, prefetcher, context and routing.
 
     python3 bench/decode.py --shape qwen3-30b-a3b --caps 25,50,75,100 --routing realistic,uniform \
         --policies crf:h=16,lru@50 --prefetch none --context 128,32768 --out bench/results/decode.csv
 
 `lru@50` runs that policy at 50 % only. Routings: realistic (Qwen3-30B-A3B's), uniform, trace (gpt-oss-20b's), own (the
-router's; on random weights about uniform). Prefetchers, separated by spaces: none, the engine's own such as
-gate:d=1,p=0.05, and with replayed routing emulated ones: emulated:recall=0.727,precision=0.557,d=1,n=2 and
-oracle:d=2. With all experts in VRAM only the first policy and routing are run.
+router's; about uniform with random weights). Prefetchers, separated by spaces: none, the engine's own such as
+gate:d=1,p=0.05, and with replayed routing emulated ones: emulated:recall=0.727,precision=0.557,d=1,n=2 and oracle:d=2.
+With all experts in VRAM only the first policy and routing are run.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from rig import Peer, Rig, Row, Steps, machine, model_file, parser, report
 from shapes import SHAPES
 
 Ids = NDArray[np.int16]
-WINDOWS = 8  # of the timed tokens: their spread
-FILL = 512  # tokens of the prompt before all
+WINDOWS = 8  # parts of the timed tokens, for their spread
+FILL = 512  # tokens of the first prompt, which fills the slots
 COLUMNS = {"cap": "cap", "routing": "routing", "policy": "policy", "prefetch": "prefetch", "context": "context",
            "tok_s": "tok/s", "ms": "ms", "ms_low": "low", "ms_high": "high", "hit_rate": "hit", "link_mib": "MiB/tok",
            "floor_ms": "floor", "of_floor_and_link": "÷(fl+link)", "roof_tok_s": "roof", "roof_by": "by",
@@ -35,7 +35,7 @@ COLUMNS = {"cap": "cap", "routing": "routing", "policy": "policy", "prefetch": "
 
 @dataclass(frozen=True)
 class Load:
-    """What needs an engine of its own."""
+    """Settings that need an engine of their own."""
 
     cap: str
     policy: str
@@ -44,11 +44,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Emulated:
-    """A predictor that is not one: it names ids out of the future at a stated quality."""
+    """An emulated predictor, which names future ids with a given recall and precision."""
 
     recall: float
     precision: float
-    setting: str  # for the engine: the same lane, budget and distance, its own predictor unused
+    setting: str  # prefetch setting of the engine: the same stream, budget and distance, its own predictor unused
 
     @classmethod
     def of(cls, spec: str) -> Emulated | None:
@@ -88,7 +88,7 @@ def routing_ids(name: str, rig: Rig, tokens: int) -> Ids | None:
 
 
 def replay(rig: Rig, load: Load, ids: Ids | None, warm: int) -> float:
-    """Hit rate without prefetching of the timed tokens, from a cache that is full of something else; nan: unknown."""
+    """Return the hit rate of the timed tokens without prefetching, from a cache of other experts; NaN if unknown."""
     if ids is None:
         return float("nan")
     fill = routes.uniform(40, rig.layers, rig.experts, rig.k, seed=1)
@@ -97,7 +97,7 @@ def replay(rig: Rig, load: Load, ids: Ids | None, warm: int) -> float:
 
 
 def cell(rig: Rig, load: Load, context: int, name: str, args: argparse.Namespace) -> Row:
-    """Warm up, time, and set beside what bounds it."""
+    """Warm up, time, and compare with the bounds."""
     ids = routing_ids(name, rig, args.warm + args.tokens)
     expected = replay(rig, load, ids, args.warm)
     emulated = Emulated.of(load.prefetch)
@@ -154,26 +154,26 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         prefetch = emulated.setting if emulated else load.prefetch
         with Rig(path, args.shape, f"{load.cap}%", ctx, policy=load.policy, prefetch=prefetch, kv=args.kv) as rig:
             print(f"# {rig.engine.plan.summary()}: ready in {time.perf_counter() - began:.1f} s", flush=True)
-            rig.prefill(FILL, seed=0)  # every slot holds something
+            rig.prefill(FILL, seed=0)  # fill every slot
             names = args.routing.split(",")
             for context in contexts:
                 for name in names[:1] if float(load.cap) >= 100 else names:
                     yield cell(rig, load, context, name, args)
 
 
-def parsed(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str]) -> argparse.Namespace:
     options = parser("decode", __doc__)
     options.add_argument("--shape", default="qwen3-30b-a3b", choices=[*SHAPES, "demo"])
-    options.add_argument("--caps", default="25,50,75,100", help="%% of the routed experts that have a slot")
+    options.add_argument("--caps", default="25,50,75,100", help="percentages of the experts that have a slot")
     options.add_argument("--routing", default="realistic,uniform")
     options.add_argument("--policies", default="crf:h=16")
     options.add_argument("--prefetch", default=["none"], nargs="+")
     options.add_argument("--context", default="128")
-    options.add_argument("--kv", choices=["int8"], help="keys and values, instead of the activations' type")
-    options.add_argument("--tokens", type=int, default=400, help="timed")
-    options.add_argument("--warm", type=int, default=200, help="tokens before them")
+    options.add_argument("--kv", choices=["int8"], help="data type of the KV cache, instead of the activations' type")
+    options.add_argument("--tokens", type=int, default=400, help="number of timed tokens")
+    options.add_argument("--warm", type=int, default=200, help="number of untimed tokens before them")
     options.add_argument("--quick", action="store_true", help="50 and 100 %%, realistic, fewer tokens: about a minute")
-    options.add_argument("--peer", type=Path, help="llama-bench's CSV of this call")
+    options.add_argument("--peer", type=Path, help="llama-bench's CSV of this run")
     args = options.parse_args(argv)
     if args.quick:
         args.caps, args.tokens, args.warm, args.context = "50,100", 160, 120, "128"
@@ -182,5 +182,5 @@ def parsed(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    args = parsed(sys.argv[1:])
+    args = parse_args(sys.argv[1:])
     report("decode", measure(args), COLUMNS, args.out)

@@ -1,11 +1,11 @@
-"""The demo model on a machine without a GPU, beside llama.cpp on the same file and as many threads.
+"""Demo model on a machine without a GPU, compared with llama.cpp on the same file and with as many threads.
 
     python -P bench/demo_cpu.py bench/results/demo-cpu.csv
 
-The peer needs offmoe[llama], by pip: make compiles it without AMX.
+llama.cpp comes from offmoe[llama], installed with pip: `make` compiles it without AMX.
 
-Rounds of the configurations are interleaved, so that they share the machine's moods; a figure is the median of the
-rounds, with the lowest and the highest beside it. Absolute times of a shared machine are worth little: read the ratios.
+The configurations are measured in interleaved rounds, so that they see the same load of the machine; a figure is the
+median of the rounds, with minimum and maximum. Absolute times on a shared machine mean little: read the ratios.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Row = dict[str, object]
 
 
 def decode(engine: Engine) -> float:
-    """Tokens a second over TOKENS greedy ones."""
+    """Return tokens per second over TOKENS greedy ones."""
     list(engine.generate(PROMPT, temperature=0.0, max_tokens=TOKENS))
     return engine.stats().decode_tok_s
 
@@ -48,14 +48,14 @@ def roof(engine: Engine) -> float:
 
 
 def first_token(engine: Engine) -> float:
-    """Seconds from a new prompt of about 30 tokens to its first token."""
+    """Return the seconds from a new prompt of about 30 tokens to its first token."""
     engine.reset()
     list(engine.generate("How do I boil an egg so that the yolk stays soft? Tell me in short.", max_tokens=1))
     return engine.stats().ttft_s
 
 
 def start() -> float:
-    """Seconds of a whole `offmoe chat` that is left at once."""
+    """Return the seconds of a whole `offmoe chat` that exits at once."""
     began = time.perf_counter()
     command = [sys.executable, "-P", "-m", "offmoe", "chat"]
     subprocess.run(command, input=b"/exit\n", capture_output=True, check=True)
@@ -63,7 +63,7 @@ def start() -> float:
 
 
 def llama_decoder(threads: int) -> Callable[[], float]:
-    """The peer: plain llama.cpp, greedy, the same prompt, no sampler's cost."""
+    """Return a decoder with llama.cpp: greedy, the same prompt, without the cost of a sampler."""
     from llama_cpp import Llama
 
     llama = Llama(str(DEMO), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
@@ -81,7 +81,7 @@ def llama_decoder(threads: int) -> Callable[[], float]:
 
 
 def needs(name: str, without: frozenset[str] = frozenset()) -> set[str]:
-    """`name` and what it needs, and what that needs, extras left out."""
+    """Return `name` and its requirements, recursively, without extras."""
     found, asked = set(without), [name]
     while asked:
         if (package := asked.pop().lower().replace("_", "-")) not in found:
@@ -92,7 +92,9 @@ def needs(name: str, without: frozenset[str] = frozenset()) -> set[str]:
 
 
 def installed_mb() -> float:
-    """Bytes of files, compiled ones too: offmoe and its needs, without torch and torch's needs that we do not share."""
+    """Return the size of all files of offmoe and its requirements, in MB, without torch and requirements that only
+    torch has.
+    """
     shared = needs("jinja2")
     ours = needs("offmoe", without=frozenset(needs("torch") - shared)) - {"offmoe"}
     files = [file for name in ours for file in metadata.files(name) or []]
@@ -117,36 +119,45 @@ def measure() -> list[Row]:
         threads = os.cpu_count() or 1
         if importlib.util.find_spec("llama_cpp"):
             runs["llama.cpp"] = llama_decoder(threads)
-        seen: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(ROUNDS + 1):
+        samples: dict[str, list[float]] = {name: [] for name in runs}
+        for round_index in range(ROUNDS + 1):
             for name, run in runs.items():
                 value = run()
-                if turn:  # the first warms up
-                    seen[name].append(value)
+                if round_index:  # the first round warms up
+                    samples[name].append(value)
         hits = engines["50%"].stats().hit_rate
     starts = [start() for _ in range(4)][1:]
     rows = [
-        row("decode, all in slots", seen["decode, all in slots"], "tok/s", "≥ 25", f"{TOKENS} greedy tokens"),
-        row("its roof", seen["its roof"], "tok/s", "", "the measured time with all hits"),
-        row("decode, half in slots", seen["decode, half in slots"], "tok/s", "≥ 10", f"hit rate {hits:.1%}, crf:h=16"),
-        row("roof at half", seen["roof at half"], "tok/s", "", "floor"),
-        row("first token", seen["first token"], "s", "≤ 1", "32-token prompt, warm engine, nothing reused"),
+        row("decode, all in slots", samples["decode, all in slots"], "tok/s", "≥ 25", f"{TOKENS} greedy tokens"),
+        row("its roof", samples["its roof"], "tok/s", "", "the measured time with all hits"),
+        row(
+            "decode, half in slots", samples["decode, half in slots"], "tok/s", "≥ 10", f"hit rate {hits:.1%}, crf:h=16"
+        ),
+        row("roof at half", samples["roof at half"], "tok/s", "", "floor"),
+        row("first token", samples["first token"], "s", "≤ 1", "32-token prompt, warm engine, nothing reused"),
         row("second start", starts, "s", "≤ 3", "`offmoe chat` with /exit, whole process"),
         row(
             "installed size", [installed_mb()], "MB", "≤ 200", "files, without torch and what it needs, without extras"
         ),
     ]
-    if "llama.cpp" in seen:
-        ratios = [ours / theirs for ours, theirs in zip(seen[rows[0]["figure"]], seen["llama.cpp"], strict=True)]
-        rows.append(row("llama.cpp", seen["llama.cpp"], "tok/s", "", f"the peer: {threads} threads, same file"))
+    if "llama.cpp" in samples:
+        ratios = [ours / theirs for ours, theirs in zip(samples[rows[0]["figure"]], samples["llama.cpp"], strict=True)]
+        rows.append(row("llama.cpp", samples["llama.cpp"], "tok/s", "", f"the peer: {threads} threads, same file"))
         rows.append(row("decode ÷ llama.cpp", ratios, "×", "≥ 0.25", "all in slots, round by round"))
     return rows
 
 
 def row(figure: str, values: list[float], unit: str, target: str, how: str) -> Row:
     low, middle, high = min(values), statistics.median(values), max(values)
-    return {"figure": figure, "median": f"{middle:.3g}", "low": f"{low:.3g}", "high": f"{high:.3g}", "unit": unit,
-            "target": target, "how": how}  # fmt: skip
+    return {
+        "figure": figure,
+        "median": f"{middle:.3g}",
+        "low": f"{low:.3g}",
+        "high": f"{high:.3g}",
+        "unit": unit,
+        "target": target,
+        "how": how,
+    }
 
 
 def machine() -> Row:
@@ -157,8 +168,8 @@ def machine() -> Row:
 
 
 def main(out: Path) -> None:
-    about = machine()
-    rows = [{**about, **values} for values in measure()]
+    machine_row = machine()
+    rows = [{**machine_row, **values} for values in measure()]
     with out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

@@ -1,7 +1,7 @@
-"""Milliseconds of a prompt's chunk through one layer of Qwen3-30B-A3B's experts: python bench/gemm.py OUT.csv
+"""Time of a prompt's chunk through the experts of one layer of Qwen3-30B-A3B: python bench/gemm.py OUT.csv
 
-A figure is the median of five replays of a CUDA graph of four calls, each of another set of records; the share is of
-what torch.matmul reaches in bfloat16 at 8192³. `--sweep`: sizes of tiles, warps and stages in Q4_K instead.
+A figure is the median of five replays of a CUDA graph of four calls, each with another set of experts; the share is of
+torch.matmul's rate in bfloat16 at 8192³. `--sweep`: try sizes of tiles, warps and stages in Q4_K instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CUDA = torch.device("cuda")
 
 
 def seconds(run: Callable[[], None], repeats: int = 5) -> float:
-    """Of the median replay."""
+    """Return the seconds of the median replay."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -45,13 +45,13 @@ def seconds(run: Callable[[], None], repeats: int = 5) -> float:
 
 
 def matmul_rate() -> float:
-    """FLOP/s."""
+    """Return the FLOP/s of a large torch.matmul."""
     a = torch.randn((8192, 8192), device=CUDA, dtype=torch.bfloat16)
     return 2 * 8192**3 / seconds(lambda: torch.mm(a, a))
 
 
 class Layer:
-    """Of random bytes; values do not change how long it takes."""
+    """Experts of a layer, of random bytes: the values do not change the time."""
 
     def __init__(self, fmt: str, tokens: int) -> None:
         self.layout: SlotLayout = slot_layout(
@@ -92,7 +92,7 @@ def timed(fmt: str, tokens: int, roof: float) -> list[Row]:
 
 
 def unpacked(fmt: str) -> Row:
-    """A matrix [4096, 2048]; bytes are those read and written."""
+    """Time the dequantisation of a matrix [4096, 2048]; bytes are those read and written."""
     form = matrix(fmt, 4096, H)
     buffer: Tensor = torch.randint(0, 256, (form.nbytes,), dtype=torch.uint8, device=CUDA)
     out = torch.empty((form.rows, form.cols), device=CUDA, dtype=torch.bfloat16)
@@ -106,22 +106,22 @@ def unpacked(fmt: str) -> Row:
 
 
 def sweep(tokens: int) -> list[Row]:
-    """Blocks; then the tuning of one of the two products at a time, the other as it is."""
+    """Try sizes of blocks; then tunings of one product at a time, with the other's default."""
     layer, rows = Layer("Q4_K", tokens), []
     usual = block_of(tokens * K, EXPERTS, layer.x.dtype)
     for block in {usual, min(128, usual * 2)}:
         tiles = layer.tiles(block)
         for which in ("first", "second"):
-            given = tuning_of(block, layer.x.dtype, CUDA, "Q4_K", which == "first")
+            default = tuning_of(block, layer.x.dtype, CUDA, "Q4_K", which == "first")
             for n, warps, stages, swap in itertools.product((64, 128), (4, 8), (3, 4), (False, True)):
-                tuning = replace(given, rows=n, warps=warps, stages=stages, swap=swap)
+                tuning = replace(default, rows=n, warps=warps, stages=stages, swap=swap)
                 try:
                     took = layer.products(tiles, **{which: tuning})
                 except Exception as error:  # out of shared memory
                     print(which, block, tuning, type(error).__name__)
                     continue
                 rows.append({"product": which, "tokens": tokens, "block": block, "rows": n, "warps": warps,
-                             "stages": stages, "swap": swap, "usual": tuning == given, "ms": took * 1e3})  # fmt: skip
+                             "stages": stages, "swap": swap, "usual": tuning == default, "ms": took * 1e3})  # fmt: skip
     return sorted(rows, key=lambda row: (row["product"], row["ms"]))
 
 

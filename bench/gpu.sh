@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Everything for a GPU machine, in stages; a stage prints the end of its output, $OUT/log.txt holds all of it.
-#   bash bench/gpu.sh OUT [STAGE …]      OUT: a folder for the log and the rows; no stage: all of them
-# Stages: build (the peer, in the background: it goes on when this script ends), tests, kernels, peer (waits for its
-# build), decode, decode-long, decode-gpt-oss, decode-prefetch, misses, families, quick, prefill, memory, demo; sweep
+# Tests and benchmarks on a GPU machine, in stages. A stage prints the end of its output; $OUT/log.txt has all of it.
+#   bash bench/gpu.sh OUT [STAGE …]      OUT: folder for the log and the CSV files; default: all stages
+# Stages: build (llama.cpp, in the background; it outlives this script), tests, kernels, peer (waits for the build),
+# decode, decode-long, decode-gpt-oss, decode-prefetch, misses, families, quick, prefill, memory, demo; sweep
 # (tiles of the GEMV).
-# Ignored folders that it takes if they are there: .whl (wheels of missing packages), .traces, .peer (bench/peer.sh pack).
-# ARGS_decode="--caps 50" and so on: further arguments of a stage.
+# Optional folders, ignored by git: .whl (wheels of missing packages), .traces, .peer (bench/peer.sh pack).
+# ARGS_decode="--caps 50" and so on: additional arguments of a stage.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:?a folder for the log and the rows}
+out=${1:?give a folder for the log and the CSV files}
 shift
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -20,7 +20,7 @@ need_trace() {
     [ -f "$OFFMOE_TRACES/gpt-oss-20b.npz" ] || { echo "$OFFMOE_TRACES/gpt-oss-20b.npz is absent: carry .traces, or set OFFMOE_TRACES" >&2; exit 1; }
 }
 
-# The installed shape. Never the root itself: its folders would be found under their own names.
+# The layout of the installed package. Not the root itself: Python would find its folders under their own names.
 view=$(mktemp -d)
 mkdir -p "$view/offmoe"
 ln -s "$PWD"/offmoe/* "$PWD/cache" "$PWD/kernels" "$view/offmoe/"
@@ -31,7 +31,7 @@ export PYTHONPATH="$view${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export OFFMOE_COMMIT=${OFFMOE_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 
 failed=()
-stage() { # NAME LINES SECONDS COMMAND …: at most so long, its last LINES on the screen
+stage() { # NAME LINES SECONDS COMMAND …: run COMMAND with a timeout and print its last LINES
     local name=$1 lines=$2 limit=$3 began=$SECONDS rc=0
     shift 3
     # shellcheck disable=SC2086,SC2154
@@ -43,11 +43,11 @@ stage() { # NAME LINES SECONDS COMMAND …: at most so long, its last LINES on t
     [ $rc = 0 ] || failed+=("$name")
 }
 
-build() { # once a machine; its own session, so that it outlives this script
+build() { # once per machine, in a session of its own, so that it outlives this script
     [ -e $peer.started ] && return
     : >$peer.started
     setsid bash -c "bash bench/peer.sh build $peer >$peer.log 2>&1; echo \$? >$peer.built" </dev/null >/dev/null 2>&1 &
-    echo "== build: begun, $peer.log"
+    echo "== build: started, $peer.log"
 }
 
 run_peer() {
@@ -62,7 +62,7 @@ run_peer() {
 for name in "$@"; do
     case $name in
         build) build ;;
-        tests) # most of the time goes to compiling: several processes, where pytest-xdist is among the wheels
+        tests) # compiling takes most of the time: several processes, if pytest-xdist is installed
             need_trace
             workers=$(python3 -P -c 'import xdist' 2>/dev/null && echo "-n $(($(nproc) * 2 / 3))")
             # shellcheck disable=SC2086
@@ -85,9 +85,9 @@ for name in "$@"; do
             need_trace
             stage decode-gpt-oss 10 240 python3 bench/decode.py --shape gpt-oss-20b --caps 25,50,100 --routing trace --policies crf:h=16,lru@50 --out "$out/decode.csv"
             ;;
-        decode-prefetch) # published pairs of recall and precision on the misses; and the bound
+        decode-prefetch) # published pairs of recall and precision on the misses; and the upper bound
             stage decode-prefetch 14 300 python3 bench/decode.py --caps 25,50 --routing realistic --prefetch none emulated:recall=0.727,precision=0.557,d=1 emulated:recall=0.142,precision=0.987,d=1 oracle:d=2 --out "$out/decode.csv" ;;
-        misses) # what a missing record costs: one of 13 MB that is taken apart, and one of 2.7 MB that is not
+        misses) # cost of a miss: experts of 13 MB, which are repacked, and of 2.7 MB, which are not
             for shape in gpt-oss-20b qwen3-30b-a3b; do
                 stage misses 11 120 python3 bench/misses.py --shape $shape --out "$out/misses.csv"
             done

@@ -1,8 +1,8 @@
-"""Microseconds of the decode graph's kernels at Qwen3-30B-A3B's shape, beside the roof: python bench/kernels.py OUT.csv
+"""Time of the decode graph's kernels at Qwen3-30B-A3B's shape, relative to the roof: python bench/kernels.py OUT.csv
 
-A figure is the median of five replays of a CUDA graph of 20 or more launches that take other slots each, out of more
-than 200 MB. Bytes are those of weights (or keys and values); the share is of VRAM's bandwidth, of copies the link's.
-`--sweep`: warps a multiprocessor of the products in Q4_K instead, fastest first.
+A figure is the median of five replays of a CUDA graph of at least 20 launches, each with different slots, out of more
+than 200 MB. Bytes are those of the weights (or keys and values); the share is of VRAM bandwidth, for copies of link
+bandwidth. `--sweep`: try numbers of warps per multiprocessor for the products in Q4_K instead, fastest first.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ H, F, EXPERTS, K, LAYERS, VOCAB = 2048, 768, 128, 8, 48, 151936
 HEADS, KV_HEADS, DIM, CTX = 32, 4, 128, 32768
 LAUNCHES, LEAST, PINNED = 24, 400 << 20, 288 << 20
 DENSE = {"qkv": (5120, H, "Q4_K"), "o": (H, HEADS * DIM, "Q4_K"), "head": (VOCAB, H, "Q6_K")}
-# F of records of 0.9, 2.65 and 9 MB.
+# Hidden sizes F of experts of 0.9, 2.65 and 9 MB.
 COPIED = {"Q4_K": (256, 768, 2560), "Q8_0": (160, 416, 1376)}
 MISSES = (1, 4)
-# Heads and widths of latent attention, its absorbed halves in Q8_0.
+# Heads and widths of latent attention; its absorbed matrices are in Q8_0.
 LATENTS = {
     "DeepSeek-V2-Lite": (16, Latent(0, 512, 128, 64, 128)),
     "GLM-4.7-Flash": (20, Latent(768, 512, 192, 64, 256)),
@@ -58,7 +58,7 @@ PARTS = (*PLANES, "dense", "pages", "latents", "rest")
 
 
 class Bench:
-    """Times and prints; `warm`: each kernel runs once, so that it lies in Triton's cache."""
+    """Times kernels and prints rows. `warm`: run each kernel once, to fill Triton's cache."""
 
     def __init__(self, out: Path | None, warm: bool = False) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -70,7 +70,7 @@ class Bench:
 
     def measure(self, kernel: str, what: str, nbytes: float, launch: Callable[[Any], object], inputs: Sequence[Any],
                 roof: str = "vram", graph: bool = True) -> float:  # fmt: skip
-        """`launch` of each of the inputs, `nbytes` each: seconds of one, and a row."""
+        """Time `launch` for each of the inputs, which moves `nbytes`; add a row and return the seconds per launch."""
 
         def all_of_them() -> None:
             for each in inputs:
@@ -99,7 +99,7 @@ class Bench:
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device, generator=self.generator)
 
     def drawn(self, count: int, n: int) -> Tensor:
-        """n of `count` slots."""
+        """Return n random slots out of `count`."""
         return torch.randperm(count, device=self.device, generator=self.generator)[:n].to(torch.int32)
 
 
@@ -112,7 +112,7 @@ def graph_time(run: Callable[[], None]) -> float:
 
 
 def event_time(run: Callable[[], None], repeats: int = 5) -> float:
-    """Seconds of the median run."""
+    """Return the seconds of the median run."""
     times = []
     for _ in range(repeats):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in "ab")
@@ -129,14 +129,14 @@ def record_of(fmt: str, inner: int) -> RecordLayout:
 
 
 def experts_of(b: Bench, fmt: str) -> tuple[Tensor, SlotLayout]:
-    """Slots full of noise."""
+    """Return slots filled with random bytes, and their layout."""
     layout = slot_layout(record_of(fmt, F))
     stride = -(-layout.nbytes // 256) * 256
     return b.noise(8 * K if b.warm else max(EXPERTS, LEAST // stride), stride), layout
 
 
 def products(b: Bench, records: Tensor, layout: SlotLayout, n: int) -> dict[str, float]:
-    """The n experts of n ÷ 8 tokens."""
+    """Time both products of n experts, for n ÷ 8 tokens."""
     x, inner, weights = b.floats(n // K, H), b.floats(n, F), b.floats(n).abs()
     draws = [b.drawn(len(records), n) for _ in range(LAUNCHES)]
     upper, what = layout.down.planes[0], f"{layout.gate.format} {n} experts"
@@ -165,7 +165,7 @@ def dense_product(b: Bench, name: str) -> float:
 
 
 def pages(b: Bench, pinned: Tensor, fmt: str, inner: int) -> None:
-    """page_in of one and of four records, and the copy engine, each record a copy."""
+    """Time page_in for one and for four experts, and the copy engine with one copy per expert."""
     record = record_of(fmt, inner)
     layout, stride, size = slot_layout(record), -(-record.nbytes // 256) * 256, record.nbytes
     rows, scratch = len(pinned) // stride, scratch_for(b.device)
@@ -184,7 +184,7 @@ def pages(b: Bench, pinned: Tensor, fmt: str, inner: int) -> None:
 
 
 def listing(b: Bench, scope: str) -> Table:
-    """Half of all records are there."""
+    """Time foretell and candidates; return a table in which half of all experts have slots."""
     slots = EXPERTS // 2 * LAYERS
     t = device_table(Residency(LAYERS, EXPERTS, slots, make_policy("crf:h=16", LAYERS * EXPERTS), scope), K, b.device)
     t.owner.copy_(torch.arange(slots) // (EXPERTS // 2) * EXPERTS + torch.arange(slots) % (EXPERTS // 2))
@@ -204,7 +204,7 @@ def listing(b: Bench, scope: str) -> Table:
 
 
 def routes(b: Bench, t: Table) -> None:
-    """Norm, router, top-k and residency; no layer comes twice, and after the first replay all is there."""
+    """Time norm, router, top-k and residency; no layer is repeated, and after the first replay every expert hits."""
     x, norm, router = b.floats(H), b.floats(H), b.floats(EXPERTS, H).bfloat16()
     logits, normed, weights = b.floats(EXPERTS), b.floats(H), b.floats(K)
     ids, slots, hit, missing, places = (b.ints(K) for _ in range(5))
@@ -229,7 +229,7 @@ def attentions(b: Bench, context: int, keys: Tensor, values: Tensor) -> None:
 
 
 def latents(b: Bench, name: str, context: int) -> None:
-    """The three launches together; every one of a replay has weights and a cache of its own."""
+    """Time the three launches of latent attention together; each launch of a replay has its own weights and cache."""
     (heads, z), count = LATENTS[name], 2 if b.warm else LAUNCHES
     forms = [
         matrix("Q8_0", rows, cols) for rows, cols in ((heads * z.kv_rank, z.qk_nope), (heads * z.value, z.kv_rank))
@@ -280,7 +280,7 @@ def run(b: Bench, part: str) -> None:
 
 
 def sweep(b: Bench, warps: int) -> list[Row]:
-    """Q4_K, one token, so many warps a multiprocessor."""
+    """Time the products in Q4_K for one token, with `warps` warps per multiprocessor."""
     gemv.WARPS = gemv.FEWER_WARPS = warps
     found = {f"{name} {n}": t for n in (K, 8 * K) for name, t in products(b, *experts_of(b, "Q4_K"), n).items()}
     found |= {name: dense_product(b, name) for name in DENSE}
@@ -288,7 +288,10 @@ def sweep(b: Bench, warps: int) -> list[Row]:
 
 
 def warm_up(parts: Sequence[str]) -> None:
-    """Triton compiles on one core: a process each. What fails here fails again later, with its message."""
+    """Compile in one process per part, as Triton compiles on one core.
+
+    An error here is raised again later, with its message.
+    """
     waiting, running = list(parts), set()
     while waiting or running:
         while waiting and len(running) < (os.cpu_count() or 2):
@@ -311,7 +314,9 @@ def swept(out: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", help="rows are added to this file")
-    parser.add_argument("--sweep", action="store_true", help="warps a multiprocessor of the products in Q4_K")
+    parser.add_argument(
+        "--sweep", action="store_true", help="try numbers of warps per multiprocessor for the products in Q4_K"
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--warm", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""What opening and running a large GGUF really takes of host memory and of VRAM, against what was planned.
+"""Host memory and VRAM used to open and run a large GGUF, compared with the plan.
 
     python3 bench/memory.py [LAYERS]     a Qwen3-30B-A3B-shaped Q4_K file, 17.6 GB with all 48 layers
 
-Every case is a process of its own. What it takes of VRAM beyond its plan is what offmoe.plan.VRAM_MARGIN has to cover:
-libraries, compiled kernels, graphs, what torch's allocator leaves between its blocks. The last case on a GPU finds as
-much free as a card of so many GiB has, and takes what it likes.
+Every case is a process of its own. The VRAM used beyond the plan is what offmoe.plan.VRAM_MARGIN has to cover:
+libraries, compiled kernels, graphs, fragmentation of torch's allocator. The last case on a GPU has only as much free
+VRAM as a small card, and uses the default budget.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ CASES = {"cpu": (("30%", 300 << 20),), "cuda": (("25%", 4 << 30), ("50%", 32 << 
 
 
 def anonymous() -> int:
-    """Bytes of this process that are no file's; memory pinned for a GPU lies here too."""
+    """Return the bytes of this process that are not backed by a file, including memory pinned for a GPU."""
     status = Path("/proc/self/status").read_text()
     fields = dict(line.split(":", 1) for line in status.splitlines())
     return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
 
 
 def measure(path: Path, device: str, vram: str, ram: int) -> None:
-    """One case, in this process; "" is the default."""
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else 0  # as the plan finds it: CUDA's context is there
+    """Run one case in this process; "" is the default."""
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else 0  # as the plan sees it: CUDA's context exists
     before, began = anonymous(), time.perf_counter()
     settings = Settings.of(device=device, vram=vram or None, ram=ram, ctx=CTX)
     with Engine(open_model(path), settings) as engine:
@@ -50,14 +50,18 @@ def measure(path: Path, device: str, vram: str, ram: int) -> None:
         print(f"  open {opened:.1f} s; anonymous and pinned {beyond(anonymous() - before, host)}")
         if device == "cuda":
             left = torch.cuda.mem_get_info()[0]
-            print(f"  VRAM {beyond(free - left, plan.resident_bytes)} (margin {format_size(VRAM_MARGIN)}); "
-                  f"left {format_size(left)}, torch took {format_size(torch.cuda.max_memory_reserved())} and used "
-                  f"{format_size(torch.cuda.max_memory_allocated())}, {retries()} retries")  # fmt: skip
-        stats = engine.stats()  # measures bandwidths, in what is left of VRAM
+            print(
+                f"  VRAM {beyond(free - left, plan.resident_bytes)} (margin {format_size(VRAM_MARGIN)}); "
+                f"left {format_size(left)}, torch took {format_size(torch.cuda.max_memory_reserved())} and used "
+                f"{format_size(torch.cuda.max_memory_allocated())}, {retries()} retries"
+            )
+        stats = engine.stats()  # measures bandwidths in the remaining VRAM
         print(f"  prefill {stats.prefill_tok_s:.0f} tok/s, decode {stats.decode_tok_s:.2f} tok/s, {stats.roof}")
         paged, read = stats.pcie_bytes_per_token, stats.nvme_bytes_per_token
-        print(f"  hit {stats.hit_rate:.1%}, stall {stats.stall_ms_per_token:.1f} ms a token; "
-              f"{format_size(paged)} a token over the link, {format_size(read)} from disk")  # fmt: skip
+        print(
+            f"  hit {stats.hit_rate:.1%}, stall {stats.stall_ms_per_token:.1f} ms per token; "
+            f"{format_size(paged)} per token over the link, {format_size(read)} from disk"
+        )
 
 
 def beyond(taken: int, planned: int) -> str:
@@ -76,11 +80,11 @@ def main(layers: int | None) -> None:
         write("qwen3-30b-a3b", path, layers)
         print(f"written in {time.perf_counter() - began:.1f} s", flush=True)
         for vram, ram in CASES[device]:
-            held = None
-            if device == "cuda" and not vram:  # the rest of the card is somebody else's
-                held = torch.empty(torch.cuda.mem_get_info()[0] - SMALL_CARD, dtype=torch.uint8, device=device)
+            occupied = None
+            if device == "cuda" and not vram:  # occupy the rest of the card
+                occupied = torch.empty(torch.cuda.mem_get_info()[0] - SMALL_CARD, dtype=torch.uint8, device=device)
             subprocess.run([sys.executable, __file__, "case", path, device, vram, str(ram)], check=True)
-            del held
+            del occupied
 
 
 if __name__ == "__main__":

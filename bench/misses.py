@@ -1,9 +1,9 @@
-"""What a missing record costs in a decode step, by how many a layer misses and how many layers miss any.
+"""Cost of a miss in a decode step, by the number of misses per layer and the number of layers with misses.
 
     python3 bench/misses.py --shape gpt-oss-20b --out bench/results/misses.csv
 
-Routing is forced: in every n-th layer some of the k experts come in turn, more than there are slots, so that the policy
-lru misses each of them; all others hit. The floor is a step in which all hit.
+Routing is forced: in every n-th layer some of the k experts rotate through more experts than there are slots, so that
+the policy lru always misses them; all others hit. The floor is a step in which every expert hits.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from shapes import SHAPES
 
 COLUMNS = {"missing": "missing", "every": "every", "floor_ms": "floor", "ms": "ms", "misses": "misses",
            "us_a_miss": "µs a miss", "gb_s": "GB/s", "link_gb_s": "link"}  # fmt: skip
-TOKENS = 60  # timed, after as many that are not
+TOKENS = 60  # timed tokens, after the same number of untimed ones
 
 
 def in_turn(rig: Rig, missing: int, every: int, tokens: int) -> NDArray[np.int16]:
-    """[tokens, layers, k]: the last k experts, of whom `missing` make room for others in every so many-th layer."""
+    """Return ids [tokens, layers, k]: the last k experts, `missing` of which are replaced by others in every
+    `every`-th layer.
+    """
     ids = np.empty((tokens, rig.layers, rig.k), np.int16)
     ids[:] = np.arange(rig.experts - rig.k, rig.experts)
     others = (rig.experts - rig.k) // max(1, missing) * missing
@@ -34,7 +36,7 @@ def in_turn(rig: Rig, missing: int, every: int, tokens: int) -> NDArray[np.int16
 
 
 def median_ms(rig: Rig, missing: int, every: int) -> tuple[float, float]:
-    """Of a step, and its misses."""
+    """Return the median time of a step in ms, and its misses."""
     ids = in_turn(rig, missing, every, 2 * TOKENS)
     for part in np.split(ids, 2):
         rig.force(part)
@@ -44,7 +46,7 @@ def median_ms(rig: Rig, missing: int, every: int) -> tuple[float, float]:
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     with Rig(model_file(args.shape, args.layers), args.shape, "50%", 704, policy="lru") as rig:
-        rig.prefill(512, seed=0)  # every slot holds something
+        rig.prefill(512, seed=0)  # fill every slot
         rig.context(128)
         floor, _ = median_ms(rig, 0, 1)
         link = rig.bandwidths()[1]
@@ -58,12 +60,12 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                        "link_gb_s": f"{link / 1e9:.1f}"}  # fmt: skip
 
 
-def parsed(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str]) -> argparse.Namespace:
     options = parser("misses", __doc__)
     options.add_argument("--shape", default="gpt-oss-20b", choices=list(SHAPES))
     return options.parse_args(argv)
 
 
 if __name__ == "__main__":
-    args = parsed(sys.argv[1:])
+    args = parse_args(sys.argv[1:])
     report("misses", measure(args), COLUMNS, args.out)

@@ -1,9 +1,10 @@
-"""What opening a large checkpoint costs: headers, index, and every record's place.
+"""Time to open a large checkpoint: headers, index, and the byte ranges of every expert.
 
     python -P bench/opening.py [NAME …] > bench/results/opening.csv
 
-Files are sparse: headers and index are whole, no weight is on the disk. CPU seconds of one core: other work on the
-machine does not count. Each round is a process of its own, as a user's is, with everything imported; the least of five.
+Files are sparse: headers and index are complete, weights take no disk space. Times are CPU seconds of one core, so that
+other work on the machine does not count. Each round is a process of its own with everything imported; the minimum of
+five is reported.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from offmoe.models.family import family_of
 from offmoe.models.model import open_model
 from offmoe.models.read_config import from_hf
-from offmoe.models.shapes import layers_of, trunk_shapes
+from offmoe.models.shapes import trunk_roles
 
 ROUNDS, SHARD = 5, 5_000_000_000
 COLUMNS = ("shape", "weights", "gb", "tensors", "records", "seconds", "target of 60 GB")
@@ -57,20 +58,17 @@ Entry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
 def entries(raw: dict[str, Any], weights: str) -> Iterator[Entry]:
-    """Every tensor of a checkpoint of that config."""
+    """Yield every tensor of a checkpoint with this config."""
     family = family_of("model_type", raw["model_type"])
     config = from_hf(raw, family)
-    for role, shape in trunk_shapes(config).items():
+    for role, layer, shape in trunk_roles(config):
         packed = len(shape) == 2 and role.split("_")[0] in ("q", "k", "v", "o")
-        for layer in layers_of(role, config):
-            name = family.names[role][0].format(l=layer)
-            if role == "q" and config.output_gated:
-                shape = (2 * config.heads * config.head_dim, config.hidden)
-            yield from stored(name, shape, weights if packed else "bf16")
-    wide, narrow = (config.expert_hidden, config.hidden), (config.hidden, config.expert_hidden)
+        yield from stored(family.names[role][0].format(l=layer), shape, weights if packed else "bf16")
+    inner = config.moe.expert_hidden
+    wide, narrow = (inner, config.hidden), (config.hidden, inner)
     for layer in config.routed:
         if "gate" not in family.names or family.transposed_experts:
-            both = (config.experts, config.hidden, 2 * config.expert_hidden)
+            both = (config.experts, config.hidden, 2 * inner)
             yield family.names["gate_up"][0].format(l=layer), "BF16", both
             yield family.names["down"][0].format(l=layer), "BF16", (config.experts, *wide)
             continue
@@ -80,7 +78,7 @@ def entries(raw: dict[str, Any], weights: str) -> Iterator[Entry]:
 
 
 def stored(name: str, shape: tuple[int, ...], weights: str) -> Iterator[Entry]:
-    """A matrix, in as many tensors as its format has."""
+    """Yield the tensors of one matrix in its format."""
     if weights == "bf16":
         yield name, "BF16", shape
         return
@@ -96,20 +94,20 @@ def stored(name: str, shape: tuple[int, ...], weights: str) -> Iterator[Entry]:
 
 
 def write(folder: Path, raw: dict[str, Any], weights: str, shard: int = SHARD) -> int:
-    """A checkpoint of holes, in shards of at most so many bytes; returns how many tensors it has."""
+    """Write a sparse checkpoint in shards of at most `shard` bytes; return its number of tensors."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({**raw, "quantization_config": QUANTISED[weights]}))
     shards: list[dict[str, Any]] = [{}]
-    where, at = {}, 0
+    where, offset = {}, 0
     for name, dtype, shape in entries(raw, weights):
         nbytes = BYTES[dtype]
         for n in shape:
             nbytes *= n
-        if at and at + nbytes > shard:
+        if offset and offset + nbytes > shard:
             shards.append({})
-            at = 0
-        shards[-1][name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + nbytes]}
-        where[name], at = len(shards), at + nbytes
+            offset = 0
+        shards[-1][name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + nbytes]}
+        where[name], offset = len(shards), offset + nbytes
     files = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
     index = {"metadata": {}, "weight_map": {name: files[number - 1] for name, number in where.items()}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -122,26 +120,26 @@ def write(folder: Path, raw: dict[str, Any], weights: str, shard: int = SHARD) -
 
 
 def seconds(folder: Path) -> float:
-    """Of one opening, as far as an engine goes before it reads weights: every record's place."""
+    """Return the time of one opening, including the byte ranges of every expert."""
     began = time.process_time()
     model = open_model(folder)
-    for place in range(model.config.moe_layers):
+    for moe_layer in range(model.config.moe_layers):
         for expert in range(model.config.experts):
-            model.ranges(place, expert)
-    took = time.process_time() - began
+            model.ranges(moe_layer, expert)
+    elapsed = time.process_time() - began
     model.checkpoint.close()
-    return took
+    return elapsed
 
 
-def measured(shape: str, weights: str) -> list[Any]:
+def measure(shape: str, weights: str) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         tensors = write(path, SHAPES[shape], weights)
         gb = sum(file.stat().st_size for file in path.iterdir()) / 1e9
         command = [sys.executable, "-P", __file__, "--open", str(path)]
-        said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(ROUNDS)]
+        outputs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(ROUNDS)]
         model = open_model(path)
-    return [shape, weights, f"{gb:.0f}", tensors, model.records, f"{min(map(float, said)):.2f}", SECONDS[weights]]
+    return [shape, weights, f"{gb:.0f}", tensors, model.records, f"{min(map(float, outputs)):.2f}", SECONDS[weights]]
 
 
 def main() -> None:
@@ -152,7 +150,7 @@ def main() -> None:
     out.writerow(COLUMNS)
     for shape, weights in RUNS:
         if not sys.argv[1:] or shape in sys.argv[1:]:
-            out.writerow(measured(shape, weights))
+            out.writerow(measure(shape, weights))
             sys.stdout.flush()
 
 

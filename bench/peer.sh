@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The peer: llama.cpp's own llama-bench, from llama-cpp-python's source distribution.
-#   bash bench/peer.sh pack               with a network: .peer/llama.cpp.tar.xz, without what llama-bench does not need
-#   bash bench/peer.sh build DIR          without one: unpack into DIR and compile (CUDA=90; CUDA=off: CPU only)
+# llama.cpp's llama-bench for comparison, built from llama-cpp-python's source distribution.
+#   bash bench/peer.sh pack               needs a network: write .peer/llama.cpp.tar.xz, reduced to llama-bench
+#   bash bench/peer.sh build DIR          needs no network: unpack into DIR and compile (CUDA=90; CUDA=off: CPU only)
 #   bash bench/peer.sh bench DIR GGUF OUT.csv LAYERS
-# LAYERS of the experts on the CPU: LAYERS of them are 0 %, none 100 % of the experts in VRAM.
+# LAYERS is the model's number of layers. The experts of 0 to LAYERS layers are on the CPU: 100 to 0 % are in VRAM.
 set -euo pipefail
 version=${LLAMA_CPP_PYTHON:-0.3.36}
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -19,7 +19,7 @@ pack() {
     source=$(echo "$work"/llama_cpp_python-*/vendor/llama.cpp)
     (
         cd "$source"
-        # Vulkan, SYCL, … and miniaudio, which only the multimodal tools use; their CMakeLists.txt are asked for.
+        # Remove Vulkan, SYCL, … and miniaudio, which only multimodal tools use; CMake needs their CMakeLists.txt.
         find ggml/src -mindepth 1 -maxdepth 1 -type d ! -name ggml-cpu ! -name ggml-cuda -exec rm -rf {} +
         rm -rf ggml/src/ggml-cpu/arch/{arm,loongarch,powerpc,riscv,s390,wasm} ggml/src/ggml-cpu/{spacemit,kleidiai}
         rm -rf vendor/{miniaudio,stb}/*.[ch]* src/*.md
@@ -32,7 +32,7 @@ pack() {
 
 build() {
     local dir=$1 cuda=(-DGGML_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=${CUDA:-90}" -DGGML_CUDA_FA_ALL_QUANTS=OFF -DGGML_CUDA_NCCL=OFF)
-    [ -f "$packed" ] || { echo "$packed is absent: run bash bench/peer.sh pack where there is a network" >&2; exit 1; }
+    [ -f "$packed" ] || { echo "$packed is absent: run bash bench/peer.sh pack on a machine with a network" >&2; exit 1; }
     [ "${CUDA:-}" = off ] && cuda=(-DGGML_CUDA=OFF)
     mkdir -p "$dir"
     tar xJf "$packed" -C "$dir"
@@ -45,12 +45,12 @@ build() {
 bench() {
     local dir=$1 gguf=$2 out=$3 layers=$4 part
     local tool=$dir/build/bin/llama-bench
-    # Not mapped (-lm none): llama.cpp itself asks for it where experts lie on the CPU, and they are pinned then.
+    # Without mmap (-lm none), as llama.cpp itself recommends for experts on the CPU, which are then pinned.
     local common=(-m "$gguf" -ngl 99 -fa 1 -lm "${PEER_LOAD:-none}" -r "${PEER_RUNS:-3}" -t "${PEER_THREADS:-$(nproc)}" -o csv)
     # shellcheck disable=SC2206
     local on_cpu=(${PEER_ON_CPU:-0 $((layers / 4)) $((layers / 2)) $((layers * 3 / 4)) $layers})
     : >"$out"
-    rows() { # llama-bench's rows, its header once
+    rows() { # append llama-bench's rows, with one header
         part=$(timeout 150 "$tool" "${common[@]}" "$@" 2>"$dir/bench.log") || { echo "llama-bench $* failed:"; tail -n 5 "$dir/bench.log"; } >&2
         [ -z "$part" ] || { [ ! -s "$out" ] || part=$(tail -n +2 <<<"$part"); echo "$part" >>"$out"; }
     }

@@ -1,8 +1,8 @@
-"""Prompts of random ids on a GPU: tok/s beside what the link and the tensor cores allow.
+"""Prompts of random ids on a GPU: tok/s, compared with the bounds of the link and of the tensor cores.
 
     python3 bench/prefill.py --shape qwen3-30b-a3b --caps 50,100 --tokens 512,4096 --out bench/results/prefill.csv
 
-Every prompt is a new one, after one of the same length that does not count; the cache is as that one left it.
+Every prompt is a new one, after an untimed one of the same length, which determines the state of the cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COLUMNS = {"shape": "shape", "cap": "cap", "tokens": "tokens", "tok_s": "tok/s",
 
 @cache
 def bf16_rate() -> float:
-    """Multiply-adds a second of a large product."""
+    """Return the multiply-adds per second of a large product."""
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return n**3 / best_time(lambda: a @ b, torch.device("cuda"), repeats=5)
@@ -39,7 +39,7 @@ def row(rig: Rig, cap: str, tokens: int, runs: list[tuple[float, float]], peers:
     seconds = statistics.median(run[0] for run in runs)
     moved = statistics.median(run[1] for run in runs)
     vram_rate, link_rate = rig.bandwidths()
-    macs = count_weights(rig.model).active_without_embedding * tokens  # attention's own left out: a lower bound
+    macs = count_weights(rig.model).active_without_embedding * tokens  # a lower bound: without attention's products
     roofs = {"link": moved / link_rate, "bf16": macs / bf16_rate()}
     by = max(roofs, key=lambda what: roofs[what])
     speed, source = peers.speed(rig.shape, rig.layers, float(cap), tokens, 0, 0)
@@ -68,17 +68,17 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                     yield row(rig, cap, tokens, runs[1:], peers)
 
 
-def parsed(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str]) -> argparse.Namespace:
     options = parser("prefill", __doc__)
-    options.add_argument("--shape", default="qwen3-30b-a3b", help=f"of {', '.join(SHAPES)}, demo; several by commas")
+    options.add_argument("--shape", default="qwen3-30b-a3b", help=f"{', '.join(SHAPES)} or demo, separated by commas")
     options.add_argument("--caps", default="50,100")
     options.add_argument("--tokens", default="512,4096")
     options.add_argument("--chunk", type=int, default=4096)
-    options.add_argument("--runs", type=int, default=3, help="timed, after one that is not")
-    options.add_argument("--peer", type=Path, help="llama-bench's CSV of this call")
+    options.add_argument("--runs", type=int, default=3, help="number of timed prompts, after an untimed one")
+    options.add_argument("--peer", type=Path, help="llama-bench's CSV of this run")
     return options.parse_args(argv)
 
 
 if __name__ == "__main__":
-    args = parsed(sys.argv[1:])
+    args = parse_args(sys.argv[1:])
     report("prefill", measure(args), COLUMNS, args.out)

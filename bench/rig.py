@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: the engine behind one small adapter, the file, the machine, the peer, rows."""
+"""Shared parts of the GPU benchmarks: an adapter of the engine, model files, the machine, llama.cpp's results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from offmoe.settings import Settings
 
 Row = dict[str, Any]
 Floats = NDArray[np.float64]
-# llama.cpp on an H200 in an earlier call, tok/s: (shape, % of experts in VRAM, prompt, generated, depth).
+# llama.cpp on an H200 in an earlier run, tok/s: (shape, % of experts in VRAM, prompt, generated, depth).
 EARLIER = {
     ("qwen3-30b-a3b", cap, *test): speed
     for test, speeds in {
@@ -43,18 +43,18 @@ EARLIER = {
 
 @dataclass(frozen=True)
 class Steps:
-    """Decoded steps, a value each."""
+    """Decoded steps, one value per step."""
 
     seconds: Floats
-    hits: Floats  # records that were in their slots, prefetched ones too
-    covered: Floats  # of the hits, those that prefetching brought
-    late: Floats
-    misses: Floats  # neither in their slots nor on their way
-    uploads: Floats  # records that crossed the link, prefetched ones included
+    hits: Floats  # experts that were in slots, including prefetched ones
+    covered: Floats  # hits due to prefetching
+    late: Floats  # prefetched experts that had not arrived yet
+    misses: Floats  # experts neither in slots nor on their way
+    uploads: Floats  # experts that crossed the link, including prefetched ones
 
 
 class Rig:
-    """An engine on the GPU. The only code of the benchmarks that touches it: names change here."""
+    """An engine on the GPU. Only this class uses the engine: when its names change, adapt them here."""
 
     def __init__(self, path: Path, shape: str, vram: str, ctx: int, **settings: Any) -> None:
         settings = {name: value for name, value in settings.items() if value is not None}
@@ -64,7 +64,7 @@ class Rig:
         self.engine = Engine(self.model, chosen)
         c = self.model.config
         self.layers, self.experts, self.k, self.vocab = c.moe_layers, c.experts, c.top_k, c.vocab
-        self.slots = self.engine.plan.slots // c.moe_layers  # a layer
+        self.slots = self.engine.plan.slots // c.moe_layers  # per layer
         self.record = self.model.record_bytes / self.model.records
         self.device = self.engine.plan.device
         self._wait_loaded()
@@ -77,7 +77,7 @@ class Rig:
         torch.cuda.empty_cache()
 
     def prefill(self, tokens: int, seed: int) -> tuple[float, float]:
-        """A fresh prompt of random ids: seconds, and bytes over the link."""
+        """Run a new prompt of random ids; return seconds and bytes over the link."""
         ids = np.random.default_rng(seed).integers(0, self.vocab, tokens).tolist()
         self.engine.reset()
         before = self.engine.store.counters.pcie_bytes
@@ -88,7 +88,7 @@ class Rig:
         return time.perf_counter() - began, float(self.engine.store.counters.pcie_bytes - before)
 
     def context(self, tokens: int) -> None:
-        """That many positions are filled: by zeros where a prefill would take long."""
+        """Fill `tokens` positions of the KV cache, with zeros if a prefill would take long."""
         if tokens <= 1024:
             self.prefill(tokens, seed=tokens)
         else:
@@ -96,42 +96,46 @@ class Rig:
             self.engine.kv.pretend(tokens)
 
     def force(self, ids: NDArray[np.int16] | None, predicted: NDArray[np.int16] | None = None) -> None:
-        """Routing for the next `run`, from its first row on; None: the router's own."""
+        """Set the routing of the next `run`, from the first row on; None restores the router."""
         self.engine.decoder.force(ids)
         self.engine.decoder.emulate(predicted)
 
     def run(self, tokens: int) -> Steps:
+        """Decode `tokens` tokens."""
         found = self.engine.decoder.run(tokens)
         names = ("seconds", "hits", "covered", "late", "misses", "uploads")
         return Steps(*(np.asarray(getattr(found, name), np.float64) for name in names))
 
     def floor(self, ids: NDArray[np.int16], steps: int = 40) -> float:
-        """Seconds of a step in which everything hits: the same experts again and again, at the context as it is."""
+        """Return the seconds of a step in which every expert hits: one token's experts repeated, at the current
+        context.
+        """
         self.force(np.repeat(ids[:1], steps, axis=0))
         found = self.run(steps)
         settled = found.seconds[8:][(found.misses + found.late)[8:] == 0]
         return float(np.median(settled)) if len(settled) else float("nan")
 
     def vram_bytes(self, context: float) -> float:
-        """That a token reads: all of the trunk but the embedding (its row apart), its experts, the KV cache; and what
-        layers without keys read and write."""
+        """Return the bytes that a token reads: the trunk (of the embedding only one row), its experts, the KV cache,
+        and the recurrent states, which are also written.
+        """
         plan, embed = self.engine.plan, self.model.find("embed")
         assert embed is not None
-        trunk = plan.trunk_bytes - (0 if self.model.config.tied else embed.range.nbytes)
+        trunk = plan.trunk_bytes - (0 if self.model.config.stream.tied else embed.range.nbytes)
         return trunk + self.layers * self.k * self.record + plan.kv_bytes / plan.ctx * context + 2 * plan.state_bytes
 
     def bandwidths(self) -> tuple[float, float]:
-        """Of VRAM and of the link, bytes a second, measured once a process."""
+        """Return the bandwidths of VRAM and of the link in bytes/s, measured once per process."""
         return vram_bandwidth(self.device), link_bandwidth(self.device)
 
     def _wait_loaded(self) -> None:
-        """The engine answers while records still stream in from the disk: not what is measured here."""
+        """Wait until all experts are read from the disk, which is not measured here."""
         if not self.engine.plan.all_in_slots:
             self.engine.store.ram.wait_complete()
 
 
 def model_file(shape: str, layers: int | None = None) -> Path:
-    """The GGUF of a shape, written once."""
+    """Return the GGUF of a shape, which is written once."""
     if shape == "demo":
         return DEMO
     folder = Path(tempfile.gettempdir()) / "offmoe-bench"
@@ -153,12 +157,16 @@ def machine() -> Row:
     if not commit:
         found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         commit = found.stdout.strip()
-    return {"gpu": torch.cuda.get_device_name(), "commit": commit, "torch": torch.__version__,
-            "triton": triton.__version__}  # fmt: skip
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "commit": commit,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
 
 
 class Peer:
-    """llama-bench's rows of this call (`bench/peer.sh bench`), else those of an earlier one."""
+    """llama-bench's rows of this run (`bench/peer.sh bench`), else those of an earlier one."""
 
     def __init__(self, path: Path | None) -> None:
         self.rows: list[Row] = []
@@ -167,7 +175,7 @@ class Peer:
                 self.rows = list(csv.DictReader(file))
 
     def speed(self, shape: str, layers: int, cap: float, prompt: int, generated: int, depth: int) -> tuple[float, str]:
-        """tok/s and where it is from; 0 where unknown. Static placement: so many layers' experts are in VRAM."""
+        """Return tok/s and their source, or 0 if unknown. Static placement: the experts of whole layers are in VRAM."""
         on_cpu = layers * (100 - cap) / 100
         for row in self.rows:
             same = (int(row["n_prompt"]), int(row["n_depth"]), int(row["n_cpu_moe"])) == (prompt, depth, on_cpu)
@@ -178,7 +186,7 @@ class Peer:
 
 
 def add_row(out: Path, row: Row) -> None:
-    """Append; what was measured is there even if the next cell breaks."""
+    """Append a row at once, so that it is kept even if the next cell fails."""
     fresh = not out.exists() or not out.stat().st_size
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", newline="") as file:
@@ -189,31 +197,33 @@ def add_row(out: Path, row: Row) -> None:
 
 
 def table(rows: list[Row], columns: dict[str, str]) -> str:
-    """`columns`: name → heading. Strings to the left, numbers to the right."""
+    """Return a table; `columns` maps names to headings. Text is aligned left, numbers right."""
     lines = [list(columns.values())] + [[str(row[name]) for name in columns] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     left = [all(isinstance(row[name], str) for row in rows) for name in columns]
     return "\n".join(
-        "  ".join(text.ljust(width) if to_left else text.rjust(width)
-                  for text, width, to_left in zip(line, widths, left, strict=True)).rstrip()
+        "  ".join(
+            text.ljust(width) if to_left else text.rjust(width)
+            for text, width, to_left in zip(line, widths, left, strict=True)
+        ).rstrip()
         for line in lines
-    )  # fmt: skip
+    )
 
 
 def parser(what: str, description: str | None) -> argparse.ArgumentParser:
-    """With what all benchmarks of an engine take; rows go to `what`.csv."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--layers", type=int, help="fewer than the shape has, for a try")
-    made.add_argument("--out", type=Path, default=Path(f"bench/results/{what}.csv"))
-    return made
+    """Return a parser with the options of all engine benchmarks; rows go to `what`.csv."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--layers", type=int, help="number of layers, if not the shape's own")
+    result.add_argument("--out", type=Path, default=Path(f"bench/results/{what}.csv"))
+    return result
 
 
-def report(what: str, made: Iterator[Row], columns: dict[str, str], out: Path) -> None:
-    """Rows as they are made, to the file and to the screen; at the end a table of all."""
+def report(what: str, result: Iterator[Row], columns: dict[str, str], out: Path) -> None:
+    """Write rows to the file and to the screen as they are made, and a table of all at the end."""
     if not torch.cuda.is_available():
         raise SystemExit(f"bench/{what}.py measures a GPU, and torch sees none")
     rows = []
-    for row in made:
+    for row in result:
         rows.append(row)
         add_row(out, row)
         print("  ".join(f"{row[name]}" for name in columns), flush=True)

@@ -1,16 +1,15 @@
-"""Which experts a benchmark's tokens are routed to: a random router of random weights would route almost uniformly.
+"""Synthetic routing for benchmarks: a random router with random weights would route almost uniformly.
 
-    python -P bench/routing.py            # what the generator reaches, replayed
+    python -P bench/routing.py            # hit rates of the generator, in replay
 
-`realistic` is a generator for Qwen3-30B-A3B (48 layers, top-8 of 128), fitted to its published hit rates under LRU,
-one pool a layer, and to the reuse from one token to the next. Every expert's score is the sum of
+`realistic` is a generator for Qwen3-30B-A3B (48 layers, top-8 of 128), fitted to its published hit rates under LRU with
+the same number of slots in each layer, and to the reuse from one token to the next. The score of an expert is the sum
+of
 
-- a liking that never changes (normal, over experts and layers),
-- a topic: AR(1) with a half-life of 390 tokens,
-- a passage: AR(1) with a half-life of 10 tokens,
-- the kind of word: one of 4, never that of the token before; and a small penalty for having been chosen there. Without
-  these two no fit has a hit rate as high at 12.5 % and a reuse as low,
-- Gumbel noise, so that the k highest are a draw without replacement from the softmax of the rest.
+- a constant preference (normal, over experts and layers), - a topic: AR(1) with a half-life of 390 tokens, - a passage:
+AR(1) with a half-life of 10 tokens, - a word class: one of 4, never that of the previous token; and a small penalty for
+having been chosen by it. Without these two no fit has both a hit rate as high at 12.5 % and a reuse as low, - Gumbel
+noise, so that the k highest are a draw without replacement from the softmax of the other terms.
 
 |                                | published | 4,000 tokens, seed 0, after the first 200 |
 |---|---|---|
@@ -19,8 +18,8 @@ one pool a layer, and to the reuse from one token to the next. Every expert's sc
 | 64 slots                       | 91.8 %    | 91.9 % |
 | chosen again at the next token | 38–43 %   | 42.5 % |
 
-crf:h=16 hits 62.7, 79.6 and 92.4 %: less than on real traces, where it leads LRU by 2 to 4 points. So a figure taken
-with it here is a little low.
+crf:h=16 hits 62.7, 79.6 and 92.4 %: less than on real traces, where it leads LRU by 2 to 4 points. So results of
+crf:h=16 with this generator are a little too low.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ KIND, KINDS, REPEATED = 0.7, 4, -0.15
 
 
 def realistic(tokens: int, layers: int = 48, experts: int = 128, k: int = 8, seed: int = 0) -> Ids:
-    """[tokens, layers, k], distinct, in no order; 4,000 tokens take a second or two."""
+    """Return ids [tokens, layers, k], distinct and unordered; 4,000 tokens take a second or two."""
     rng = np.random.default_rng(seed)
     shape = (layers, experts)
     likings = LIKING * rng.standard_normal(shape, np.float32) + KIND * rng.standard_normal((KINDS, *shape), np.float32)
@@ -61,7 +60,7 @@ def realistic(tokens: int, layers: int = 48, experts: int = 128, k: int = 8, see
 
 
 def drift(rng: np.random.Generator, state: NDArray[np.float32], scale: float, half_life: float) -> NDArray[np.float32]:
-    """One step of an AR(1) whose standard deviation stays `scale`."""
+    """Advance an AR(1) process with standard deviation `scale` by one step."""
     keep = 0.5 ** (1 / half_life)
     fresh = np.float32(scale * (1 - keep * keep) ** 0.5)
     moved: NDArray[np.float32] = np.float32(keep) * state + fresh * rng.standard_normal(state.shape, np.float32)
@@ -69,7 +68,7 @@ def drift(rng: np.random.Generator, state: NDArray[np.float32], scale: float, ha
 
 
 def uniform(tokens: int, layers: int = 48, experts: int = 128, k: int = 8, seed: int = 0) -> Ids:
-    """Every set of k as likely as any other: the worst case for a cache."""
+    """Return ids for which every set of k is equally likely: the worst case for a cache."""
     rng = np.random.default_rng(seed)
     noise = rng.random((tokens, layers, experts), np.float32)
     ids: Ids = np.argpartition(noise, k - 1, axis=-1)[..., :k].astype(np.int16)
@@ -77,30 +76,30 @@ def uniform(tokens: int, layers: int = 48, experts: int = 128, k: int = 8, seed:
 
 
 def from_trace(path: Path | None = None, tokens: int | None = None) -> Ids:
-    """The first decoded tokens of a recorded trace; without `path` gpt-oss-20b's, from the folder OFFMOE_TRACES."""
+    """Return the first decoded tokens of a trace, by default gpt-oss-20b.npz in the folder OFFMOE_TRACES."""
     found = path or Path(os.environ.get("OFFMOE_TRACES", "../shared/traces")) / "gpt-oss-20b.npz"
     if not found.exists():
-        raise SystemExit(f"{found} is absent: set OFFMOE_TRACES to the folder that holds it")
+        raise SystemExit(f"{found} does not exist: set OFFMOE_TRACES to the folder that has it")
     ids = Trace.load(found).experts[:tokens].astype(np.int16)
     if tokens is not None and len(ids) < tokens:
-        raise SystemExit(f"{found} holds {len(ids)} tokens: {tokens} were asked for")
+        raise SystemExit(f"{found} has {len(ids)} tokens: {tokens} are needed")
     return ids
 
 
 def predicted(ids: Ids, experts: int, recall: float, precision: float, slots: int, misses: float, seed: int = 0) -> Ids:
-    """What a predictor of this quality would name: [tokens, layers, m], padded with -1, ascending.
+    """Return what a predictor of this quality would name: [tokens, layers, m], padded with -1, ascending.
 
-    Published recall and precision count only records that are not resident, which is not known here: it depends on
-    the cache, and on what the predictor itself brings in. So both are reached on average. Every routed record is
-    named with probability `recall`, so that share of the misses is named. Of an average layer's experts − slots
-    absent records, `misses` are routed to and recall · misses of these are named; so that they are `precision` of all
-    absent records named, each record that is not routed to is named with the probability
+    Published recall and precision count only experts without a slot. These are not known here: they depend on the cache
+    and on what the predictor itself fetches. So both numbers are reached on average. Every routed expert is named with
+    probability `recall`, and so is that share of the misses. An average layer has experts − slots experts without a
+    slot, `misses` of them are routed to, and recall · misses of these are named. For these to be `precision` of all
+    named experts without a slot, each expert that is not routed to is named with the probability
 
         recall · misses · (1 / precision − 1) / (experts − slots − misses).
 
-    Those of them that happen to be resident cost nothing. Wrong names are independent of the routing, while a real
-    predictor's are near misses that later tokens are more likely to want: this one wastes a little more. It does not
-    say which name is the surest.
+    Named experts that have a slot cost nothing. Wrong names are independent of the routing, while those of a real
+    predictor are near misses, which later tokens are more likely to use: this one wastes a little more. The names are
+    not ranked.
     """
     tokens, layers, _ = ids.shape
     rng = np.random.default_rng(seed)
@@ -117,14 +116,14 @@ def predicted(ids: Ids, experts: int, recall: float, precision: float, slots: in
 
 
 def replayed(ids: Ids, experts: int, policy: str, slots: int, scope: str = "layer") -> Outcome:
-    """Through the engine's own table and policies, uploads done at once."""
+    """Replay ids through the engine's own table and policies; uploads take no time."""
     tokens, layers, k = ids.shape
     meta = {"model": "bench", "layers": layers, "experts": experts, "top_k": k}
     return replay(Trace(ids.astype(np.uint16), np.array([0, tokens]), meta), policy, slots, scope)
 
 
 def reuse(ids: Ids) -> float:
-    """Share of a token's experts that the token before had chosen too."""
+    """Return the share of a token's experts that the previous token used too."""
     return float((ids[1:, :, :, None] == ids[:-1, :, None, :]).any(-1).mean())
 
 

@@ -1,9 +1,9 @@
-"""Writes a GGUF of a real model's shape with random, sane weights: the size and the work without the download.
+"""Write a GGUF of a real model's shape with random weights: its size and its work without the download.
 
     python bench/shapes.py qwen3-30b-a3b /tmp/qwen3.gguf [LAYERS]
 
-Tensors of one shape share their bytes, so 17 GB are written in seconds and take 0.7 GB of memory to make; the experts
-within a tensor differ.
+Tensors of the same shape share their bytes, so that 17 GB are written in seconds and need 0.7 GB of memory; the experts
+of a tensor differ.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from offmoe.kernels.formats import FORMATS, dequantise
 from offmoe.kernels.rope import Scaling, frequency_factors
 
-# format, dense, head: formats of the routed experts, of what is left, and of v and the output head; tied: that is the
-# embedding. leading: layers without experts before the others, so wide as `first`; shared: experts for every token;
-# gating 2: a sigmoid with a correction bias. kv_rank: latent attention. every: that layer has attention with gated
-# heads, the others a DeltaNet; the shared expert is gated. attends: the layers with attention, the others have a short
-# convolution. far: of every sixth layer, which sees all positions and has no values of its own; beside: width of each
-# layer's part for every token.
+# format, dense, head: formats of the routed experts, of other matrices, and of v and the output head. tied: the output
+# head is the embedding. leading: number of dense layers at the start, of width `first`. shared: number of shared
+# experts. gating 2: sigmoid with a correction bias. kv_rank: latent attention. every: each `every`-th layer has gated
+# attention, the others a DeltaNet, and the shared expert is gated. attends: the layers with attention; the others have
+# a short convolution. full_attention: shape of every sixth layer, which attends to all positions and has no values of
+# its own. resident_ffn: width of the dense feed-forward of each layer.
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": {"arch": "qwen3moe", "layers": 48, "hidden": 2048, "heads": 32, "kv_heads": 4, "head_dim": 128,
                       "vocab": 151936, "experts": 128, "top_k": 8, "inner": 768, "format": "Q4_K", "dense": "Q4_K",
@@ -41,12 +41,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "deepseek-v2-lite": {"arch": "deepseek2", "layers": 27, "hidden": 2048, "heads": 16, "kv_heads": 1,
                          "head_dim": 192, "vocab": 102400, "experts": 64, "top_k": 6, "inner": 1408, "format": "Q4_K",
                          "dense": "Q4_K", "head": "Q6_K", "qk_norm": "none", "ctx": 163840, "theta": 1e4,
-                         "q_rank": 0, "kv_rank": 512, "turned": 64, "value": 128, "leading": 1, "first": 10944,
+                         "q_rank": 0, "kv_rank": 512, "qk_rope": 64, "value": 128, "leading": 1, "first": 10944,
                          "shared": 2, "gating": 1, "scale": 1.0},
     "glm-4.7-flash": {"arch": "deepseek2", "layers": 47, "hidden": 2048, "heads": 20, "kv_heads": 1, "head_dim": 256,
                       "vocab": 154880, "experts": 64, "top_k": 4, "inner": 1536, "format": "Q4_K", "dense": "Q4_K",
                       "head": "Q6_K", "qk_norm": "none", "ctx": 202752, "theta": 1e6, "q_rank": 768, "kv_rank": 512,
-                      "turned": 64, "value": 256, "leading": 1, "first": 10240, "shared": 1, "gating": 2,
+                      "qk_rope": 64, "value": 256, "leading": 1, "first": 10240, "shared": 1, "gating": 2,
                       "scale": 1.8},
     "qwen3.6-35b-a3b": {"arch": "qwen35moe", "layers": 40, "hidden": 2048, "heads": 16, "kv_heads": 2, "head_dim": 256,
                         "vocab": 248320, "experts": 256, "top_k": 8, "inner": 512, "format": "Q4_K", "dense": "Q4_K",
@@ -55,13 +55,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gemma-4-26b-a4b": {"arch": "gemma4", "layers": 30, "hidden": 2816, "heads": 16, "kv_heads": 8, "head_dim": 256,
                         "vocab": 262144, "experts": 128, "top_k": 8, "inner": 704, "format": "Q4_K", "dense": "Q4_K",
                         "head": "Q4_K", "tied": True, "qk_norm": "head", "ctx": 262144, "theta": 1e6, "window": 1024,
-                        "beside": 2112, "far": {"kv_heads": 2, "head_dim": 512}},
+                        "resident_ffn": 2112, "full_attention": {"kv_heads": 2, "head_dim": 512}},
     "lfm2-8b-a1b": {"arch": "lfm2moe", "layers": 24, "hidden": 2048, "heads": 32, "kv_heads": 8, "head_dim": 64,
                     "vocab": 65536, "experts": 32, "top_k": 4, "inner": 1792, "format": "Q4_K", "dense": "Q4_K",
                     "head": "Q6_K", "tied": True, "qk_norm": "head", "ctx": 128000, "theta": 1e6, "leading": 2,
                     "first": 7168, "gating": 2, "attends": (2, 6, 10, 14, 18, 21), "taps": 3},
-    # 8 of its 48 layers, which are 61 GB: a GPU machine's disk has 64. Heads are normed without weights; no layer of
-    # this Llama 4 is dense, though its files give a width.
+    # Only 8 of its 48 layers, which are 61 GB: a GPU machine's disk has 64. Heads are normalised without weights; no
+    # layer of this Llama 4 is dense, although its files give a width.
     "llama-4-scout": {"arch": "llama4", "layers": 8, "hidden": 5120, "heads": 40, "kv_heads": 8, "head_dim": 128,
                       "vocab": 202048, "experts": 16, "top_k": 1, "inner": 8192, "format": "Q4_K", "dense": "Q4_K",
                       "head": "Q6_K", "qk_norm": "none", "ctx": 10485760, "theta": 5e5, "first": 16384, "shared": 1,
@@ -72,7 +72,7 @@ Tensors = list[tuple[str, str, tuple[int, ...]]]  # name, format, shape
 OUTPUT_NORM = {"lfm2moe": "token_embd_norm"}
 FFN_NORM = {"gpt-oss": "post_attention_norm", "qwen35moe": "post_attention_norm"}
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Where a block keeps its float16 scales, and what each is as a multiple of the first: minima centre the weights.
+# Offsets of a block's float16 scales, and each as a multiple of the first; minima centre the weights.
 SCALES: dict[str, dict[int, float]] = {
     "Q8_0": {0: 1}, "Q4_0": {0: 1}, "Q5_0": {0: 1}, "Q4_1": {0: 1, 2: -7.5}, "Q4_K": {0: 1, 2: 7.5},
     "Q5_K": {0: 1, 2: 15.5}, "Q6_K": {208: 1}, "IQ4_NL": {0: 1}, "IQ4_XS": {0: 1},
@@ -81,7 +81,7 @@ SCALES: dict[str, dict[int, float]] = {
 
 
 def weights(rng: np.random.Generator, fmt: str, rows: int, cols: int) -> np.ndarray:
-    """Random rows as they lie in a file, uint8 [rows, row bytes]; a weight is about 1 / sqrt(cols) (RMS)."""
+    """Return random rows in their format, uint8 [rows, row bytes], with weights of RMS 1 / sqrt(cols)."""
     form = FORMATS[fmt]
     if fmt in FLOATS:
         values = torch.from_numpy(rng.standard_normal((rows, cols), np.float32) / np.float32(cols**0.5))
@@ -95,7 +95,7 @@ def weights(rng: np.random.Generator, fmt: str, rows: int, cols: int) -> np.ndar
 
 
 def set_scale(blocks: np.ndarray, fmt: str, scale: float) -> None:
-    """Give all blocks [n, bytes] this scale; MXFP4's is a power of two, the nearest."""
+    """Set the scale of all blocks [n, bytes]; MXFP4's is the nearest power of two."""
     if fmt == "MXFP4":
         blocks[:, 0] = 127 + round(np.log2(scale))
     for at, factor in SCALES.get(fmt, {}).items():
@@ -103,7 +103,7 @@ def set_scale(blocks: np.ndarray, fmt: str, scale: float) -> None:
 
 
 def tensors(s: dict[str, Any]) -> Tensors:
-    """(name, format, shape) of everything, in the order of the file."""
+    """Return (name, format, shape) of all tensors, in the order of the file."""
     h, dense, fmt = s["hidden"], s["dense"], s["format"]
     rows = [
         ("token_embd", s["head"] if "tied" in s else dense, (s["vocab"], h)),
@@ -113,7 +113,7 @@ def tensors(s: dict[str, Any]) -> Tensors:
     for layer in range(s["layers"]):
         linear = "every" in s and (layer + 1) % s["every"]
         convolved = "attends" in s and layer not in s["attends"]
-        if "far" in s:
+        if "full_attention" in s:
             part = gemma(s, layer)
             rows += [(f"blk.{layer}.{name}", *rest) for name, *rest in part]
             continue
@@ -137,15 +137,15 @@ def tensors(s: dict[str, Any]) -> Tensors:
 
 
 def gemma(s: dict[str, Any], layer: int) -> Tensors:
-    h, far = s["hidden"], (layer + 1) % 6 == 0
-    kinds = heads({**s, **(s["far"] if far else {})})
-    part = [row for row in kinds if not (far and row[0] == "attn_v")]
+    h, full_attention = s["hidden"], (layer + 1) % 6 == 0
+    kinds = heads({**s, **(s["full_attention"] if full_attention else {})})
+    part = [row for row in kinds if not (full_attention and row[0] == "attn_v")]
     norms = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm_1", "pre_ffw_norm_2", "post_ffw_norm_2",
              "post_ffw_norm", "ffn_gate_inp.scale")  # fmt: skip
     return [
         *part, *((name, "F32", (h,)) for name in norms), ("layer_output_scale", "F32", (1,)),
         ("ffn_down_exps.scale", "F32", (s["experts"],)), ("ffn_gate_inp", "F32", (s["experts"], h)),
-        *feed_forward("", s["dense"], (), s["beside"], h),
+        *feed_forward("", s["dense"], (), s["resident_ffn"], h),
         *feed_forward("_exps", s["format"], (s["experts"],), s["inner"], h),
     ]  # fmt: skip
 
@@ -159,7 +159,7 @@ def heads(s: dict[str, Any]) -> Tensors:
 
 
 def deltanet(s: dict[str, Any]) -> Tensors:
-    """What it forgets and how much it learns is kept in F32, as published files have it."""
+    """Return the tensors of a DeltaNet; decay and learning rate are F32, as in published files."""
     n, h, dense = s["value_heads"], s["hidden"], s["dense"]
     values = n * s["key_dim"]
     channels = 2 * s["key_heads"] * s["key_dim"] + values
@@ -175,7 +175,7 @@ def shortconv(s: dict[str, Any]) -> Tensors:
 
 
 def biases(s: dict[str, Any]) -> Tensors:
-    """And sinks."""
+    """Return the biases and the attention sinks."""
     q, kv, h, many = s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"], s["hidden"], s["experts"]
     sizes = {"attn_q.bias": (q,), "attn_k.bias": (kv,), "attn_v.bias": (kv,), "attn_output.bias": (h,),
              "attn_sinks": (s["heads"],), "ffn_gate_inp.bias": (many,), "ffn_gate_exps.bias": (many, s["inner"]),
@@ -184,10 +184,12 @@ def biases(s: dict[str, Any]) -> Tensors:
 
 
 def latents(s: dict[str, Any]) -> Tensors:
-    """k_b's rows are too short for K-quants: llama.cpp's quantiser keeps both halves in Q8_0."""
-    n, h, dense, width = s["heads"], s["hidden"], s["dense"], s["kv_rank"] + s["turned"]
+    """Return the tensors of latent attention. k_b's rows are too short for K-quants: llama.cpp stores both halves in
+    Q8_0.
+    """
+    n, h, dense, width = s["heads"], s["hidden"], s["dense"], s["kv_rank"] + s["qk_rope"]
     part: Tensors = [("attn_kv_a_mqa", dense, (width, h)), ("attn_kv_a_norm", "F32", (s["kv_rank"],)),
-                     ("attn_k_b", "Q8_0", (n, s["kv_rank"], s["head_dim"] - s["turned"])),
+                     ("attn_k_b", "Q8_0", (n, s["kv_rank"], s["head_dim"] - s["qk_rope"])),
                      ("attn_v_b", "Q8_0", (n, s["value"], s["kv_rank"])),
                      ("attn_output", dense, (h, n * s["value"]))]  # fmt: skip
     if not s["q_rank"]:
@@ -197,7 +199,7 @@ def latents(s: dict[str, Any]) -> Tensors:
 
 
 def feed_forward(kind: str, fmt: str, front: tuple[int, ...], inner: int, h: int) -> Tensors:
-    """Rows that are no whole number of blocks are Q5_0, as llama.cpp has them."""
+    """Return three matrices; rows that are not a whole number of blocks are Q5_0, as in llama.cpp."""
     return [(f"ffn_{name}{kind}", fmt if shape[-1] % FORMATS[fmt].block == 0 else "Q5_0", (*front, *shape))
             for name, shape in (("gate", (inner, h)), ("up", (inner, h)), ("down", (h, inner)))]  # fmt: skip
 
@@ -207,7 +209,7 @@ def shape(name: str, layers: int | None = None) -> dict[str, Any]:
 
 
 def write(name: str, path: Path, layers: int | None = None, seed: int = 0, **changes: Any) -> None:
-    """The same bytes for the same arguments; `changes` to the shape make a small one for tests."""
+    """Write the file; the same arguments give the same bytes. `changes` to the shape make a small file for tests."""
     s = {**shape(name, layers), **changes}
     writer = gguf.GGUFWriter(path, s["arch"])
     add_metadata(writer, s)
@@ -221,7 +223,9 @@ def write(name: str, path: Path, layers: int | None = None, seed: int = 0, **cha
         kind = gguf.GGMLQuantizationType(FORMATS[fmt].gguf_type)
         data = made[key].reshape(*dims[:-1], FORMATS[fmt].nbytes(1, cols))
         data = data.view(np.float32) if fmt == "F32" else data
-        writer.add_tensor(tensor, -np.abs(data) if tensor.endswith("ssm_a") else data, raw_dtype=kind)  # else it grows
+        writer.add_tensor(
+            tensor, -np.abs(data) if tensor.endswith("ssm_a") else data, raw_dtype=kind
+        )  # positive values would let the state grow
     if "rope" in s:
         writer.add_tensor("rope_freqs.weight", frequency_factors(s["head_dim"], s["theta"], s["rope"]).numpy())
     writer.write_header_to_file()
@@ -237,21 +241,21 @@ def add_metadata(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
     writer.add_head_count(s["heads"])
     if "attends" in s:
         add_shortconv(writer, s)
-    elif "far" not in s:
+    elif "full_attention" not in s:
         writer.add_head_count_kv(s["kv_heads"])
     if "kv_rank" in s:
         add_latents(writer, s)
-    elif "far" not in s:
+    elif "full_attention" not in s:
         writer.add_key_length(s["head_dim"])
         writer.add_value_length(s["head_dim"])
         writer.add_rope_dimension_count(s.get("rotary", s["head_dim"]))
     if "every" in s:
         add_deltanet(writer, s)
-    if "far" in s:
-        add_far(writer, s)
+    if "full_attention" in s:
+        add_full_attention(writer, s)
     writer.add_rope_freq_base(s["theta"])
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_feed_forward_length(s.get("beside", s.get("first", s["inner"])))
+    writer.add_feed_forward_length(s.get("resident_ffn", s.get("first", s["inner"])))
     writer.add_expert_feed_forward_length(s["inner"])
     writer.add_expert_count(s["experts"])
     writer.add_expert_used_count(s["top_k"])
@@ -285,13 +289,13 @@ def add_shortconv(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType(s["gating"]))
 
 
-def add_far(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
+def add_full_attention(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
     near = [(layer + 1) % 6 != 0 for layer in range(s["layers"])]
-    writer.add_head_count_kv([s["kv_heads"] if one else s["far"]["kv_heads"] for one in near])
+    writer.add_head_count_kv([s["kv_heads"] if one else s["full_attention"]["kv_heads"] for one in near])
     writer.add_sliding_window_pattern(near)
     writer.add_sliding_window(s["window"])
     for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
-        add(s["far"]["head_dim"])
+        add(s["full_attention"]["head_dim"])
     for add in (writer.add_key_length_swa, writer.add_value_length_swa, writer.add_rope_dimension_count_swa):
         add(s["head_dim"])
     writer.add_rope_freq_base_swa(10_000.0)
@@ -299,11 +303,11 @@ def add_far(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
 
 
 def add_latents(writer: gguf.GGUFWriter, s: dict[str, Any]) -> None:
-    writer.add_key_length(s["kv_rank"] + s["turned"])
+    writer.add_key_length(s["kv_rank"] + s["qk_rope"])
     writer.add_value_length(s["kv_rank"])
     writer.add_key_length_mla(s["head_dim"])
     writer.add_value_length_mla(s["value"])
-    writer.add_rope_dimension_count(s["turned"])
+    writer.add_rope_dimension_count(s["qk_rope"])
     writer.add_kv_lora_rank(s["kv_rank"])
     if s["q_rank"]:
         writer.add_q_lora_rank(s["q_rank"])

@@ -1,10 +1,9 @@
-"""What text costs: tokenising a megabyte, and taking an answer apart a token at a time.
+"""Time of text processing: tokenising a megabyte, and parsing an answer token by token.
 
     python -P bench/text.py [MODEL …] > bench/results/text.csv
 
-MODEL is by default the demo; a GGUF of a vocabulary alone will do.
-CPU seconds of one core, the least of five runs: other work on the machine does not count. The text is this project's
-own, prose and code.
+MODEL is by default the demo; a GGUF with only a vocabulary is enough. Times are CPU seconds of one core, the minimum of
+five runs: other work on the machine does not count. The text is this project's own, prose and code.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ["RAYON_NUM_THREADS"] = "1"  # of the tokenizers library: before it is imported
+os.environ["RAYON_NUM_THREADS"] = "1"  # read by the tokenizers library on import
 
 from offmoe.checkpoint.find_model import DEMO
 from offmoe.checkpoint.open import open_checkpoint
@@ -33,8 +32,8 @@ def corpus() -> str:
     return (text * (1 + SIZE // len(text))).encode()[:SIZE].decode(errors="ignore")
 
 
-def least(work: Callable[[], object]) -> float:
-    """CPU seconds."""
+def min_seconds(work: Callable[[], object]) -> float:
+    """Return the CPU seconds of the fastest run."""
     times = []
     for _ in range(ROUNDS):
         began = time.process_time()
@@ -46,14 +45,14 @@ def least(work: Callable[[], object]) -> float:
 def rows(tokenizer: Tokenizer, text: str) -> list[tuple[str, float, str, float]]:
     ids = tokenizer.encode(text)
 
-    def speak() -> None:
-        speech = tokenizer.speech(ids[:100], ["never said"])
+    def parse_answer() -> None:
+        parser = tokenizer.answer_parser(ids[:100], ["never said"])
         for id in ids:
-            speech.push(id)
+            parser.push(id)
 
     return [
-        ("tokenise 1 MB", least(lambda: tokenizer.encode(text)), "s", 0.5),
-        ("detokenise, streaming", 1e6 * least(speak) / len(ids), "µs a token", 20),
+        ("tokenise 1 MB", min_seconds(lambda: tokenizer.encode(text)), "s", 0.5),
+        ("detokenise, streaming", 1e6 * min_seconds(parse_answer) / len(ids), "µs a token", 20),
     ]
 
 
@@ -63,9 +62,9 @@ def main() -> None:
     for path in map(Path, sys.argv[1:] or [DEMO]):
         with open_checkpoint(path) as checkpoint:
             tokenizer = load_tokenizer(checkpoint)
-            cut = checkpoint.metadata.get("tokenizer.ggml.pre", "") if checkpoint.kind == "gguf" else ""
+            pre_tokenizer = checkpoint.metadata.get("tokenizer.ggml.pre", "") if checkpoint.kind == "gguf" else ""
         for figure, value, unit, target in rows(tokenizer, text):
-            out.writerow((path.stem, cut, figure, f"{value:.3g}", unit, target))
+            out.writerow((path.stem, pre_tokenizer, figure, f"{value:.3g}", unit, target))
         tokenizer.close()
 
 

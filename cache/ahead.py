@@ -33,7 +33,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Foresight(Outcome):
-    """What became of every routed record where a predictor fetched some of them ahead. Late ones are no misses."""
+    """Outcome of every routed record when a predictor fetched some of them ahead. Late ones do not count as misses."""
 
     prefetch: str
     late: Flags  # on its way when asked for

@@ -72,7 +72,7 @@ def module_of(path: Path, stamp: int) -> object:
 
 @contextmanager
 def failing_in(where: str) -> Iterator[None]:
-    """What is raised inside becomes one line that says where."""
+    """Turn an exception inside into a PluginError of one line that says where it was raised."""
     try:
         yield
     except PluginError:
@@ -109,6 +109,6 @@ def guarded(kind: type[Policy]) -> type[Policy]:
 
 
 def built(make: Callable[[], T], name: str) -> T:
-    """What `make` makes of a plug-in's class."""
+    """Return `make()`, an instance of a plug-in's class; mistakes become PluginErrors."""
     with failing_in(name):
         return make()

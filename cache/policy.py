@@ -1,8 +1,9 @@
-"""From what a person writes, `crf:h=64` or `./mine.py:MyPolicy,h=64`, to a policy."""
+"""Policies by name: `crf:h=64` or `./mine.py:MyPolicy,h=64`, parsed once into a PolicySpec."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from offmoe.cache.plugin import built, guarded, is_plugin, load_plugin
@@ -13,17 +14,44 @@ from offmoe.cache.spec import read, usage
 if TYPE_CHECKING:
     from offmoe.cache.trace import Trace
 
-__all__ = ["Policy", "make_policy", "policy_for"]
+__all__ = ["Policy", "PolicySpec", "make_policy", "parse_policy", "policy_for"]
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """A parsed policy that an engine can run: its class, its canonical name and the values of its parameters."""
+
+    name: str
+    kind: type[Policy]
+    values: Mapping[str, Any]
+    plugin: bool
+
+    def __str__(self) -> str:
+        return self.name
+
+    def make(self, records: int) -> Policy:
+        """Build the policy for `records` records."""
+        if not self.plugin:
+            return self.kind(records, self.name, **self.values)
+        return built(lambda: guarded(self.kind)(records, self.name, **self.values), self.name)
+
+
+def parse_policy(spec: str | PolicySpec) -> PolicySpec:
+    """Parse `name[:key=value,…]` or `FILE.py:CLASS[,key=value,…]`; ValueError for what no engine can run."""
+    if isinstance(spec, PolicySpec):
+        return spec
+    kind, name, values = understand(spec, POLICIES)
+    plugin = is_plugin(spec)
+    if plugin:
+        if kind.bypass:
+            raise ValueError(f"policy {spec!r} leaves misses without a slot: it runs in replay only")
+        built(lambda: guarded(kind)(1, name, **values), name)  # its mistakes are told before a model is read
+    return PolicySpec(name, kind, values, plugin)
 
 
 def make_policy(spec: str, records: int) -> Policy:
-    """The policy that `spec` (`name[:key=value,…]`) names, for `records` records of an engine; ValueError if none."""
-    kind, name, values = understand(spec, POLICIES)
-    if not is_plugin(spec):
-        return kind(records, name, **values)
-    if kind.bypass:
-        raise ValueError(f"policy {spec!r} leaves misses without a slot: it runs in replay only")
-    return built(lambda: guarded(kind)(records, name, **values), name)
+    """Build the policy that `spec` names for `records` records of an engine; ValueError if there is none."""
+    return parse_policy(spec).make(records)
 
 
 def policy_for(trace: Trace, spec: str) -> Policy:

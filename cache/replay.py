@@ -19,7 +19,7 @@ SCOPES = ("layer", "global")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of every routed record, [tokens, layers, k] as in the trace."""
+    """Outcome of every routed record, [tokens, layers, k] as in the trace."""
 
     policy: str
     scope: str
@@ -58,7 +58,7 @@ class Outcome:
         return int(np.count_nonzero(self.uploaded)) / len(self.hit)
 
     def between(self, start: int, stop: int | None = None) -> Outcome:
-        """Return the outcome of tokens start … stop alone."""
+        """Return the outcome of these tokens alone."""
         some = slice(start, stop)
         return replace(self, asked=self.asked[some], hit=self.hit[some], uploaded=self.uploaded[some])
 

@@ -14,7 +14,7 @@ NONE = np.empty(0, np.int32)
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What became of the n records asked for. Neither hit nor late: missed, and arriving from now on."""
+    """Outcome of a request for n records. Neither hit nor late: a miss, which is arriving from now on."""
 
     slots: SlotIds  # [n]; -1: missed and bypassed
     hit: Flags  # [n] in its slot when asked for

@@ -22,7 +22,7 @@ class Scales:
     dtype: torch.dtype = torch.float32
 
     def count(self, rows: int, cols: int) -> tuple[int, int]:
-        """Return the rows and columns of scales of a [rows, cols] matrix."""
+        """Return the number of tiles of a [rows, cols] matrix, down and across."""
         return -(-rows // self.rows), -(-cols // self.cols) if self.cols else 1
 
 
@@ -51,8 +51,8 @@ class Format:
 
     def lines(self, cols: int) -> tuple[int, ...]:
         """Bytes of a row of `cols` weights in each of the pieces that a matrix is taken apart into."""
-        beside = (self.scales_nbytes(1, cols),) if self.scales else ()
-        return (*beside, *(cols // self.block * size for size in self.apart or (self.bytes,)))
+        scales = (self.scales_nbytes(1, cols),) if self.scales else ()
+        return (*scales, *(cols // self.block * size for size in self.apart or (self.bytes,)))
 
     @property
     def tiled(self) -> bool:
@@ -72,8 +72,8 @@ def dequantise(raw: Tensor, fmt: str | Format, rows: int, cols: int, dtype: torc
     start = form.scales_nbytes(rows, cols)
     rest = raw[..., start:]
     blocks = together(rest, form) if form.apart else split(rest, rows * cols // form.block, form.bytes)
-    beside = (scales_of(raw[..., :start], form, form.scales, rows, cols),) if form.scales else ()
-    return form.unpack(blocks, *beside).to(dtype).reshape(*raw.shape[:-1], rows, cols)
+    scales = (scales_of(raw[..., :start], form, form.scales, rows, cols),) if form.scales else ()
+    return form.unpack(blocks, *scales).to(dtype).reshape(*raw.shape[:-1], rows, cols)
 
 
 def scales_of(raw: Tensor, form: Format, scales: Scales, rows: int, cols: int) -> Tensor:
@@ -106,8 +106,8 @@ def as_it_lies(rows: Tensor, form: Format) -> Tensor:
     """Rearrange rows to the file's layout [bytes], the inverse of `whole_rows`."""
     start = form.scales.dtype.itemsize if form.scales else 0
     scales, blocks = rows[:, :start].flatten(), rows[:, start:]
-    lying = taken_apart(blocks.reshape(-1, form.bytes), form) if form.apart else blocks.flatten()
-    return torch.cat((scales, lying)) if start else lying
+    planes = taken_apart(blocks.reshape(-1, form.bytes), form) if form.apart else blocks.flatten()
+    return torch.cat((scales, planes)) if start else planes
 
 
 def reinterpret(raw: Tensor, dtype: torch.dtype) -> Tensor:
@@ -212,7 +212,7 @@ def q3_k(blocks: Tensor) -> Tensor:
 def k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Q4_K and Q5_K: scales and minima [..., 8, 1] of the 32-weight groups, 6 bits each in 12 bytes.
 
-    Bytes 0–3 hold scales 0–3 (their top bits: those of scales 4–7), bytes 4–7 the minima likewise,
+    Bytes 0–3 hold scales 0–3 (their top bits: those of scales 4–7), bytes 4–7 the same for the minima,
     bytes 8–11 the low nibbles of scales 4–7 and of minima 4–7.
     """
     low, mins, rest = split(blocks[..., 4:16], 3, 4).unbind(-2)
@@ -307,7 +307,7 @@ def int4(scale: torch.dtype, zeros: bool, blocks: Tensor) -> Tensor:
 
 
 def int4_groups() -> Iterator[Format]:
-    """Dequantise compressed-tensors' pack-quantized, AWQ and GPTQ, row-major, by group size and type of scale."""
+    """Yield the formats of compressed-tensors, AWQ and GPTQ (row-major), by group size and type of scale."""
     for group in (32, 64, 128):
         for kind, scale in (("F16", torch.float16), ("BF16", torch.bfloat16)):
             for zeros in (False, True):

@@ -1,8 +1,5 @@
 """Multi-head latent attention (arXiv 2405.04434), naive: keys and values of all heads come from one latent per
 position.
-
-The cache holds the normed latent and one rotated key, shared by all heads. Decoding never expands it: a head's query is
-projected into the latent space (`absorb`), and the mixed latents are projected back (`values_of`).
 """
 
 from __future__ import annotations
@@ -63,7 +60,7 @@ def latent_attention(
 
 
 def expand(cache: Tensor, k_b: Tensor, v_b: Tensor) -> tuple[Tensor, Tensor]:
-    """What the latents [S, L + R] stand for: keys [heads, S, N + R] and values [heads, S, V] of the heads in k_b
+    """Expand latents [S, L + R] to keys [heads, S, N + R] and values [heads, S, V] of the heads in k_b
     [heads, L, N] and v_b [heads, V, L]."""
     latent, qk_rope = cache.split((k_b.shape[1], cache.shape[1] - k_b.shape[1]), dim=1)
     keys = torch.cat((latent @ k_b, qk_rope.expand(len(k_b), -1, -1)), dim=2)

@@ -24,7 +24,7 @@ class ShortConv:
 
     @property
     def memory(self) -> tuple[int, ...]:
-        """Shape of the memory: empty, since the newest inputs are the whole state."""
+        """No memory in addition to the newest inputs."""
         return (0,)
 
     @property
@@ -63,7 +63,7 @@ def short_convolution(x: Tensor, weight: Tensor, recent: Tensor, start: int) -> 
 
 
 def newest(x: Tensor, recent: Tensor, start: int) -> None:
-    """Keep the last of the inputs x [T, C] from position `start` on in `recent` [taps, C]."""
+    """Keep the last of the inputs x [T, C], from position `start` on, in `recent` [taps, C]."""
     end, taps = start + len(x), len(recent)
     last = x[-taps:]
     recent[torch.arange(end - len(last), end, device=x.device) % taps] = last.to(recent.dtype)

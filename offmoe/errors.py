@@ -1,16 +1,16 @@
-"""What offmoe raises for a user's mistake or a machine's limit; only the command line prints it."""
+"""Errors caused by a user's input or a machine's limits; only the command line prints them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class OffmoeError(Exception):
-    """One line: what was found, what was expected, what to do."""
+    """An error of one line: what was found, what was expected, what to do."""
 
 
 @contextmanager
 def users_mistakes() -> Iterator[None]:
-    """What cache/ says of a user's mistake, a ValueError, is for the user."""
+    """Turn a ValueError inside, as `offmoe.cache` raises for a user's mistake, into an OffmoeError."""
     try:
         yield
     except ValueError as error:
@@ -18,7 +18,7 @@ def users_mistakes() -> Iterator[None]:
 
 
 class ContextFull(OffmoeError):
-    """The prompt does not fit in the KV cache: `tokens` were needed, `ctx` are reserved."""
+    """The prompt does not fit in the KV cache: it needs `tokens` positions, and `ctx` are reserved."""
 
     def __init__(self, tokens: int, ctx: int) -> None:
         super().__init__(

@@ -1,7 +1,8 @@
-"""Where everything will lie, decided once from the model's headers, the settings and what is free."""
+"""The plan: all sizes and placements, decided once from the model's headers, the settings and the free memory."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,27 +10,27 @@ import psutil
 import torch
 
 from offmoe.cache.policies import POLICIES
-from offmoe.cache.policy import make_policy
-from offmoe.errors import OffmoeError, users_mistakes
-from offmoe.kernels.mla import HEADS_AT_ONCE
+from offmoe.cache.policy import PolicySpec, parse_policy
+from offmoe.errors import OffmoeError
+from offmoe.mixers.base import MixerConfig
+from offmoe.mixers.recurrent import STATES
 from offmoe.models.model import Model
 from offmoe.models.parameters import bias_weights, count_weights, trunk_weights
-from offmoe.prefetch import NONE, Gate
+from offmoe.prefetch import Gate
 from offmoe.settings import Budget, Settings, format_size
-from offmoe.trunk.kv_cache import kv_nbytes
-from offmoe.trunk.recurrent_state import STATES, segment_nbytes, state_nbytes
+from offmoe.trunk.kv_cache import kv_nbytes, state_nbytes
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-DEFAULT_POLICY = "echo"
+DEFAULT_POLICY = parse_policy("echo")
 DEFAULT_SCOPE = "layer"  # hits 1.6–3 points more than one global pool on traces of gpt-oss-20b and the demo model
 DEFAULT_CTX = 8192
-SHARE_OF_FREE = 0.6  # of free memory: the desktop goes on living
-VRAM_MARGIN = 512 << 20  # libraries, kernels and graphs took 231 MiB more than planned, at most (bench/memory.py)
-# Of records that cross the link together: 2 ms on PCIe 5; half of it took a prompt 1.3 × the time.
+SHARE_OF_FREE = 0.6  # of free memory: the rest is left to the desktop
+VRAM_MARGIN = 512 << 20  # libraries, kernels and graphs took at most 231 MiB more than planned (bench/memory.py)
+# Bytes of records that cross the link together: 2 ms on PCIe 5; with half as many, a prompt took 1.3 × the time.
 BATCH_BYTES = 96 << 20
 BATCHES = 3  # two under way, one rearranged
 CHUNK, CHUNK_GPU = 512, 4096  # a GPU streams all absent experts past every chunk: the fewer the better
-STAGING_ROWS = 32  # RAM rows kept even with --ram 0: what passes from disk to slots
+STAGING_ROWS = 32  # RAM rows kept even with --ram 0, for records on their way from disk to slots
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     ctx: int
-    policy: str  # canonical
+    policy: PolicySpec
     scope: str
     slots: int
     stride: int  # bytes of a slot and of a RAM row: the largest record
@@ -48,22 +49,22 @@ class Plan:
     real_slot_bytes: int  # of all slots; on the CPU device they hold unpacked records
     trunk_bytes: int
     kv_bytes: int
-    state_bytes: int  # of layers without keys: what a token reads and writes
+    state_bytes: int  # of recurrent layers: what a token reads and writes
     waste_bytes: int  # in slots that are larger than their record
     chunk: int  # tokens of a prompt that are run at once
     batch: int  # records that cross the link together while a prompt is run
     workspace_bytes: int  # VRAM for a chunk's activations and batches of records; 0 on the CPU device
     kv: str  # what keys and values are kept in: "same" as the activations, or "int8"
-    prefetch: str  # canonical
+    prefetch: Gate
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """Of keys and values: on a GPU float16 beside bfloat16, as many bytes and three bits more."""
+        """Type of keys and values: on a GPU float16 where activations are bfloat16, for three bits more."""
         return torch.float16 if (self.dtype, self.device.type) == (torch.bfloat16, "cuda") else self.dtype
 
     @property
     def vram_bytes(self) -> int:
-        """What the slots are charged: the record as it is in the file."""
+        """Bytes charged to --vram: slots times the bytes of a record in the file."""
         return self.slots * self.stride
 
     @property
@@ -72,12 +73,12 @@ class Plan:
 
     @property
     def context_bytes(self) -> int:
-        """Keys, values and states, with the copies that are kept of these."""
+        """Bytes of keys, values and recurrent states, with the states' snapshots."""
         return self.kv_bytes + STATES * self.state_bytes
 
     @property
     def resident_bytes(self) -> int:
-        """Of fast memory: VRAM on a GPU."""
+        """Bytes of fast memory (VRAM on a GPU) that the plan takes."""
         return self.trunk_bytes + self.context_bytes + self.real_slot_bytes + self.workspace_bytes
 
     @property
@@ -86,7 +87,7 @@ class Plan:
 
     @property
     def tiers(self) -> str:
-        """Where routed records come from."""
+        """Tiers that hold routed records, fastest first, as shown to users."""
         fast = "VRAM" if self.device.type == "cuda" else "memory slots"
         if self.all_in_slots:
             return fast
@@ -111,7 +112,7 @@ class Free:
 
 def make_plan(model: Model, settings: Settings) -> Plan:
     """Place `model`. Raises OffmoeError with the smallest budget that works where one is too small."""
-    if settings.kv == "int8" and model.config.latent:
+    if settings.kv == "int8" and not all(mixer.int8_cache for mixer in model.config.mixers):
         raise OffmoeError("--kv int8 does not go with latent attention, whose cache is small already: leave it out")
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
@@ -138,7 +139,7 @@ def make_plan(model: Model, settings: Settings) -> Plan:
         device=device,
         dtype=dtype,
         ctx=ctx,
-        policy=canonical_policy(DEFAULT_POLICY if settings.policy is None else settings.policy, model, device),
+        policy=pick_policy(settings.policy, device),
         scope=scope,
         slots=slots,
         stride=model.slot_bytes,
@@ -153,17 +154,17 @@ def make_plan(model: Model, settings: Settings) -> Plan:
         batch=batch_records(model),
         workspace_bytes=workspace,
         kv=settings.kv or "same",
-        prefetch=str(pick_prefetch(settings, device)),
+        prefetch=pick_prefetch(settings, device),
     )
     check_fits(plan, free)
     return plan
 
 
 def pick_prefetch(settings: Settings, device: torch.device) -> Gate:
-    """What only the decode step on a GPU can do is refused elsewhere."""
-    gate = Gate.of(settings.prefetch or NONE)
+    """Return the prefetcher's parameters; refuse prefetching and int8 keys and values without a GPU."""
+    gate = settings.prefetch or Gate()
     if device.type == "cpu" and (gate.most or settings.kv == "int8"):
-        asked = f"--prefetch {settings.prefetch}" if gate.most else "--kv int8"
+        asked = f"--prefetch {gate}" if gate.most else "--kv int8"
         raise OffmoeError(f"{asked} works on a GPU, and the device is the CPU: leave it out")
     return gate
 
@@ -173,23 +174,27 @@ def batch_records(model: Model) -> int:
 
 
 def workspace_nbytes(model: Model, chunk: int, ctx: int, itemsize: int) -> int:
-    """VRAM that a chunk needs beside weights, context and slots: its activations, and batches of records passing by."""
-    c = model.config
-    heads = c.projected + (2 * c.heads * c.head_dim if c.latent else 0)
-    a_token = c.hidden * (12 + 4 * itemsize) + heads * 4 * itemsize + c.top_k * (c.hidden + c.expert_hidden) * itemsize
-    if any(c.windows):  # a chunk's keys and values, before they go into a ring
-        a_token += 4 * max(h.keys for h in c.kinds_of_heads) * itemsize
-    inner = max(c.dense_hidden, c.shared_hidden)
-    a_token += 4 * inner * itemsize  # gate, up, its silu and their product
-    if c.mixer:
-        a_token += (sum(c.mixer.projected) + c.mixer.values) * itemsize
-        heads = max(heads, sum(c.mixer.projected))
-    unpacked = max(heads, c.hidden, inner) * max(c.hidden, *(h.queries for h in c.kinds_of_heads)) * itemsize
-    if c.latent:  # keys and values of some heads, expanded and padded
-        wide, some = max(c.latent.key, c.latent.value), min(c.heads, HEADS_AT_ONCE)
-        unpacked += some * ctx * 4 * wide * itemsize
-    segment = segment_nbytes(c.mixer) if c.mixer else 0
-    return chunk * a_token + segment + unpacked + BATCHES * batch_records(model) * model.slot_bytes + 16 * c.vocab
+    """VRAM that a chunk needs for activations, unpacked matrices and batches of records."""
+    c, moe = model.config, model.config.moe
+    inner = max(moe.dense_hidden, moe.shared_hidden)
+    # Of the experts; of a dense or shared part: gate, up, glu of gate, product.
+    values = moe.top_k * (c.hidden + moe.expert_hidden) + 4 * inner
+    rows, cols, passing = max(c.hidden, inner), c.hidden, 0
+    for mixers in by_type(c.kinds):
+        values += max(mixer.activations for mixer in mixers) + max(mixer.staged for mixer in mixers)
+        rows, cols = max(rows, *(m.widest[0] for m in mixers)), max(cols, *(m.widest[1] for m in mixers))
+        passing += max(mixer.chunk_nbytes(ctx, itemsize) for mixer in mixers)
+    a_token = c.hidden * (12 + 4 * itemsize) + values * itemsize
+    records = BATCHES * batch_records(model) * model.slot_bytes
+    return chunk * a_token + passing + rows * cols * itemsize + records + 16 * c.vocab
+
+
+def by_type(mixers: Iterable[MixerConfig]) -> list[list[MixerConfig]]:
+    """Mixers of one kind together."""
+    kinds: dict[type[MixerConfig], list[MixerConfig]] = {}
+    for mixer in mixers:
+        kinds.setdefault(type(mixer), []).append(mixer)
+    return list(kinds.values())
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -230,7 +235,7 @@ def free_memory(device: torch.device) -> Free:
 
 
 def free_ram() -> int:
-    """What the machine has free, or less where a container (cgroup v2) allows less."""
+    """Return the free RAM in bytes, or less where a container (cgroup v2) allows less."""
     free = psutil.virtual_memory().available
     try:
         with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as used:
@@ -241,24 +246,23 @@ def free_ram() -> int:
 
 
 def token_records(model: Model) -> int:
-    """Records that one token is routed to: fewer slots cannot even hold them."""
+    """Return the records that one token is routed to: the smallest number of slots that works."""
     return model.config.moe_layers * model.config.top_k
 
 
 def default_slots(model: Model, free: Free, resident: int, real: int) -> int:
-    """As many as fit; on the CPU device half of the room, where the RAM tier needs the rest."""
+    """Return the slots that fit; on the CPU device half of the room, if the RAM tier needs the rest."""
     if free.vram is not None:
         return max(0, free.vram - resident - VRAM_MARGIN) // model.slot_bytes
     room = max(0, int(free.ram * SHARE_OF_FREE) - resident)
     return model.records if model.records * real <= room else room // 2 // real
 
 
-def pick_slots(model: Model, budget: Budget | str | int | None, default: int) -> int:
+def pick_slots(model: Model, budget: Budget | None, default: int) -> int:
     smallest = token_records(model)
     if budget is None:
         slots, asked = default, f"the free memory, {format_size(max(default, 0) * model.slot_bytes)},"
     else:
-        assert isinstance(budget, Budget), "Settings parses budgets"
         wanted = model.records * budget.percent / 100 if budget.percent else (budget.bytes or 0) / model.slot_bytes
         slots, asked = int(wanted + 1e-9), f"--vram {budget}"
     if slots < smallest:
@@ -271,32 +275,31 @@ def pick_slots(model: Model, budget: Budget | str | int | None, default: int) ->
     return min(slots, model.records)
 
 
-def pick_ram_rows(model: Model, asked: int | str | None, slots: int, left: int) -> int:
-    """Rows of the RAM tier; where every record has a slot none need stay behind."""
+def pick_ram_rows(model: Model, asked: int | None, slots: int, left: int) -> int:
+    """Return the rows of the RAM tier: just a few for staging if every record has a slot."""
     staging = max(STAGING_ROWS, model.config.top_k)
     if slots >= model.records:
         return min(staging, model.records)
-    budget = int(left * SHARE_OF_FREE) if asked is None else int(asked)
+    budget = int(left * SHARE_OF_FREE) if asked is None else asked
     return min(max(budget // model.slot_bytes, staging), model.records)
 
 
-def canonical_policy(spec: str, model: Model, device: torch.device) -> str:
-    """A policy without `state` scores nothing in a captured graph."""
-    with users_mistakes():
-        policy = make_policy(spec, model.records)
-    if device.type != "cpu" and not policy.state:
+def pick_policy(asked: PolicySpec | None, device: torch.device) -> PolicySpec:
+    """Return the policy to run; refuse one without `state` on a GPU, where it scores nothing in a captured graph."""
+    policy = asked or DEFAULT_POLICY
+    if device.type != "cpu" and not policy.kind.state:
         able = ", ".join(name for name, kind in POLICIES.items() if kind.state)
         raise OffmoeError(f"policy {policy.name!r} works on the CPU and in replay: on a GPU choose {able}")
-    return policy.name
+    return policy
 
 
 def smaller(plan: Plan, model: Model) -> Plan:
-    """With an eighth fewer slots. Raises OffmoeError where a token needs them."""
+    """Return the plan with an eighth fewer slots. Raises OffmoeError if a token needs more."""
     slots, unit = plan.slots * 7 // 8, model.config.moe_layers if plan.scope == "layer" else 1
     slots -= slots % unit
     if slots < token_records(model):
         raise OffmoeError(
-            f"the GPU's memory holds not even {plan.slots} expert slots beside the model's other weights: "
+            f"the GPU's memory holds not even {plan.slots} expert slots in addition to the model's other weights: "
             "close what else uses it (`nvidia-smi`), or give a smaller --ctx or --chunk"
         )
     real = plan.real_slot_bytes // plan.slots * slots
@@ -304,7 +307,7 @@ def smaller(plan: Plan, model: Model) -> Plan:
 
 
 def wasted(model: Model, slots: int) -> int:
-    """Bytes of `slots` that records smaller than the largest leave unused, on average."""
+    """Return the bytes of `slots` that records smaller than the largest leave unused, on average."""
     return int(slots * (model.slot_bytes - model.record_bytes / model.records))
 
 
@@ -327,7 +330,7 @@ def check_fits(plan: Plan, free: Free) -> None:
 
 
 def plan_numbers(plan: Plan) -> dict[str, Any]:
-    """For JSON."""
+    """Return the plan's numbers, as `--json` prints them."""
     names = (
         "ctx",
         "policy",
@@ -345,4 +348,5 @@ def plan_numbers(plan: Plan) -> dict[str, Any]:
         "state_bytes",
     )
     numbers = {name: getattr(plan, name) for name in (*names, "trunk_bytes", "kv_bytes", "waste_bytes", "tiers")}
+    numbers |= {"policy": str(plan.policy), "prefetch": str(plan.prefetch)}
     return {**numbers, "device": str(plan.device), "dtype": str(plan.dtype).removeprefix("torch.")}

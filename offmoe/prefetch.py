@@ -1,4 +1,4 @@
-"""What `--prefetch` may say: the gate-ahead predictor and its limits."""
+"""The gate-ahead predictor's parameters, as `--prefetch` names them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ USAGE = "write none, or gate:d=1…4,p=0…1,n=1…8 (layers ahead, least probab
 
 @dataclass(frozen=True)
 class Gate:
-    """The norm and router of a layer `ahead`, asked with the present hidden state. most = 0: nobody is asked."""
+    """Gate-ahead prediction: a later layer's norm and router applied to the current hidden state. most = 0: off."""
 
-    ahead: int = 1  # layers
-    least: float = 0.05  # probability
-    most: int = 0  # records a layer: a started copy cannot be called back
+    ahead: int = 1  # layers to look ahead
+    least: float = 0.05  # router probability below which an expert is not fetched
+    most: int = 0  # records to fetch a layer: a copy that has started cannot be cancelled
 
     @classmethod
     def of(cls, spec: str) -> Gate:
-        """Raises OffmoeError for what is unknown or out of range."""
+        """Parse `none` or `gate:d=…,p=…,n=…`. Raises OffmoeError for what is unknown or out of range."""
         if spec == NONE:
             return cls()
         match = SPEC.fullmatch(spec)
@@ -37,7 +37,7 @@ class Gate:
         return gate
 
     def within(self, table: Residency, k: int) -> Gate:
-        """With as few records as leave an event of `k` its slots; perhaps none."""
+        """Return this gate with `most` limited so that k experts of a layer keep their slots; possibly 0."""
         room = (table.capacity - k) // (1 if table.scope == "layer" else self.ahead + 1)
         return replace(self, most=max(0, min(self.most, k, room)))
 

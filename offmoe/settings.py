@@ -1,12 +1,17 @@
-"""Everything a user can choose, parsed and checked once; nothing changes it afterwards."""
+"""Everything a user can choose, parsed and checked once by `Settings.of` and `Sampling.of`, then frozen."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from offmoe.errors import OffmoeError
+from offmoe.errors import OffmoeError, users_mistakes
+
+if TYPE_CHECKING:
+    from offmoe.cache.policy import PolicySpec
+    from offmoe.prefetch import Gate
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
          "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40,
@@ -48,6 +53,23 @@ def parse_budget(text: str | int | Budget) -> Budget:
     return Budget(bytes=parse_size(text))
 
 
+def parse_policy(text: str | PolicySpec) -> PolicySpec:
+    """Parse the name of a policy, as `offmoe.cache.policy.parse_policy` does; mistakes are OffmoeErrors."""
+    from offmoe.cache.policy import PolicySpec, parse_policy  # imports numpy: not before a policy is named
+
+    if not isinstance(text, str | PolicySpec):
+        raise OffmoeError(f"policy {text!r} is unknown: write for example lru or crf:h=64")
+    with users_mistakes():
+        return parse_policy(text)
+
+
+def parse_prefetch(text: str | Gate) -> Gate:
+    """Parse `none` or `gate:d=…,p=…,n=…`."""
+    from offmoe.prefetch import Gate
+
+    return text if isinstance(text, Gate) else Gate.of(text)
+
+
 def format_size(size: float) -> str:
     """Bytes for people: 29.9 MiB, 1.25 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -59,29 +81,26 @@ def format_size(size: float) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is placed and run. None: chosen from what the machine has free."""
+    """How a model is placed and run. None: chosen from what the machine has free.
 
-    vram: Budget | str | int | None = None  # for expert slots
-    ram: int | str | None = None  # bytes of (pinned) memory for records
-    policy: str | None = None  # "lru", "crf:h=64"
+    `Settings.of` takes texts (`vram="8GiB"`, `policy="crf:h=64"`); the fields hold what they mean.
+    """
+
+    vram: Budget | None = None  # for expert slots
+    ram: int | None = None  # bytes of (pinned) memory for records
+    policy: PolicySpec | None = None
     scope: str | None = None  # "layer" or "global"
     device: str | None = None  # "cpu", "cuda", "cuda:1"
     dtype: str | None = None  # "f32", "bf16", "f16": of activations, trunk and KV
     ctx: int | None = None  # tokens of KV reserved at start, outside vram
     chunk: int | None = None  # tokens of a prompt run at once; greedy tokens are compared at one chunk size
     kv: str | None = None  # "same" as dtype, or "int8": half the memory, not lossless (GPU only)
-    prefetch: str | None = None  # "none", or "gate:d=1,p=0.05,n=2" (GPU only)
+    prefetch: Gate | None = None  # GPU only
 
     def __post_init__(self) -> None:
-        if self.vram is not None:
-            object.__setattr__(self, "vram", parse_budget(self.vram))
-        if self.ram is not None:
-            object.__setattr__(self, "ram", parse_size(self.ram))
         expect("scope", self.scope, ("layer", "global"))
         expect("dtype", self.dtype, ("f32", "bf16", "f16"))
         expect("kv", self.kv, ("same", "int8"))
-        if not isinstance(self.policy, str | None):
-            raise OffmoeError(f"policy {self.policy!r} is unknown: write for example lru or crf:h=64")
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d{1,2})?", str(self.device)):
             raise OffmoeError(f"device {self.device!r} is unknown: write cpu, cuda or cuda:N")
         at_least("ctx", self.ctx, 16)
@@ -89,8 +108,15 @@ class Settings:
 
     @classmethod
     def of(cls, **values: Any) -> Settings:
-        """Settings by name; an unknown name is an error, None keeps the default."""
-        return cls(**known(cls, values))
+        """Parse settings by name. An unknown name is an OffmoeError; None keeps the default."""
+        parsers: dict[str, Callable[[Any], Any]] = {
+            "vram": parse_budget,
+            "ram": parse_size,
+            "policy": parse_policy,
+            "prefetch": parse_prefetch,
+        }
+        given = known(cls, values)
+        return cls(**{name: parsers[name](value) if name in parsers else value for name, value in given.items()})
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Before any test imports torch or triton: how OpenMP threads wait, and Triton's interpreter where there is no GPU."""
+"""Settings of all tests: how OpenMP threads wait; without a GPU Triton's interpreter, and nothing of tests/gpu."""
 
 import os
 from collections.abc import Iterator
@@ -10,16 +10,17 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+collect_ignore = [] if torch.cuda.is_available() else ["gpu"]  # all in there needs one
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if find_spec("triton"):
         import fast_interpreter
 
-        fast_interpreter.patch_once()
+        fast_interpreter.install()
 
 
 @pytest.fixture(scope="module")
 def whole_model() -> Iterator[None]:
-    """What runs whole models through the interpreter asks for this."""
+    """Turn off the interpreter's overflow checks, for modules that run whole models through it."""
     with fast_interpreter.overflow_unchecked():
         yield

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exhaustive import cases
 from tiny_models import saved
 
 from offmoe.checkpoint.find_model import DEMO
@@ -68,9 +69,19 @@ def expected() -> tuple[list[int], torch.Tensor]:
         return engine.answer_tokens, engine.prefill(engine.prompt_ids(PROMPT))
 
 
-@pytest.mark.parametrize("ram", RAM)
-@pytest.mark.parametrize(("policy", "scope"), list(itertools.product(("lru", "crf:h=16"), ("layer", "global"))))
-@pytest.mark.parametrize("vram", BUDGETS)
+@pytest.mark.parametrize(
+    ("vram", "policy", "scope", "ram"),
+    cases(
+        itertools.product(BUDGETS, ("lru", "crf:h=16"), ("layer", "global"), RAM),
+        [
+            *zip(
+                BUDGETS, itertools.cycle(("crf:h=16", "lru")), itertools.cycle(("layer", "global")), RAM, strict=False
+            ),
+            (BUDGETS[0], "lru", "global", "none"),
+            (BUDGETS[1], "crf:h=16", "layer", "all"),
+        ],
+    ),
+)
 def test_greedy_tokens_do_not_depend_on_placement(vram: str, policy: str, scope: str, ram: str) -> None:
     tokens, logits = expected()
     with demo(vram=vram, policy=policy, scope=scope, ram=RAM[ram]) as engine:

@@ -13,12 +13,13 @@ from paths import ROOT
 FOLDERS = {"offmoe": ROOT / "offmoe", "offmoe.cache": ROOT / "cache", "offmoe.kernels": ROOT / "kernels"}
 # Rooms from the ground up: a module imports from its own room and from those before it. A name is a folder or a file.
 ROOMS = (
-    ("errors", "settings", "cache", "kernels"),
+    ("errors", "settings", "prefetch", "cache", "kernels"),
     ("checkpoint",),
     ("machine",),
+    ("mixers",),
     ("models",),
     ("text", "trunk"),
-    ("plan", "prefetch"),
+    ("plan",),
     ("experts",),
     ("stats",),
     ("decode", "prefill"),

@@ -15,7 +15,7 @@ exp2, log2, sqrt, minimum, maximum = np.exp2, np.log2, np.sqrt, np.minimum, np.m
 
 
 def where(condition: Any, yes: Any, no: Any) -> Any:
-    """Choose `yes` where `condition` holds, else `no`, in float32: NumPy would make two numbers in the text float64."""
+    """Choose elementwise, in float32: of two literals NumPy would make float64."""
     return np.where(condition, np.float32(yes), np.float32(no))
 
 

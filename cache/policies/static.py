@@ -1,4 +1,4 @@
-"""What a profile found hottest stays for good: a control, and a warm start."""
+"""Static: the hottest records of a profile stay for good. A control, and a warm start."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Static(Policy):
         self.pinned[hottest + np.arange(table.pools)[:, None] * uses.shape[1]] = 1
 
     def touch(self, records: Ints, now: int, uses: Ints | int = 1) -> None:
-        """What is pinned was decided before."""
+        """Do nothing: the pinned records were chosen before."""
 
     def score(self, records: Ints, now: int) -> Numbers:
         return np.where(self.pinned[records] > 0, 1.0, -np.inf)  # -inf: not above a free slot's

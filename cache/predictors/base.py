@@ -1,4 +1,4 @@
-"""What a predictor is: which experts a layer will ask for, said some layers before it does."""
+"""Predictors: which experts a layer will request, predicted some layers earlier."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from offmoe.cache.predictors.base import NOBODY, Predictor, Shares
 
 
 class Previous(Predictor):
-    """What the layer asked for at the sequence's last token, in the router's order, without doubt."""
+    """Predict the experts of the layer at the sequence's last token, in the router's order, with confidence 1."""
 
     def predict(self, token: int, layer: int) -> tuple[Ints, Shares]:
         if token in self.trace.offsets:

@@ -97,9 +97,7 @@ def unjoined(J: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def joined(top, total, result, values, tops, totals):
-    """Add some splits of J query heads to the running result: top, total [J], result [J, WIDE], values [J,
-    MANY, WIDE].
-    """
+    """Add splits of J query heads to the running result: top, total [J], result [J, WIDE], values [J, MANY, WIDE]."""
     higher = tl.maximum(top, tl.max(tops, 1))
     old, weights = tl.exp2(top - higher), tl.exp2(tops - higher[:, None])
     total = total * old + tl.sum(weights * totals, 1)

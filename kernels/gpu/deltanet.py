@@ -2,7 +2,7 @@
 
 A token's programs keep a value head's memory in registers from the first load to the last store. The memory, the newest
 inputs and the weights were written by earlier graph launches or never change, so they are loaded while the preceding
-kernel still runs. The convolution's inputs are kept in a ring by position, so no load touches the present row.
+kernel still runs. The convolution's inputs are kept in a ring by position: no load touches the row of the present one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def softplus(x):
     return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
 
 
-@triton.jit(do_not_specialize_on_alignment=["memory", "recent"])
+@triton.jit(do_not_specialize_on_alignment=["recent"])
 def _delta_step(
     projected, memory, recent, conv, decay, dt, norm, position, status, out, ctx, scale, eps,
     KEY_HEADS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr,

@@ -138,7 +138,7 @@ def _gate_up(
     )
     each = tl.cdiv(tl.cdiv(INNER, R), sharing) * R
     first, end = which * each, tl.minimum(which * each + each, INNER)
-    TURNS: tl.constexpr = tl.cdiv(INNER, ROWS)  # of a record
+    TURNS: tl.constexpr = triton.cdiv(INNER, ROWS)  # of a record
     turns = tl.where(moves, missing * TURNS, (pair >= 0).to(tl.int32))
     for now in range(tl.where(moves, pid, 0), turns, tl.where(moves, MOVERS, 1)):
         if MOVERS > 0:
@@ -203,9 +203,7 @@ def registers(warps: int) -> int:
 
 
 def sharing_of(layout: SlotLayout, device: torch.device) -> tuple[int, bool, int]:
-    """Return (warps per program, whether many registers are needed, programs that run at once) of a gate-and-up
-    launch.
-    """
+    """Return (warps per program, whether many registers are needed, programs at once) of a gate-and-up launch."""
     forms = layout.gate, layout.up
     warps, heavy = max(across(form.format, form.cols)[1] for form in forms), any(form.format in HEAVY for form in forms)
     return warps, heavy, programs(device, warps, heavy)

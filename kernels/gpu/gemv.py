@@ -45,9 +45,7 @@ def programs(device: torch.device, warps: int, heavy: bool = False) -> int:
 
 
 def tile() -> int:
-    """Return the rows per tile. For two, Triton 3.6 makes a layout into which x has to be shuffled, at 210
-    registers.
-    """
+    """Return the rows per tile. For two, Triton 3.6 makes a layout into which x is shuffled, at 210 registers."""
     return 32 if interpreted() else 1
 
 
@@ -125,9 +123,7 @@ def part(buffer, pid, x, norm, out, bias, shift, eps, each,
          WIDE: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CAP: tl.constexpr,
          FORMAT: tl.constexpr,
          P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Multiply one part of `_dense`. Weights never change: the first rows are loaded while the preceding kernel
-    runs.
-    """
+    """Multiply one part of `_dense`. Weights never change: the first rows load while the preceding kernel runs."""
     UNITS: tl.constexpr = K // WIDTH
     u, first = tl.arange(0, U), pid * each
     end = tl.minimum(first + each, ROWS)

@@ -15,9 +15,7 @@ import triton
 
 @cache
 def pdl_supported(device: torch.device) -> bool:
-    """Return whether the GPU has programmatic dependent launch (sm_90): a kernel starts while its predecessor
-    drains.
-    """
+    """Return whether the GPU has programmatic dependent launch (sm_90): a kernel starts while the one before drains."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 

@@ -181,9 +181,7 @@ def gather(q, q_rope, latents, keys, visible, top, total, mixed, to_log2, DOT: t
 
 
 def pick_splits(ctx: int, heads: int, sms: int = 132) -> tuple[int, int]:
-    """Return (splits, least positions per split) for every context up to `ctx`, as
-    kernels.gpu.attention.pick_splits.
-    """
+    """Return (splits, least positions per split) for every context up to `ctx`, like gpu.attention.pick_splits."""
     return max(1, min(-(-ctx // LEAST), sms // (heads // group_of(heads)), MOST_SPLITS)), LEAST
 
 

@@ -56,7 +56,7 @@ def bring_strip(source, record, stage, first, end, ROWS: tl.constexpr, INNER: tl
         EACH: tl.constexpr = TOTAL * ROWS // INNER
         begin, last = first // ROWS * EACH, tl.cdiv(end, ROWS) * EACH
     else:  # whole words of 16 bytes; a row of tiles may begin within a block
-        DEEP: tl.constexpr = tl.cdiv(INNER, TILE)
+        DEEP: tl.constexpr = triton.cdiv(INNER, TILE)  # tl.cdiv makes no constant in Triton 3.6
         begin, last = first // TILE * TOTAL // DEEP // 4 * 4, tl.cdiv(tl.cdiv(end, TILE) * TOTAL, DEEP * 4) * 4
     last = tl.minimum(last, TOTAL)
     for block in range(begin, last, RUNS[AT + CHUNK_BLOCKS]):

@@ -120,9 +120,7 @@ def write_rows(
     x, cache, scales, first, place, room,
     KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
-    """Write x [ROWS, WIDE], of heads first …, into cache [KV_HEADS, room, D] at row `place`, scales [KV_HEADS,
-    room].
-    """
+    """Write x [ROWS, WIDE], heads from `first` on, into cache [KV_HEADS, room, D] and scales [KV_HEADS, room]."""
     row, d = first + tl.arange(0, ROWS), tl.arange(0, WIDE)
     fits = (row < KV_HEADS) & (place < room)
     if INT8:
@@ -147,9 +145,7 @@ def _rms_norm(x, weight, bias, out, eps, H: tl.constexpr, WIDE: tl.constexpr):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Norm x [T, H] of any float type into out [T, H], rounded once to its type; with a bias LayerNorm. Return
-    `out`.
-    """
+    """Norm x [T, H] of any float type into out [T, H], rounded once to its type; with a bias, LayerNorm. Return out."""
     assert x.is_contiguous()
     assert out.is_contiguous()
     assert x.shape == out.shape

@@ -19,9 +19,7 @@ def judged(
     logits, bias, experts, EP: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
     BEST: tl.constexpr, GP: tl.constexpr,
 ):  # fmt: skip
-    """Return the keys that experts are ranked by [EP] and their scores [EP]; a softmax is not yet divided by
-    its sum.
-    """
+    """Return the keys that experts are ranked by [EP] and their scores [EP]; a softmax is not divided yet."""
     e = tl.arange(0, EP)
     value = tl.load(logits + e, mask=e < experts, other=-float("inf"), cache_modifier=".cg")
     if SCORES <= MIXER:

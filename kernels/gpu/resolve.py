@@ -29,9 +29,7 @@ PART = 1024  # slots of a pool that one program ranks, where several share a poo
 
 @triton.jit
 def lower(n0, d0, s0, n1, d1, s1):
-    """Return the slot that is evicted first of two: the one with the smaller fraction n / d, then the smaller
-    slot s.
-    """
+    """Return the slot that is evicted first of two: the one of smaller fraction n / d, then of smaller slot s."""
     left, right = n0 * d1, n1 * d0
     first = (left < right) | ((left == right) & (s0 < s1))
     return tl.where(first, n0, n1), tl.where(first, d0, d1), tl.where(first, s0, s1)
@@ -136,7 +134,7 @@ def scratch_size(slots: int, count: int) -> int:
 
 
 class Seen(NamedTuple):
-    """What `look` read: vectors over the layer's experts [EP], the candidates [CP] and the fetched slots [KP]."""
+    """Result of `look`: vectors over the layer's experts [EP], the candidates [CP] and the fetched slots [KP]."""
 
     slot: Any  # [EP] of the expert, -1: absent
     state: Any  # [EP] 0 absent, 1 resident, 2 resident by an unused prefetch, 3 arriving
@@ -327,9 +325,7 @@ def _evaluate(value, age, uses, out, n, BLOCK: tl.constexpr, USE: tl.constexpr, 
 
 
 def evaluate(value: Tensor, age: Tensor, uses: Tensor, *, use: Any, worth: Any) -> Tensor:
-    """Return [2, n] float32: a formula's value after `uses` [n], and its worth before them, for `value` and
-    `age` [n].
-    """
+    """Return [2, n] float32: a formula's value after `uses` [n], and its worth before, for `value` and `age` [n]."""
     n = value.numel()
     out = torch.empty((2, n), device=value.device)
     _evaluate[(1,)](

@@ -1,7 +1,7 @@
 """Gated short convolutions (kernels.shortconv): one token in one launch between two projections, or a prompt.
 
 The newest inputs and the weights were written by earlier graph launches or never change, so they are loaded while the
-preceding kernel still runs. The inputs are kept in a ring by position, so no load touches the present row.
+preceding kernel still runs. The inputs are kept in a ring by position, so no load touches the row of the present one.
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ def _conv_chunk(
 
 
 def conv_chunk(projected: Tensor, w: ConvWeights, recent: Tensor, start: int) -> Tensor:
-    """Mix a prompt's tokens like kernels.shortconv.conv_mix: [T, channels] in the type of `projected` [T, 3
-    channels].
-    """
+    """Mix a prompt's tokens (kernels.shortconv.conv_mix): [T, channels] in the type of `projected` [T, 3 channels]."""
     (taps, c), tokens = w.conv.shape, len(projected)
     assert projected.stride(1) == 1
     assert recent.is_contiguous()

@@ -1,1 +1,1 @@
-"""The command line, the chat, and what they print."""
+"""Command line, the chat, and what they print."""

@@ -1,4 +1,4 @@
-"""The command line. Options and the model's path are checked before torch, which takes a second to import."""
+"""Command line. Options and the model's path are checked before torch is imported, which takes a second."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offmoe import __version__
-from offmoe.app.answer import Answer
+from offmoe.app.answer_printer import AnswerPrinter
 from offmoe.app.options import (
     Command,
     LazyGroup,
+    check_overwrite,
     json_option,
     option,
-    parse,
+    parse_options,
     placement_options,
     profile_option,
     raw_option,
     reasoning_option,
     sampling_options,
-    spare_existing,
     system_option,
     think_option,
 )
-from offmoe.app.profile import use_profile
+from offmoe.app.profile import apply_profile
 from offmoe.app.report import section_tables
 from offmoe.app.terminal import choose_output, choose_ui, clean, console, decode, interruptible, one_line, progress_bar
 from offmoe.checkpoint.find_model import find_model
 from offmoe.errors import OffmoeError
-from offmoe.machine.gc_pause import collecting_no_garbage
+from offmoe.machine.gc_pause import gc_paused
 from offmoe.settings import Sampling, Settings
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ LAB = {"trace": "offmoe.lab.trace.cli", "bench": "offmoe.lab.bench_cli", "tune":
 def cli(ctx: click.Context) -> None:
     """Chat with a mixture-of-experts model that does not fit in your GPU's memory.
 
-    MODEL is a .gguf file, a directory of safetensors, a Hugging Face name (org/name, or org/name:Q4_K_M for
-    one GGUF of several), or demo: the small model that comes with offmoe.
+    MODEL is a .gguf file, a directory of safetensors, a Hugging Face name (org/name, or org/name:Q4_K_M to select
+    one GGUF of several), or demo, the small model that comes with offmoe.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -77,15 +77,15 @@ def cli(ctx: click.Context) -> None:
 @think_option
 @reasoning_option
 def chat(model: str, system: str | None, think: str | None, reasoning: str, no_profile: bool, **chosen: Any) -> None:
-    """Talk to MODEL, by default the demo; /help lists the commands."""
-    settings, sampling = parse(chosen)
+    """Chat with MODEL (default: the demo); /help lists the chat's commands."""
+    settings, sampling = parse_options(chosen)
     path = find_model(model)
-    settings, told = (settings, None) if no_profile else use_profile(path, settings)
+    settings, profile_note = (settings, None) if no_profile else apply_profile(path, settings)
     from offmoe.app.chat import COMMANDS, Chat
 
     ui = choose_ui(list(COMMANDS))
     with load(path, settings, think) as engine:
-        for line in (f"{model} · {engine.plan.summary()}", *filter(None, [told]), *engine.notes):
+        for line in (f"{model} · {engine.plan.summary()}", *filter(None, [profile_note]), *engine.notes):
             ui.note(line)
         Chat(engine, ui, str(path.resolve()), sampling, system, reasoning, think).loop()
 
@@ -112,34 +112,34 @@ def run(
     no_profile: bool,
     **chosen: Any,
 ) -> None:
-    """One answer of MODEL to PROMPT, or to standard input."""
+    """Print MODEL's answer to PROMPT, or to standard input."""
     if raw and system:
-        raise click.UsageError("--raw leaves no place for --system.")
+        raise click.UsageError("--raw and --system exclude each other.")
     if raw and think:
-        raise click.UsageError("--raw leaves no place for --think: no template is used.")
-    settings, sampling = parse(chosen)
+        raise click.UsageError("--raw and --think exclude each other: --raw uses no template.")
+    settings, sampling = parse_options(chosen)
     path, text = find_model(model), read_prompt(prompt)
-    settings, told = (settings, None) if no_profile else use_profile(path, settings)
-    if told:
-        click.echo(clean(told), err=True)
+    settings, profile_note = (settings, None) if no_profile else apply_profile(path, settings)
+    if profile_note:
+        click.echo(clean(profile_note), err=True)
     with load(path, settings, think) as engine:
-        answer(engine, as_prompt(engine, text, system, raw), sampling, None if as_json else reasoning)
+        print_answer(engine, build_prompt(engine, text, system, raw), sampling, None if as_json else reasoning)
 
 
 @cli.command(cls=Command, examples=DOCTOR)
 @click.argument("model", default="demo")
 @json_option
 def doctor(model: str, as_json: bool) -> int:
-    """What this machine offers, and why something is not used.
+    """Check what this machine offers, and what keeps offmoe from using it.
 
-    MODEL (default: the demo) is the one whose disk is measured.
+    The disk that holds MODEL (default: the demo) is measured.
     """
     path = find_model(model)
-    from offmoe.app.doctor import PROBLEM, examine, table
+    from offmoe.app.doctor import PROBLEM, run_checks, table
 
-    checks = examine(path)
+    checks = run_checks(path)
     if as_json:
-        show_json([vars(check) for check in checks])
+        print_json([vars(check) for check in checks])
     else:
         console().print(table(checks))
     return int(any(check.status == PROBLEM for check in checks))
@@ -150,16 +150,16 @@ def doctor(model: str, as_json: bool) -> int:
 @placement_options
 @json_option
 def info(model: str, as_json: bool, **chosen: Any) -> None:
-    """What MODEL is and what a token of it costs, before loading."""
+    """Describe MODEL and the cost of one token, without loading it."""
     settings, path = Settings.of(**chosen), find_model(model)
-    from offmoe.app.info import inspect
+    from offmoe.app.info import inspect_model
     from offmoe.models.model import open_model
 
     opened = open_model(path)
     with opened.checkpoint:
-        facts = inspect(opened, settings)
+        facts = inspect_model(opened, settings)
     if as_json:
-        show_json(facts.as_dict())
+        print_json(facts.as_dict())
     else:
         console().print(*section_tables(facts.sections()), sep="\n")
 
@@ -167,12 +167,14 @@ def info(model: str, as_json: bool, **chosen: Any) -> None:
 @cli.command("pack", cls=Command, examples=PACK)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@option("Output", "--format", "fmt", required=True, metavar="NAME", help="q8_0, q4_0, mxfp4, q4_k, …")
-@option("Output", "--force", is_flag=True, help="Write over OUT.")
+@option(
+    "Output", "--format", "fmt", required=True, metavar="NAME", help="Format of the weights: q8_0, q4_0, mxfp4, q4_k, …"
+)
+@option("Output", "--force", is_flag=True, help="Overwrite OUT if it exists.")
 def pack_command(model: str, out: Path, fmt: str, force: bool) -> None:
-    """Write the safetensors MODEL as a GGUF, which llama.cpp reads too."""
+    """Convert the safetensors MODEL to the GGUF file OUT, which llama.cpp can read too."""
     path = find_model(model)
-    spare_existing(out, force)
+    check_overwrite(out, force)
     from offmoe.checkpoint.open import open_checkpoint
     from offmoe.pack.convert import pack
 
@@ -183,16 +185,17 @@ def pack_command(model: str, out: Path, fmt: str, force: bool) -> None:
 
 
 def load(path: Path, settings: Settings, think: str | None = None) -> Engine:
-    with collecting_no_garbage(), progress_bar("loading") as progress:
+    """Load the engine behind a progress bar; `settings` and `think` as for Engine.load."""
+    with gc_paused(), progress_bar("loading") as progress:
         from offmoe.engine import Engine
 
-        engine = Engine.load(str(path), progress, think, **vars(settings))
-        gc.freeze()  # what is there now stays
+        engine = Engine.load(str(path), progress, think, settings)
+        gc.freeze()  # everything allocated so far lives as long as the process
         return engine
 
 
 def read_prompt(prompt: str | None) -> str:
-    """PROMPT or standard input, refused where it is empty or no UTF-8."""
+    """Return PROMPT or standard input. Raises OffmoeError if it is empty or not UTF-8."""
     raw = os.fsencode(prompt) if prompt is not None else sys.stdin.buffer.read()
     text = decode(raw, source="PROMPT" if prompt is not None else "standard input")
     if not text.strip():
@@ -200,38 +203,38 @@ def read_prompt(prompt: str | None) -> str:
     return text
 
 
-def as_prompt(engine: Engine, text: str, system: str | None, raw: bool) -> Any:
-    """What `Engine.generate` takes: ids of raw text, messages, or one user message."""
+def build_prompt(engine: Engine, text: str, system: str | None, raw: bool) -> Any:
+    """Return the argument of `Engine.generate`: token ids of raw text, messages, or one user message."""
     if raw:
         if engine.tokenizer is None:
-            raise OffmoeError("--raw needs a tokenizer, and the model has none")
+            raise OffmoeError("--raw needs a tokenizer, and the model has none: use a model with a tokenizer")
         return engine.tokenizer.encode(text)
     if system:
         return [{"role": "system", "content": system}, {"role": "user", "content": text}]
     return text
 
 
-def answer(engine: Engine, prompt: Any, sampling: Sampling, reasoning: str | None) -> None:
-    """Print the answer while it is made; reasoning None: one JSON object at its end."""
-    given = Answer(choose_output(), reasoning) if reasoning else Answer(None)
+def print_answer(engine: Engine, prompt: Any, sampling: Sampling, reasoning: str | None) -> None:
+    """Print the answer while it is generated; if `reasoning` is None, print one JSON object at its end."""
+    printer = AnswerPrinter(choose_output(), reasoning) if reasoning else AnswerPrinter(None)
     with interruptible(engine.cancel):
         for piece in engine.generate(prompt, sampling):
-            given.take(piece)
-    given.end()
+            printer.add(piece)
+    printer.finish()
     stats = engine.stats()
     if not reasoning:
-        told = {"text": given.text, "reasoning": given.reasoning}
-        show_json({**told, **stats.as_dict(), "tokens": engine.answer_tokens})
+        texts = {"text": printer.text, "reasoning": printer.reasoning}
+        print_json({**texts, **stats.as_dict(), "tokens": engine.answer_tokens})
     if stats.finish_reason == "cancelled":
         raise KeyboardInterrupt
 
 
-def show_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     click.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def explain(error: BaseException) -> str | None:
-    """The line that tells a person what went wrong; None: a defect of ours, whose traceback is wanted."""
+    """Return the one-line message for an error, or None for a bug, whose traceback is printed."""
     match error:
         case click.UsageError():
             command = error.ctx.command_path if error.ctx else "offmoe"
@@ -245,34 +248,36 @@ def explain(error: BaseException) -> str | None:
         case OSError(strerror=str()):
             where = f"{error.filename}: " if error.filename else ""
             return f"{where}{error.strerror}"
-    from offmoe.cache.plugin import PluginError  # imports NumPy: only where something is wrong
+    from offmoe.cache.plugin import PluginError  # imports NumPy: only after an error
 
     if isinstance(error, PluginError):
         return str(error)
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's errors
         return "out of memory: lower --vram, --ram or --ctx"
     return None
 
 
-def open_streams() -> None:
-    """A closed standard stream is None, and the next file that is opened takes its number: put /dev/null there."""
+def replace_closed_streams() -> None:
+    """Open /dev/null for standard streams that are closed: Python sets them to None, and the next file opened would
+    get their descriptor.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # for the life of the process
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # open until the process ends
 
 
 def main() -> int:
-    """Every error ends here, in one line. OFFMOE_DEBUG=1 shows where it came from."""
-    open_streams()
+    """Run the command line and print any error on one line. OFFMOE_DEBUG=1 prints its traceback instead."""
+    replace_closed_streams()
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a locale without "·" or "…"
     try:
         status = cli.main(prog_name="offmoe", standalone_mode=False)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
-    except click.Abort:  # what click makes of Ctrl-C
+    except click.Abort:  # click turns Ctrl-C into this
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit's flush fails again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit fails again
         return 1
     except Exception as error:
         line = explain(error)

@@ -1,4 +1,4 @@
-"""The turns of a chat: what the model is sent, what is dropped when it is too long, how it is kept."""
+"""Turns of a chat: the messages sent to the model, dropping the oldest of them, and the file they are saved in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from offmoe.errors import OffmoeError
 if TYPE_CHECKING:
     from offmoe.text.tokenizer import Message
 
-VERSION = 1  # of the file
+VERSION = 1  # of the file format
 
 
 @dataclass
@@ -27,41 +27,44 @@ class Conversation:
         return [{"role": "system", "content": self.system}, *self.turns] if self.system else list(self.turns)
 
     def drop_oldest(self) -> bool:
-        """Forget the oldest message and its answer; False where only the last message is left."""
+        """Drop the oldest message and its answer; return False if only the last message is left."""
         if len(self.turns) < 3:
             return False
         del self.turns[:2]
         return True
 
     def save(self, path: Path, model: str) -> None:
-        """Write atomically, for the owner alone. `model`: where the answers' tokens are valid."""
+        """Write the file atomically, readable only by its owner. The answers' tokens are valid only for `model`."""
         document = {"offmoe_chat": VERSION, "model": model, "system": self.system, "turns": self.turns}
         try:
-            with whole_file(path, mode=0o600) as file:  # a talk is nobody else's business
+            with whole_file(path, mode=0o600) as file:  # conversations are private
                 file.write(json.dumps(document, ensure_ascii=False, indent=1).encode())
         except OSError as error:
             raise OffmoeError(f"cannot write {path}: {error.strerror}") from error
 
     @classmethod
     def load(cls, path: Path, model: str, vocab_size: int) -> Conversation:
-        """Read and check what `save` wrote; the tokens of another model are left out, to be encoded anew."""
+        """Read and validate a file that `save` wrote.
+
+        Tokens of another model are dropped: its text is encoded again.
+        """
         try:
             if path.exists() and not path.is_file():
-                raise ValueError("it is no regular file")  # a pipe would wait for ever, /dev/zero never end
+                raise ValueError("it is not a regular file")  # a pipe would block for ever, /dev/zero never end
             document = json.loads(path.read_bytes())
-            talk = parse(document, vocab_size)
+            conversation = parse(document, vocab_size)
         except OSError as error:
             raise OffmoeError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
-            raise OffmoeError(f"{path} is no chat written by /save: {error}") from None
+            raise OffmoeError(f"{path} is not a chat written by /save: {error}") from None
         if document["model"] != model:
-            for turn in talk.turns:
+            for turn in conversation.turns:
                 turn.pop("tokens", None)
-        return talk
+        return conversation
 
 
 def parse(document: Any, vocab_size: int) -> Conversation:
-    """A conversation out of a file's JSON. Raises ValueError with what is wrong."""
+    """Return the conversation in a file's JSON. Raises ValueError that says what is wrong."""
     if not isinstance(document, dict) or document.get("offmoe_chat") != VERSION:
         raise ValueError(f'expected an object with "offmoe_chat": {VERSION}')
     system, turns, model = (document.get(name) for name in ("system", "turns", "model"))
@@ -75,13 +78,14 @@ def parse(document: Any, vocab_size: int) -> Conversation:
 
 
 def check_turn(turn: Any, role: str, vocab_size: int) -> None:
+    """Raise ValueError unless `turn` is a valid message of `role`."""
     if not isinstance(turn, dict) or turn.get("role") != role or set(turn) - {"role", "content", "reasoning", "tokens"}:
         raise ValueError(f"expected a message of role {role}, found {str(turn)[:60]!r}")
     for name in ("content", "reasoning"):
         text = turn.get(name, "" if name == "reasoning" else None)
         if not isinstance(text, str):
-            raise ValueError(f"a message's {name} is no text")
+            raise ValueError(f"a message's {name} is not text")
         text.encode("utf-8")  # UnicodeEncodeError, a ValueError, on half a surrogate pair
     tokens = turn.get("tokens", [])
     if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < vocab_size for token in tokens):
-        raise ValueError(f"a message's tokens are no ids below {vocab_size}")
+        raise ValueError(f"a message's tokens are not ids below {vocab_size}")

@@ -1,4 +1,4 @@
-"""The options that commands share, under headings in --help; checked into Settings and Sampling once."""
+"""Options shared by several commands, grouped under headings in --help, and parsed once into Settings and Sampling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from offmoe.app.answer import DIM, MODES
+from offmoe.app.answer_printer import DIM, REASONING_MODES
 from offmoe.errors import OffmoeError
 from offmoe.settings import Sampling, Settings
 
@@ -19,7 +19,7 @@ Decorator = Callable[[Any], Any]
 
 
 class Option(click.Option):
-    """An option with the heading that it stands under in --help."""
+    """An option with the heading that it appears under in --help."""
 
     def __init__(self, *names: Any, group: str, **arguments: Any) -> None:
         super().__init__(*names, **arguments)
@@ -27,7 +27,7 @@ class Option(click.Option):
 
 
 class Command(click.Command):
-    """A command whose --help has headings over its options, and examples at the end."""
+    """A command whose --help groups options under headings and ends with examples."""
 
     def __init__(self, *arguments: Any, examples: tuple[str, ...], **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -48,7 +48,7 @@ class Command(click.Command):
 
 
 class LazyGroup(click.Group):
-    """A group with commands of other modules, imported when they are named: `modules` maps a command to its module."""
+    """A group whose commands live in other modules, imported when used. `modules` maps a command to its module."""
 
     def __init__(self, *arguments: Any, modules: dict[str, str], **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -65,11 +65,12 @@ class LazyGroup(click.Group):
 
 
 def option(group: str, *names: str, **arguments: Any) -> Decorator:
+    """Return click.option for an Option under the heading `group`."""
     return click.option(*names, cls=Option, group=group, **arguments)
 
 
-def together(*decorators: Decorator) -> Decorator:
-    """One decorator that adds options in the order in which they are written."""
+def combine(*decorators: Decorator) -> Decorator:
+    """Return one decorator that adds several options, in the order of the arguments."""
 
     def add(function: Any) -> Any:
         for decorator in reversed(decorators):
@@ -79,76 +80,99 @@ def together(*decorators: Decorator) -> Decorator:
     return add
 
 
-placing, answering = partial(option, "Placement"), partial(option, "Answer")
-placement_options: Decorator = together(
-    placing("--vram", metavar="SIZE|P%", help="For expert slots: 8GiB, or 50% of all routed records."),
-    placing("--ram", metavar="SIZE", help="Pinned memory for records; what is beyond stays on disk."),
-    placing("--policy", metavar="NAME[:KEY=VALUE]", help="What keeps its slot: lru, crf:h=64, ./mine.py:Mine."),
-    placing(
+placement, sampling = partial(option, "Placement"), partial(option, "Answer")
+placement_options: Decorator = combine(
+    placement("--vram", metavar="SIZE|P%", help="Size of the VRAM budget for experts, e.g. 8GiB or 50%."),
+    placement("--ram", metavar="SIZE", help="Size of the pinned host memory for experts; the rest is read from disk."),
+    placement(
+        "--policy", metavar="NAME[:KEY=VALUE]", help="Cache policy: lru, crf:h=64, or your own as ./mine.py:Mine."
+    ),
+    placement(
         "--scope",
         type=click.Choice(["layer", "global"]),
-        help="A quota a layer, or one pool.",
+        help="Share the slots equally among layers, or use one pool for all.",
     ),
-    placing("--device", metavar="NAME", help="cpu, cuda or cuda:N."),
-    placing(
+    placement("--device", metavar="NAME", help="Device to run on: cpu, cuda or cuda:N."),
+    placement(
         "--dtype",
         type=click.Choice(["f32", "bf16", "f16"]),
-        help="Of activations, trunk and KV; bf16 keeps KV in f16 on a GPU.",
+        help="Data type of activations, non-expert weights and KV cache; with bf16 a GPU keeps the KV cache in f16.",
     ),
-    placing(
+    placement(
         "--ctx",
         type=int,
         metavar="N",
-        help="Tokens of KV cache, beside --vram.",
+        help="Size of the KV cache in tokens; its memory is not part of --vram.",
     ),
-    placing("--chunk", type=int, metavar="N", help="Tokens of a prompt that are run at once."),
-    placing(
+    placement("--chunk", type=int, metavar="N", help="Number of prompt tokens processed at once."),
+    placement(
         "--kv",
         type=click.Choice(["same", "int8"]),
-        help="Keys and values as --dtype, or in int8: half the memory, not lossless; on a GPU.",
+        help="Data type of the KV cache: as --dtype, or int8, which halves its memory and is lossy (GPU only).",
     ),
-    placing("--prefetch", metavar="NAME[:KEY=VALUE,…]", help="none, or gate:d=1,p=0.05,n=2; on a GPU."),
+    placement(
+        "--prefetch",
+        metavar="NAME[:KEY=VALUE,…]",
+        help="Prefetcher of experts: none, or gate:d=1,p=0.05,n=2 (GPU only).",
+    ),
 )
-sampling_options: Decorator = together(
-    answering("--max-tokens", type=int, metavar="N", help="End the answer after N tokens."),
-    answering("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT; may be repeated."),
-    answering("--temperature", type=float, metavar="T", help="0 always takes the likeliest token."),
-    answering("--top-k", type=int, metavar="K", help="Choose among the K likeliest; 0: all."),
-    answering("--top-p", type=float, metavar="P", help="Choose among the likeliest that reach P together."),
-    answering("--min-p", type=float, metavar="P", help="Drop what is below P times the likeliest."),
-    answering("--repeat-penalty", type=float, metavar="R", help="Above 1: what was said is less likely."),
-    answering("--seed", type=int, metavar="N", help="The same answer every time."),
-    answering("--greedy", is_flag=True, help="The same as --temperature 0."),
+sampling_options: Decorator = combine(
+    sampling("--max-tokens", type=int, metavar="N", help="Maximum number of tokens in the answer."),
+    sampling("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT. May be repeated."),
+    sampling(
+        "--temperature", type=float, metavar="T", help="Sampling temperature; 0 always picks the most likely token."
+    ),
+    sampling("--top-k", type=int, metavar="K", help="Sample from the K most likely tokens; 0 means all."),
+    sampling(
+        "--top-p", type=float, metavar="P", help="Sample from the most likely tokens whose probabilities add up to P."
+    ),
+    sampling("--min-p", type=float, metavar="P", help="Drop tokens less likely than P times the most likely one."),
+    sampling(
+        "--repeat-penalty",
+        type=float,
+        metavar="R",
+        help="Values above 1 make tokens that already occurred less likely.",
+    ),
+    sampling("--seed", type=int, metavar="N", help="Seed of the sampler; the same seed gives the same answer."),
+    sampling("--greedy", is_flag=True, help="Same as --temperature 0."),
 )
-system_option: Decorator = option("Conversation", "--system", metavar="TEXT", help="The system prompt.")
+system_option: Decorator = option("Conversation", "--system", metavar="TEXT", help="System prompt.")
 reasoning_option: Decorator = option(
     "Conversation",
     "--reasoning",
-    type=click.Choice(MODES),
+    type=click.Choice(REASONING_MODES),
     default=DIM,
-    help="What the model thinks before it answers: dim, folded into a line, or hidden.",
+    help="How to display the model's reasoning: dim, folded into one line, or hidden.",
 )
 think_option: Decorator = option(
-    "Conversation", "--think", metavar="on|off|WORD", help="Whether the model thinks, or how much: low, medium, high, …"
+    "Conversation",
+    "--think",
+    metavar="on|off|WORD",
+    help="Turn the model's thinking on or off, or set its effort: low, medium, high, …",
 )
-raw_option: Decorator = option("Conversation", "--raw", is_flag=True, help="PROMPT as it is, without a template.")
+raw_option: Decorator = option(
+    "Conversation", "--raw", is_flag=True, help="Use PROMPT as it is, without the chat template."
+)
 profile_option: Decorator = option(
-    "Placement", "--no-profile", is_flag=True, help="Without what `offmoe tune` found for MODEL here."
+    "Placement",
+    "--no-profile",
+    is_flag=True,
+    help="Ignore the profile that `offmoe tune` wrote for MODEL on this machine.",
 )
 json_option: Decorator = option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
-def spare_existing(out: Path, force: bool) -> None:
-    """OffmoeError where there is a file already, unless it may be written over."""
+def check_overwrite(out: Path, force: bool) -> None:
+    """Raise OffmoeError if `out` exists, unless `force` allows overwriting it."""
     if out.exists() and not force:
-        raise OffmoeError(f"{out} exists: choose another name, or --force to write over it")
+        raise OffmoeError(f"{out} exists: choose another name, or overwrite it with --force")
 
 
-def parse(chosen: dict[str, Any]) -> tuple[Settings, Sampling]:
-    """What placement_options and sampling_options gave, checked."""
+def parse_options(chosen: dict[str, Any]) -> tuple[Settings, Sampling]:
+    """Return the checked values of placement_options and sampling_options."""
     if chosen.pop("greedy"):
         if chosen["temperature"]:
             raise click.UsageError("--greedy and --temperature exclude each other.")
         chosen["temperature"] = 0.0
-    placement = {field.name: chosen.pop(field.name) for field in fields(Settings)}
-    return Settings.of(**placement), Sampling.of(**chosen)
+    settings = {field.name: chosen.pop(field.name) for field in fields(Settings)}
+    return Settings.of(**settings), Sampling.of(**chosen)

@@ -1,4 +1,4 @@
-"""Statistics as people read them: the dim line after an answer, and the table of /stats."""
+"""Statistics for people: the dim line after an answer, and the table of /stats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def stats_line(stats: Stats) -> str:
-    """42 tokens · 61.3 tok/s · first 0.21 s · hit 61.2% · 3.6 MiB/token paged · roof 88 tok/s (floor) 70%"""
+    """Return one line: 42 tokens · 61.3 tok/s · first 0.21 s · hit 61.2% · 3.6 MiB/token paged · roof 88 tok/s (floor)
+    70%
+    """
     parts = [f"{stats.tokens} tokens", f"{stats.decode_tok_s:.1f} tok/s", f"first {stats.ttft_s:.2f} s"]
     parts.append(f"hit {stats.hit_rate:.1%}")
     parts.append(f"{format_size(stats.pcie_bytes_per_token)}/token paged")
@@ -33,20 +35,23 @@ def roof_text(roof: Roof) -> str:
 
 
 def total(answers: list[Stats], name: str) -> float:
+    """Return the sum of a field over all answers."""
     return float(sum(getattr(answer, name) for answer in answers))
 
 
-def mean(answers: list[Stats], name: str) -> float:
-    """Per token: an answer counts by its length."""
+def mean_per_token(answers: list[Stats], name: str) -> float:
+    """Return the mean of a field, weighted by the answers' numbers of tokens."""
     weighted = sum(float(getattr(answer, name)) * answer.tokens for answer in answers)
     return weighted / (total(answers, "tokens") or 1)
 
 
-def first(answers: list[Stats], name: str) -> float:
+def mean_per_answer(answers: list[Stats], name: str) -> float:
+    """Return the mean of a field, each answer counted once."""
     return total(answers, name) / len(answers)
 
 
 def decode_speed(answers: list[Stats], name: str) -> float:
+    """Return the tokens of all answers per second of decoding."""
     seconds = sum(answer.tokens / answer.decode_tok_s for answer in answers if answer.decode_tok_s)
     return total(answers, "tokens") / seconds if seconds else 0.0
 
@@ -54,22 +59,22 @@ def decode_speed(answers: list[Stats], name: str) -> float:
 ROWS: list[tuple[str, str, Callable[[list[Stats], str], float], Callable[[float], str]]] = [
     ("tokens", "tokens", total, "{:.0f}".format),
     ("prompt tokens", "prompt_tokens", total, "{:.0f}".format),
-    ("… of them kept from before", "reused_tokens", total, "{:.0f}".format),
+    ("… of them reused from the KV cache", "reused_tokens", total, "{:.0f}".format),
     ("decode, tok/s", "decode_tok_s", decode_speed, "{:.1f}".format),
-    ("first token, s", "ttft_s", first, "{:.2f}".format),
-    ("hit rate", "hit_rate", mean, "{:.1%}".format),
-    ("covered", "covered", mean, "{:.1%}".format),
-    ("late", "late", mean, "{:.1%}".format),
-    ("misses a token", "misses_per_token", mean, "{:.1f}".format),
-    ("paged in a token", "pcie_bytes_per_token", mean, format_size),
-    ("read from disk a token", "nvme_bytes_per_token", mean, format_size),
-    ("… of it records", "nvme_record_bytes_per_token", mean, format_size),
-    ("stalled a token, ms", "stall_ms_per_token", mean, "{:.2f}".format),
+    ("first token, s", "ttft_s", mean_per_answer, "{:.2f}".format),
+    ("hit rate", "hit_rate", mean_per_token, "{:.1%}".format),
+    ("covered", "covered", mean_per_token, "{:.1%}".format),
+    ("late", "late", mean_per_token, "{:.1%}".format),
+    ("misses per token", "misses_per_token", mean_per_token, "{:.1f}".format),
+    ("paged in per token", "pcie_bytes_per_token", mean_per_token, format_size),
+    ("read from disk per token", "nvme_bytes_per_token", mean_per_token, format_size),
+    ("… of it experts", "nvme_record_bytes_per_token", mean_per_token, format_size),
+    ("stalled per token, ms", "stall_ms_per_token", mean_per_token, "{:.2f}".format),
 ]
 
 
 def stats_table(answers: list[Stats]) -> Table:
-    """The last answer beside all of the session."""
+    """Return a table of the last answer next to all answers of the session."""
     from rich.table import Table
 
     last = answers[-1]
@@ -84,7 +89,7 @@ def stats_table(answers: list[Stats]) -> Table:
 
 
 def section_tables(sections: dict[str, list[tuple[str, str]]]) -> list[RenderableType]:
-    """A heading and a table without lines for each section."""
+    """Return a heading and a borderless table for each section."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""What touches the screen: a terminal with line editing and colour, or a pipe with neither."""
+"""Output to the screen: a terminal with line editing and colour, or a pipe without them."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
     from rich.console import Console, RenderableType
 
-Progress = Callable[[str, int, int], None]  # what, done, of how many
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 without \t \n, DEL, C1: a model could move the cursor
+Progress = Callable[[str, int, int], None]  # (description, amount done, total)
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 except \t \n, DEL, C1: a model could move the cursor
 
 
 class Output(Protocol):
-    """Where an answer goes."""
+    """Destination of an answer."""
 
     def write(self, text: str) -> None:
-        """A piece of an answer."""
+        """Write a piece of the answer."""
 
-    def think(self, text: str) -> None:
-        """A piece of the reasoning before it."""
+    def write_reasoning(self, text: str) -> None:
+        """Write a piece of the reasoning before the answer."""
 
     def status(self, text: str) -> None:
-        """What is going on, in place of the last status; "" takes it away."""
+        """Replace the current status line by `text`; "" removes it."""
 
     def note(self, text: str) -> None:
-        """A line about the answer or the machine, never part of the answer."""
+        """Print a line about the answer or the machine; it is never part of the answer."""
 
 
 class UI(Output, Protocol):
-    """The chat's other half: what it asks of a person and shows to them."""
+    """Output of a chat, and the questions it asks its user."""
 
-    interactive: bool  # a person is there: ask them, and go on after an error
+    interactive: bool  # whether a person can be asked; if so, the chat continues after an error
 
     def ask(self) -> str | None:
-        """The next message or command; None: no more."""
+        """Return the next message or command, or None at the end of the input."""
 
     def confirm(self, question: str) -> bool: ...
 
@@ -52,12 +52,12 @@ class UI(Output, Protocol):
 
 
 class Pipe:
-    """Answers to stdout, everything about them to stderr, nobody to ask."""
+    """Not a terminal: answers go to stdout, everything else to stderr, and no questions are asked."""
 
     interactive = False
 
     def __init__(self) -> None:
-        self.offset = 0  # bytes of standard input before this line
+        self.offset = 0  # bytes of standard input before the current line
 
     def ask(self) -> str | None:
         line = sys.stdin.buffer.readline()
@@ -72,12 +72,12 @@ class Pipe:
         sys.stdout.write(clean(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
-    def think(self, text: str) -> None:
+    def write_reasoning(self, text: str) -> None:
         sys.stderr.write(dim(clean(text)) if sys.stderr.isatty() else text)
         sys.stderr.flush()
 
     def status(self, text: str) -> None:
-        """Nobody watches."""
+        """Do nothing: a status line needs a terminal."""
 
     def note(self, text: str) -> None:
         print(clean(text), file=sys.stderr)
@@ -87,7 +87,7 @@ class Pipe:
 
 
 class Screen:
-    """A terminal that a person reads: reasoning and notes are dim."""
+    """A terminal; reasoning and notes are dim."""
 
     def __init__(self) -> None:
         self.console = console()
@@ -96,7 +96,7 @@ class Screen:
         sys.stdout.write(clean(text))
         sys.stdout.flush()
 
-    def think(self, text: str) -> None:
+    def write_reasoning(self, text: str) -> None:
         sys.stdout.write(dim(clean(text)))
         sys.stdout.flush()
 
@@ -112,14 +112,14 @@ class Screen:
 
 
 class Terminal(Screen):
-    """A person at a terminal: history, completion of commands, multi-line paste."""
+    """An interactive terminal: history, completion of commands, multi-line paste."""
 
     interactive = True
 
     def __init__(self, commands: list[str]) -> None:
         super().__init__()
         self.session = prompt_session(commands)
-        self.leaving = False  # Ctrl-C came at an empty prompt: the next one leaves
+        self.exit_armed = False  # Ctrl-C was pressed at an empty prompt: the next one exits
 
     def ask(self) -> str | None:
         while True:
@@ -128,23 +128,23 @@ class Terminal(Screen):
             except EOFError:
                 return None
             except KeyboardInterrupt:
-                if self.interrupted():
+                if self.on_ctrl_c():
                     return None
                 continue
-            self.leaving = False
+            self.exit_armed = False
             return text
 
-    def interrupted(self) -> bool:
-        """Ctrl-C at the prompt: clears a line, asks at an empty one, leaves the second time."""
+    def on_ctrl_c(self) -> bool:
+        """Clear the line, or warn at an empty prompt; return True if this is the second Ctrl-C there, which exits."""
         empty = not self.session.default_buffer.text.strip()
-        leave = empty and self.leaving
-        self.leaving = empty
-        if empty and not leave:
-            self.note("Ctrl-C again or Ctrl-D leaves")
-        return leave
+        exits = empty and self.exit_armed
+        self.exit_armed = empty
+        if empty and not exits:
+            self.note("press Ctrl-C again or Ctrl-D to exit")
+        return exits
 
     def confirm(self, question: str) -> bool:
-        from prompt_toolkit import prompt  # input() would take a late cursor report for a reply
+        from prompt_toolkit import prompt  # input() would mistake a late cursor report for a reply
 
         try:
             reply = prompt(f"{question} [Y/n] ")
@@ -154,29 +154,34 @@ class Terminal(Screen):
 
 
 def choose_ui(commands: list[str]) -> UI:
-    """A terminal where both ends are one."""
+    """Return a Terminal if standard input and output both are terminals, else a Pipe."""
     return Terminal(commands) if sys.stdin.isatty() and sys.stdout.isatty() else Pipe()
 
 
 def console() -> Console:
-    """On stdout; where that is no terminal, no escape codes whatever the environment asks for, and wide."""
+    """Return a rich console on stdout.
+
+    Outside a terminal it is 160 wide and writes no escape codes, whatever the environment says.
+    """
     from rich.console import Console
 
-    shown = sys.stdout.isatty()
-    return Console(force_terminal=shown, width=None if shown else 160, highlight=False, markup=False, emoji=False)
+    is_terminal = sys.stdout.isatty()
+    return Console(
+        force_terminal=is_terminal, width=None if is_terminal else 160, highlight=False, markup=False, emoji=False
+    )
 
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Progress]:
-    """A bar on stderr while the block runs, nothing where that is no terminal."""
+    """Show a progress bar on stderr while the block runs; show nothing if stderr is not a terminal."""
     from rich.console import Console
     from rich.progress import Progress as Bars
 
     with Bars(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
         task = bars.add_task(label)
 
-        def progress(what: str, done: int, total: int) -> None:
-            bars.update(task, description=what, completed=done, total=total)
+        def progress(description: str, done: int, total: int) -> None:
+            bars.update(task, description=description, completed=done, total=total)
 
         yield progress
 
@@ -203,7 +208,7 @@ def prompt_session(commands: list[str]) -> PromptSession[str]:
 
 
 def history_file() -> Path | None:
-    """Readable by its owner alone; None where the state directory cannot be written."""
+    """Return the history file, readable only by its owner, or None if the state directory is not writable."""
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     path = state / "offmoe" / "history"
     try:
@@ -216,7 +221,7 @@ def history_file() -> Path | None:
 
 
 def choose_output() -> Output:
-    """For one answer."""
+    """Return the output of `offmoe run`: a Screen if stdout is a terminal, else a Pipe."""
     return Screen() if sys.stdout.isatty() else Pipe()
 
 
@@ -225,39 +230,39 @@ def dim(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """`text` without control characters, except newline and tab."""
+    """Return `text` without control characters, except newline and tab."""
     return CONTROL.sub("", text)
 
 
 def one_line(text: str) -> str:
-    """`text` as a person can read it on one line, whatever a file put into it."""
+    """Return `text` on one line without control characters."""
     return " ".join(clean(text.replace("\r", "\n")).split())
 
 
 def decode(raw: bytes, offset: int = 0, source: str = "standard input") -> str:
-    """UTF-8 from a person; an error names the first byte that is not, counted from `offset`."""
+    """Decode UTF-8 from the user. Raises OffmoeError that names the first invalid byte, counted from `offset`."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise OffmoeError(
-            f"{source} is no UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}"
+            f"{source} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}"
         ) from None
 
 
 @contextmanager
 def interruptible(stop: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls `stop` instead of tearing a step apart; the third one raises KeyboardInterrupt."""
+    """Make Ctrl-C call `stop`, so that it does not interrupt a step; the third one raises KeyboardInterrupt."""
     presses = 0
 
-    def pressed(signum: int, frame: FrameType | None) -> None:
+    def on_sigint(signum: int, frame: FrameType | None) -> None:
         nonlocal presses
         presses += 1
         if presses > 2:
             raise KeyboardInterrupt
         stop()
 
-    before = signal.signal(signal.SIGINT, pressed)
+    previous = signal.signal(signal.SIGINT, on_sigint)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)

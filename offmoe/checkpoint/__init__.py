@@ -1,1 +1,1 @@
-"""Checkpoints: tensors and byte ranges by name, out of GGUF files and safetensors directories."""
+"""Checkpoints: tensors and their byte ranges by name, in GGUF files and safetensors directories."""

@@ -1,4 +1,4 @@
-"""From what a person calls a model to a path on this machine: file, directory, demo, or Hugging Face name."""
+"""Find a model by the name a user gives: a file, a directory, the demo, or a Hugging Face name, which is downloaded."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from offmoe.errors import OffmoeError
 DEMO = Path(__file__).parents[1] / "demo" / "smolmoe-demo-Q4_0.gguf"
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w./-]+))?")
 PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)")
-# Never *.bin, *.pt or *.py: pickles and code. Only the top level: folders hold second copies of the weights.
+# Never *.bin, *.pt or *.py, which are pickles and code. Top level only: subfolders hold copies of the weights.
 SAFETENSORS_FILES = (".safetensors", ".json", ".jinja", "merges.txt", ".tiktoken", "tiktoken.model")
 INDEX = "model.safetensors.index.json"
 
 
 def find_model(name: str) -> Path:
-    """The .gguf file or safetensors directory that `name` means, downloaded if it has to be."""
+    """Return the .gguf file or safetensors directory that `name` refers to, downloading it if needed."""
     if name == "demo":
         return DEMO
-    path = Path(os.path.expanduser(name))  # Path's own raises where there is no such user
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises if there is no such user
     if name and path.exists():
         return path
     match = HUB_NAME.fullmatch(name)
@@ -33,66 +33,67 @@ def find_model(name: str) -> Path:
     return from_cache(match[1], match[2] or "") or from_hub(match[1], match[2] or "")
 
 
-def from_cache(repo: str, pick: str) -> Path | None:
-    """The model in the hub's local cache, if all of its files are there."""
+def from_cache(repo: str, selector: str) -> Path | None:
+    """Return the model from the hub's local cache, or None if any of its files is missing."""
     from huggingface_hub import snapshot_download
 
-    try:  # no pattern, no file asked for: only the folder, complete or not
+    try:  # without patterns no file is requested: this returns the folder even if it is incomplete
         folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=[]))
-        files = wanted([str(path.relative_to(folder)) for path in folder.rglob("*")], pick, repo)
+        files = select_files([str(path.relative_to(folder)) for path in folder.rglob("*")], selector, repo)
     except (OSError, OffmoeError):
         return None
-    return entry(folder, files) if complete(folder, files) else None
+    return model_path(folder, files) if is_complete(folder, files) else None
 
 
-def from_hub(repo: str, pick: str) -> Path:
-    """Download into the hub's cache, with its progress bars on stderr."""
+def from_hub(repo: str, selector: str) -> Path:
+    """Download the model into the hub's cache, with progress bars on stderr."""
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        # model_info fails at once without a network; the other calls retry for half a minute.
+        # Without a network model_info fails at once; other calls retry for half a minute.
         siblings = HfApi().model_info(repo, timeout=20).siblings or []
-        files = wanted([file.rfilename for file in siblings], pick, repo)
-        return entry(Path(snapshot_download(repo, allow_patterns=files)), files)
+        files = select_files([file.rfilename for file in siblings], selector, repo)
+        return model_path(Path(snapshot_download(repo, allow_patterns=files)), files)
     except OffmoeError:
         raise
-    except Exception as error:  # the HTTP client's errors share no base with OSError
+    except Exception as error:  # not all of the HTTP client's errors are OSErrors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OffmoeError(
-            f"{repo} is no path here and cannot be had from the hub ({reason}): check name and network"
+            f"{repo} is not a local path and cannot be downloaded from the hub ({reason}): check name and network"
         ) from error
 
 
-def wanted(names: list[str], pick: str, repo: str) -> list[str]:
-    """Of a repository's files those to load: one GGUF's parts, or safetensors and what goes with them."""
+def select_files(names: list[str], selector: str, repo: str) -> list[str]:
+    """Select a repository's files to load: the parts of one GGUF, or the safetensors with their JSON files."""
     top = [name for name in names if "/" not in name and not name.startswith("consolidated")]
-    if not pick and any(name.endswith(".safetensors") for name in top):
+    if not selector and any(name.endswith(".safetensors") for name in top):
         return [name for name in top if name.endswith(SAFETENSORS_FILES)]
     ggufs = [name for name in names if name.endswith(".gguf") and "mmproj" not in name]  # vision projectors
-    return choose_gguf(ggufs, pick, repo)
+    return choose_gguf(ggufs, selector, repo)
 
 
-def choose_gguf(names: list[str], pick: str, repo: str) -> list[str]:
-    """All parts of the one model whose file is called `pick` or has `pick` (Q4_K_M) as a part of its name."""
+def choose_gguf(names: list[str], selector: str, repo: str) -> list[str]:
+    """Return all parts of the one model whose file is named `selector` or has `selector` (Q4_K_M) in its name."""
     models: dict[str, list[str]] = {}
     for name in sorted(names):
         models.setdefault(PART.sub("", name), []).append(name)
-    found = [parts for model, parts in models.items() if not pick or named(pick, model, parts)]
-    if len(found) == 1:
-        return found[0]
-    have = ", ".join(models) or "no .gguf and no .safetensors"
-    if not found:
-        raise OffmoeError(f"{repo} has no GGUF called {pick or 'anything'!r}: it holds {have}")
-    raise OffmoeError(f"{repo} holds several models: choose one as {repo}:QUANT from {have}")
+    matches = [parts for model, parts in models.items() if not selector or matches_selector(selector, model, parts)]
+    if len(matches) == 1:
+        return matches[0]
+    available = ", ".join(models) or "no .gguf and no .safetensors"
+    if not matches:
+        raise OffmoeError(f"{repo} has no GGUF named {selector or 'anything'!r}: it has {available}")
+    raise OffmoeError(f"{repo} has several models: select one with {repo}:QUANT from {available}")
 
 
-def named(pick: str, model: str, parts: list[str]) -> bool:
-    word = rf"(^|[-./]){re.escape(pick)}($|[-./])"
-    return pick in parts or re.search(word, model, re.IGNORECASE) is not None
+def matches_selector(selector: str, model: str, parts: list[str]) -> bool:
+    """Return whether `selector` is the name of a part or a word in the model's name."""
+    word = rf"(^|[-./]){re.escape(selector)}($|[-./])"
+    return selector in parts or re.search(word, model, re.IGNORECASE) is not None
 
 
-def complete(folder: Path, files: list[str]) -> bool:
-    """Whether an interrupted download left nothing out: all parts, all shards of the index, the config."""
+def is_complete(folder: Path, files: list[str]) -> bool:
+    """Return whether an interrupted download left no file out: all parts, all shards of the index, the config."""
     if match := PART.search(files[0]):
         return len(files) == int(match[2])
     if files[0].endswith(".gguf"):
@@ -105,6 +106,6 @@ def complete(folder: Path, files: list[str]) -> bool:
     return "config.json" in files and shards <= set(files)
 
 
-def entry(folder: Path, files: list[str]) -> Path:
-    """What the loader opens: the first part of a GGUF, or the directory."""
+def model_path(folder: Path, files: list[str]) -> Path:
+    """Return the path that the loader opens: the first part of a GGUF, or the directory."""
     return folder / files[0] if files[0].endswith(".gguf") else folder

@@ -1,4 +1,4 @@
-"""GGUF headers, parsed and bounds-checked here before anything else looks at the file."""
+"""GGUF headers, parsed and bounds-checked before anything else uses the file."""
 
 from __future__ import annotations
 
@@ -12,52 +12,68 @@ from typing import Any
 
 import numpy as np
 
-from offmoe.checkpoint.base import ByteRange, Checkpoint, DataFile, TensorInfo, check_places, shown, some
+from offmoe.checkpoint.base import ByteRange, Checkpoint, DataFile, TensorInfo, check_ranges, join_names, quote
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import GGML, Format
 
-HEADER_LIMIT = 64 << 20  # key/values and tensor table; with 262,144 tokens a header has about 12 MB
-ENTRY_LIMIT = 1 << 16  # keys, and tensors; the largest models have a few thousand tensors
-ELEMENT_LIMIT = 1 << 22  # of all arrays together: as Python objects they take about 60 bytes each
-PIECE = 1 << 20
+HEADER_LIMIT = 64 << 20  # bytes of metadata and tensor table; with 262,144 tokens a header has about 12 MB
+ENTRY_LIMIT = 1 << 16  # number of keys, and of tensors; the largest models have a few thousand tensors
+ELEMENT_LIMIT = 1 << 22  # array elements in total: as Python objects they take about 60 bytes each
+PIECE = 1 << 20  # bytes read at once, at least
 SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 STRING, ARRAY, BOOL = 8, 9, 7
-NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", BOOL: "?",
-           10: "<u8", 11: "<i8", 12: "<f8"}  # fmt: skip
-FORMAT_OF_TYPE = {form.gguf_type: form for form in GGML.values()}
+NUMBERS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    BOOL: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
+FORMAT_OF_TYPE = {fmt.gguf_type: fmt for fmt in GGML.values()}
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
 class Header:
-    """A cursor over the front of a file, which is read in growing pieces as the cursor needs them."""
+    """A cursor over the header of a file, which is read in growing pieces on demand."""
 
     def __init__(self, file: DataFile) -> None:
         self.file = file
         self.data = bytearray()
-        self.at = 0
-        self.elements = 0  # of arrays, so far
+        self.position = 0
+        self.elements = 0  # array elements read so far
 
-    def damaged(self, what: str) -> OffmoeError:
-        return OffmoeError(f"{self.file.path} is damaged: {what}; copy it anew")
+    def damaged(self, reason: str) -> OffmoeError:
+        """Return the error for a damaged file."""
+        return OffmoeError(f"{self.file.path} is damaged: {reason}; copy it again")
 
-    def need(self, nbytes: int) -> None:
-        """Makes `nbytes` after the cursor available."""
-        end, have = self.at + nbytes, len(self.data)
-        if end <= have:
+    def ensure(self, nbytes: int) -> None:
+        """Make the next `nbytes` bytes available in `data`. Raises OffmoeError if the header is too long."""
+        end, available = self.position + nbytes, len(self.data)
+        if end <= available:
             return
         if end > self.file.size:
             raise self.damaged(f"its header runs to byte {end} and the file ends at {self.file.size}")
         if end > HEADER_LIMIT:
             raise self.damaged(f"its header runs to byte {end}, beyond the limit of {HEADER_LIMIT}")
-        self.data += self.file.read(have, min(max(end, 2 * have, PIECE), self.file.size) - have).numpy().tobytes()
+        self.data += (
+            self.file.read(available, min(max(end, 2 * available, PIECE), self.file.size) - available).numpy().tobytes()
+        )
 
     def number(self, kind: struct.Struct) -> int:
-        self.need(kind.size)
-        (value,) = kind.unpack_from(self.data, self.at)
-        self.at += kind.size
+        """Read one integer."""
+        self.ensure(kind.size)
+        (value,) = kind.unpack_from(self.data, self.position)
+        self.position += kind.size
         return int(value)
 
     def count(self, what: str, limit: int) -> int:
+        """Read a number of items. Raises OffmoeError if it exceeds `limit`; `what` names the items."""
         value = self.number(U64)
         if value > limit:
             raise self.damaged(f"it claims {value} {what}, more than the limit of {limit}")
@@ -67,31 +83,32 @@ class Header:
         return self.strings(1)[0]
 
     def strings(self, count: int) -> list[str]:
-        """A vocabulary is 150,000 of these: one flat loop, 0.4 µs each."""
-        data, at, found = self.data, self.at, []
+        """Read `count` strings in one flat loop, 0.4 µs each: a vocabulary has 150,000."""
+        data, position, found = self.data, self.position, []
         for _ in range(count):
-            if at + 8 > len(data):
-                self.at = at
-                self.need(8)
-            end = at + 8 + U64.unpack_from(data, at)[0]
+            if position + 8 > len(data):
+                self.position = position
+                self.ensure(8)
+            end = position + 8 + U64.unpack_from(data, position)[0]
             if end > len(data):
-                self.at = at
-                self.need(end - at)
+                self.position = position
+                self.ensure(end - position)
             try:
-                found.append(data[at + 8 : end].decode())
+                found.append(data[position + 8 : end].decode())
             except UnicodeDecodeError:
-                raise self.damaged(f"the string at byte {at + 8} is no UTF-8") from None
-            at = end
-        self.at = at
+                raise self.damaged(f"the string at byte {position + 8} is not UTF-8") from None
+            position = end
+        self.position = position
         return found
 
     def numbers(self, kind: int, count: int) -> list[Any]:
+        """Read `count` numbers of a GGUF type."""
         if kind not in NUMBERS:
             raise self.damaged(f"a metadata value has the unknown type {kind}")
         dtype = np.dtype(NUMBERS[kind])
-        self.need(count * dtype.itemsize)
-        values = np.frombuffer(bytes(self.data[self.at : self.at + count * dtype.itemsize]), dtype)
-        self.at += count * dtype.itemsize
+        self.ensure(count * dtype.itemsize)
+        values = np.frombuffer(bytes(self.data[self.position : self.position + count * dtype.itemsize]), dtype)
+        self.position += count * dtype.itemsize
         return list(values.tolist())
 
     def values(self, kind: int, count: int) -> list[Any]:
@@ -101,70 +118,77 @@ class Header:
         return self.array() if kind == ARRAY else self.values(kind, 1)[0]
 
     def array(self) -> list[Any]:
+        """Read a metadata array: element type, count, elements."""
         kind = self.number(U32)
         if kind == ARRAY:
-            raise self.damaged("a metadata value is an array of arrays, which no model needs")
+            raise self.damaged("a metadata value is an array of arrays, which no supported model uses")
         count = self.count("array elements", ELEMENT_LIMIT - self.elements)
         self.elements += count
         return self.values(kind, count)
 
     def entries(self, what: str, count: int, read: Callable[[], Any]) -> dict[str, Any]:
-        """`count` times a name and what `read` makes of the bytes behind it."""
+        """Read `count` entries of a name and a value, which `read` parses.
+
+        Raises OffmoeError if a name appears twice.
+        """
         table: dict[str, Any] = {}
         for _ in range(count):
             name = self.string()
             if name in table:
-                raise self.damaged(f"the {what} {shown(name)} stands there twice")
+                raise self.damaged(f"the {what} {quote(name)} appears twice")
             table[name] = read()
         return table
 
     def tensor(self) -> tuple[Format, tuple[int, ...], int]:
-        """Format, shape in torch's order, offset from the start of the data."""
+        """Read one tensor's format, shape in torch's order, and offset from the start of the data."""
         dims = self.number(U32)
         if not 1 <= dims <= 4:
             raise self.damaged(f"a tensor has {dims} dimensions, expected 1 to 4")
         shape = tuple(self.number(U64) for _ in range(dims))[::-1]
-        form = self.format(self.number(U32))
+        fmt = self.format(self.number(U32))
         offset = self.number(U64)
         if 0 in shape:
             raise self.damaged(f"a tensor has the shape {list(shape)}")
-        if shape[-1] % form.block:
-            raise self.damaged(f"a {form.name} tensor has rows of {shape[-1]} weights, no multiple of {form.block}")
-        return form, shape, offset
+        if shape[-1] % fmt.block:
+            raise self.damaged(f"a {fmt.name} tensor has rows of {shape[-1]} weights, not a multiple of {fmt.block}")
+        return fmt, shape, offset
 
     def format(self, kind: int) -> Format:
+        """Return the format of a ggml type number. Raises OffmoeError if it is not supported."""
         if kind in FORMAT_OF_TYPE:
             return FORMAT_OF_TYPE[kind]
-        supported = ", ".join(GGML)
         raise OffmoeError(
-            f"{self.file.path}: tensor format {type_name(kind)} is not supported: supported are {supported}"
+            f"{self.file.path}: tensor format {type_name(kind)} is not supported: expected one of {', '.join(GGML)}"
         )
 
 
 def type_name(kind: int) -> str:
-    from gguf import GGMLQuantizationType  # only to name what we refuse
+    """Return ggml's name of a tensor type, for errors."""
+    from gguf import GGMLQuantizationType
 
     return str(GGMLQuantizationType(kind).name) if kind in list(GGMLQuantizationType) else f"number {kind}"
 
 
 def check_magic(header: Header) -> None:
-    """Raises OffmoeError on what is no little-endian GGUF of version 2 or 3."""
+    """Raise OffmoeError unless the file is a little-endian GGUF of version 2 or 3."""
     path, size = header.file.path, header.file.size
     start = header.file.read(0, min(size, 8)).numpy().tobytes()
     if start[:4] != b"GGUF":
         pickled = start[:2] == b"PK" or start[:1] == b"\x80"
         found = "it is a pickle, which is never loaded" if pickled else f"it starts with {start[:4]!r}, not b'GGUF'"
-        raise OffmoeError(f"{path} is no GGUF: {found}; give a .gguf file or a directory of safetensors")
-    header.at = 4
+        raise OffmoeError(f"{path} is not a GGUF file: {found}; give a .gguf file or a directory of safetensors")
+    header.position = 4
     version = header.number(U32)
     if version and version & 0xFFFF == 0:
-        raise OffmoeError(f"{path} is a big-endian GGUF: only little-endian ones are supported; convert the model anew")
+        raise OffmoeError(
+            f"{path} is a big-endian GGUF: only little-endian files are supported; convert the model again"
+        )
     if version not in (2, 3):
-        raise OffmoeError(f"{path} is a GGUF of version {version}: supported are 2 and 3; convert the model anew")
+        raise OffmoeError(f"{path} is a GGUF of version {version}: expected 2 or 3; convert the model again")
 
 
 def parse(file: DataFile, number: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Metadata and tensors of one file, which is the checkpoint's file `number`."""
+    """Return the metadata and the tensors of one file, which is the checkpoint's file `number`."""
     header = Header(file)
     check_magic(header)
     tensor_count = header.count("tensors", ENTRY_LIMIT)
@@ -173,47 +197,56 @@ def parse(file: DataFile, number: int) -> tuple[dict[str, Any], dict[str, Tensor
     found = header.entries("tensor", tensor_count, header.tensor)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        raise header.damaged(f"general.alignment is {shown(alignment)}, no power of two")
-    start = -(-header.at // alignment) * alignment
+        raise header.damaged(f"general.alignment is {quote(alignment)}, not a power of two")
+    start = -(-header.position // alignment) * alignment
     tensors = {}
-    for name, (form, shape, offset) in found.items():
+    for name, (fmt, shape, offset) in found.items():
         if offset % alignment:
-            raise header.damaged(f"tensor {shown(name)} starts at {offset}, no multiple of {alignment}")
-        place = ByteRange(number, start + offset, form.nbytes(prod(shape[:-1]), shape[-1]))
-        tensors[name] = TensorInfo(name, form.name, shape, place)
-    check_places(file, tensors.values(), start)
+            raise header.damaged(f"tensor {quote(name)} starts at {offset}, not a multiple of {alignment}")
+        extent = ByteRange(number, start + offset, fmt.nbytes(prod(shape[:-1]), shape[-1]))
+        tensors[name] = TensorInfo(name, fmt.name, shape, extent)
+    check_ranges(file, tensors.values(), start)
     return metadata, tensors
 
 
 def split_paths(path: Path, count: object) -> list[Path]:
-    """The paths of all `count` parts. Raises OffmoeError when some are missing."""
+    """Return the paths of all `count` parts. Raises OffmoeError if some are missing."""
     match = SPLIT_NAME.fullmatch(path.name)
     if match is None or int(match[3]) != count:
-        raise OffmoeError(f"{path} is one of {shown(count)} parts: name them as in model-00001-of-00003.gguf")
+        raise OffmoeError(f"{path} is one of {quote(count)} parts: expected a name such as model-00001-of-00003.gguf")
     paths = [path.with_name(f"{match[1]}-{part:05}-of-{match[3]}.gguf") for part in range(1, int(match[3]) + 1)]
     missing = [part.name for part in paths if not part.exists()]
     if missing:
-        raise OffmoeError(f"{path} is one of {count} parts and misses beside it {some(missing)}: fetch them all")
+        raise OffmoeError(
+            f"{path} is one of {count} parts, and its directory lacks {join_names(missing)}: download them all"
+        )
     return paths
 
 
-def join(files: list[DataFile]) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """The first part's metadata, every part's tensors. Raises OffmoeError when they are no set."""
+def merge_parts(files: list[DataFile]) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Return the first part's metadata and the tensors of all parts.
+
+    Raises OffmoeError if they do not belong together.
+    """
     parts = [parse(file, number) for number, file in enumerate(files)]
     tensors: dict[str, TensorInfo] = {}
     for number, (file, (metadata, found)) in enumerate(zip(files, parts, strict=True)):
         if (metadata.get("split.no"), metadata.get("split.count")) != (number, len(files)):
-            raise OffmoeError(f"{file.path} says that it is another part than its name does: fetch it anew")
-        if twice := tensors.keys() & found.keys():
-            raise OffmoeError(f"{file.path} repeats tensors of another part: {some(map(shown, sorted(twice)))}")
+            raise OffmoeError(f"{file.path} has another part number in its header than in its name: download it again")
+        if duplicates := tensors.keys() & found.keys():
+            raise OffmoeError(
+                f"{file.path} has the same tensors as another part: {join_names(map(quote, sorted(duplicates)))}"
+            )
         tensors |= found
     if parts[0][0].get("split.tensors.count", len(tensors)) != len(tensors):
-        raise OffmoeError(f"{files[0].path}: its parts hold {len(tensors)} tensors, not as many as it says")
+        raise OffmoeError(
+            f"{files[0].path}: its parts have {len(tensors)} tensors, not the number in its header: download them again"
+        )
     return parts[0][0], tensors
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """A .gguf file, or any part of a split one. Raises OffmoeError on whatever is wrong with it."""
+    """Open a .gguf file, or all files of a split one given any part. Raises OffmoeError if anything is wrong."""
     with ExitStack() as stack:
         file = stack.enter_context(DataFile(path))
         metadata, tensors = parse(file, 0)
@@ -221,6 +254,6 @@ def open_gguf(path: Path) -> Checkpoint:
         if count not in (0, 1):
             parts = split_paths(path, count)
             files = [file if part == path else stack.enter_context(DataFile(part)) for part in parts]
-            metadata, tensors = join(files)
+            metadata, tensors = merge_parts(files)
         stack.pop_all()
     return Checkpoint(path, "gguf", files, tensors, metadata)

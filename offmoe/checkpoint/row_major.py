@@ -1,8 +1,8 @@
-"""Matrices that lie column by column in their file: turned upright as they are read, so that all else knows rows only.
+"""Conversion of matrices that are stored column by column: they are transposed while they are read.
 
-A turn is called with the bytes of one matrix as they lie in the file, all its ranges one after another, and with the
-tensor's name for errors; it gives the bytes that its format has. Readers' threads call it: NumPy and a transposing
-copy of torch's keep to one core, and 4 threads turn more than a disk gives (2 to 4 GB/s each).
+A converter is called with the bytes of one matrix, all its ranges concatenated, and with the tensor's name for errors;
+it returns the bytes in the tensor's format. It runs in the reader's threads: NumPy and torch's transposing copy use one
+core each, and 4 threads convert faster than a disk reads (2 to 4 GB/s each).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 ToRowMajor = Callable[[Bytes, str], Bytes]
-WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # by itemsize
+WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}  # NumPy type by itemsize
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Of floats of so many bytes: [cols, rows] → [rows, cols]."""
+class TransposeColumns:
+    """Converter of floats of `itemsize` bytes: [cols, rows] → [rows, cols]."""
 
     rows: int
     cols: int
@@ -32,7 +32,7 @@ class Columns:
 
 
 def transpose(matrix: NDArray[np.unsignedinteger]) -> NDArray[np.unsignedinteger]:
-    """[n, m] → [m, n], contiguous; torch's copy is up to twice as fast as NumPy's."""
+    """Return the transpose of a matrix, contiguous; torch's copy is up to twice as fast as NumPy's."""
     signed = torch.from_numpy(matrix.view(f"i{matrix.itemsize}"))  # torch has few unsigned types
-    transpose: NDArray[np.unsignedinteger] = signed.t().contiguous().numpy().view(matrix.dtype)
-    return transpose
+    result: NDArray[np.unsignedinteger] = signed.t().contiguous().numpy().view(matrix.dtype)
+    return result

@@ -1,4 +1,4 @@
-"""Directories of safetensors: headers and the index, parsed and bounds-checked here."""
+"""Directories of safetensors: headers and the index, parsed and bounds-checked."""
 
 from __future__ import annotations
 
@@ -13,55 +13,55 @@ from offmoe.checkpoint.base import (
     Checkpoint,
     DataFile,
     TensorInfo,
-    check_places,
+    check_ranges,
+    join_names,
     parse_json,
+    quote,
     read_json,
-    shown,
-    some,
 )
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-HEADER_LIMIT = 16 << 20  # about 100,000 tensors in one file; as Python objects 10 times that
+HEADER_LIMIT = 16 << 20  # bytes, about 100,000 tensors in one file; as Python objects 10 times as much
 DTYPES = ("F32", "F16", "BF16")
-PARTS = {"F8_E4M3": 1, "U8": 1, "I32": 4, "I64": 8}  # of which matrices are put together
+PARTS = {"F8_E4M3": 1, "U8": 1, "I32": 4, "I64": 8}  # bytes per element of the tensors of quantised matrices
 SIZES = {**{name: FORMATS[name].bytes for name in DTYPES}, **PARTS}
 
 
 def parse(file: DataFile, number: int) -> dict[str, TensorInfo]:
-    """The tensors of one file, which is the checkpoint's file `number`."""
+    """Return the tensors of one file, which is the checkpoint's file `number`."""
     if file.size < 8:
-        raise OffmoeError(f"{file.path} is truncated: it has {file.size} bytes; copy it anew")
+        raise OffmoeError(f"{file.path} is truncated: it has {file.size} bytes; copy it again")
     (length,) = struct.unpack("<Q", file.read(0, 8).numpy().tobytes())
     if length > min(file.size - 8, HEADER_LIMIT):
         raise OffmoeError(
-            f"{file.path} is truncated or no safetensors: it claims a header of {length} bytes, "
+            f"{file.path} is truncated or not a safetensors file: it claims a header of {length} bytes, "
             f"the file has {file.size} and the limit is {HEADER_LIMIT}"
         )
     header = parse_json(file.path, file.read(8, length).numpy().tobytes(), "its header: ")
     header.pop("__metadata__", None)
     start = 8 + length
     tensors = {name: tensor(file, name, entry, ByteRange(number, start, 0)) for name, entry in header.items()}
-    check_places(file, tensors.values(), start)
+    check_ranges(file, tensors.values(), start)
     return tensors
 
 
 def tensor(file: DataFile, name: str, entry: Any, data: ByteRange) -> TensorInfo:
-    """One entry of a header; `data` is where the data section starts."""
+    """Validate one entry of a header. `data` is the start of the data section."""
 
-    def damaged(what: str) -> OffmoeError:
-        return OffmoeError(f"{file.path} is damaged: tensor {shown(name)} {what}")
+    def damaged(reason: str) -> OffmoeError:
+        return OffmoeError(f"{file.path} is damaged: tensor {quote(name)} {reason}")
 
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise damaged(f"is described by {shown(entry)}, expected dtype, shape and data_offsets")
+        raise damaged(f"is described by {quote(entry)}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SIZES:
-        raise unsupported(file.path, name, dtype)
-    if not naturals(shape) or 0 in shape or len(shape) > 4:
-        raise damaged(f"has the shape {shown(shape)}, expected up to 4 numbers above 0")
-    if not naturals(offsets) or len(offsets) != 2:
-        raise damaged(f"has the data_offsets {shown(offsets)}, expected two")
+        raise unsupported_dtype(file.path, name, dtype)
+    if not is_natural_list(shape) or 0 in shape or len(shape) > 5:  # vision towers have five
+        raise damaged(f"has the shape {quote(shape)}, expected up to 5 numbers above 0")
+    if not is_natural_list(offsets) or len(offsets) != 2:
+        raise damaged(f"has the data_offsets {quote(offsets)}, expected two")
     begin, end = offsets
     nbytes = prod(shape) * SIZES[dtype]
     if end - begin != nbytes:
@@ -69,54 +69,59 @@ def tensor(file: DataFile, name: str, entry: Any, data: ByteRange) -> TensorInfo
     return TensorInfo(name, dtype, tuple(shape), ByteRange(data.file, data.offset + begin, nbytes))
 
 
-def unsupported(path: Path, name: str, dtype: object) -> OffmoeError:
+def unsupported_dtype(path: Path, name: str, dtype: object) -> OffmoeError:
+    """Return the error for a tensor of an unsupported dtype."""
     return OffmoeError(
-        f"{path}: tensor {shown(name)} has dtype {shown(dtype)}: supported are {', '.join(DTYPES)}, and other types "
-        "where matrices of a known quantisation have them"
+        f"{path}: tensor {quote(name)} has dtype {quote(dtype)}: expected {', '.join(DTYPES)}, or the types of a "
+        "supported quantisation"
     )
 
 
-def naturals(value: object) -> bool:
+def is_natural_list(value: object) -> bool:
+    """Return whether `value` is a list of integers of at least 0."""
     return isinstance(value, list) and {*map(type, value)} <= {int} and min(value, default=0) >= 0
 
 
 def shards(directory: Path) -> dict[str, list[str]]:
-    """File names of a sharded checkpoint, each with the tensors that the index expects in it."""
+    """Return the file names of a sharded checkpoint, each with the tensors that the index expects in it."""
     path = directory / INDEX
     weights = read_json(path).get("weight_map")
     if not isinstance(weights, dict) or not weights:
-        raise OffmoeError(f"{path} has no weight_map: expected tensor names with the file that holds each")
+        raise OffmoeError(f"{path} has no weight_map: expected a map from tensor names to file names")
     names: dict[str, list[str]] = {}
     for name, shard in weights.items():
         if not isinstance(shard, str):
-            raise elsewhere(path, shard)
+            raise bad_shard_name(path, shard)
         names.setdefault(shard, []).append(name)
     for shard in names:
         if not shard.endswith(".safetensors") or {"/", "\\", "\0"} & set(shard):
-            raise elsewhere(path, shard)
+            raise bad_shard_name(path, shard)
     missing = sorted(shard for shard in names if not (directory / shard).exists())
     if missing:
-        raise OffmoeError(f"{directory} misses {len(missing)} of {len(names)} shards: {some(map(shown, missing))}")
+        raise OffmoeError(
+            f"{directory} lacks {len(missing)} of {len(names)} shards: {join_names(map(quote, missing))}; download them"
+        )
     return names
 
 
-def elsewhere(index: Path, shard: object) -> OffmoeError:
-    return OffmoeError(f"{index} points to {shown(shard)}: expected a .safetensors file beside it")
+def bad_shard_name(index: Path, shard: object) -> OffmoeError:
+    """Return the error for an index entry that is not the name of a shard."""
+    return OffmoeError(f"{index} points to {quote(shard)}: expected a .safetensors file in the same directory")
 
 
 def open_shard(file: DataFile, number: int, expected: list[str] | None) -> dict[str, TensorInfo]:
-    """A shard's tensors: those expected of it, or all."""
+    """Return the tensors of a shard: the expected ones, or all if `expected` is None."""
     found = parse(file, number)
     if expected is None:
         return found
     if absent := [name for name in expected if name not in found]:
-        raise OffmoeError(f"{file.path} lacks tensors that {INDEX} puts into it: {some(map(shown, absent))}")
+        raise OffmoeError(f"{file.path} lacks tensors that {INDEX} lists in it: {join_names(map(quote, absent))}")
     return {name: found[name] for name in expected}
 
 
 def open_safetensors(directory: Path) -> Checkpoint:
-    """A directory with model.safetensors or a sharded index. Raises OffmoeError on what is wrong with it."""
-    single = (directory / SINGLE).exists()  # as in transformers, it wins over an index
+    """Open a directory with model.safetensors or a sharded index. Raises OffmoeError if anything is wrong with it."""
+    single = (directory / SINGLE).exists()  # as in transformers, it takes precedence over an index
     names: dict[str, list[str] | None] = {SINGLE: None} if single else {**shards(directory)}
     tensors: dict[str, TensorInfo] = {}
     with ExitStack() as stack:

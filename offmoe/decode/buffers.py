@@ -1,28 +1,25 @@
-"""The static tensors of a decode step."""
+"""Static tensors of a decode step."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from offmoe.kernels.gpu import mla
-from offmoe.kernels.gpu.attention import partial_size
 from offmoe.kernels.gpu.sample import variant
 from offmoe.kernels.ring import COUNTED
-from offmoe.models.config import Heads, ModelConfig
+from offmoe.models.config import ModelConfig
 from offmoe.settings import Sampling
 
 MOST_EOS = 16
 
 
 class StepBuffers:
-    """Everything that a captured graph reads and writes beside weights, slots and cache."""
+    """Tensors that a captured graph reads and writes, except weights, slots, KV cache and residency table."""
 
-    def __init__(self, config: ModelConfig, splits: Mapping[Heads, int], device: torch.device) -> None:
-        c, kinds = config, splits.items()
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        c, moe = config, config.moe
 
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
@@ -31,22 +28,14 @@ class StepBuffers:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         self.x, self.normed, self.raw = floats(1, c.hidden), floats(1, c.hidden), floats(c.hidden)
-        if c.sandwich:  # what attention, the shared expert and the routed ones add, before norms
+        if c.norm.sandwich:  # what attention, the shared expert and the routed ones add, before norms
             self.given, self.shared_expert, self.added = floats(1, c.hidden), floats(1, c.hidden), floats(1, c.hidden)
             self.shared_expert_in = floats(1, c.hidden)
-        m = c.mixer
-        self.qkv = floats(1, max(c.projected, sum(m.projected) if m else 0))
-        attended = c.heads * c.value_dim if c.latent else max(h.queries for h, _ in kinds)
-        self.mixed = floats(1, max(attended, m.values if m else 0))
-        if c.latent:
-            self.query, self.absorbed = floats(1, c.heads * c.head_dim), floats(c.heads * c.latent.kv_rank)
-            self.partial = floats(max(mla.partial_size(h.heads, c.latent, n, device) for h, n in kinds))
-        else:
-            self.partial = floats(max(partial_size(h.heads, h.head_dim, n) for h, n in kinds))
-        self.router_logits, self.weights = floats(c.experts + 1), floats(c.top_k + 1)  # one more: the shared expert's
-        self.inner = floats(c.top_k, c.expert_hidden)
-        self.dense_inner, self.shared_inner = floats(1, c.dense_hidden), floats(1, c.shared_hidden)
-        self.only, self.one = ints(1), floats(1) + 1  # the slot and the weight of what every token passes
+        # The last router logit and the last weight belong to the shared expert.
+        self.router_logits, self.weights = floats(c.experts + 1), floats(c.top_k + 1)
+        self.inner = floats(c.top_k, moe.expert_hidden)
+        self.dense_inner, self.shared_inner = floats(1, moe.dense_hidden), floats(1, moe.shared_hidden)
+        self.only, self.one = ints(1), floats(1) + 1  # slot 0 and weight 1: a feed-forward part that every token passes
         self.logits = floats(1, c.vocab)
         self.ids, self.slots, self.hit = ints(c.top_k), ints(c.top_k), ints(c.top_k)
         self.miss_count, self.miss_records, self.miss_slots = ints(1), ints(c.top_k), ints(c.top_k)
@@ -55,11 +44,7 @@ class StepBuffers:
         self.counters = ints(COUNTED)
         self.chosen, self.token, self.position, self.status = ints(1), ints(1), ints(1), ints(1)
         self.steps, self.remaining = ints(1), ints(1)
-        self.attention_tickets, self.route_ticket, self.predict_ticket = (
-            ints(max(h.kv_heads for h, _ in kinds)),
-            ints(1),
-            ints(1),
-        )
+        self.route_ticket, self.predict_ticket = ints(1), ints(1)
         self.predict_logits = floats(c.experts)
         self.fetch_count = ints(c.moe_layers, 1)
         self.fetch_records, self.fetch_slots = ints(c.moe_layers, c.top_k), ints(c.moe_layers, c.top_k)
@@ -68,7 +53,7 @@ class StepBuffers:
         self.eos = torch.full((MOST_EOS,), -2, dtype=torch.int32, device=device)
 
     def set_sampling(self, sampling: Sampling, ids: list[int], eos: frozenset[int], most: int) -> str:
-        """Parameters of an answer of at most `most` tokens to the prompt `ids`; returns the variant that they need."""
+        """Write the sampling parameters of an answer of at most `most` tokens; return the sampler's variant."""
         temperature, top_k = sampling.temperature or 0.0, sampling.top_k or 0
         top_p = 1.0 if sampling.top_p is None else sampling.top_p
         params = (temperature, top_k, top_p, sampling.min_p or 0.0, sampling.repeat_penalty or 1.0)

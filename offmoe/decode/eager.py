@@ -1,4 +1,4 @@
-"""Decoding without a GPU: one eager step a token. The naive twin of Decoder (graph.py)."""
+"""Decoding without a GPU, one eager step a token: the reference implementation of Decoder (graph.py)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ NAN = "the model answers with NaN: its weights are damaged, or --dtype is too na
 
 
 class EagerDecoder:
-    """`step(token)` runs one token behind those in the KV cache and returns its logits [V]."""
+    """Decoder over `step(token)`, which runs one token after those in the KV cache and returns logits [V]."""
 
-    floor_s: float | None = None  # the store takes the time of its stalls
+    floor_s: float | None = None  # not needed: the store measures its stalls
 
     def __init__(self, step: Callable[[int], Tensor], kv: KVCache, device: torch.device) -> None:
         self._step, self._kv, self._device = step, kv, device
@@ -28,7 +28,7 @@ class EagerDecoder:
     def tokens(
         self, logits: Tensor, ids: list[int], sampling: Sampling, eos: frozenset[int], meter: Meter
     ) -> Generator[int, None, None]:
-        """Chosen tokens, until the caller has enough; `logits` [V] are those after the prompt `ids`."""
+        """Yield tokens until the caller stops; `logits` [V] are those after the prompt `ids`."""
         random = seeded(sampling.seed, self._device)
         history = list(ids)
         token = choose(logits, sampling, history, random)
@@ -41,7 +41,7 @@ class EagerDecoder:
             meter.stepped(time.perf_counter() - began, len(self._kv.tokens))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no resources are held."""
 
 
 @torch.inference_mode()
@@ -50,13 +50,13 @@ def choose(logits: Tensor, sampling: Sampling, history: list[int], random: torch
     top_p = 1.0 if sampling.top_p is None else sampling.top_p  # 0 keeps the likeliest
     token = int(sample(logits, sampling.temperature or 0.0, sampling.top_k or 0, top_p,
                        sampling.min_p or 0.0, sampling.repeat_penalty or 1.0, penalised, random))  # fmt: skip
-    if logits[token].isnan():  # one NaN anywhere is what sample takes for the likeliest
+    if logits[token].isnan():  # sampling picks a NaN anywhere as the likeliest
         raise OffmoeError(NAN)
     return token
 
 
 def seeded(seed: int | None, device: torch.device) -> torch.Generator:
-    """Random numbers of one answer: reproducible where a seed is given."""
+    """Return the random generator of one answer, reproducible if a seed is given."""
     random = torch.Generator(device)
     if seed is None:
         random.seed()

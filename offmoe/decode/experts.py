@@ -119,7 +119,7 @@ class ExpertsStep:
         b = self.buffers
         assert w.resident_ffn is not None
         records, layout = w.resident_ffn.records, w.resident_ffn.layout
-        expert_gate_up(records, layout, b.only, weight, given, inner, glu=self.config.glu, pdl=self.pdl)
+        expert_gate_up(records, layout, b.only, weight, given, inner, glu=self.config.moe.glu, pdl=self.pdl)
         expert_down(records, layout, b.only, inner, out, pdl=self.pdl)
 
     def _layer(self, moe_layer: int) -> DeviceLayer:
@@ -148,12 +148,12 @@ class ExpertsStep:
             self.table,
             moe_layer,
             layers=c.moe_layers,
-            rule=c.rule,
+            rule=c.moe.rule,
             bias=w.router_bias,
             offset=w.router_offset,
             shift=w.ffn_norm_bias_striped,
             factors=w.router_factors,
-            apart=c.sandwich,
+            apart=c.norm.sandwich,
             logits=b.router_logits,
             normed=b.normed[0],
             ticket=b.route_ticket,
@@ -224,11 +224,11 @@ class ExpertsStep:
                 self.table,
                 moe_layer,
                 layers=c.moe_layers,
-                rule=c.rule,
+                rule=c.moe.rule,
                 bias=w.router_bias,
                 offset=w.router_offset,
                 shift=w.ffn_norm_bias_striped,
-                apart=c.sandwich,
+                apart=c.norm.sandwich,
                 least=self.gate.least,
                 most=self.gate.most,
                 logits=b.predict_logits,
@@ -257,7 +257,7 @@ class ExpertsStep:
             )
             page_in(
                 copies,
-                self.store.records,
+                self.store.slot_memory,
                 self.store.layouts[moe_layer],
                 landed=self.table.landed,
                 progress=self.table.progress,
@@ -270,11 +270,11 @@ class ExpertsStep:
         After a wait for another stream, programmatic dependent launch is off.
         """
         b, c, store, w = self.buffers, self.config, self.store, self._layer(moe_layer)
-        records, layout = store.records, store.layouts[moe_layer]
+        records, layout = store.slot_memory, store.layouts[moe_layer]
         gate_up_bias, down_bias = store.biases[moe_layer] if store.biases else (None, None)
         if w.resident_ffn:
             given, out = (b.shared_expert_in, b.shared_expert) if w.sandwich else (b.normed, b.x)
-            self._resident_ffn(w, b.weights[c.top_k :] if c.shared_gated else b.one, given, b.shared_inner, out)
+            self._resident_ffn(w, b.weights[c.top_k :] if c.moe.shared_gated else b.one, given, b.shared_inner, out)
         copies = None if self.plan.all_in_slots else self._copies(variant)
         waits = self._wait_for_streams(moe_layer, variant)
         expert_gate_up(
@@ -285,10 +285,10 @@ class ExpertsStep:
             b.normed,
             b.inner,
             copies=copies,
-            glu=c.glu,
+            glu=c.moe.glu,
             ids=b.ids,
             bias=gate_up_bias,
-            before=c.weighted_input,
+            before=c.moe.weighted_input,
             pdl=self.pdl and not waits,
         )
         expert_down(

@@ -1,8 +1,8 @@
-"""Decoding on a GPU: one launch of a captured graph a token, the host looking on.
+"""Decoding on a GPU: one launch of a captured CUDA graph per token.
 
-Launches run ahead of what the host has read; tokens, routing and counters come back through a ring in pinned memory.
-The residency table lives on the device while an answer runs and on the host otherwise: `pull` and `push` move it, and
-nobody else touches either meanwhile. A graph keeps no tensor alive: all that it touches is held by DecodeStep.
+The host launches up to AHEAD graphs beyond the token that it has read; tokens, routing and counters come back through a
+ring in pinned memory. The residency table lives on the device while an answer runs and on the host otherwise: `push`
+and `pull` move it, and nothing else touches either meanwhile. A graph keeps no tensor alive: DecodeStep owns them all.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ from offmoe.stats.meter import Meter
 from offmoe.trunk.device_trunk import DeviceTrunk
 from offmoe.trunk.kv_cache import KVCache
 
-AHEAD = 2  # launches beyond what the host has read: it may be this late without the GPU noticing
+AHEAD = 2  # launches beyond the last token read: the host may lag this far before the GPU idles
 FLOOR_STEPS = 12
-PATIENCE_S = 20.0  # without a token; a served miss gives up after 2 s, so this is a GPU that hangs
+PATIENCE_S = 20.0  # without a token: the GPU hangs, since a served miss gives up after 2 s
 
 
 @dataclass(frozen=True)
 class Steps:
-    """What a benchmark run saw, a value a step."""
+    """Measurements of a benchmark run, one value per step."""
 
     seconds: NDArray[np.float64]  # on the GPU's clock, from one token's end to the next one's
     tokens: NDArray[np.int64]
     routed: int  # records a step, at most
-    hits: NDArray[np.int64]  # covered ones included
+    hits: NDArray[np.int64]  # including covered ones
     covered: NDArray[np.int64]
     late: NDArray[np.int64]
     misses: NDArray[np.int64]
     wasted: NDArray[np.int64]
-    uploads: NDArray[np.int64]  # records that crossed the link, prefetched ones included
+    uploads: NDArray[np.int64]  # records that crossed the link, including prefetched ones
 
 
 class Decoder:
-    """The interface of EagerDecoder, and what benchmarks need: force, emulate, run, floor_s."""
+    """The interface of EagerDecoder, with what benchmarks need besides: force, emulate, run, floor_s."""
 
     def __init__(self, plan: Plan, trunk: DeviceTrunk, store: VramStore, kv: KVCache) -> None:
         self.plan, self._store, self._kv = plan, store, kv
@@ -62,21 +62,23 @@ class Decoder:
         self._stream = torch.cuda.Stream(plan.device)
         self._variant = Variant()
         self.guard = Guard() if self.step.gate.most else None
-        self._read = 0  # ring rows read in this answer
+        self._read = 0  # rows of the ring read in this answer
         self._floor: float | None = None
         self._stamp = 0  # GPU clock at the end of the last token, ns
         try:
             self._capture(replace(self._variant, served=self._served()))
-        except BaseException:  # memory that stays registered with CUDA cannot be registered again, should it be reused
+        except (
+            BaseException
+        ):  # registered memory has to be released: it could not be registered again if it were reused
             self.close()
             raise
 
     def tokens(
         self, logits: Tensor, ids: list[int], sampling: Sampling, eos: frozenset[int], meter: Meter
     ) -> Generator[int, None, None]:
-        """Chosen tokens until one is of `eos`, max_tokens are there or the context is full.
+        """Yield tokens up to one of `eos`, max_tokens, or the end of the context.
 
-        `logits` [V] are those after the prompt `ids`, whose keys and values are in the cache.
+        `logits` [V] are those after the prompt `ids`, which the KV cache holds.
         """
         room = self.plan.ctx - len(self._kv.tokens) + 1
         most = min(room, sampling.max_tokens or room)
@@ -99,7 +101,7 @@ class Decoder:
                 before = row.token
 
     def run(self, tokens: int) -> Steps:
-        """So many greedy steps from where the KV cache stands, whatever they say; the cache keeps none of them."""
+        """Run `tokens` greedy steps from the end of the KV cache and measure them; the cache is left as it was."""
         rows: list[Row] = []
         with self._kv.untouched(), self._answering(None, [], Sampling(temperature=0.0), frozenset(), tokens + 1):
             launched = 0
@@ -109,24 +111,24 @@ class Decoder:
         return self._steps(rows)
 
     def force(self, ids: NDArray[np.int16] | None) -> None:
-        """Routing [tokens, layers, k] to replay from the next run's first step on; None: the router's own."""
+        """Replay routing [tokens, layers, k] from the next run on; None: use the router again."""
         moved = self.step.experts.force(ids)
         self._forget(lambda variant: variant.forced and moved)
         self._variant = replace(self._variant, forced=ids is not None)
 
     def emulate(self, predicted: NDArray[np.int16] | None) -> None:
-        """What a predictor would say [tokens, layers, m], −1 padded, beside a forced routing; None: the real one."""
+        """Replay predictions [tokens, layers, m], padded with −1, with forced routing; None: use the predictor."""
         moved = self.step.experts.emulate(predicted)
         self._forget(lambda variant: variant.emulated and moved)
         self._variant = replace(self._variant, emulated=predicted is not None)
 
     @property
     def floor_s(self) -> float | None:
-        """Measured seconds of a step in which everything hits; after an answer, at the context that it left."""
+        """Measured seconds of a step without misses, at the context that the last answer left."""
         if self._floor is None:
-            last = self.step.ring.row(self._read - 1).ids  # [layers, k]: resident, they were just used
+            last = self.step.ring.row(self._read - 1).ids  # [layers, k]: just used, so resident
             before, table, clock = self._variant, copy.deepcopy(self._store.table), self._store.clock
-            guard, self.guard = self.guard, None  # what a prediction brings would take the place of what hits
+            guard, self.guard = self.guard, None  # prefetched records could evict those that are to hit
             self.force(np.broadcast_to(last, (FLOOR_STEPS + 2, *last.shape)).astype(np.int16))
             try:
                 steps = self.run(FLOOR_STEPS + 2)
@@ -138,7 +140,7 @@ class Decoder:
         return self._floor
 
     def close(self) -> None:
-        """The graphs go before what they point to."""
+        """Release the graphs, then the memory that they point to."""
         if self._graphs:
             torch.cuda.synchronize(self.plan.device)
         self._graphs.clear()
@@ -148,7 +150,7 @@ class Decoder:
     def _answering(
         self, logits: Tensor | None, ids: list[int], sampling: Sampling, eos: frozenset[int], most: int
     ) -> Iterator[None]:
-        """Hand residency, position and sampling to the device, choose the first token there; take all back."""
+        """Move residency, position and sampling to the device and choose the first token; move them back at the end."""
         self._read = 0
         self._variant = replace(self._variant, sampler=self.step.buffers.set_sampling(sampling, ids, eos, most))
         plain = replace(self._variant, served=self._served(), prefetch=self._variant.emulated)
@@ -165,14 +167,14 @@ class Decoder:
                 yield
             finally:
                 self._stream.synchronize()
-                self._store.clock = self.step.pull()  # and forgets what an aborted step may not have filled
+                self._store.clock = self.step.pull()  # slots that an aborted step may not have filled become empty
 
     def _launch_ahead(self, launched: int, read: int, most: int) -> int:
-        """Keep AHEAD steps under way; returns how many were launched."""
+        """Launch steps until AHEAD are under way; return the number launched so far."""
         while launched < min(read + AHEAD, most):
             variant = self._next_variant()
             if variant not in self._graphs:
-                self._capture(variant)  # another way than that of the answer's start
+                self._capture(variant)  # the mode has changed since the answer began
             with torch.cuda.stream(self._stream):
                 if variant.served:
                     self.step.experts.know_rows()
@@ -181,17 +183,17 @@ class Decoder:
         return launched
 
     def _next_variant(self) -> Variant:
-        """Without prefetching while records may have to be asked of the host."""
+        """Return the variant of the next step: no prefetching while records may have to be requested from the host."""
         served = self._served()
         prefetch = not served and (self._variant.emulated or bool(self.guard and self.guard.use()))
         return replace(self._variant, served=served, prefetch=prefetch)
 
     def _served(self) -> bool:
-        """Whether records may have to be asked of the host."""
+        """Return whether records may have to be requested from the host."""
         return not (self.plan.all_in_slots or self._store.ram.complete)
 
     def _capture(self, variant: Variant) -> None:
-        """Compile, launch once with the done flag up, which changes nothing, then record."""
+        """Compile, launch once with the done flag set (which changes nothing), then capture."""
         with torch.cuda.stream(self._stream):
             with self.step.idle():
                 with compiled_at_once():
@@ -199,7 +201,7 @@ class Decoder:
                 self.step.launch(variant)
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # other threads pin memory meanwhile, which a stricter mode would take for part of the capture
+            # other threads pin memory meanwhile: a stricter mode would count that as part of the capture
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self.step.launch(variant)
         self._graphs[variant] = graph
@@ -209,7 +211,7 @@ class Decoder:
             del self._graphs[variant]
 
     def _next(self) -> Row:
-        """The next row of the ring, waited for."""
+        """Wait for the next row of the ring and return it. Raises OffmoeError."""
         deadline = time.perf_counter() + PATIENCE_S
         while (row := self.step.ring.poll(self._read)) is None:
             if self._stream.query() and self.step.ring.poll(self._read) is None:
@@ -223,13 +225,13 @@ class Decoder:
         return row
 
     def _aborted(self) -> OffmoeError:
-        """Steps came to nothing: a record that they waited for did not come."""
+        """Return the error of steps that were aborted because a record did not arrive."""
         return self._store.ram.service_error() or OffmoeError(
             "a record that the GPU asked for did not come within 2 s: is the disk there? The next answer tries again"
         )
 
     def _count(self, row: Row, seconds: float) -> None:
-        """Put a step's counters into the store's."""
+        """Add a step's counters to the store's."""
         counts = self._store.counts
         counts.routed += row.routed
         counts.hits += row.hits

@@ -1,35 +1,35 @@
-"""Never slower: measures on the running chat whether prefetching pays, and keeps what is faster.
+"""The guard of prefetching: measures during decoding whether it pays, and keeps the faster mode.
 
-Windows with and without it alternate, so that both see the same text and the same machine; between trials the winner
-runs. A loser is tried again ever more rarely, so that what the trials cost stays below one percent.
+In a trial, windows of steps with and without prefetching alternate, so that both see the same text and machine; between
+trials the winner runs. A losing mode is tried ever more rarely: trials cost less than one percent.
 """
 
 from __future__ import annotations
 
 from statistics import median
 
-WINDOW = 16  # steps of one window
-SETTLE = 3  # of them at its start, which still see the other mode's cache
+WINDOW = 16  # steps in a window
+SETTLE = 3  # first steps of a window, not counted: they still see the other mode's cache
 ROUNDS = 3  # windows of each mode in a trial
 HOLD = 2048  # steps between trials; doubled after every trial that prefetching lost
 MOST = 1 << 16
-GAIN = 0.99  # every window with it must be below this share of every window without: less is noise
+GAIN = 0.99  # each window with prefetching must take less than this share of each window without: less is noise
 
 
 class Guard:
-    """Ask `use` before a step, tell `observe` its time after it; in order, though steps may be under way."""
+    """Call `use` before each step and `observe` with its time afterwards, in order; steps may overlap."""
 
     def __init__(self) -> None:
-        self.on = False  # outside of trials
+        self.on = False  # whether to prefetch between trials
         self.trials = 0
-        self.ratio: float | None = None  # time with ÷ time without, of the last trial
+        self.ratio: float | None = None  # time with ÷ time without prefetching in the last trial
         self._hold, self._left = HOLD, 0  # steps until the next trial
-        self._asked = 0  # of this trial
+        self._asked = 0  # steps of this trial that `use` was asked for
         self._seen = 0
-        self._times: list[list[float]] = []  # by window
+        self._times: list[list[float]] = []  # seconds of steps, by window
 
     def use(self) -> bool:
-        """Whether the next step prefetches."""
+        """Return whether the next step prefetches."""
         if self._left:
             self._left -= 1
             return self.on
@@ -37,7 +37,7 @@ class Guard:
         return window % 2 == 1 if window < 2 * ROUNDS else self.on
 
     def observe(self, seconds: float) -> None:
-        """The next of the steps asked for took so long."""
+        """Note the time of the oldest step that was not observed yet."""
         if not self._asked or self._seen >= 2 * ROUNDS * WINDOW:
             return
         window, at = divmod(self._seen, WINDOW)

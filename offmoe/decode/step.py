@@ -1,8 +1,8 @@
 """One decoded token as a sequence of launches: what the graph captures, and what tests run through the interpreter.
 
-A layer is six nodes: three that mix tokens (`step_mixing.py`), three for its experts (`step_experts.py`); more where
-attention is latent, experts are shared or norms stand around the parts. Nothing here allocates, waits or reads a tensor
-on the host.
+A layer is six nodes: three for its mixer (`mixing.py`) and three for its experts (`experts.py`); more where attention
+is latent, experts are shared or norms stand around the parts. Nothing here allocates, waits or reads a tensor on the
+host.
 """
 
 from __future__ import annotations
@@ -18,37 +18,30 @@ from offmoe.decode.experts import ExpertsStep
 from offmoe.decode.mixing import MixingStep
 from offmoe.decode.variant import Variant
 from offmoe.experts.vram_store import VramStore
-from offmoe.kernels.gpu import mla
 from offmoe.kernels.gpu.advance import advance
-from offmoe.kernels.gpu.attention import pick_splits
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.gpu.sample import FULL, Scratch, sample_step
 from offmoe.kernels.ring import ABORTED, DONE, Ring, row_words
 from offmoe.machine.pinned_memory import host_memory, register, unregister
+from offmoe.mixers.recurrent import NOWHERE
 from offmoe.plan import Plan
-from offmoe.prefetch import Gate
 from offmoe.trunk.device_trunk import DeviceTrunk
 from offmoe.trunk.kv_cache import KVCache
-from offmoe.trunk.recurrent_state import NOWHERE
 
-RING_ROWS = 64  # many more than are ever under way
+RING_ROWS = 64  # many more than tokens are ever under way
 
 
 class DecodeStep:
-    """Launches of one token over static buffers. On the CPU (tests) the same launches are interpreted."""
+    """Launches of one token over static buffers; on the CPU, in tests, Triton interprets the same launches."""
 
     def __init__(self, plan: Plan, trunk: DeviceTrunk, store: VramStore, kv: KVCache) -> None:
         self.config, self.plan, self.trunk, self.store, self.kv = trunk.config, plan, trunk, store, kv
         c, device = self.config, plan.device
         self.pdl = pdl_supported(device)
         sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        splits = {
-            h: mla.pick_splits(plan.ctx, h.heads, sms) if c.latent else pick_splits(plan.ctx, h.kv_heads, sms)
-            for h in c.kinds_of_heads
-        }
-        self.buffers = StepBuffers(c, {h: n for h, (n, _) in splits.items()}, device)
-        self.gate = Gate.of(plan.prefetch).within(store.table, c.top_k)
+        self.buffers = StepBuffers(c, device)
+        self.gate = plan.prefetch.within(store.table, c.top_k)
         self.table = device_table(store.table, reach(store.table, c.top_k, self.gate.most), device)
         self.routed = c.moe_layers * c.top_k  # records a step, at most
         self.sampler = Scratch.of(c.vocab, device)
@@ -58,7 +51,7 @@ class DecodeStep:
         for tensor in self._pinned:
             register(tensor)
         self.ring = Ring(memory, c.moe_layers, c.top_k)
-        self.mixing = MixingStep(trunk, kv, self.buffers, splits, self.pdl)
+        self.mixing = MixingStep(trunk, kv, self.buffers, sms, self.pdl)
         self.experts = ExpertsStep(plan, trunk, store, self.buffers, self.table, self.gate, self.pdl)
 
     def launch(self, variant: Variant) -> None:
@@ -86,7 +79,7 @@ class DecodeStep:
         )  # fmt: skip
 
     def push(self, clock: int, position: int) -> None:
-        """Residency to the device; `position`: where the next token will stand. Steps count from 0 again.
+        """Copy residency to the device; `position` is that of the next token. Steps count from 0 again.
 
         The first `choose` advances token number and position without a step before it.
         """
@@ -101,7 +94,7 @@ class DecodeStep:
         self.ring.clear()
 
     def pull(self) -> int:
-        """Residency back to the host, once nothing runs any more; returns the number of the last token."""
+        """Copy residency back to the host, once nothing runs any more; return the number of the last token."""
         token = pull(self.store.table, self.table) - 1
         position, aborted = int(self.buffers.position), int(self.buffers.status) == ABORTED
         self.kv.wrote(position)
@@ -113,7 +106,7 @@ class DecodeStep:
     @contextmanager
     def idle(self) -> Iterator[None]:
         """Launches inside change nothing, as if the answer were over and the context full: no key is written, no
-        state goes on."""
+        state changes."""
         b = self.buffers
         status, position = b.status.clone(), b.position.clone()
         b.status.fill_(DONE)

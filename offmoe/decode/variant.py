@@ -1,4 +1,4 @@
-"""What a captured graph of a decode step is for."""
+"""The variants of a decode step: each is a CUDA graph of its own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Variant:
-    """What a captured graph is for; another is captured where one of these changes. The context's length is not one:
-    attention divides it on the device."""
+    """Key of a captured graph. The context's length is not part of it: attention reads the length on the device."""
 
     sampler: str = "greedy"  # or topk, full
-    served: bool = False  # missing records may have to be asked of the host
-    forced: bool = False  # routing out of a table, for benchmarks and the floor
+    served: bool = False  # missing records may have to be requested from the host
+    forced: bool = False  # routing is replayed from a table (benchmarks, and measuring the floor)
     prefetch: bool = False
-    emulated: bool = False  # the predictor out of a table
+    emulated: bool = False  # predictions are replayed from a table

@@ -1,4 +1,4 @@
-"""Slots in ordinary memory, for a machine without a GPU: the naive twin of the store in VRAM."""
+"""Expert slots in ordinary memory, for a machine without a GPU: the reference implementation of VramStore."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from offmoe.kernels.record import RecordLayout, unpack
 from offmoe.models.model import Model
 from offmoe.plan import Plan
 
-TOGETHER = 4 << 20  # bytes unpacked in one call, which come on top of the budgets
+TOGETHER = 4 << 20  # bytes of weights unpacked in one call; they come on top of the budgets
 
 
 class HostStore(ExpertStore):
-    """Experts multiply one after another with plain torch products."""
+    """Experts of a machine without a GPU, multiplied one after another by torch."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
         super().__init__(model, plan)
         self.layouts = model.layouts
         self.slots = UnpackedSlots(plan.slots, model.layouts[0], plan.dtype)
-        self._glu = model.config.glu
+        self._glu = model.config.moe.glu
 
     def preload(self, progress: Callable[[int, int], None]) -> None:
         experts = np.arange(self.table.experts)
@@ -51,8 +51,8 @@ class HostStore(ExpertStore):
             products += swiglu_experts(inputs, self.slots.weights(slots), self._glu, biases)
             used += [pairs[i] for i in order]
         outputs = torch.cat(products).float()
-        place = torch.from_numpy(np.concatenate(used))
-        ranked = outputs.new_zeros((host_ids.size, outputs.shape[1])).index_copy_(0, place, outputs)
+        positions = torch.from_numpy(np.concatenate(used))
+        ranked = outputs.new_zeros((host_ids.size, outputs.shape[1])).index_copy_(0, positions, outputs)
         return (ranked.unflatten(0, (-1, k)) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
     def _biases_of(self, layer: int, experts: Ints) -> list[tuple[Tensor, Tensor]]:
@@ -60,7 +60,7 @@ class HostStore(ExpertStore):
         return [(gate_up[expert], down[expert]) for expert in experts.tolist()]
 
     def _ensure(self, layer: int, experts: Ints, uses: Ints) -> list[int]:
-        """Slots that hold these experts, paged in where they were not."""
+        """Return the slots of these experts, after paging in the missing ones."""
         access = self.access(layer, experts, uses)
         if not access.hit.all():
             began = time.perf_counter()
@@ -84,7 +84,7 @@ class HostStore(ExpertStore):
 
 
 class UnpackedSlots:
-    """Records are dequantised on their way in, once, since a miss is rarer than a use."""
+    """Slots of dequantised weights: a record is unpacked once, on its way in, since misses are rarer than uses."""
 
     def __init__(self, slots: int, layout: RecordLayout, dtype: torch.dtype) -> None:
         hidden, inner = layout.hidden, layout.expert_hidden
@@ -95,7 +95,7 @@ class UnpackedSlots:
         self._ready = list(zip(self._gate_up.mT.unbind(), self._down.mT.unbind(), strict=True))
 
     def fill(self, slots: Tensor, records: Tensor, rows: Tensor, layout: RecordLayout) -> None:
-        """Put rows [n] of records [R, ≥ nbytes] uint8 into slots [n]; once it returns the rows may change."""
+        """Unpack rows [n] of `records` [R, ≥ nbytes] uint8 into slots [n]; the rows may change afterwards."""
         for some, source in zip(slots.split(self._batch), rows.split(self._batch), strict=True):
             gate_up, down = unpack(records[source], layout, self._gate_up.dtype)
             for slot, *matrices in zip(some.tolist(), gate_up, down, strict=True):  # 3 × as fast as index_copy_
@@ -103,5 +103,5 @@ class UnpackedSlots:
                 self._down[slot].copy_(matrices[1])
 
     def weights(self, slots: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Of each slot: gate beside up [H, 2F] and down [F, H], ready for `x @ w`."""
+        """Return for each slot gate and up concatenated [H, 2F], and down [F, H], laid out for `x @ w`."""
         return [self._ready[slot] for slot in slots]

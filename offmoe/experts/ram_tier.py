@@ -1,4 +1,4 @@
-"""The RAM tier: pinned records, all of them or a cache over the model's own file."""
+"""The RAM tier: records in (pinned) memory, all of them or a cache over the model's file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offmoe.cache.policy import make_policy
+from offmoe.cache.policy import PolicySpec
 from offmoe.cache.residency import Residency
 from offmoe.errors import OffmoeError
 from offmoe.experts.miss_service import MissService
@@ -25,41 +25,44 @@ from offmoe.machine.pinned_memory import Pinning, host_memory
 from offmoe.models.model import Model
 
 Ints = NDArray[np.integer]
-PATIENCE_S = 20.0  # with a disk that gives nothing: one that stood still needs 10 to spin up
+PATIENCE_S = 20.0  # for a silent disk: one that has to spin up takes 10 s
 
 
 @dataclass
 class DiskCounts:
-    """What was demanded of the disk."""
+    """Demanded reads."""
 
-    bytes: int = 0  # really read: whole pages where O_DIRECT is used
-    record_bytes: int = 0  # of these the records' own
+    bytes: int = 0  # read from disk: whole pages where O_DIRECT is used
+    record_bytes: int = 0  # the records' own part of them
 
 
 class RamTier:
-    """Rows of host memory under a residency table of their own.
+    """Rows of host memory with a residency table of their own.
 
-    With a row for every record (`whole`), row = record; the file is read once, in the background and in the file's
-    order, and a demanded record overtakes. With fewer rows only what is demanded is read, and the policy evicts.
+    With a row for every record (`whole`), row = record: the file is read once, in the background and in file order, and
+    demanded records overtake. With fewer rows only demanded records are read, and the policy evicts.
 
-    Who decides: one thread at a time fetches, the engine's or, while the GPU is served, the service's. The engine's
-    may ask how far the background is at any time.
+    Threads: one thread at a time fetches, the engine's or, while the GPU is served, the miss service's. The engine's
+    thread may ask for the progress of background reads at any time.
     """
 
-    def __init__(self, model: Model, rows: int, stride: int, policy: str, pin: bool, reader: Reader) -> None:
+    def __init__(self, model: Model, rows: int, stride: int, policy: PolicySpec, pin: bool, reader: Reader) -> None:
         config = model.config
         self.rows = host_memory(rows * stride).view(rows, stride)
-        self.table = Residency(config.moe_layers, config.experts, rows, make_policy(policy, model.records), "global")
+        self.table = Residency(config.moe_layers, config.experts, rows, policy.make(model.records), "global")
         self.records = model.records
         self.whole = rows >= model.records
         self.counts = DiskCounts()
         self._bytes = self.rows.numpy()
         self._reader = reader
         self._reads: dict[int, Read] = {}  # by row, until landed
-        self._finished: deque[tuple[int, Read]] = deque()  # of these, as the readers say
-        self._failed = self._complete = False  # the background could not read something; all is there
-        self._landed = 0  # reads that succeeded: where all fit, the rows that are there
-        self._fetching, self._lock = threading.Lock(), threading.Lock()  # a whole fetch; the table and _reads
+        self._finished: deque[tuple[int, Read]] = deque()  # reads that ended, in the readers' order
+        self._failed = self._complete = False  # a background read failed; every record is present
+        self._landed = 0  # successful reads; with a row for every record, the rows that are filled
+        self._fetching, self._lock = (
+            threading.Lock(),
+            threading.Lock(),
+        )  # hold for a whole fetch; for the table and _reads
         self._ranges = [
             [model.ranges(layer, expert) for expert in range(config.experts)] for layer in range(config.moe_layers)
         ]
@@ -77,7 +80,7 @@ class RamTier:
         return self.rows.data_ptr()
 
     def fill(self) -> None:
-        """Begin to read everything that is absent; only with a row for every record."""
+        """Start reading all absent records in the background. Needs a row for every record."""
         assert self.whole, f"rows {len(self.rows)} ≥ {self.records} records"
         self._start_pinning()
         self._land_finished()
@@ -89,9 +92,9 @@ class RamTier:
                 self._begin(layer, experts[absent], rows[absent], BACKGROUND)
 
     def fetch(self, layer: int, experts: Ints, now: int, end: float = math.inf) -> Tensor:
-        """Rows [n] (int64) that hold these experts, at most `table.capacity` of them; waits for the disk.
+        """Return the rows [n] (int64) of these experts, at most `table.capacity` of them, after waiting for the disk.
 
-        No longer than to `end` (of time.monotonic), nor than PATIENCE_S for one record.
+        Waits until `end` (on time.monotonic's clock) at most, and PATIENCE_S for one record. Raises OffmoeError.
         """
         self._start_pinning()
         with self._fetching:
@@ -109,7 +112,7 @@ class RamTier:
         return torch.from_numpy(rows.astype(np.int64))
 
     def addresses(self, records: Ints, end: float = math.inf, now: int = 0) -> Ints:
-        """Of rows [n] (int64) that hold these records of one layer, for the GPU to read: waits for pinning too."""
+        """Return the addresses [n] (int64) of these records of one layer, read and pinned, for the GPU to read."""
         if self.complete:
             return self.base + records.astype(np.int64) * self.rows.stride(0)
         layer, experts = int(records[0]) // self.table.experts, records % self.table.experts
@@ -121,14 +124,14 @@ class RamTier:
 
     @property
     def version(self) -> int:
-        """Changes when known_rows does."""
+        """A number that changes whenever known_rows does."""
         if not self.whole:
             return 0
         self._land_finished()
         return self._landed + (self._pinning.pieces if self._pinning else 0)
 
     def known_rows(self) -> NDArray[np.int32]:
-        """Of every record its row [records], −1: it may have to be waited for."""
+        """Return the row of every record [records], or −1 where it may have to be waited for."""
         rows = np.full(self.records, -1, np.int32)
         if self.whole:
             there = self._there()
@@ -137,14 +140,14 @@ class RamTier:
 
     @property
     def complete(self) -> bool:
-        """Every record is there to stay."""
+        """Whether every record is present and will stay."""
         if self.whole and not self._complete:
             self._land_finished()
             self._complete = self._landed == self.records and (not self._pinning or bool(self._pinning.rows.all()))
         return self._complete
 
     def wait_complete(self) -> None:
-        """What failed before is tried again."""
+        """Wait until every record is read and pinned; failed reads are tried again."""
         self.fill()
         with self._lock:
             reads = list(self._reads.items())
@@ -153,7 +156,7 @@ class RamTier:
             self._pinning.wait(np.arange(len(self.rows)))
 
     def loaded(self) -> tuple[int, int]:
-        """Records that are there to stay, and how many will be: (0, 0) with fewer rows than records."""
+        """Return how many records are present, and how many will be; (0, 0) with fewer rows than records."""
         return (int(self._there().sum()), self.records) if self.whole else (0, 0)
 
     @property
@@ -162,14 +165,14 @@ class RamTier:
         return self._served_by().address
 
     def service(self) -> AbstractContextManager[None]:
-        """While inside, the GPU's requests are answered. What the background could not read is tried again."""
+        """Serve the GPU's requests inside. Failed background reads are tried again."""
         complete = self.complete
         if self._failed:
             self.fill()
         return nullcontext() if complete else self._served_by().serving()
 
     def service_error(self) -> OffmoeError | None:
-        """Why a request failed, once; what keeps memory from being pinned, always."""
+        """Return the error of the last failed request (once), or of pinning (always), or None."""
         error = self._pinning.error if self._pinning else None
         if self._service:
             error, self._service.error = self._service.error or error, None
@@ -180,14 +183,14 @@ class RamTier:
             self.table.check()
 
     def close(self) -> None:
-        """Only after the reader is closed: its threads write here, and the service waits for them."""
+        """Release memory. Close the reader first: its threads write here, and the miss service waits for them."""
         if self._pinning:
             self._pinning.close()
         if self._service:
             self._service.close()
 
     def _served_by(self) -> MissService:
-        self._service = self._service or MissService(self, self._k, self._pin)
+        self._service = self._service or MissService(self.addresses, self._k, self._pin)
         return self._service
 
     def _start_pinning(self) -> None:
@@ -195,18 +198,20 @@ class RamTier:
             self._pinning.start()
 
     def _there(self) -> NDArray[np.bool_]:
-        """Which records [records] are read and pinned, where all fit."""
+        """Return which records [records] are read and pinned, with a row for every record."""
         self._land_finished()
         with self._lock:
             there: NDArray[np.bool_] = (self.table.slot_of >= 0) & ~self.table.arriving[: self.records]
         return there & self._pinning.rows[: self.records] if self._pinning else there
 
     def _access(self, layer: int, experts: Ints, now: int) -> tuple[Ints, NDArray[np.bool_], NDArray[np.bool_]]:
-        """Rows [n], which of them are still to be read, and which are on their way. The clock never goes back."""
+        """Return rows [n], which of them have to be read, and which are being read. The clock never goes back."""
         if not self.whole:
             access = self.table.access(layer, experts, max(now, self.table.now))
             return access.slots, ~(access.hit | access.late), access.late
-        rows = experts + layer * self.table.experts  # not the first that is free, as a table gives where a read failed
+        rows = (
+            experts + layer * self.table.experts
+        )  # row = record; the table would give the first free row after a failure
         absent = self.table.slot_of[rows] < 0
         late = self.table.arriving[rows]
         new = rows[absent]
@@ -216,14 +221,16 @@ class RamTier:
 
     def _begin(self, layer: int, experts: Ints, rows: Ints, priority: int = URGENT) -> list[tuple[int, Read]]:
         for expert, row in zip(experts.tolist(), rows.tolist(), strict=True):
-            turn = self._to_row_major(layer, expert) if self._transposed[layer] else None
-            read = self._reads[row] = self._reader.read(self._ranges[layer][expert], self._bytes[row], priority, turn)
+            transform = self._to_row_major(layer, expert) if self._transposed[layer] else None
+            read = self._reads[row] = self._reader.read(
+                self._ranges[layer][expert], self._bytes[row], priority, transform
+            )
             if self.whole:
                 read.done.add_done_callback(partial(self._finish, row, read))
         return [(row, self._reads[row]) for row in rows.tolist()]
 
     def _wait(self, reads: list[tuple[int, Read]], end: float = math.inf) -> None:
-        """Until all have ended. One that has not stays arriving: no row into which it may write is given away."""
+        """Wait until all reads have ended. An unfinished one stays `arriving`: its row is not given away."""
         silent = self._join(reads, end)
         for _, read in reads:
             if read.done.done() and (error := read.done.exception()) is not None:
@@ -232,7 +239,7 @@ class RamTier:
             raise silent
 
     def _join(self, reads: list[tuple[int, Read]], end: float) -> OffmoeError | None:
-        """Land those that end in time; an error if others are left. Whether they failed is not looked at."""
+        """Land the reads that end in time; return an error if others are left. Failures of reads are not examined."""
         silent = None
         try:
             for _, read in reads:
@@ -251,7 +258,7 @@ class RamTier:
         self.counts.record_bytes += sum(wanted.nbytes for read in reads for wanted in read.ranges)
 
     def _finish(self, row: int, read: Read, _: Future[int]) -> None:
-        """In a reader's thread."""
+        """Note the end of a read. Called in a reader's thread."""
         self._finished.append((row, read))
 
     def _land_finished(self) -> None:
@@ -260,12 +267,12 @@ class RamTier:
                 self._land(*self._finished.popleft())
 
     def _land_left_over(self, end: float) -> None:
-        """Of a fetch that was broken off or gave up: where rows are scarce, all of them may be needed."""
+        """Wait for reads left over from an interrupted fetch: with few rows, all of them may be needed."""
         if silent := self._join(list(self._reads.items()), end):
             raise silent
 
     def _land(self, row: int, read: Read) -> None:
-        """Once, whoever of the fetch and the background is first."""
+        """Land a read once, for whichever of the fetch and the background comes first."""
         if self._reads.get(row) is not read:
             return
         del self._reads[row]

@@ -1,7 +1,7 @@
-"""Routed experts over the tiers: slots in fast memory, rows in RAM, the model's file.
+"""Routed experts in three tiers: slots in fast memory (VRAM), rows in RAM, the model's file on disk.
 
-Who owns what: `table` says which record a slot holds, `ram` brings what is missing, a subclass holds the slots. All
-three change only here and in the decode step, never both at once: see `Decoder`.
+Ownership: `table` maps records to slots, `ram` brings missing records, and a subclass holds the slots' memory. All
+three change only here and in the decode step, never in both at once (see `Decoder`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Access, Residency
 from offmoe.experts.ram_tier import RamTier
 from offmoe.machine.disk_reader import Reader
@@ -28,38 +27,38 @@ Routed = Callable[[int, Ints, Tensor], None]
 
 @dataclass
 class Counters:
-    """Sums since the engine was loaded; an answer is the difference of two."""
+    """Sums since the engine was loaded; the difference of two snapshots describes an answer."""
 
-    routed: int = 0  # records asked for, a chunk's experts counted once
+    routed: int = 0  # records requested; an expert counts once a chunk
     hits: int = 0
-    covered: int = 0  # of the hits, those that prefetching brought
-    late: int = 0
-    wasted_bytes: int = 0  # prefetched and evicted unused
+    covered: int = 0  # hits on records that prefetching brought
+    late: int = 0  # misses whose prefetch was still under way
+    wasted_bytes: int = 0  # prefetched, then evicted unused
     pcie_bytes: int = 0  # RAM → slots
     nvme_bytes: int = 0  # disk → RAM, in whole pages
-    nvme_record_bytes: int = 0  # of these the records' own
-    stall_s: float = 0.0  # the step waited for records
+    nvme_record_bytes: int = 0  # the same without the pages' other bytes
+    stall_s: float = 0.0  # time that steps waited for records
 
     def since(self, before: Counters) -> Counters:
         return Counters(**{f.name: getattr(self, f.name) - getattr(before, f.name) for f in fields(self)})
 
 
 class ExpertStore(ABC):
-    """`apply` is the whole of a layer's routed part. Here and below `layer` is the place among those with experts."""
+    """The routed experts of a model; `apply` runs those of one layer. `layer` counts MoE layers here and below."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
         config = model.config
         self.table = Residency(
-            config.moe_layers, config.experts, plan.slots, make_policy(plan.policy, model.records), plan.scope
+            config.moe_layers, config.experts, plan.slots, plan.policy.make(model.records), plan.scope
         )
-        # By place, where there are: of all experts gate beside up [E, 2F], down [E, H]. Kernels add them in float32.
+        # Biases by MoE layer, if any: gate and up concatenated [E, 2F], down [E, H]. Kernels add them in float32.
         dtype = plan.dtype if plan.device.type == "cpu" else torch.float32
-        read = (model.expert_biases(moe_layer) for moe_layer in range(config.moe_layers * config.expert_bias))
+        read = (model.expert_biases(moe_layer) for moe_layer in range(config.moe_layers * config.moe.expert_bias))
         self.biases = [(wide.to(plan.device, dtype), narrow.to(plan.device, dtype)) for wide, narrow in read]
         self.reader = Reader(model.checkpoint.files)
         self.ram = RamTier(model, plan.ram_rows, plan.stride, plan.policy, plan.device.type == "cuda", self.reader)
-        self._weighted_input = model.config.weighted_input
-        self.routed: Routed | None = None  # told every layer's ids [T, k] and weights, to record a trace
+        self._weighted_input = model.config.moe.weighted_input
+        self.routed: Routed | None = None  # called with every layer's ids [T, k] and weights, to record a trace
         self.prompt: list[int] = []  # the tokens of a prompt while it is run, empty while decoding
         self.clock = 0  # tokens so far
         self.counts = Counters()
@@ -70,27 +69,27 @@ class ExpertStore(ABC):
         return replace(self.counts, nvme_bytes=disk.bytes, nvme_record_bytes=disk.record_bytes)
 
     def begin(self, tokens: int) -> None:
-        """A chunk of so many tokens comes: every layer with experts will `apply` once, from the first."""
+        """Announce a chunk of `tokens`: `apply` follows once for every MoE layer, in order."""
         self.clock += tokens
 
     @abstractmethod
     def apply(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """x [T, H], ids [T, k] (-1: none), weights [T, k] float32 → Σ_k weight · expert(x) [T, H].
+        """Return Σ_k weight · expert(x) [T, H] for x [T, H], ids [T, k] (-1: none) and weights [T, k] float32.
 
-        The k products of a token are summed in float32 in the router's order, and what an expert makes of a token
-        does not depend on where the expert lay: so the sum is the same to the bit whatever was resident.
+        The k products of a token are summed in float32 in the router's order, and an expert's product does not depend
+        on the tier that it came from: the sum is the same to the bit whatever was resident.
         """
 
     def weighted(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """x and weights as they go on where a weight scales what its one expert takes in."""
+        """Return x and weights; if a weight scales its (single) expert's input, x scaled and weights of 1."""
         return (x * weights.to(x.dtype), torch.ones_like(weights)) if self._weighted_input else (x, weights)
 
     @abstractmethod
     def preload(self, progress: Callable[[int, int], None]) -> None:
-        """Fill the slots with every record; only where all fit."""
+        """Fill the slots with all records, where all fit."""
 
     def check(self) -> None:
-        """The invariants of both tables; nothing may be on its way while the engine is idle."""
+        """Assert the invariants of both tables, and that nothing is under way while the engine is idle."""
         self.table.check()
         self.ram.check()
         assert not self.table.arriving.any(), f"arriving {self.table.arriving.sum()} == 0 while idle"
@@ -100,7 +99,7 @@ class ExpertStore(ABC):
         self.ram.close()
 
     def access(self, layer: int, experts: Ints, uses: Ints) -> Access:
-        """One event of the table, counted."""
+        """Access the table for one layer's experts, and count hits."""
         access = self.table.access(layer, experts, self.clock, uses)
         self.counts.routed += len(experts)
         self.counts.hits += int(access.hit.sum())
@@ -108,7 +107,7 @@ class ExpertStore(ABC):
 
 
 def grouped(ids: Ints) -> tuple[Ints, Ints, list[Ints]]:
-    """Routed ids, flat, -1 where there is none → the distinct experts, how often each stands there, and where."""
+    """Group routed ids [n] (-1: none): the distinct experts, the count of each, and its positions in `ids`."""
     order = np.argsort(ids, kind="stable")
     order = order[np.count_nonzero(ids < 0) :]
     starts = np.flatnonzero(np.diff(ids[order], prepend=-1))

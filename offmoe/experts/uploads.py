@@ -1,9 +1,9 @@
-"""Records on their way to the GPU: a few landing zones, filled while others are used.
+"""Uploads of records to the GPU while a prompt runs: landing zones, one filled while another is consumed.
 
-A batch is one launch that reads pinned memory. The copy engine is 5 % faster, but wants a call for every run of
-neighbouring rows: 1,500 in a prompt of 512 tokens, 31 µs each, and it was the host that was waited for.
-Raw bytes land here; the consumer puts them where they belong, rearranged. Who waits on whom: a zone is filled again
-only after its consumer is done (`release`), in the order in which batches were sent.
+A batch is one kernel launch that reads pinned memory. The copy engine is 5 % faster, but needs a call for every run of
+neighbouring rows: 1,500 of 31 µs in a prompt of 512 tokens, which made the host the bottleneck. Zones receive records
+as they are in the file; the consumer rearranges them into slots. A zone is filled again only after its consumer has
+called `release`; batches are received in the order in which they were sent.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NONE = np.empty(0, np.int64)
 
 @dataclass(frozen=True)
 class Landing:
-    """A batch under way: these experts of `layer` lie one after another in a zone."""
+    """A batch under way: records of `experts` of one MoE layer, one after another in a zone."""
 
     layer: int
     experts: Ints
@@ -35,7 +35,7 @@ class Landing:
 
 
 class Uploads:
-    """At most ZONES batches at a time; `send`, then `receive` and `release` in the same order."""
+    """Up to ZONES batches at a time: `send`, then `receive` and `release` in the same order."""
 
     def __init__(self, ram: RamTier, batch: int, stride: int, device: torch.device) -> None:
         self.batch = min(batch, ram.table.capacity)  # records
@@ -52,11 +52,11 @@ class Uploads:
         return len(self.waiting) < ZONES
 
     def under_way(self, layer: int) -> Ints:
-        """Experts of `layer` that were sent and not received yet."""
+        """Return the experts of `layer` that were sent and not yet received."""
         return np.concatenate([NONE, *(landing.experts for landing in self.waiting if landing.layer == layer)])
 
     def send(self, layer: int, experts: Ints, now: int) -> None:
-        """Start to bring at most `batch` experts; returns once the copies are queued (and the disk has answered)."""
+        """Start to upload at most `batch` experts; return once the copies are queued (and the disk has answered)."""
         assert self.room, f"batches under way {len(self.waiting)} < {ZONES}"
         landing = Landing(layer, experts, self._sent % ZONES)
         n, sources = len(experts), self._fetch(layer, experts, now)
@@ -69,32 +69,32 @@ class Uploads:
         self._sent += 1
 
     def receive(self) -> Landing:
-        """The oldest batch; what is launched from now on may read it."""
+        """Return the oldest batch; kernels launched from now on may read it."""
         landing = self.waiting.popleft()
         self._ready[landing.zone].wait()
         return landing
 
     def release(self, landing: Landing) -> None:
-        """What was launched so far was the last to read it."""
+        """Let the zone be filled again once all kernels launched so far are done."""
         self._free[landing.zone].set()
 
     def addresses(self, landing: Landing) -> Ints:
-        """Of its records, int64 [n]."""
+        """Return the addresses of a batch's records, int64 [n]."""
         first = self.zones[landing.zone].data_ptr()
         return first + self.stride * np.arange(len(landing.experts), dtype=np.int64)
 
     def drop(self) -> None:
-        """Forget what is under way; zones are safe to fill again."""
+        """Discard all batches under way and free their zones."""
         while self.waiting:
             self.release(self.receive())
 
     def _fetch(self, layer: int, experts: Ints, now: int) -> Ints:
-        """Addresses [n]; where rows are scarce, only once the copies that read them before are done."""
+        """Return addresses [n] in RAM; if rows are reused, first wait for the copies that still read them."""
         if not self._ram.whole:
             self._ready[(self._sent - 1) % ZONES].synchronise()
         return self._ram.addresses(layer * self._ram.table.experts + experts, now=now)
 
 
 def on_gpu(numbers: Ints, device: torch.device) -> Tensor:
-    """Without waiting: torch would synchronise the stream, CUDA has copied pageable memory once it returns."""
+    """Copy to the GPU without synchronising the stream: CUDA has read pageable memory once the call returns."""
     return torch.from_numpy(numbers).to(device, non_blocking=True)

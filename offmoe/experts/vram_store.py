@@ -1,7 +1,7 @@
-"""Slots in VRAM. Decoding is the step's business (step.py); here a prompt's chunk passes through a layer.
+"""Expert slots in VRAM, and the experts of a prompt's chunk. (Decoding uses the slots through `decode/experts.py`.)
 
-Resident experts multiply from their slots; the others stream past over the link while the layer before computes, and
-those that the policy admits stay. So a chunk leaves the cache as warm as the prompt made it.
+Resident experts are multiplied from their slots. Absent ones are streamed over the link, ahead of use where a chunk
+routes to nearly all of them; those that the policy admits stay. So a prompt leaves the cache as warm as it made it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from offmoe.kernels.planes import slot_layout
 from offmoe.models.model import Model
 from offmoe.plan import Plan
 
-Multiply = Callable[[Ints, Ints], None]  # experts, and the addresses of their records
-PROGRAMS = 256  # within VRAM it is many that saturate, not few
+Multiply = Callable[[Ints, Ints], None]  # experts [n], and the addresses of their records [n]
+PROGRAMS = 256  # of a copy within VRAM: many are needed to saturate its bandwidth, where few saturate the link
 
 
 class VramStore(ExpertStore):
-    """`records` [slots + batch, stride] uint8: the slots, and behind them a stage for what passes without staying."""
+    """Experts of a GPU. `slot_memory` [slots + batch, stride] uint8: slots, then a stage for records not admitted."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
         super().__init__(model, plan)
@@ -35,13 +35,13 @@ class VramStore(ExpertStore):
         self.layouts = tuple(slot_layout(layout) for layout in model.layouts)
         self.record_bytes = [layout.nbytes for layout in model.layouts]
         self.uploads = Uploads(self.ram, plan.batch, plan.stride, plan.device)
-        self.records = torch.empty(
+        self.slot_memory = torch.empty(
             (self.table.slots + self.uploads.batch, plan.stride), dtype=torch.uint8, device=plan.device
         )
         self._scratch = scratch_for(plan.device, PROGRAMS * WARPS * CHUNK)
-        self._k, self._glu = config.top_k, config.glu
+        self._k, self._glu = config.top_k, config.moe.glu
         self._streaming = False
-        self._all: list[Tensor] = []  # by layer, where every record lies, once all have slots
+        self._all: list[Tensor] = []  # by MoE layer, addresses of all records [experts], once every record has a slot
 
     def preload(self, progress: Callable[[int, int], None]) -> None:
         experts = np.arange(self.table.experts)
@@ -54,7 +54,7 @@ class VramStore(ExpertStore):
         self._all = [on_gpu(self._address(row), self.device) for row in slots]
 
     def begin(self, tokens: int) -> None:
-        """Where a chunk routes to nearly every expert, all absent ones stream ahead of the routing."""
+        """Announce a chunk of `tokens`. If it will route to nearly every expert, stream all absent ones ahead of it."""
         super().begin(tokens)
         self._streaming = tokens * self._k >= 2 * self.table.experts
         self._send_ahead(0)
@@ -73,9 +73,9 @@ class VramStore(ExpertStore):
         tiles = plan_tiles(ids, self.table.experts, x.dtype)
         out = x.new_empty((ids.numel(), x.shape[1]))
 
-        def multiply(some: Ints, places: Ints) -> None:
+        def multiply(chosen: Ints, sources: Ints) -> None:
             addresses = np.zeros(self.table.experts, np.int64)
-            addresses[some] = places
+            addresses[chosen] = sources
             self._multiply(layer, x, ids, tiles, on_gpu(addresses, self.device), out)
 
         there = resident >= 0
@@ -85,7 +85,7 @@ class VramStore(ExpertStore):
         return combine(out, weights)
 
     def _apply_all(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Nothing can be missing or leave: the host asks for nothing, counts nothing, and waits for nobody."""
+        """Multiply with every record resident: nothing can miss, so the host neither counts nor waits for routing."""
         x, weights = self.weighted(x, weights)
         out = x.new_empty((ids.numel(), x.shape[1]))
         self._multiply(layer, x, ids, plan_tiles(ids, self.table.experts, x.dtype), self._all[layer], out)
@@ -96,11 +96,11 @@ class VramStore(ExpertStore):
         expert_mlp(x, ids, tiles, addresses, self.layouts[layer], out, glu=self._glu, biases=biases)
 
     def compile(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> None:
-        """Launch what `apply` may, for chunks of every length; within compiled_at_once, where nothing is done."""
+        """Launch each kernel that `apply` may launch, for chunks of every length. Inside compiled_at_once none runs."""
         nothing = torch.zeros(self.table.experts, dtype=torch.int64, device=self.device)
         copies = Copies(nothing[:1], nothing, self._scratch, nothing)
         page_in(copies, self.uploads.zones[0])
-        page_in(copies, self.records, self.layouts[layer], programs=PROGRAMS)
+        page_in(copies, self.slot_memory, self.layouts[layer], programs=PROGRAMS)
         x, weights = self.weighted(x, weights)
         out = x.new_empty((ids.numel(), x.shape[1]))
         for block in blocks(x.dtype):
@@ -110,10 +110,12 @@ class VramStore(ExpertStore):
     def _admit(self, layer: int, experts: Ints, uses: Ints) -> None:
         for order in self.table.waves(layer, experts, uses):
             self.access(layer, experts[order], uses[order])
-            self.table.landed(np.flatnonzero(self.table.arriving))  # their bytes come in the stream's order
+            self.table.landed(
+                np.flatnonzero(self.table.arriving)
+            )  # later launches are ordered after their bytes by the stream
 
     def _stream(self, layer: int, missing: Ints, multiply: Multiply) -> None:
-        """Bring `missing` in batches: into the slots that they own by now, or past them, and multiply."""
+        """Bring `missing` experts in batches, into their slots or through the stage, and multiply each batch."""
         try:
             todo = missing[~self._among(missing, self.uploads.under_way(layer))]
             while len(todo) or self._next(layer):
@@ -133,7 +135,7 @@ class VramStore(ExpertStore):
         return bool(waiting) and waiting[0].layer == layer
 
     def _place(self, landing: Landing, missing: Ints, multiply: Multiply) -> None:
-        """Move a batch out of its zone, rearranged, and multiply."""
+        """Move a batch out of its landing zone into slots, rearranged into planes, and multiply it."""
         wanted = self._among(landing.experts, missing)
         experts, sources = landing.experts[wanted], self.uploads.addresses(landing)[wanted]
         n = len(experts)
@@ -142,14 +144,14 @@ class VramStore(ExpertStore):
         if n:
             packed = on_gpu(np.concatenate([sources, slots, [n]]), self.device)
             copies = Copies(packed[2 * n :], packed[n : 2 * n], self._scratch, packed[:n])
-            page_in(copies, self.records, self.layouts[landing.layer], programs=PROGRAMS)
+            page_in(copies, self.slot_memory, self.layouts[landing.layer], programs=PROGRAMS)
         self.uploads.release(landing)
         self.counts.pcie_bytes += self.record_bytes[landing.layer] * len(landing.experts)
         if n:
             multiply(experts, self._address(slots))
 
     def _send_ahead(self, layer: int) -> None:
-        """Fill free zones with what `layer` lacks, if all of it will be wanted."""
+        """Fill free landing zones with the absent experts of `layer`, if the chunk will want all of them."""
         if not self._streaming or layer >= self.table.layers:
             return
         first = layer * self.table.experts
@@ -157,20 +159,20 @@ class VramStore(ExpertStore):
         self._send(layer, absent[~self._among(absent, self.uploads.under_way(layer))])
 
     def _send(self, layer: int, todo: Ints) -> Ints:
-        """Fill free zones with the first of `todo`; returns the rest."""
+        """Fill free landing zones with the first experts of `todo`; return the others."""
         while self.uploads.room and len(todo):
             self.uploads.send(layer, todo[: self.uploads.batch], self.clock)
             todo = todo[self.uploads.batch :]
         return todo
 
     def _among(self, experts: Ints, some: Ints) -> NDArray[np.bool_]:
-        """Which of `experts` [n] are in `some`; np.isin takes 40 µs, this 3."""
+        """Return which of `experts` [n] are in `some`, in 3 µs (np.isin: 40)."""
         marked = np.zeros(self.table.experts, np.bool_)
         marked[some] = True
         return marked[experts]
 
     def _forget(self, layer: int, missing: Ints) -> None:
-        """The bytes of `missing` did not all come: none of them is resident."""
+        """Mark all of `missing` absent, after a transfer in which not all of their bytes arrived."""
         records = layer * self.table.experts + missing
         slots = self.table.slot_of[records]
         slots = slots[slots >= 0]
@@ -178,4 +180,4 @@ class VramStore(ExpertStore):
         self.table.abandon(slots)
 
     def _address(self, slots: Ints) -> Ints:
-        return self.records.data_ptr() + slots.astype(np.int64) * self.records.stride(0)
+        return self.slot_memory.data_ptr() + slots.astype(np.int64) * self.slot_memory.stride(0)

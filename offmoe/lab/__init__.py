@@ -1,1 +1,1 @@
-"""The policy lab: traces, replay, live measurements and tuning. Its commands are in the files named *_cli."""
+"""Lab: routing traces, replay of policies, live measurements and tuning."""

@@ -1,4 +1,4 @@
-"""`offmoe bench …`."""
+"""Command group `offmoe bench`."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ from offmoe.app.options import LazyGroup
     modules={"policies": "offmoe.lab.policies.cli", "latency": "offmoe.lab.live.cli"},
 )
 def bench() -> None:
-    """Measure cache and prefetch policies: replayed on a trace, or live."""
+    """Measure cache policies and prefetchers, on recorded traces or in the engine."""

@@ -1,8 +1,7 @@
-"""Reads byte ranges from the model's files with a few threads; O_DIRECT where the filesystem allows.
+"""Reads of byte ranges of the model's files by a few threads, with O_DIRECT where the filesystem allows it.
 
-Who waits on whom: the engine's thread asks and waits; the readers only read and never decide. A demanded read
-overtakes those of the background, also one that was queued earlier (`hurry`), and gets in between the chunks of one
-that is being read: an expert may have 100 MB.
+The engine's thread requests and waits; readers only read and never decide. A demanded read overtakes background reads,
+including one queued earlier (`hurry`), and is served between the chunks of one in progress: an expert may have 100 MB.
 """
 
 from __future__ import annotations
@@ -23,40 +22,44 @@ from numpy.typing import NDArray
 from offmoe.checkpoint.base import ByteRange
 from offmoe.errors import OffmoeError
 
-PAGE = 4096  # what O_DIRECT wants of offsets, lengths and addresses
+PAGE = 4096  # alignment that O_DIRECT requires of offsets, lengths and addresses
 URGENT, BACKGROUND, STOP = 1, 2, 0
-CHUNK = 8 << 20  # bytes of one call, and of each thread's bounce buffer
-CLOSE_S = 5.0  # for a disk that gives nothing
+CHUNK = 8 << 20  # bytes of one call, and at most of each thread's bounce buffer
+CLOSE_S = 5.0  # patience with a silent disk when closing
 
-Turn = Callable[[NDArray[np.uint8], NDArray[np.uint8]], None]
+Transform = Callable[[NDArray[np.uint8], NDArray[np.uint8]], None]
 
 
 class Read:
-    """Ranges that will lie one after another in `target`; `done` yields the bytes taken from the disk.
+    """A read of `ranges` into `target`, one after another; `done` is the number of bytes taken from the disk.
 
-    With a `turn` it is what `turn(raw, target)` makes of them.
+    With a `transform`, the bytes go to a buffer and `transform(raw, target)` writes the target.
     """
 
     def __init__(
-        self, ranges: list[ByteRange], target: NDArray[np.uint8], background: bool = False, turn: Turn | None = None
+        self,
+        ranges: list[ByteRange],
+        target: NDArray[np.uint8],
+        background: bool = False,
+        transform: Transform | None = None,
     ) -> None:
         self.ranges = ranges
-        self.background = background  # others may overtake it
+        self.background = background  # demanded reads may overtake it
         self.target = target
-        self.turn = turn
+        self.transform = transform
         self.done: Future[int] = Future()
         self._lock = threading.Lock()
         self._taken = False
 
     def take(self) -> bool:
-        """True for the first who asks: a hurried read stands in the queue twice."""
+        """Return True for the first caller only: a hurried read is in the queue twice."""
         with self._lock:
             first, self._taken = not self._taken, True
         return first
 
 
 class Reader:
-    """A few threads over the files of a checkpoint. `direct`: the page cache is passed by."""
+    """Threads that read the files of a checkpoint. `direct`: they bypass the page cache."""
 
     def __init__(self, files: list[Path], threads: int = 4) -> None:
         self.files = files
@@ -70,10 +73,14 @@ class Reader:
             thread.start()
 
     def read(
-        self, ranges: list[ByteRange], target: NDArray[np.uint8], priority: int = URGENT, turn: Turn | None = None
+        self,
+        ranges: list[ByteRange],
+        target: NDArray[np.uint8],
+        priority: int = URGENT,
+        transform: Transform | None = None,
     ) -> Read:
-        """Start reading; `target` [bytes] must outlive the read."""
-        read = Read(ranges, target, priority == BACKGROUND, turn)
+        """Start a read into `target` [bytes], which must outlive it."""
+        read = Read(ranges, target, priority == BACKGROUND, transform)
         self._queue.put((priority, next(self._order), read))
         return read
 
@@ -83,9 +90,9 @@ class Reader:
         self._queue.put((URGENT, next(self._order), read))
 
     def close(self) -> None:
-        """Stop the threads; reads not begun are dropped, with an error for who waits.
+        """Stop the threads. Reads that have not begun fail with an error.
 
-        A thread whose disk gives nothing is left alone, and so are the files that it reads.
+        A thread that hangs on a silent disk is abandoned, and its files stay open.
         """
         self._stop(len(self._threads))
         deadline = time.monotonic() + CLOSE_S
@@ -119,11 +126,11 @@ class Reader:
             read.done.set_exception(error)
 
     def _read(self, read: Read, bounce: Bounce) -> int:
-        if read.turn is None:
+        if read.transform is None:
             return self._read_into(read.target, read, bounce)
         raw = np.empty(sum(wanted.nbytes for wanted in read.ranges), np.uint8)
         moved = self._read_into(raw, read, bounce)
-        read.turn(raw, read.target)
+        read.transform(raw, read.target)
         return moved
 
     def _read_into(self, target: NDArray[np.uint8], read: Read, bounce: Bounce) -> int:
@@ -147,7 +154,7 @@ class Reader:
             raise OffmoeError(f"reading {self.files[file]} failed: {error.strerror or error}") from None
 
     def _let_pass(self, bounce: Bounce) -> None:
-        """Read what is demanded meanwhile."""
+        """Serve demanded reads that were queued in the meantime."""
         while not self._queue.empty():
             try:
                 item = self._queue.get_nowait()
@@ -160,7 +167,7 @@ class Reader:
 
 
 class Bounce:
-    """Page-aligned memory of one thread: an expert in a GGUF starts and ends anywhere in a page."""
+    """A thread's page-aligned buffer: in a GGUF, an expert starts and ends anywhere in a page."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
@@ -172,11 +179,11 @@ class Bounce:
 
 
 def open_direct(path: Path) -> int | None:
-    """A descriptor that bypasses the page cache, or None where the filesystem refuses (tmpfs, some FUSE)."""
+    """Return a descriptor that bypasses the page cache, or None where the filesystem refuses (tmpfs, some FUSE)."""
     fd = None
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-        os.preadv(fd, [mmap.mmap(-1, PAGE)], 0)  # some refuse only here
+        os.preadv(fd, [mmap.mmap(-1, PAGE)], 0)  # some filesystems refuse only here
     except OSError:
         if fd is not None:
             os.close(fd)
@@ -185,7 +192,7 @@ def open_direct(path: Path) -> int | None:
 
 
 def read_direct(fd: int, target: NDArray[np.uint8], offset: int, bounce: Bounce) -> int:
-    """Read the whole pages around `target`'s bytes and keep those; returns the bytes read."""
+    """Read the pages that contain `target`'s bytes and copy these; return the number of bytes read."""
     skip = offset % PAGE
     pages = bounce.of(-(-(skip + target.size) // PAGE) * PAGE)
     moved = read_fully(fd, pages.data, offset - skip, skip + target.size)
@@ -194,7 +201,7 @@ def read_direct(fd: int, target: NDArray[np.uint8], offset: int, bounce: Bounce)
 
 
 def read_fully(fd: int, buffer: memoryview, offset: int, needed: int) -> int:
-    """Fill `buffer` with at least `needed` bytes; a file that ends before has shrunk since it was opened."""
+    """Read at least `needed` bytes into `buffer`; return the number. OSError if the file has shrunk."""
     done = 0
     while done < needed:
         got = os.preadv(fd, [buffer[done:]], offset + done)

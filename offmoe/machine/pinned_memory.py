@@ -1,4 +1,4 @@
-"""Host memory, to the byte: for the RAM tier, and on the CPU for the KV cache."""
+"""Host memory allocated and pinned to the byte: for the RAM tier, and on the CPU for the KV cache."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor
 from offmoe.errors import OffmoeError
 from offmoe.settings import format_size
 
-PIECE = 256 << 20  # bytes, about: what somebody who needs another piece may have to wait for
+PIECE = 256 << 20  # bytes pinned in one call, about: a thread that needs another piece may have to wait for this one
 
 
 def host_memory(nbytes: int) -> Tensor:
-    """Zeroed bytes [nbytes] that take no memory before they are touched."""
+    """Return zeroed bytes [nbytes] that take no memory until they are touched. Raises OffmoeError."""
     try:
         return torch.from_numpy(np.frombuffer(mmap.mmap(-1, nbytes), np.uint8))
     except OSError:
@@ -28,7 +28,7 @@ def host_memory(nbytes: int) -> Tensor:
 
 
 def register(tensor: Tensor) -> None:
-    """Page-lock host memory for the GPU's copy engine, to the byte: torch's own allocator takes powers of two."""
+    """Pin (page-lock) host memory for the GPU, to the byte: torch's allocator rounds up to powers of two."""
     status = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
     if int(status) != 0:
         raise OffmoeError(
@@ -42,18 +42,18 @@ def unregister(tensor: Tensor) -> None:
 
 
 class Pinning:
-    """Page-locks `memory` [rows, stride] in a thread of its own, while others fill it.
+    """A thread that pins `memory` [rows, stride] piece by piece while other threads fill it.
 
-    Pieces are whole rows and whole pages. A copy must not span two of them: CUDA knows each as memory of its own.
+    A piece is whole rows and whole pages. A copy must not span two pieces, each of which CUDA registers separately.
     """
 
     def __init__(self, memory: Tensor) -> None:
         rows, stride = memory.shape
-        together = math.lcm(stride, mmap.PAGESIZE) // stride  # rows after which a page ends too
+        together = math.lcm(stride, mmap.PAGESIZE) // stride  # rows after which a page ends as well
         self.piece_rows = -(-PIECE // (together * stride)) * together
-        self.rows: NDArray[np.bool_] = np.zeros(rows, np.bool_)  # [rows] that are pinned; they stay so
-        self.pieces = 0  # that are pinned
-        self.error: OffmoeError | None = None  # after which no more is pinned
+        self.rows: NDArray[np.bool_] = np.zeros(rows, np.bool_)  # pinned rows [rows]; they stay pinned
+        self.pieces = 0  # number of pinned pieces
+        self.error: OffmoeError | None = None  # once set, nothing more is pinned
         self._parts = memory.split(self.piece_rows)
         self._waiting = deque(range(len(self._parts)))
         self._changed = threading.Condition()
@@ -73,7 +73,7 @@ class Pinning:
             raise self.error
 
     def wait(self, rows: NDArray[np.integer], end: float = math.inf) -> None:
-        """Until these rows are pinned, no longer than to `end` (of time.monotonic); their pieces come next."""
+        """Wait until these rows are pinned, at most until `end` (time.monotonic); their pieces are pinned next."""
         if self.rows[rows].all():
             return
         with self._changed:
@@ -87,7 +87,7 @@ class Pinning:
             raise self.error or OffmoeError(closed if self._closed else "CUDA takes too long to pin memory")
 
     def close(self) -> None:
-        """Waits for the piece that is being pinned."""
+        """Stop, after the piece that is being pinned, and unpin everything."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -99,7 +99,7 @@ class Pinning:
     def _run(self) -> None:
         try:
             if self._device is not None:
-                torch.cuda.set_device(self._device)  # a thread begins on the first GPU
+                torch.cuda.set_device(self._device)  # a new thread starts on the first GPU
             while (piece := self._next()) is not None:
                 register(self._parts[piece])
                 self._pinned.append(self._parts[piece])

@@ -1,4 +1,4 @@
-"""Streams and events of one GPU. On the CPU, where tests interpret kernels, all is in order and these do nothing."""
+"""CUDA streams and events of one GPU; on the CPU, where tests interpret kernels in order, they do nothing."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ import torch
 
 
 class Event:
-    """A point in a lane's work that others can wait for; one that was never set does not hold anybody up."""
+    """A point in a stream's work that other streams can wait for; an event that was never set delays nobody."""
 
     def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event() if device.type == "cuda" else None
 
     def set(self) -> None:
-        """In the current stream."""
+        """Record the event in the current stream."""
         if self._event is not None:
             self._event.record()
 
     def wait(self) -> None:
-        """The current stream goes on once the point was reached."""
+        """Make the current stream wait for the event."""
         if self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
 
     def synchronise(self) -> None:
-        """The host goes on once the point was reached."""
+        """Make the host wait for the event."""
         if self._event is not None:
             self._event.synchronize()
 
 
 class Stream:
-    """A stream beside the current one."""
+    """A stream in addition to the current one."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """What is launched inside goes into this lane."""
+        """Launch into this stream inside the context."""
         if self._stream is None:
             yield
         else:

@@ -1,4 +1,4 @@
-"""An opened model: what its files hold and where each record lies. Nothing but headers is read here."""
+"""An opened model: its tensors by role, and the byte ranges of every record. Only headers are read here."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from offmoe.checkpoint.open import open_checkpoint
 from offmoe.checkpoint.row_major import Bytes
 from offmoe.kernels.planes import slot_layout
 from offmoe.kernels.record import RecordLayout
-from offmoe.machine.gc_pause import collecting_no_garbage
+from offmoe.machine.gc_pause import gc_paused
+from offmoe.mixers.base import Names
 from offmoe.models.config import ModelConfig
-from offmoe.models.family import Family, Names, Values
-from offmoe.models.held import held_rows
+from offmoe.models.family import Family, Values
 from offmoe.models.quantisation import assemble
 from offmoe.models.read_config import read_config
 from offmoe.models.shapes import bias_shapes
@@ -29,18 +29,18 @@ from offmoe.models.tensors import check_trunk, find, holder, is_split, record_la
 class Model:
     """Checkpoint, family and config, with the layout of every layer's records.
 
-    Records are numbered by place (see ModelConfig), tensors by layer.
+    Records are numbered by moe_layer (see MoeConfig), tensors by layer.
     """
 
     checkpoint: Checkpoint
     family: Family
     config: ModelConfig
     names: Names
-    layouts: tuple[RecordLayout, ...]  # by place: Q4_K_M files mix formats
+    layouts: tuple[RecordLayout, ...]  # by moe_layer: Q4_K_M files mix formats
 
     @property
     def slot_bytes(self) -> int:
-        """A slot holds the largest record in its planes, rounded up to 256 bytes so that every slot starts aligned."""
+        """Bytes of a slot: the largest record in its planes, rounded up to 256 so that every slot starts aligned."""
         return -(-max(slot_layout(layout).nbytes for layout in set(self.layouts)) // 256) * 256
 
     @property
@@ -49,21 +49,27 @@ class Model:
 
     @property
     def record_bytes(self) -> int:
-        """Of all routed experts together."""
+        """Bytes of all routed experts together."""
         return sum(layout.nbytes for layout in self.layouts) * self.config.experts
 
     @property
     def interleaved(self) -> bool:
-        """Whether the pairs that are rotated together lie side by side in q's and k's rows."""
+        """Whether rotated pairs are neighbours in the rows of q and k."""
         return self.family.interleaved or (self.checkpoint.kind == "gguf" and self.family.interleaved_gguf)
 
     @property
+    def tiled(self) -> bool:
+        """Whether the value heads of DeltaNet are in llama.cpp's order."""
+        return self.checkpoint.kind == "gguf" and self.family.tiled_gguf
+
+    @property
     def record_weights(self) -> int:
-        return 3 * self.config.hidden * self.config.expert_hidden
+        """Weights of one expert."""
+        return 3 * self.config.hidden * self.config.moe.expert_hidden
 
     @property
     def split(self) -> bool:
-        """Whether kv_b lies in two halves, see `latent_shapes`."""
+        """Whether latent attention's kv_b is stored in two halves."""
         return is_split(self.checkpoint, self.names)
 
     def find(self, role: str, layer: int = 0, expert: int = 0) -> TensorInfo | None:
@@ -71,37 +77,37 @@ class Model:
         return find(self.checkpoint, self.names, role, layer, expert)
 
     def stored(self, role: str, layer: int = 0) -> tuple[TensorInfo, Tensor | None]:
-        """The tensor that `role` lies in, and which of its rows are meant; None: all."""
-        there = "q" if role == "q_gate" else holder(self.checkpoint, self.names, role, layer)
+        """The tensor that holds `role`, and the indices of its rows there; None: all rows."""
+        mixer = self.config.mixers[layer]
+        there = holder(self.checkpoint, self.names, mixer, role, layer)
         info = self.find(there, layer)
         assert info is not None, f"{role} was there when the model was opened"
-        gated = self.config.output_gated and there == "q"
-        return info, held_rows(role, self.config) if gated or there != role else None
+        return info, mixer.held_rows(role) if mixer.held.get(role) == there else None
 
     def weight_transform(self, role: str) -> Values | None:
-        """What turns the numbers in the file into those that are computed with; None: they are."""
+        """Stored → effective weights (for example w + 1), or None for identity."""
         return None if self.checkpoint.kind == "gguf" else self.family.values.get(role)
 
     def ranges(self, moe_layer: int, expert: int) -> list[ByteRange]:
-        """Where the parts of a record lie, in the order of its layout."""
+        """Byte ranges of a record's parts, in the order of its layout."""
         found = ((info, expert if info.matrices > 1 else 0) for info in self.parts(moe_layer, expert))
         return [r for info, number in found for r in info.ranges(number)]
 
     def parts(self, moe_layer: int, expert: int) -> list[TensorInfo]:
-        """The tensors that a record lies in, in the order of its layout."""
+        """Tensors that hold a record's parts, in the order of its layout."""
         found = [self.find(part.name, self.config.routed[moe_layer], expert) for part in self.layouts[moe_layer].parts]
         return [info for info in found if info is not None]  # all were there when the model was opened
 
     def transposed(self, moe_layer: int) -> bool:
-        """Whether records are to be turned upright as they are read."""
+        """Whether records are transposed as they are read."""
         return any(info.row_major for info in self.parts(moe_layer, 0))
 
     def to_row_major(self, moe_layer: int, expert: int) -> Callable[[Bytes, Bytes], None]:
-        """What makes a record of the bytes in its ranges: `turn(raw, record)`."""
+        """Function `(raw, record)` that makes a record of the bytes in its ranges."""
         return partial(row_major_record, self.parts(moe_layer, expert), self.layouts[moe_layer])
 
     def expert_biases(self, moe_layer: int) -> tuple[Tensor, Tensor]:
-        """Of all experts of a place, float32: gate beside up [E, 2F], down [E, H]."""
+        """Biases of all experts of a layer, float32: gate and up concatenated [E, 2F], down [E, H]."""
         layer = self.config.routed[moe_layer]
         found = {}
         for role in bias_shapes(self.names, self.config):
@@ -118,7 +124,7 @@ class Model:
 
 def open_model(path: str | Path) -> Model:
     """Open a checkpoint and check that its tensors are those of its config. Raises OffmoeError."""
-    with collecting_no_garbage():
+    with gc_paused():
         checkpoint = open_checkpoint(path)
         try:
             return described(checkpoint)
@@ -128,6 +134,7 @@ def open_model(path: str | Path) -> Model:
 
 
 def described(checkpoint: Checkpoint) -> Model:
+    """The model in an opened checkpoint. Raises OffmoeError."""
     family, config = read_config(checkpoint)
     names = family.gguf_names if checkpoint.kind == "gguf" else family.names
     if checkpoint.kind == "safetensors":
@@ -140,9 +147,9 @@ def described(checkpoint: Checkpoint) -> Model:
 
 
 def row_major_record(parts: Sequence[TensorInfo], layout: RecordLayout, raw: Bytes, record: Bytes) -> None:
-    """See Model.turn."""
+    """Copy the parts in `raw` into `record`, those that are stored by columns transposed."""
     at = 0
     for info, part in zip(parts, layout.parts, strict=True):
-        transposed = raw[at : (at := at + sum(r.nbytes for r in info.ranges()))]
-        row_major = info.row_major(transposed, info.name) if info.row_major else transposed
-        record[part.offset : part.offset + part.nbytes] = row_major
+        stored = raw[at : (at := at + sum(r.nbytes for r in info.ranges()))]
+        rows = info.row_major(stored, info.name) if info.row_major else stored
+        record[part.offset : part.offset + part.nbytes] = rows

@@ -10,7 +10,7 @@ from offmoe.checkpoint.base import TensorInfo
 from offmoe.kernels.formats import FORMATS
 from offmoe.models.config import ModelConfig
 from offmoe.models.model import Model
-from offmoe.models.shapes import trunk_roles, trunk_shapes
+from offmoe.models.shapes import trunk_roles
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Weights:
 
     total: int
     active: int  # a token: everything but the experts that it is not routed to
-    active_without_embedding: int  # some models leave the input embedding out of their own figure
-    trunk_bytes: int  # of everything but the routed experts, in the file
-    unpacked_bytes: int  # that a GPU holds beyond these: float8 in bfloat16
+    active_without_embedding: int  # some models' published figure leaves the input embedding out
+    trunk_bytes: int  # in the file, of everything but the routed experts
+    unpacked_bytes: int  # more on a GPU, which holds float8 as bfloat16
 
 
 def count_weights(model: Model) -> Weights:
@@ -36,24 +36,26 @@ def count_weights(model: Model) -> Weights:
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int, int]:
-    """In total; active a token; of these without the input embedding, where that is not the head too."""
+    """Parameters in total; active a token; active without the input embedding, unless that is the head too."""
     c = config
-    routed, resident = c.moe_layers * c.experts * 3 * c.hidden * c.expert_hidden + bias_weights(c), trunk_weights(c)
+    routed = c.moe_layers * c.experts * 3 * c.hidden * c.moe.expert_hidden + bias_weights(c)
+    resident = trunk_weights(c)
     active = resident + routed * c.top_k // c.experts
-    return resident + routed, active, active - (0 if c.tied else prod(trunk_shapes(c)["embed"]))
+    return resident + routed, active, active - (0 if c.stream.tied else c.vocab * c.hidden)
 
 
 def trunk_weights(config: ModelConfig) -> int:
-    """Parameters of everything that is no routed expert."""
+    """Parameters of everything but the routed experts."""
     return sum(prod(shape) for _, _, shape in trunk_roles(config))
 
 
 def bias_weights(config: ModelConfig) -> int:
-    """Of all routed experts; they stay beside the trunk, in float32, and count as the experts'."""
-    return config.moe_layers * config.experts * (2 * config.expert_hidden + config.hidden) if config.expert_bias else 0
+    """Biases of all routed experts: they stay with the trunk, in float32, and count as the experts' parameters."""
+    moe = config.moe
+    return config.moe_layers * moe.experts * (2 * moe.expert_hidden + config.hidden) if moe.expert_bias else 0
 
 
 def trunk_tensors(model: Model) -> Iterator[TensorInfo]:
-    """Everything that is used and no routed expert; files may hold more (layers that predict several tokens)."""
+    """Tensors that are used, but for the routed experts'; files may hold more (layers that predict several tokens)."""
     found = (model.stored(role, layer)[0] for role, layer, _ in trunk_roles(model.config, model.split))
     yield from {info.name: info for info in found}.values()

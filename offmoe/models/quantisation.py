@@ -1,6 +1,6 @@
-"""The `quantization_config` of a config.json: how a model's files pack matrices, a function a `quant_method`.
+"""Read the `quantization_config` of a config.json: how files pack matrices. One function for each `quant_method`.
 
-How activations were to be quantised is not looked at: we compute with them as they are.
+Schemes for activations are ignored: offmoe computes with activations as they are.
 """
 
 from __future__ import annotations
@@ -8,60 +8,62 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from offmoe.checkpoint.base import Checkpoint, shown
-from offmoe.checkpoint.int4 import Packing, Parts, check_small
-from offmoe.checkpoint.safetensors import unsupported
-from offmoe.checkpoint.scaled import Scaled
+from offmoe.checkpoint.base import Checkpoint, quote
+from offmoe.checkpoint.int4 import Int4Tensors, Packing, check_zero_points
+from offmoe.checkpoint.safetensors import unsupported_dtype
+from offmoe.checkpoint.scaled import ScaledTensors
 from offmoe.errors import OffmoeError
 
 Table = Mapping[str, Any]
 
 
 def packing_of(config: object) -> Packing | None:
-    """Of codes of 4 bits in groups; None: what there is besides, the tensors say themselves. Raises OffmoeError, by
-    field and value, where the config asks for what is not implemented."""
+    """Packing of 4-bit codes in groups; None for every other format, which the tensors themselves describe.
+
+    Raises OffmoeError, by field and value, on what is not implemented.
+    """
     if config is None:
         return None
-    said: Table = config if isinstance(config, Mapping) else {"quant_method": config}
-    method = said.get("quant_method", said.get("quant_library"))
+    table: Table = config if isinstance(config, Mapping) else {"quant_method": config}
+    method = table.get("quant_method", table.get("quant_library"))
     if not isinstance(method, str) or method not in METHODS:
         raise OffmoeError(
-            f"quantization_config: quant_method is {shown(method)}, and offmoe implements {', '.join(METHODS)}: "
+            f"quantization_config: quant_method is {quote(method)}, and offmoe implements {', '.join(METHODS)}: "
             "this model cannot be run yet"
         )
-    return METHODS[method](said)
+    return METHODS[method](table)
 
 
 def assemble(checkpoint: Checkpoint, config: object) -> None:
-    """Puts matrices that are several tensors into `checkpoint.tensors`, in place of these.
+    """Replace tensors that are parts of one matrix by that matrix, in `checkpoint.tensors`.
 
-    Zero points and columns' groups, where the config says that they say nothing, are looked at here for all but the
-    experts behind a layer's first: these 18,000 small reads of a large model are made as its records are.
+    Zero points and column groups that the config declares trivial are checked here, for a layer's first expert only:
+    the 18,000 small reads for the other experts of a large model are made when their records are read.
     """
-    packing, scaled = packing_of(config), Scaled(checkpoint)
-    parts = Parts(checkpoint, packing) if packing else None
+    packing, scaled = packing_of(config), ScaledTensors(checkpoint)
+    parts = Int4Tensors(checkpoint, packing) if packing else None
     found = [*scaled.matrices(), *(parts.matrices() if parts else ())]
     used = scaled.used | (parts.used if parts else set())
     for name, info in checkpoint.parts.items():
         if name not in used:
-            raise unsupported(checkpoint.path, name, info.format)
+            raise unsupported_dtype(checkpoint.path, name, info.format)
     kept = {name: info for name, info in checkpoint.tensors.items() if name not in used}
     checkpoint.tensors = {**kept, **{info.name: info for info in found}}
     checkpoint.parts = {}
     for info in found:
         _, _, expert = info.name.partition(".experts.")
         if not expert or expert.startswith("0."):
-            check_small(checkpoint, info)
+            check_zero_points(checkpoint, info)
 
 
 def awq(config: Table) -> Packing:
-    """AutoAWQ's, and llm-compressor's of that name."""
+    """AWQ, as AutoAWQ and llm-compressor write it."""
     demand(config, "awq", bits=(4,), zero_point=(True,), version=("gemm", "GEMM", None), format=("gemm", None))
     return Packing("awq", group_size(config, "awq"), zeros=True)
 
 
 def gptq(config: Table) -> Packing:
-    """AutoGPTQ's and GPTQModel's; the first format has zero points one too small."""
+    """GPTQ, as AutoGPTQ and GPTQModel write it; zero points in the first format are one too small."""
     demand(config, "gptq", bits=(4,), desc_act=(False, None), sym=(True, False), pack_dtype=("int32", None),
            checkpoint_format=("gptq", "gptq_v2", None), format=("gptq", "gptq_v2", None),
            is_marlin_format=(False, None))  # fmt: skip
@@ -69,20 +71,20 @@ def gptq(config: Table) -> Packing:
     if others:
         raise refused("gptq", "dynamic", others[0], "one way for all modules")
     first = "gptq_v2" not in (config.get("checkpoint_format"), config.get("format"))
-    return Packing("gptq", group_size(config, "gptq"), zeros=not config["sym"], plus=int(first))
+    return Packing("gptq", group_size(config, "gptq"), zeros=not config["sym"], zero_offset=int(first))
 
 
 def fp8(config: Table) -> None:
-    """DeepSeek-V3's and Qwen3's, and that of transformers with a scale for all of a matrix."""
+    """Float8 of DeepSeek-V3 and Qwen3, and of transformers with one scale a matrix."""
     demand(config, "fp8", weight_block_size=([128, 128], None), fmt=("e4m3", "float8_e4m3fn", None))
 
 
 def mxfp4(config: Table) -> None:
-    """gpt-oss's."""
+    """MXFP4 of gpt-oss."""
 
 
 def modelopt(config: Table) -> None:
-    """Of NVIDIA's Model Optimizer (modelopt.torch.export)."""
+    """Formats of NVIDIA's Model Optimizer (modelopt.torch.export)."""
     algorithms = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4")
     demand(config, "modelopt", quant_algo=(*algorithms, "MIXED_PRECISION"), group_size=(16, None))
     layers = config.get("quantized_layers") or {}
@@ -93,14 +95,14 @@ def modelopt(config: Table) -> None:
 
 
 def compressed_tensors(config: Table) -> Packing | None:
-    """Of llm-compressor; a group of modules may have a format of its own."""
+    """Formats of llm-compressor; a group of modules may have a format of its own."""
     method = "compressed-tensors"
     demand(config, method, sparsity_config=(None, {}), transform_config=(None, {}))
     groups = config.get("config_groups")
     groups = list(groups.values()) if isinstance(groups, Mapping) else []
     if not groups or not all(isinstance(g, Mapping) and isinstance(g.get("weights"), Mapping) for g in groups):
         raise refused(method, "config_groups", config.get("config_groups"), "groups of modules with their weights")
-    schemes = []  # of codes of 4 bits
+    schemes = []  # with 4-bit codes
     for group in groups:
         name, weights = group.get("format") or config.get("format"), group["weights"]
         if name == PACKED:
@@ -113,7 +115,7 @@ def compressed_tensors(config: Table) -> Packing | None:
 
 
 def pack_quantized(schemes: list[Table]) -> Packing:
-    """compressed-tensors' format of that name."""
+    """4-bit codes of compressed-tensors."""
     method, weights = "compressed-tensors", schemes[0]
     if any(scheme != weights for scheme in schemes):
         raise refused(method, "config_groups", schemes, f"the same weights in all groups of {PACKED}")
@@ -127,7 +129,7 @@ PACKED = "pack-quantized"
 FLOAT8: dict[str, tuple[object, ...]] = {
     "num_bits": (8,), "strategy": ("channel", "tensor", "block"), "block_structure": ([128, 128], None),
 }  # fmt: skip
-WEIGHTS: dict[str, dict[str, tuple[object, ...]]] = {  # of compressed-tensors' formats of floats
+WEIGHTS: dict[str, dict[str, tuple[object, ...]]] = {  # float formats of compressed-tensors
     "float-quantized": FLOAT8,
     "naive-quantized": FLOAT8,
     "nvfp4-pack-quantized": {"num_bits": (4,), "strategy": ("tensor_group",), "group_size": (16,)},
@@ -140,7 +142,7 @@ METHODS: dict[str, Callable[[Table], Packing | None]] = {
 
 
 def demand(config: Table, method: str, **allowed: tuple[object, ...]) -> None:
-    """Every field has one of the values; None: it may be left out."""
+    """Raise OffmoeError unless every field has one of its values; None: it may be missing."""
     for field, values in allowed.items():
         if not any(config.get(field) is value or config.get(field) == value for value in values):
             raise refused(method, field, config.get(field), " or ".join(repr(value) for value in values))
@@ -155,6 +157,6 @@ def group_size(config: Table, method: str) -> int:
 
 def refused(method: str, field: str, value: object, implemented: str) -> OffmoeError:
     return OffmoeError(
-        f"quantization_config of {method}: {field} is {shown(value)}, and offmoe implements {implemented}: "
+        f"quantization_config of {method}: {field} is {quote(value)}, and offmoe implements {implemented}: "
         "this model cannot be run yet"
     )

@@ -1,26 +1,28 @@
-"""A ModelConfig out of `config.json` or the metadata of a GGUF."""
+"""Read a ModelConfig from `config.json` or from the metadata of a GGUF."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from math import prod
 from typing import Any
 
-from offmoe.checkpoint.base import Checkpoint, shown
+from offmoe.checkpoint.base import Checkpoint, quote
+from offmoe.checkpoint.fields import count, flag, number
 from offmoe.errors import OffmoeError
 from offmoe.kernels.route import Rule
-from offmoe.models.config import ModelConfig, checked
+from offmoe.mixers.heads.config import HeadsConfig
+from offmoe.mixers.rope import RopeConfig
+from offmoe.models.config import ModelConfig, MoeConfig, NormConfig, StreamConfig, checked
 from offmoe.models.family import Family, family_of
-from offmoe.models.fields import count, flag, number
 from offmoe.models.quantisation import packing_of
 from offmoe.models.rope import GGUF_FACTORS, gguf_scaling, positions, rope_parameters, scaling_of
 
 MOST_LAYERS = 4096
-MOST_PAIRS = 4096  # that a head turns
+MOST_PAIRS = 4096  # of rotated values in a head
 
 
 def read_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
+    """Family and config of an opened checkpoint. Raises OffmoeError."""
     if checkpoint.kind == "gguf":
         arch = checkpoint.metadata.get("general.architecture")
         family = family_of("arch", arch, gating(checkpoint, arch))
@@ -35,7 +37,7 @@ def read_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
 
 
 def rope_factors(checkpoint: Checkpoint) -> list[float] | None:
-    """The values of GGUF_FACTORS; None: there are none."""
+    """Values of the tensor GGUF_FACTORS; None where there is none."""
     info = checkpoint.tensors.get(GGUF_FACTORS)
     if info is not None and prod(info.shape) > MOST_PAIRS:
         raise OffmoeError(f"tensor {GGUF_FACTORS} has shape {list(info.shape)}: expected a number a pair of a head")
@@ -43,13 +45,13 @@ def rope_factors(checkpoint: Checkpoint) -> list[float] | None:
 
 
 def gating(checkpoint: Checkpoint, arch: object) -> object:
-    """expert_gating_func, which old files leave out: there it is a sigmoid (2) where a bias corrects the scores."""
+    """expert_gating_func; old files leave it out, and mean a sigmoid (2) where a bias corrects the scores."""
     biased = any(name.endswith("exp_probs_b.bias") for name in checkpoint.tensors)
     return checkpoint.metadata.get(f"{arch}.expert_gating_func") or (2 if biased else 1)
 
 
 def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
-    """A Hugging Face `config.json`; what is not implemented is refused by field and value."""
+    """Config of a Hugging Face `config.json`. Raises OffmoeError, by field and value, on what is not implemented."""
     raw = family.translated(raw)
     refuse_unimplemented(raw, family)
     heads, hidden, rope = count(raw, "num_attention_heads"), count(raw, "hidden_size"), rope_parameters(raw)
@@ -57,39 +59,48 @@ def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     layers, top_k = count(raw, "num_hidden_layers"), count(raw, "num_experts_per_tok")
     if layers > MOST_LAYERS:
         raise OffmoeError(f"the config has {layers} layers: no published model has so many")
-    rule = Rule(top_k=top_k, renormalise=flag(raw, "norm_topk_prob", family.renormalise))
     scaling = scaling_of(raw)
-    config = ModelConfig(
-        model_type=family.model_type,
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        kv_heads=count(raw, "num_key_value_heads", default=heads),
-        head_dim=head_dim,
-        vocab=count(raw, "vocab_size"),
+    eps = number(raw, "rms_norm_eps", 1e-6)
+    moe = MoeConfig(
         experts=count(raw, "num_experts", "num_local_experts", "n_routed_experts"),
         top_k=top_k,
         expert_hidden=count(raw, "moe_intermediate_size", "intermediate_size"),
-        ctx=positions(raw, scaling),
-        norm_eps=number(raw, "rms_norm_eps", 1e-6),
-        rope_theta=number(rope, "rope_theta", family.rope_theta),
-        rotary=int(head_dim * number(rope, "partial_rotary_factor", family.partial_rotary)),
-        clip_qkv=number(raw, "clip_qkv", 0.0) or None,
-        tied=flag(raw, "tie_word_embeddings", False),
-        rule=rule,
+        rule=Rule(top_k=top_k, renormalise=flag(raw, "norm_topk_prob", family.renormalise)),
         routed=tuple(range(layers)),
-        qk_norm=family.qk_norm,
-        rope=scaling,
     )
-    return checked(replace(config, **family.fields(raw, layers, rule)))
+    mixer = HeadsConfig(
+        heads=heads,
+        kv_heads=count(raw, "num_key_value_heads", default=heads),
+        head_dim=head_dim,
+        rope=RopeConfig(
+            rotary=int(head_dim * number(rope, "partial_rotary_factor", family.partial_rotary)),
+            theta=number(rope, "rope_theta", family.rope_theta),
+            scaling=scaling,
+        ),
+        eps=eps,
+        qk_norm=family.qk_norm,
+        clip=number(raw, "clip_qkv", 0.0) or None,
+    )
+    config = ModelConfig(
+        model_type=family.model_type,
+        hidden=hidden,
+        vocab=count(raw, "vocab_size"),
+        ctx=positions(raw, scaling),
+        mixers=(mixer,) * layers,
+        moe=moe,
+        norm=NormConfig(eps),
+        stream=StreamConfig(tied=flag(raw, "tie_word_embeddings", False)),
+    )
+    return checked(family.configured(raw, config))
 
 
 def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
+    """Raise OffmoeError on the first field whose value the family does not implement."""
     packing_of(raw.get("quantization_config"))
     rope = rope_parameters(raw)
     kinds = raw.get("layer_types") or []
     if not isinstance(kinds, list):
-        raise OffmoeError(f"the model's config gives layer_types = {shown(kinds)}: expected a list")
+        raise OffmoeError(f"the model's config gives layer_types = {quote(kinds)}: expected a list")
     known = family.implemented["layer_types"]
     asked = {
         **raw,
@@ -100,7 +111,7 @@ def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
     for field, allowed in family.implemented.items():
         if allowed and asked.get(field, allowed[0]) not in allowed:
             raise OffmoeError(
-                f"{family.model_type}: {field} is {shown(asked[field])}, and offmoe implements "
+                f"{family.model_type}: {field} is {quote(asked[field])}, and offmoe implements "
                 f"{' or '.join(repr(value) for value in allowed)}: this model cannot be run yet"
             )
 
@@ -111,15 +122,15 @@ def from_gguf(
     tensors: Mapping[str, Any],
     rope_factors: list[float] | None = None,
 ) -> ModelConfig:
-    """GGUF metadata and the values of models.rope.GGUF_FACTORS, by way of the field names of `config.json`."""
+    """Config of a GGUF, by way of `config.json`'s field names; rope_factors: values of models.rope.GGUF_FACTORS."""
 
     def key(name: str) -> Any:
         return metadata.get(f"{family.arch}.{name}")
 
     vocab, head_dim, rotated = metadata.get("tokenizer.ggml.tokens"), key("attention.key_length"), None
     a_key = key("attention.key_length_mla") or head_dim  # where the cache holds latents, key_length is a latent's
-    if type(head_dim) is type(turned := key("rope.dimension_count")) is int and head_dim:
-        rotated = turned / head_dim if not family.implemented["partial_rotary_factor"] else None
+    if type(head_dim) is type(rotary := key("rope.dimension_count")) is int and head_dim:
+        rotated = rotary / head_dim if not family.implemented["partial_rotary_factor"] else None
     layers, extra = key("block_count"), key("nextn_predict_layers")  # the last ones predict further tokens
     if isinstance(layers, int) and isinstance(extra, int):
         layers -= extra
@@ -132,8 +143,8 @@ def from_gguf(
         "partial_rotary_factor": rotated,
         "q_lora_rank": key("attention.q_lora_rank"),
         "kv_lora_rank": key("attention.kv_lora_rank"),
-        "qk_rope_head_dim": turned,
-        "qk_nope_head_dim": a_key - turned if isinstance(a_key, int) and isinstance(turned, int) else None,
+        "qk_rope_head_dim": rotary,
+        "qk_nope_head_dim": a_key - rotary if isinstance(a_key, int) and isinstance(rotary, int) else None,
         "v_head_dim": key("attention.value_length_mla") or key("attention.value_length"),
         "vocab_size": len(vocab) if isinstance(vocab, list) else key("vocab_size"),
         "num_experts": key("expert_count"),
@@ -172,15 +183,16 @@ def from_gguf(
     }
     raw |= family.gguf_fields(key) if family.gguf_fields else {}
     config = from_hf({name: value for name, value in raw.items() if value is not None}, family)
-    if turned not in (None, *(heads.rotary for heads in config.kinds_of_heads)):
+    if rotary not in (None, *(rope.rotary for rope in config.ropes)):
         raise OffmoeError(
-            f"{family.arch}: rope.dimension_count is {shown(turned)}, and offmoe implements "
-            f"rotation of {config.rotary} values of a head of {config.head_dim}: this model cannot be run yet"
+            f"{family.arch}: rope.dimension_count is {quote(rotary)}, and offmoe implements "
+            f"rotation of {' or '.join(str(rope.rotary) for rope in config.ropes)} values of a head: "
+            "this model cannot be run yet"
         )
     return config
 
 
 def shared_out(total: Any, among: Any) -> Any:
-    """How much each has; the total where that is no whole number."""
+    """`total` divided by `among`; `total` itself where that is no whole number."""
     whole = type(total) is type(among) is int and among > 0 and total % among == 0
     return total // among if whole else total

@@ -1,4 +1,4 @@
-"""Rotary embedding and its scaling, out of `config.json` (both its layouts) or the keys of a GGUF."""
+"""Read rotary embedding and its scaling from `config.json` (in both its layouts) or from the keys of a GGUF."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from offmoe.checkpoint.fields import count, flag, number, numbers
 from offmoe.errors import OffmoeError
 from offmoe.kernels.rope import PLAIN, PROPORTIONAL, Scaling, yarn_mscale
-from offmoe.models.fields import count, flag, number, numbers
 
 OLD_NAMES = {None: "default", "none": "default", "su": "longrope"}
-GGUF_FACTORS = "rope_freqs.weight"  # a tensor: what each pair's frequency is divided by
+GGUF_FACTORS = "rope_freqs.weight"  # a tensor: divisors of the pairs' frequencies
 GGUF_LONG = ("rope_factors_long.weight", "rope_factors_short.weight")
-FACTORED = ("llama3", PROPORTIONAL)  # kinds that a GGUF says so
+FACTORED = ("llama3", PROPORTIONAL)  # kinds that a GGUF gives by GGUF_FACTORS
 
 
 def rope_parameters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """transformers 5 nests what older configs keep at the top level and in `rope_scaling`; `rope_type` is set."""
+    """Fields of the rotary embedding, `rope_type` among them.
+
+    transformers 5 nests what older configs keep at the top level and in `rope_scaling`.
+    """
     nested = raw.get("rope_parameters") or {}
     scaling = raw.get("rope_scaling") or {}
     if not isinstance(nested, Mapping) or not isinstance(scaling, Mapping):
@@ -29,7 +32,7 @@ def rope_parameters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def scaling_of(raw: Mapping[str, Any]) -> Scaling:
-    """The config's scaling, of a kind that is implemented."""
+    """Scaling of the config. Raises OffmoeError where numbers are missing."""
     rope = rope_parameters(raw)
     kind, trained = rope["rope_type"], count(raw, "max_position_embeddings", default=4096)
     if kind == "default":
@@ -38,7 +41,7 @@ def scaling_of(raw: Mapping[str, Any]) -> Scaling:
         rope, "original_max_position_embeddings", default=trained
     )
     factor = number(rope, "factor", 0.0)
-    if not factor and kind in ("yarn", "longrope"):  # as the lengths say
+    if not factor and kind in ("yarn", "longrope"):  # follows from the lengths
         factor = trained / original
     if not factor:
         raise OffmoeError(f"rope_type {kind} has no factor: expected by how much it lengthens the context")
@@ -55,7 +58,10 @@ def scaling_of(raw: Mapping[str, Any]) -> Scaling:
 
 
 def yarn(rope: Mapping[str, Any], factor: float, original: int) -> Scaling:
-    """DeepSeek's two mscales (arXiv 2405.04434): cos and sin grow by their quotient, scores by the second, squared."""
+    """YaRN, with DeepSeek's two mscales (arXiv 2405.04434).
+
+    cos and sin are multiplied by the quotient of the two, scores by the square of the second.
+    """
     mscale, all_dim = number(rope, "mscale", 0.0), number(rope, "mscale_all_dim", 0.0)
     grown = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if mscale and all_dim else yarn_mscale(factor)
     return Scaling(
@@ -68,7 +74,7 @@ def yarn(rope: Mapping[str, Any], factor: float, original: int) -> Scaling:
 
 
 def positions(raw: Mapping[str, Any], scaling: Scaling) -> int:
-    """That a model is good for: Qwen's configs with yarn, and all with dynamic, go on naming the ones trained."""
+    """Positions that a model supports; configs with yarn or dynamic may give those trained without scaling."""
     trained = count(raw, "max_position_embeddings", default=4096)
     return max(trained, int(scaling.factor * scaling.original)) if scaling.kind in ("yarn", "dynamic") else trained
 
@@ -76,8 +82,10 @@ def positions(raw: Mapping[str, Any], scaling: Scaling) -> int:
 def gguf_scaling(
     key: Callable[[str], Any], tensors: Mapping[str, Any], factors: list[float] | None = None
 ) -> dict[str, Any]:
-    """The table `rope_scaling` of a config, out of `{arch}.rope.scaling.*`, or of GGUF_FACTORS' values. llama.cpp
-    multiplies yarn's own factor of cos and sin by `attn_factor`, and keeps a tenth of mscale_all_dim."""
+    """The table `rope_scaling` of a config, from `{arch}.rope.scaling.*` or from the values of GGUF_FACTORS.
+
+    llama.cpp multiplies yarn's own factor of cos and sin by `attn_factor`, and keeps a tenth of mscale_all_dim.
+    """
     if long := [name for name in GGUF_LONG if name in tensors]:
         raise OffmoeError(f"tensor {long[0]} scales the rotation, which offmoe reads from a config.json only")
     if factors is not None:
@@ -98,18 +106,3 @@ def gguf_scaling(
     if multiplier := number(given, "log", 0.0):
         found["mscale"] = found["mscale_all_dim"] = 10 * multiplier
     return {name: value for name, value in found.items() if value is not None}
-
-
-def check_rope(scaling: Scaling, rotary: int, theta: float) -> None:
-    """What the numbers of one rotation say about one another."""
-    if theta < 1 or (theta == 1 and scaling.kind == "yarn"):
-        raise OffmoeError(f"rope_theta is {theta:g}: expected at least 1{', and more for yarn' * (theta == 1)}")
-    if scaling.kind == "dynamic" and rotary == 2:
-        raise OffmoeError("rope_type is 'dynamic' for 2 values of a head: expected more")
-    if scaling.kind == "llama3" and scaling.fast < scaling.slow:
-        raise OffmoeError(
-            f"high_freq_factor is {scaling.fast:g} and low_freq_factor {scaling.slow:g}: expected no smaller first"
-        )
-    for name, factors in (("short_factor", scaling.short), ("long_factor", scaling.long)):
-        if scaling.kind == "longrope" and len(factors) != rotary // 2:
-            raise OffmoeError(f"{name} has {len(factors)} numbers: expected one for each of {rotary // 2} pairs")

@@ -1,32 +1,33 @@
-"""The tensors of a checkpoint that play a model's roles: found by name, and refused where their shapes do not fit."""
+"""Tensors of a checkpoint by the roles that they play in a model: found by name, refused where shapes do not fit."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from offmoe.checkpoint.base import Checkpoint, TensorInfo
-from offmoe.checkpoint.row_major import Columns
+from offmoe.checkpoint.row_major import TransposeColumns
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.planes import plane_sizes
 from offmoe.kernels.record import RecordLayout
+from offmoe.mixers.base import MixerConfig, Names
+from offmoe.mixers.latent.rows import FLOATS
 from offmoe.models.config import ModelConfig
-from offmoe.models.family import Family, Names
-from offmoe.models.held import HELD, held_shape
-from offmoe.models.latent import FLOATS
+from offmoe.models.family import Family
 from offmoe.models.shapes import bias_shapes, trunk_roles
 
 
 def find(checkpoint: Checkpoint, names: Names, role: str, layer: int, expert: int) -> TensorInfo | None:
+    """The tensor that plays `role`, under the first of its names that exists."""
     for template in names.get(role, ()):
         if info := checkpoint.tensors.get(template.format(l=layer, e=expert)):
             return info
     return None
 
 
-def holder(checkpoint: Checkpoint, names: Names, role: str, layer: int) -> str:
-    """The role of the tensor that `role` lies in: its own, or where it has none, one that holds others too."""
-    other = HELD.get(role, role)
+def holder(checkpoint: Checkpoint, names: Names, mixer: MixerConfig, role: str, layer: int) -> str:
+    """The role of the tensor that has the rows of `role`: its own, or the one that holds several where that exists."""
+    other = mixer.held.get(role, role)
     alone = find(checkpoint, names, role, layer, 0) or not find(checkpoint, names, other, layer, 0)
     return role if alone else other
 
@@ -34,7 +35,7 @@ def holder(checkpoint: Checkpoint, names: Names, role: str, layer: int) -> str:
 def expect(
     checkpoint: Checkpoint, names: Names, role: str, layer: int, expert: int, shape: tuple[int, ...]
 ) -> TensorInfo:
-    """The tensor of that role; its shape must be `shape`."""
+    """The tensor of `role`. Raises OffmoeError where there is none or its shape is not `shape`."""
     info = find(checkpoint, names, role, layer, expert)
     if info is None:
         name = names[role][0].format(l=layer, e=expert)
@@ -45,14 +46,17 @@ def expect(
 
 
 def is_split(checkpoint: Checkpoint, names: Names) -> bool:
+    """Whether latent attention's kv_b is stored in two halves."""
     return find(checkpoint, names, "k_b", 0, 0) is not None
 
 
 def check_trunk(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
+    """Raise OffmoeError unless every tensor but the routed experts' exists with the config's shape."""
     for role, layer, shape in trunk_roles(config, is_split(checkpoint, names)):
-        there = holder(checkpoint, names, role, layer)
-        expect(checkpoint, names, there, layer, 0, shape if there == role else held_shape(there, config))
-    if config.expert_bias:
+        mixer = config.mixers[layer]
+        there = holder(checkpoint, names, mixer, role, layer)
+        expect(checkpoint, names, there, layer, 0, shape if there == role else mixer.held_shape(there, config.hidden))
+    if config.moe.expert_bias:
         for layer in config.routed:
             for role, shape in bias_shapes(names, config).items():
                 expect(checkpoint, names, role, layer, 0, shape)
@@ -62,7 +66,8 @@ def record_layout(
     checkpoint: Checkpoint, family: Family, names: Names, config: ModelConfig, layer: int
 ) -> RecordLayout:
     """Check the experts of a layer and lay out their record: every expert must have the same formats."""
-    wide, narrow = (config.expert_hidden, config.hidden), (config.hidden, config.expert_hidden)
+    inner = config.moe.expert_hidden
+    wide, narrow = (inner, config.hidden), (config.hidden, inner)
     shapes = {"gate": wide, "up": wide, "down": narrow}
     stacked = find(checkpoint, names, "gate_up", layer, 0)
     if stacked:
@@ -97,11 +102,11 @@ def record_layout(
 
 
 def transpose_experts(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
-    """Stacked experts of floats, [E, cols, rows] in the file, are [E, rows, cols] from here on."""
+    """Present stacked experts of floats, [E, cols, rows] in the file, as [E, rows, cols]."""
     for role in ("gate_up", "down"):
         for layer in config.routed:
             info = find(checkpoint, names, role, layer, 0)
             if info and len(info.shape) == 3 and info.format in FLOATS and not info.row_major:
                 experts, cols, rows = info.shape
-                turn = Columns(rows, cols, FORMATS[info.format].bytes)
-                checkpoint.tensors[info.name] = replace(info, shape=(experts, rows, cols), row_major=turn)
+                columns = TransposeColumns(rows, cols, FORMATS[info.format].bytes)
+                checkpoint.tensors[info.name] = replace(info, shape=(experts, rows, cols), row_major=columns)

@@ -1,4 +1,4 @@
-"""safetensors to one GGUF, piece by piece, and no half file whatever happens."""
+"""Convert safetensors to one GGUF, piece by piece; an incomplete file never appears."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,64 +19,77 @@ from torch import Tensor
 from offmoe.checkpoint.base import Checkpoint, TensorInfo
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS, Format
-from offmoe.kernels.mla import Latent
+from offmoe.mixers.base import GgufRows
+from offmoe.mixers.registry import float32_roles
 from offmoe.models.family import Values
-from offmoe.models.held import HELD, tiled
 from offmoe.models.model import Model, described
-from offmoe.models.shapes import layers_of, trunk_shapes
+from offmoe.models.shapes import layer_shapes, model_shapes
 from offmoe.pack.gguf_keys import model_keys, rope_tensors, tokenizer_keys
 from offmoe.pack.quantise import packable, quantise
 from offmoe.settings import format_size
 
-PIECE = 1 << 22  # weights read, quantised and written together: 16 MiB in float32
+PIECE = 1 << 22  # weights read, quantised and written at once: 16 MiB in float32
 EXPERT_ROLES = ("gate", "up", "down")
-SMALL = ("delta_b", "delta_a", "delta_ba", "delta_conv", "delta_dt", "delta_decay", "conv_taps")  # and sensitive
-HALVES = ("k_b", "v_b")  # of kv_b
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12,
-              "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
-              "MXFP4": 38}  # fmt: skip  # general.file_type
+FILE_TYPES = {  # general.file_type
+    "F32": 0,
+    "F16": 1,
+    "BF16": 32,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q8_0": 7,
+    "MXFP4": 38,
+    "Q2_K": 10,
+    "Q3_K": 12,
+    "Q4_K": 14,
+    "Q5_K": 16,
+    "Q6_K": 18,
+    "IQ4_NL": 25,
+    "IQ4_XS": 30,
+}
 
 
 @dataclass(frozen=True)
 class Fallback:
-    """A tensor whose rows are no whole number of the wanted format's blocks."""
+    """A tensor stored in another format, because its rows are not a whole number of the requested format's blocks."""
 
     name: str
     cols: int
-    wanted: str
+    requested: str
     format: str
 
     def __str__(self) -> str:
-        return f"{self.name}: rows of {self.cols} weights do not fit {self.wanted}, stored as {self.format}"
+        return f"{self.name}: rows of {self.cols} weights do not fit {self.requested}, stored as {self.format}"
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was written: tensors that are not in the format asked for, and the size of the file."""
+    """Result of `pack`: tensors that are not in the requested format, and the size of the file in bytes."""
 
     fallbacks: list[Fallback]
     bytes: int
 
 
 @dataclass(frozen=True)
-class Run:
-    """Rows `first` to `first + count` of a tensor in the source; of all of them `pick` makes the rows to write."""
+class RowRange:
+    """Rows `first` to `first + count` of a tensor in the source. `transform` maps all of them to the rows to write."""
 
     info: TensorInfo
     first: int
     count: int
-    pick: Values | None = None
+    transform: Values | None = None
 
 
 @dataclass(frozen=True)
-class Output:
-    """A tensor of the GGUF, made of runs of rows."""
+class OutputTensor:
+    """A tensor of the GGUF, concatenated from ranges of rows."""
 
     name: str
     shape: tuple[int, ...]
-    wanted: Format
-    runs: list[Run]
-    made: Tensor | None = None  # its values, where they come from no file
+    requested: Format
+    row_ranges: list[RowRange]
+    values: Tensor | None = None  # if they are computed instead of read
 
     @property
     def cols(self) -> int:
@@ -84,8 +97,8 @@ class Output:
 
     @property
     def format(self) -> Format:
-        """The format wanted, or what holds such rows instead."""
-        fits = (form for form in (self.wanted, FORMATS["Q8_0"]) if self.cols % form.block == 0)
+        """Requested format, or the fallback if the rows do not fit its blocks."""
+        fits = (fmt for fmt in (self.requested, FORMATS["Q8_0"]) if self.cols % fmt.block == 0)
         return next(fits, FORMATS["F32"])
 
     @property
@@ -94,136 +107,134 @@ class Output:
 
 
 def pack(checkpoint: Checkpoint, out: Path, fmt: str, progress: Callable[[int, int], None]) -> PackReport:
-    """Write a safetensors checkpoint as the GGUF `out`, its weights in `fmt` ("q4_0", "q6_k", "bf16", …).
+    """Write a safetensors checkpoint as the GGUF `out`, with weights in `fmt` ("q4_0", "q6_k", "bf16", …).
 
-    Norms and routers stay F32; mxfp4 is for the experts, the rest is Q8_0 then, as in llama.cpp. Rows that
-    `fmt` cannot hold become Q8_0, or else F32, and are listed. `progress(bytes done, bytes in all)`.
-    `out` appears complete or not at all. Raises OffmoeError; an existing `out` is replaced.
+    Norms and routers stay F32. mxfp4 is used for the experts only and Q8_0 for the rest, as in llama.cpp. Rows that do
+    not fit `fmt` become Q8_0 or else F32, and are listed in the report. `progress` is called with (bytes done, total
+    bytes). `out` is replaced atomically. Raises OffmoeError.
     """
     if checkpoint.kind == "gguf":
-        raise OffmoeError(f"{checkpoint.path} is a GGUF already: pack takes a directory of safetensors")
-    wanted = packable(fmt)
+        raise OffmoeError(f"{checkpoint.path} is already a GGUF: give a directory of safetensors")
+    requested = packable(fmt)
     model = described(checkpoint)
-    outputs = [output(model, role, layer, intended(role, wanted)) for role, layer in roles(model)]
-    made = rope_tensors(model.config)
-    outputs += [Output(name, tuple(values.shape), FORMATS["F32"], [], values) for name, values in made.items()]
+    outputs = [output(model, role, layer, target_format(role, requested)) for role, layer in tensor_roles(model)]
+    factors = rope_tensors(model.config).items()
+    outputs += [OutputTensor(name, tuple(values.shape), FORMATS["F32"], [], values) for name, values in factors]
     keys = model_keys(model.config, model.family) | tokenizer_keys(checkpoint, model.config.vocab)
-    keys |= {"general.file_type": FILE_TYPES[wanted.name], "general.quantization_version": 2}
+    keys |= {"general.file_type": FILE_TYPES[requested.name], "general.quantization_version": 2}
     check_target(out, sum(output.nbytes for output in outputs))
     write(model, outputs, keys, out, progress)
-    fell = [Fallback(o.name, o.cols, o.wanted.name, o.format.name) for o in outputs if o.format != o.wanted]
-    return PackReport(fell, out.stat().st_size)
+    fallbacks = [Fallback(o.name, o.cols, o.requested.name, o.format.name) for o in outputs if o.format != o.requested]
+    return PackReport(fallbacks, out.stat().st_size)
 
 
-def roles(model: Model) -> Iterator[tuple[str, int]]:
-    """Every tensor of the GGUF as (role, layer), in the order of the file."""
-    trunk = {role: layers_of(role, model.config) for role in trunk_shapes(model.config, split=True)}
-    names = model.family.gguf_names
-    trunk = {role if role in names else HELD[role]: layers for role, layers in trunk.items()}
-    per_layer = [role for role in trunk if "{l}" in names[role][0]]
-    yield from ((role, 0) for role in trunk if role not in per_layer)
-    for layer in range(model.config.layers):
-        yield from ((role, layer) for role in per_layer if layer in trunk[role])
-        if layer in model.config.routed:
+def tensor_roles(model: Model) -> Iterator[tuple[str, int]]:
+    """Yield every tensor of the GGUF as (role, layer), in the order of the file."""
+    config, names = model.config, model.family.gguf_names
+    yield from ((role, 0) for role in model_shapes(config))
+    for layer, mixer in enumerate(config.mixers):
+        own = [role if role in names else mixer.held[role] for role in layer_shapes(config, layer, split=True)]
+        yield from ((role, layer) for role in dict.fromkeys(own))
+        if layer in config.routed:
             yield from ((role, layer) for role in EXPERT_ROLES)
-            yield from ((f"{role}_bias", layer) for role in EXPERT_ROLES if model.config.expert_bias)
+            yield from ((f"{role}_bias", layer) for role in EXPERT_ROLES if config.moe.expert_bias)
 
 
-def intended(role: str, wanted: Format) -> Format:
-    if role.endswith(("router", "norm", "bias", "sinks", "offset", "gain", "factors", "scale")) or role in SMALL:
+def target_format(role: str, requested: Format) -> Format:
+    """Return the format of a role: F32 for small tensors, Q8_0 instead of MXFP4 outside the experts."""
+    small = ("router", "norm", "bias", "sinks", "offset", "gain", "factors", "scale")
+    if role.endswith(small) or role in float32_roles():
         return FORMATS["F32"]
-    return FORMATS["Q8_0"] if wanted.name == "MXFP4" and role not in EXPERT_ROLES else wanted
+    return FORMATS["Q8_0"] if requested.name == "MXFP4" and role not in EXPERT_ROLES else requested
 
 
-def output(model: Model, role: str, layer: int, wanted: Format) -> Output:
-    name, c = model.family.gguf_names[role][0].format(l=layer), model.config
+def output(model: Model, role: str, layer: int, requested: Format) -> OutputTensor:
+    """Describe one tensor of the GGUF and the rows of the source that it is made of."""
+    name, c, moe = model.family.gguf_names[role][0].format(l=layer), model.config, model.config.moe
     if role in EXPERT_ROLES:
-        runs = [expert_run(model, role, layer, expert) for expert in range(c.experts)]
-        wide, narrow = (c.experts, c.expert_hidden, c.hidden), (c.experts, c.hidden, c.expert_hidden)
-        return Output(name, narrow if role == "down" else wide, wanted, runs)
+        row_ranges = [expert_rows(model, role, layer, expert) for expert in range(c.experts)]
+        wide, narrow = (c.experts, moe.expert_hidden, c.hidden), (c.experts, c.hidden, moe.expert_hidden)
+        return OutputTensor(name, narrow if role == "down" else wide, requested, row_ranges)
     if role in ("gate_bias", "up_bias") and (both := model.find("gate_up_bias", layer)):
-        run = Run(both, 0, c.experts, lambda rows: rows_of(rows.mT, role, model.layouts[0].interleaved).mT)
-        return Output(name, (c.experts, c.expert_hidden), wanted, [run])
-    if c.latent and role in HALVES:
-        return half(model, c.latent, role, layer, Output(name, trunk_shapes(c, split=True)[role], wanted, []))
+        row_range = RowRange(
+            both, 0, c.experts, lambda rows: gate_or_up_rows(rows.mT, role, model.layouts[0].interleaved).mT
+        )
+        return OutputTensor(name, (c.experts, moe.expert_hidden), requested, [row_range])
+    shapes = {**model_shapes(c), **layer_shapes(c, layer, split=True)}
+    if parts := c.mixers[layer].gguf_rows(role):
+        return OutputTensor(name, shapes[role], requested, [mixer_rows(model, part, layer) for part in parts])
     whole = model.find(role, layer)
     info, rows = (whole, None) if whole else model.stored(role, layer)
-    shape = trunk_shapes(c, layer=layer).get(role, info.shape)
-    return Output(name, shape, wanted, [Run(info, 0, prod(info.shape[:-1]), turned(model, role, rows))])
+    row_range = RowRange(info, 0, prod(info.shape[:-1]), gguf_transform(model, role, layer, rows))
+    return OutputTensor(name, shapes.get(role, info.shape), requested, [row_range])
 
 
-def turned(model: Model, role: str, rows: Tensor | None) -> Values | None:
-    """All that differs between a role's tensor here and in a GGUF, `rows` of it being meant."""
-    c, weight_transform = model.config, model.weight_transform(role)
-    heads = {"q": c.heads, "k": c.kv_heads}.get(role) if model.family.interleaved_gguf else None
-    tiles = model.family.tiled_gguf and role.startswith("delta")
-    if rows is None and not (weight_transform or heads or tiles):
+def gguf_transform(model: Model, role: str, layer: int, rows: Tensor | None) -> Values | None:
+    """Return the conversion of a role's tensor to the layout of a GGUF, or None for identity.
+
+    `rows` selects rows first.
+    """
+    weight_transform, family = model.weight_transform(role), model.family
+    order = model.config.mixers[layer].gguf_order(role, family.interleaved_gguf, family.tiled_gguf)
+    if rows is None and not (weight_transform or order):
         return None
 
-    def turn(weight: Tensor) -> Tensor:
+    def transform(weight: Tensor) -> Tensor:
         weight = weight if rows is None else weight[rows]
         weight = weight_transform(weight) if weight_transform else weight
-        weight = interleaved(weight, heads) if heads else weight
-        return tiled(weight, role, c) if tiles else weight
+        return order(weight) if order else weight
 
-    return turn
-
-
-def half(model: Model, z: Latent, role: str, layer: int, empty: Output) -> Output:
-    """The keys' or the values' rows of kv_b, head by head."""
-    info = model.find("kv_b", layer)
-    assert info is not None, f"kv_b of layer {layer} was there when the model was described"
-    first, count = (0, z.qk_nope) if role == "k_b" else (z.qk_nope, z.value)
-    pick = transposed_rows if role == "k_b" else None
-    runs = [Run(info, head * (z.qk_nope + z.value) + first, count, pick) for head in range(model.config.heads)]
-    return replace(empty, runs=runs)
+    return transform
 
 
-def transposed_rows(rows: Tensor) -> Tensor:
-    return rows.t()
+def mixer_rows(model: Model, part: GgufRows, layer: int) -> RowRange:
+    """Return the rows that a mixer takes from the tensor of another role."""
+    info = model.find(part.role, layer)
+    assert info is not None, f"{part.role} of layer {layer} was there when the model was described"
+    return RowRange(info, part.first, part.count, Tensor.t if part.transposed else None)
 
 
-def expert_run(model: Model, role: str, layer: int, expert: int) -> Run:
-    """One expert's matrix: a tensor of its own, a slice of a stack, or half a slice of gate over up."""
+def expert_rows(model: Model, role: str, layer: int, expert: int) -> RowRange:
+    """Return the rows of one expert's matrix: of its own tensor, of a stack, or of a stack of gate and up."""
     info = model.find(role, layer, expert) or model.find("gate_up", layer, expert)
     assert info is not None, f"{role} of layer {layer} was there when the model was described"
     layout = model.layouts[model.config.routed.index(layer)]
     if layout.interleaved and role != "down":
         rows = info.shape[1]
-        return Run(info, expert * rows, rows, lambda matrix: rows_of(matrix, role, interleaved=True))
-    count = model.config.hidden if role == "down" else model.config.expert_hidden
+        return RowRange(info, expert * rows, rows, lambda matrix: gate_or_up_rows(matrix, role, interleaved=True))
+    count = model.config.hidden if role == "down" else model.config.moe.expert_hidden
     first = expert * info.shape[1] if len(info.shape) == 3 else 0
-    return Run(info, first + (count if role == "up" and info.shape[-2] == 2 * count else 0), count)
+    return RowRange(info, first + (count if role == "up" and info.shape[-2] == 2 * count else 0), count)
 
 
-def rows_of(rows: Tensor, role: str, interleaved: bool) -> Tensor:
-    """Of the rows of gate and up together, those of `role`."""
+def gate_or_up_rows(rows: Tensor, role: str, interleaved: bool) -> Tensor:
+    """Return the rows of `role` from the rows of gate and up together."""
     second = role.startswith("up")
     return rows[second::2] if interleaved else rows.chunk(2)[second]
 
 
 def check_target(out: Path, nbytes: int) -> None:
-    """Raises OffmoeError before anything is written."""
+    """Raise OffmoeError before anything is written, if `out` is not writable or the disk is too small."""
     if out.suffix != ".gguf" or out.is_dir():
-        raise OffmoeError(f"{out} is no file name that ends in .gguf: give one for the packed model")
+        raise OffmoeError(f"{out} is not a file name that ends in .gguf: give one for the packed model")
     if not out.parent.is_dir():
-        raise OffmoeError(f"{out.parent} is no directory: make it first")
+        raise OffmoeError(f"{out.parent} is not a directory: create it first")
     free = shutil.disk_usage(out.parent).free
     if nbytes > free:
-        raise OffmoeError(disk_full(out, nbytes, f"{format_size(free)} are free"))
+        raise OffmoeError(disk_full(out, nbytes, f"only {format_size(free)} are free"))
 
 
-def disk_full(out: Path, nbytes: int, why: str) -> str:
-    return f"cannot write {out}, which takes {format_size(nbytes)}: {why}"
+def disk_full(out: Path, nbytes: int, reason: str) -> str:
+    return f"cannot write {out}, which takes {format_size(nbytes)}: {reason}"
 
 
 def write(
-    model: Model, outputs: list[Output], keys: dict[str, Any], out: Path, progress: Callable[[int, int], None]
+    model: Model, outputs: list[OutputTensor], keys: dict[str, Any], out: Path, progress: Callable[[int, int], None]
 ) -> None:
-    """Into a file beside `out`, which takes its place once everything is on the disk."""
-    part, total = out.with_name(f".{out.name}.{os.getpid()}"), sum(output.nbytes for output in outputs)
+    """Write a temporary file next to `out` and rename it once it is on the disk."""
+    temporary, total = out.with_name(f".{out.name}.{os.getpid()}"), sum(output.nbytes for output in outputs)
     try:
-        with closing(gguf.GGUFWriter(part, model.family.arch)) as writer, ThreadPoolExecutor() as pool:
+        with closing(gguf.GGUFWriter(temporary, model.family.arch)) as writer, ThreadPoolExecutor() as pool:
             write_header(writer, outputs, keys)
             (file,) = writer.fout
             done = 0
@@ -235,16 +246,22 @@ def write(
             writer.write_padding(file, file.tell())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, out)
+        os.replace(temporary, out)
     except OSError as error:
         raise OffmoeError(disk_full(out, total, error.strerror or str(error))) from error
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def write_header(writer: gguf.GGUFWriter, outputs: list[Output], keys: dict[str, Any]) -> None:
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
-           str: writer.add_string, list: writer.add_array}  # fmt: skip
+def write_header(writer: gguf.GGUFWriter, outputs: list[OutputTensor], keys: dict[str, Any]) -> None:
+    """Write the metadata and the table of tensors."""
+    add = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
     for key, value in keys.items():
         add[type(value)](key, value)
     for output in outputs:
@@ -255,28 +272,23 @@ def write_header(writer: gguf.GGUFWriter, outputs: list[Output], keys: dict[str,
     writer.write_ti_data_to_file()
 
 
-def pieces(model: Model, output: Output) -> Iterator[Tensor]:
-    """The weights of a tensor as float32 [rows, cols], a bounded number at a time."""
-    if output.made is not None:
-        yield output.made.view(1, -1)
-    for run in output.runs:
-        step = run.count if run.pick else max(1, PIECE // output.cols)
-        for first in range(0, run.count, step):
-            rows = model.checkpoint.rows(run.info, run.first + first, min(step, run.count - first))
-            yield run.pick(rows).contiguous() if run.pick else rows
+def pieces(model: Model, output: OutputTensor) -> Iterator[Tensor]:
+    """Yield the weights of a tensor as float32 [rows, cols], about PIECE at a time."""
+    if output.values is not None:
+        yield output.values.view(1, -1)
+    for row_range in output.row_ranges:
+        step = row_range.count if row_range.transform else max(1, PIECE // output.cols)
+        for first in range(0, row_range.count, step):
+            rows = model.checkpoint.rows(row_range.info, row_range.first + first, min(step, row_range.count - first))
+            yield row_range.transform(rows).contiguous() if row_range.transform else rows
 
 
-def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """[heads · D, H] with the rotated pairs in halves (NEOX) → side by side, as llama.cpp wants them here."""
-    return weight.view(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
-
-
-def write_piece(file: Any, piece: Tensor, output: Output, pool: ThreadPoolExecutor) -> int:
-    """Quantise on all cores, write; returns the bytes written."""
-    most = 65504.0 if output.format.name == "F16" else torch.finfo(torch.float32).max
-    if not piece.abs().max() <= most:  # NaN fails too
-        found = f"{output.name} holds NaN or weights beyond {most:g}"
-        raise OffmoeError(f"{found}, which {output.format.name} cannot hold: try bf16, or copy the model anew")
+def write_piece(file: Any, piece: Tensor, output: OutputTensor, pool: ThreadPoolExecutor) -> int:
+    """Quantise a piece on all cores and write it; return the number of bytes."""
+    largest = 65504.0 if output.format.name == "F16" else torch.finfo(torch.float32).max
+    if not piece.abs().max() <= largest:  # also true for NaN
+        found = f"{output.name} has NaN or weights beyond {largest:g}"
+        raise OffmoeError(f"{found}, which {output.format.name} cannot represent: use bf16, or copy the model again")
     parts = piece.chunk(max(1, min(os.cpu_count() or 1, piece.numel() >> 16)))
     for blocks in pool.map(lambda part: quantise(part, output.format), parts):
         file.write(blocks.numpy())

@@ -1,4 +1,4 @@
-"""Clocks and counters of one answer, made into its Stats."""
+"""Timers and counters of one answer, and the Stats computed from them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from offmoe.stats.stats import Roof, Stats
 
 @dataclass
 class Meter:
-    """Filled while an answer runs: `prefilled` and `first` once, then `stepped` a token."""
+    """Measurements of a running answer: `prefilled` and `first` are called once, then `stepped` for every token."""
 
     store: ExpertStore
-    submitted: float  # time.perf_counter() of the prompt
+    submitted: float  # time.perf_counter() when the prompt was submitted
     prompt_tokens: int
     reused_tokens: int = 0
     tokens: int = 0
@@ -34,23 +34,23 @@ class Meter:
         self._before = self.store.counters
 
     def first(self) -> None:
-        """The first token is there; it counts as the prompt's."""
+        """Note the first token, which counts as part of the prompt."""
         self.ttft_s = time.perf_counter() - self.submitted
 
     def stepped(self, seconds: float, context: int) -> None:
-        """A further token took so long, with `context` positions attended to."""
+        """Note a decoded token that took `seconds`, with `context` positions attended to."""
         self.decode_s += seconds
         self.steps += 1
         self.context += context
         self.decoded = self.store.counters.since(self._before)
 
     def floored(self, floor_s: float | None) -> None:
-        """The time of a step in which everything hits was measured: what went beyond it was stall."""
+        """Set the stall time: the decode time beyond `floor_s` a step, the measured time of a step without misses."""
         if floor_s is not None:
             self.decoded.stall_s = max(0.0, self.decode_s - floor_s * self.steps)
 
     def cost(self, plan: Plan, trunk_bytes: int, used_record_bytes: float) -> TokenCost | None:
-        """A decoded token's; `used_record_bytes` are those of one record in the form that is computed with."""
+        """Return the mean cost of a decoded token; `used_record_bytes`: one record's bytes as computed with."""
         if not self.steps:
             return None
         kv_bytes = self.context / self.steps * plan.kv_bytes / plan.ctx + 2 * plan.state_bytes

@@ -1,4 +1,4 @@
-"""The bound on decode speed: each tier's bytes over its measured bandwidth, and the time with all hits."""
+"""The roof of decode speed: each tier's bytes divided by its measured bandwidth, and the time without misses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from offmoe.stats.stats import Roof
 
 @dataclass(frozen=True)
 class TokenCost:
-    """What one decoded token moves on average (bytes), and its time without stalls."""
+    """Mean bytes that a decoded token moves from each tier, and its time without stalls."""
 
     vram_bytes: float
     pcie_bytes: float
@@ -22,7 +22,7 @@ class TokenCost:
 
 
 def roof(cost: TokenCost, device: torch.device, file: Path) -> Roof:
-    """The slowest resource bounds the token, however well the others overlap. Links are measured on first use."""
+    """Return the bound set by the slowest resource, assuming perfect overlap. Bandwidths are measured on first use."""
     seconds = {"floor": cost.floor_s, "vram": cost.vram_bytes / slot_bandwidth(device)}
     if cost.pcie_bytes:
         seconds["pcie"] = cost.pcie_bytes / link_bandwidth(device)

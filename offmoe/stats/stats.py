@@ -1,4 +1,4 @@
-"""What one answer cost, and the roof it ran under."""
+"""Statistics of one answer, and its roof."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Roof:
-    """The speed no decode at this hit rate can pass: `tok_s`, and which resource sets it."""
+    """Upper bound of the decode speed at this hit rate, and the resource that sets it."""
 
     tok_s: float
     limit: str  # vram, pcie, cpu, nvme or floor (the measured time with all hits)
@@ -16,30 +16,30 @@ class Roof:
 
 @dataclass(frozen=True)
 class Stats:
-    """One answer. Rates are over the routed records of decoded tokens."""
+    """Statistics of one answer. Rates are shares of the records that decoded tokens were routed to."""
 
     tokens: int  # generated
     finish_reason: str  # stop, length (max_tokens), context (KV full) or cancelled
     prompt_tokens: int
-    reused_tokens: int  # of the prompt, found in the KV cache
+    reused_tokens: int  # prompt tokens that the KV cache held already
     prefill_tok_s: float
     decode_tok_s: float
-    ttft_s: float  # from the prompt's submission
+    ttft_s: float  # time to first token, from the prompt's submission
     hit_rate: float
-    covered: float
-    late: float
+    covered: float  # hits on records that prefetching brought
+    late: float  # misses whose prefetch was still under way
     misses_per_token: float
-    pcie_bytes_per_token: float  # VRAM ← RAM; on the CPU device what a GPU would move
+    pcie_bytes_per_token: float  # RAM → VRAM; on the CPU device, the bytes that a GPU would move
     nvme_bytes_per_token: float  # read from disk, alignment included
-    nvme_record_bytes_per_token: float  # of these the records' own
-    stall_ms_per_token: float  # time in which the step waited for records
+    nvme_record_bytes_per_token: float  # the records' own part of them
+    stall_ms_per_token: float  # time that the step waited for records
     roof: Roof | None  # None: nothing was decoded
     policy: str  # "crf:h=64 global"
-    vram_bytes: int  # of expert slots
-    ram_bytes: int  # of the RAM tier
+    vram_bytes: int  # budget of the expert slots
+    ram_bytes: int  # size of the RAM tier
 
     def as_dict(self) -> dict[str, Any]:
-        """The numbers of `offmoe run --json`."""
+        """Return the numbers that `offmoe run --json` prints."""
         flat = dict(vars(self))
         flat["bytes_per_token"] = {tier: flat.pop(f"{tier}_bytes_per_token") for tier in ("pcie", "nvme")}
         flat["roof"] = vars(self.roof) if self.roof else None

@@ -1,4 +1,4 @@
-"""Chat templates are programs from strangers: a subprocess runs them, with a deadline and a memory limit."""
+"""Chat templates. A template is untrusted code: a subprocess renders it, under a deadline and a memory limit."""
 
 from __future__ import annotations
 
@@ -19,92 +19,94 @@ from offmoe.errors import OffmoeError
 
 T = TypeVar("T")
 WORKER = Path(__file__).with_name("template_worker.py")
-START_S = 30.0  # to import jinja2 on a loaded machine; a compilation is ended by the worker's own alarm
-RENDER_S = 2.0
-MAX_OUTPUT = 1 << 27  # bytes of one reply; the worker cuts far below
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # of a message, in one family or the other
-READS_REASONING = re.compile(r"\.(reasoning_content|reasoning|thinking)\b|['\"](reasoning_content|reasoning)['\"]")
+START_S = 30.0  # deadline for importing jinja2 on a loaded machine; compilation has the worker's own alarm
+RENDER_S = 2.0  # deadline for one render
+MAX_OUTPUT = 1 << 27  # bytes per reply; the worker's own limit is far lower
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # message keys that templates read, by family
+REASONING_ACCESS = re.compile(r"\.(reasoning_content|reasoning|thinking)\b|['\"](reasoning_content|reasoning)['\"]")
 
 
 class ChatTemplate:
-    """One template in one worker process, which starts in the background and again after a crash."""
+    """A chat template in its own worker process, which starts in the background and is restarted after a crash."""
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
-        """`variables`: bos_token, eos_token and the like, as the template sees them."""
+        """Start the worker. `variables` are what the template can read: bos_token, eos_token and so on."""
         self._setup = {"template": source, "variables": dict(variables)}
-        self.chosen: dict[str, Any] = {}  # further variables, as a person wants them
-        self._worker: Worker | None = Worker(self._setup)
-        # Whether it looks for reasoning beside a message's content, if only to drop it.
-        self.reads_reasoning = READS_REASONING.search(source) is not None
+        self.extra_variables: dict[str, Any] = {}  # more template variables, chosen by the user
+        self._worker: TemplateWorker | None = TemplateWorker(self._setup)
+        # Whether the template reads a message's reasoning separately from its content, even if only to drop it.
+        self.reads_reasoning = REASONING_ACCESS.search(source) is not None
 
     @property
     def variables(self) -> list[str]:
-        """The names of all that the template reads and does not set; of one that does not compile none."""
-        return self._asked(lambda worker: worker.variables)
+        """Names of all undefined variables that the template reads; empty if it does not compile."""
+        return self._request(lambda worker: worker.variables)
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """The text of a conversation; OffmoeError with the template's own message when it refuses."""
+        """Return the text of a conversation. Raises OffmoeError with the template's own message if it rejects it."""
         visible = [{key: value for key, value in m.items() if key != "tokens"} for m in messages]
-        request = {**self.chosen, "messages": visible, "add_generation_prompt": add_generation_prompt}
-        reply = self._asked(lambda worker: worker.ask(request))
+        request = {**self.extra_variables, "messages": visible, "add_generation_prompt": add_generation_prompt}
+        reply = self._request(lambda worker: worker.ask(request))
         if "error" in reply:
             raise OffmoeError(reply["error"])
         return str(reply["text"])
 
-    def render_marked(
+    def render_with_placeholders(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
     ) -> tuple[str, dict[str, Mapping[str, Any]]]:
-        """The conversation's text with a mark for the content of each message that has `tokens`: text, marks.
+        """Render the conversation with a unique placeholder instead of the content of each message that has `tokens`.
 
-        A content that the template drops or edits (reasoning in older turns) gets no mark.
+        Return (text, {placeholder: message}). A content that the template drops or edits (reasoning in older turns)
+        stays in the text, without a placeholder.
         """
         text = self.render(messages, add_generation_prompt)
-        marks = {f"offmoe{secrets.token_hex(8)}": m for m in messages if "tokens" in m}
+        placeholders = {f"offmoe{secrets.token_hex(8)}": m for m in messages if "tokens" in m}
 
         def attempt(used: dict[str, Mapping[str, Any]]) -> str | None:
-            marked = [replaced(m, used) for m in messages]
+            replaced = [with_placeholder(m, used) for m in messages]
             try:
-                rendered = self.render(marked, add_generation_prompt)
-            except OffmoeError:  # a template may check contents
+                rendered = self.render(replaced, add_generation_prompt)
+            except OffmoeError:  # a template may validate contents
                 return None
-            return rendered if same(rendered, used, text) else None
+            return rendered if matches(rendered, used, text) else None
 
-        rendered = attempt(marks) if marks else None
-        if rendered is None and len(marks) > 1:
-            marks = {mark: m for mark, m in marks.items() if attempt({mark: m}) is not None}
-            rendered = attempt(marks) if marks else None
-        return (text, {}) if rendered is None else (rendered, marks)
+        rendered = attempt(placeholders) if placeholders else None
+        if rendered is None and len(placeholders) > 1:
+            placeholders = {name: m for name, m in placeholders.items() if attempt({name: m}) is not None}
+            rendered = attempt(placeholders) if placeholders else None
+        return (text, {}) if rendered is None else (rendered, placeholders)
 
-    def _asked(self, ask: Callable[[Worker], T]) -> T:
-        self._worker = self._worker or Worker(self._setup)
+    def _request(self, ask: Callable[[TemplateWorker], T]) -> T:
+        """Return `ask(worker)`, on a running worker; an exception ends the worker."""
+        self._worker = self._worker or TemplateWorker(self._setup)
         try:
             return ask(self._worker)
-        except BaseException:  # Ctrl-C too: an answer that nobody read would be taken for the next one's
+        except BaseException:  # Ctrl-C too: a reply left unread would be mistaken for the next one
             self.close()
             raise
 
     def close(self) -> None:
-        """End the worker; a later render starts a new one."""
+        """End the worker; the next render starts a new one."""
         if self._worker is not None:
             self._worker.kill()
             self._worker = None
 
 
-class Worker:
-    """The subprocess: one JSON line a request, one a reply. It ends with its standard input."""
+class TemplateWorker:
+    """Worker subprocess: one JSON line per request and per reply. It exits when its standard input closes."""
 
     def __init__(self, setup: Mapping[str, Any]) -> None:
         found = [find_spec(name) for name in ("jinja2", "markupsafe")]
-        places = [str(Path(spec.origin).parents[1]) for spec in found if spec and spec.origin]
-        self._process = subprocess.Popen(  # -I: neither the current directory nor the environment is trusted
-            [sys.executable, "-I", str(WORKER), *places],
+        site_packages = [str(Path(spec.origin).parents[1]) for spec in found if spec and spec.origin]
+        self._process = subprocess.Popen(  # -I: trust neither the current directory nor the environment
+            [sys.executable, "-I", str(WORKER), *site_packages],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            start_new_session=True,  # Ctrl-C in the chat is not for it
+            start_new_session=True,  # do not receive the chat's Ctrl-C
         )
-        self._variables: list[str] | None = None  # until it has compiled the template
+        self._variables: list[str] | None = None  # None until the template is compiled
         self._send(setup)
 
     @property
@@ -112,7 +114,7 @@ class Worker:
         return self._wait_ready()
 
     def _wait_ready(self) -> list[str]:
-        """The first reply, once the template is compiled: its variables."""
+        """Wait for the first reply, which follows the compilation, and return the template's variables."""
         if self._variables is None:
             self._variables = [str(name) for name in self._receive(START_S)["variables"]]
         return self._variables
@@ -134,42 +136,47 @@ class Worker:
             while line:
                 line = line[self._process.stdin.write(line) :]
         except BrokenPipeError:
-            pass  # the reply that does not come says why
+            pass  # reading the reply reports the reason
 
     def _receive(self, seconds: float) -> dict[str, Any]:
+        """Read one reply. Raises OffmoeError if it does not arrive within `seconds` or the worker exits."""
         assert self._process.stdout is not None
         end, line = time.monotonic() + seconds, bytearray()
         while not line.endswith(b"\n"):
             ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, end - time.monotonic()))
             if not ready:
-                raise OffmoeError(f"the model's chat template did not finish within {seconds:g} s: give plain text")
+                raise OffmoeError(f"the model's chat template did not finish within {seconds:g} s: use plain text")
             chunk = self._process.stdout.read(1 << 16)
             if not chunk or len(line) > MAX_OUTPUT:
-                raise OffmoeError(f"the model's chat template {self._death()}: give plain text")
+                raise OffmoeError(f"the model's chat template {self._exit_reason()}: use plain text")
             line += chunk
         reply: dict[str, Any] = json.loads(line)
         return reply
 
-    def _death(self) -> str:
+    def _exit_reason(self) -> str:
+        """End the process and return a phrase that says how it ended."""
         self.kill()
         code = self._process.returncode
         return "did not finish in time" if code == -signal.SIGALRM else f"ended its process (exit {code})"
 
 
-def replaced(message: Mapping[str, Any], marks: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    """`message` with its mark for content, when it has one."""
-    mark = next((mark for mark, marked in marks.items() if marked is message), None)
-    return message if mark is None else {**message, "content": mark}
+def with_placeholder(message: Mapping[str, Any], placeholders: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return `message` with its placeholder as the content, or unchanged if it has none."""
+    name = next((name for name, owner in placeholders.items() if owner is message), None)
+    return message if name is None else {**message, "content": name}
 
 
-def same(rendered: str, marks: Mapping[str, Mapping[str, Any]], text: str) -> bool:
-    """Whether `rendered` with contents for its marks is `text`. Templates may strip contents, all alike."""
-    if any(rendered.count(mark) != 1 for mark in marks):
+def matches(rendered: str, placeholders: Mapping[str, Mapping[str, Any]], text: str) -> bool:
+    """Return whether `rendered`, with the contents put back for their placeholders, equals `text`.
+
+    Templates may strip whitespace from the contents, if they do so for all of them in the same way.
+    """
+    if any(rendered.count(name) != 1 for name in placeholders):
         return False
     for strip in (str, str.strip, str.lstrip, str.rstrip):
         filled = rendered
-        for mark, message in marks.items():
-            filled = filled.replace(mark, strip(message["content"]))
+        for name, message in placeholders.items():
+            filled = filled.replace(name, strip(message["content"]))
         if filled == text:
             return True
     return False

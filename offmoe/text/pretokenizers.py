@@ -1,7 +1,7 @@
-"""How text is cut before byte-level BPE: the `tokenizer.ggml.pre` kinds of GGUF and their expressions.
+"""Pre-tokenizers of byte-level BPE: the regular expressions behind GGUF's `tokenizer.ggml.pre` names.
 
-A wrong cut silently changes the ids. The expressions are those of the models' own tokenizer.json; where
-llama.cpp (src/llama-vocab.cpp) writes them otherwise, its comment keeps the original.
+A wrong split silently changes the token ids. The expressions are those of the models' own tokenizer.json; where
+llama.cpp (src/llama-vocab.cpp) rewrites one, its comment keeps the original.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ LETTERS = (
     "\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
 CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
-HAN_HANGUL = "\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff"  # and thousands of marks, digits and spaces
+HAN_HANGUL = "\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff"  # includes thousands of marks, digits and spaces
 MARKS = "!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002"
-BOTH = "A-Za-z\uff21-\uff3a\uff41-\uff5a"  # of LETTERS and MARKS
+BOTH = "A-Za-z\uff21-\uff3a\uff41-\uff5a"  # in LETTERS and in MARKS
 FALCON_MARKS = r"\p{P}\$\+<=>\^~\|`"
 CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -41,13 +41,13 @@ SYMBOLS = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 
-def words(digits: str, punctuation_tail: str = r"[\r\n]*") -> str:
-    """The Llama-3 shape: contractions, words, `digits`, punctuation, spaces."""
+def llama3_pattern(digits: str, punctuation_tail: str = r"[\r\n]*") -> str:
+    """Return Llama 3's expression: contractions, words, `digits`, punctuation, spaces."""
     return CASELESS + rf"|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+{punctuation_tail}" + SPACES
 
 
-def cased_words(digits: str, contraction: str) -> str:
-    """The o200k shape: words are cut where lower case turns to upper case."""
+def o200k_pattern(digits: str, contraction: str) -> str:
+    """Return o200k's expression, which splits words where lower case is followed by upper case."""
     lead = r"[^\r\n\p{L}\p{N}]?"
     return (
         f"{lead}{UPPER}*{LOWER}+{contraction}|{lead}{UPPER}+{LOWER}*{contraction}|{digits}"
@@ -55,13 +55,14 @@ def cased_words(digits: str, contraction: str) -> str:
     )
 
 
-def deepseek_v3() -> tuple[str, ...]:
+def deepseek_v3_patterns() -> tuple[str, ...]:
+    """Return DeepSeek-V3's three expressions: digits, CJK, and the rest."""
     rest = r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*" + SPACES
     return (r"\p{N}{1,3}", CJK, SYMBOLS + rest)
 
 
-def kimi_k2() -> str:
-    """The o200k shape in which Chinese characters are words of their own, as in Kimi's tokenization_kimi.py."""
+def kimi_k2_pattern() -> str:
+    """Return o200k's expression with Chinese characters as words of their own, as in Kimi's tokenization_kimi.py."""
     upper, lower = (rf"[{letters[1:-1]}&&[^\p{{Han}}]]" for letters in (UPPER, LOWER))
     lead, tail = r"[^\r\n\p{L}\p{N}]?", CASELESS + "?"
     words = rf"{lead}{upper}*{lower}+{tail}|{lead}{upper}+{lower}*{tail}"
@@ -69,38 +70,40 @@ def kimi_k2() -> str:
 
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = words(r"\p{N}{1,3}")
-QWEN2 = words(r"\p{N}")
+LLAMA3 = llama3_pattern(r"\p{N}{1,3}")
+QWEN2 = llama3_pattern(r"\p{N}")
 LINES = r"[^\n]+|[\n]+"
 PIECES = r" ?[^(\s|.,!?…。，、।۔،)]+"
-ASIAN = (  # of AFMoE
+ASIAN = (  # used by AFMoE
     "[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e40-\u0e7f"
     "\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+"
 )
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Expressions applied one after another, each on the pieces of the one before."""
+class PreTokenizerKind:
+    """Regular expressions applied one after another, each to the pieces that the previous one left."""
 
     patterns: tuple[str, ...]
-    passes: tuple[str, ...] = ()  # the same cuts in fewer passes: a pass costs as much as merging does
-    ignore_merges: bool = False  # a piece that is in the vocabulary is one token, whatever the merges say
-    add_bos: bool = False  # when the file does not say
-    byte_level: bool = True  # bytes as GPT-2's letters; else `▁` for spaces and tokens <0x00> to <0xFF>
+    fused: tuple[str, ...] = ()  # equivalent expressions in fewer passes: one pass costs as much as merging
+    ignore_merges: bool = False  # a piece that is in the vocabulary is one token, regardless of the merges
+    add_bos: bool = False  # default if the file does not say
+    byte_level: bool = True  # bytes as GPT-2's characters; otherwise `▁` for spaces and tokens <0x00> to <0xFF>
 
 
-KINDS: dict[str, Kind] = {
-    "gpt-2": Kind((GPT2,)),
-    "smollm": Kind((r"\p{N}", GPT2)),
-    "qwen2": Kind((QWEN2,)),
-    "llama-bpe": Kind((LLAMA3,), ignore_merges=True, add_bos=True),
-    "dbrx": Kind((LLAMA3,)),
-    "qwen35": Kind((CASELESS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + SPACES,)),
-    "gpt-4o": Kind((cased_words(r"\p{N}{1,3}", CASELESS + "?"),)),
-    "tekken": Kind((cased_words(r"\p{N}", ""),), ignore_merges=True, add_bos=True),
-    "deepseek-v3": Kind(deepseek_v3()),
-    "deepseek-llm": Kind(
+KINDS: dict[str, PreTokenizerKind] = {
+    "gpt-2": PreTokenizerKind((GPT2,)),
+    "smollm": PreTokenizerKind((r"\p{N}", GPT2)),
+    "qwen2": PreTokenizerKind((QWEN2,)),
+    "llama-bpe": PreTokenizerKind((LLAMA3,), ignore_merges=True, add_bos=True),
+    "dbrx": PreTokenizerKind((LLAMA3,)),
+    "qwen35": PreTokenizerKind(
+        (CASELESS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + SPACES,)
+    ),
+    "gpt-4o": PreTokenizerKind((o200k_pattern(r"\p{N}{1,3}", CASELESS + "?"),)),
+    "tekken": PreTokenizerKind((o200k_pattern(r"\p{N}", ""),), ignore_merges=True, add_bos=True),
+    "deepseek-v3": PreTokenizerKind(deepseek_v3_patterns()),
+    "deepseek-llm": PreTokenizerKind(
         (
             r"[\r\n]",
             rf"\s?[{LETTERS}]+",
@@ -116,52 +119,52 @@ KINDS: dict[str, Kind] = {
             rf"[{HAN_HANGUL}&&[^\p{{N}}]]+|[{HAN_HANGUL}&&\p{{N}}]+|[\p{{N}}&&[^{HAN_HANGUL}]]+",
         ),
     ),
-    "deepseek-coder": Kind(
+    "deepseek-coder": PreTokenizerKind(
         (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", f"[{HAN_HANGUL}]+", r"\p{N}"),
         (r"[\r\n]|\s?\p{L}+|\s?\p{P}+", rf"[{HAN_HANGUL}&&[^\p{{N}}]]+|\p{{N}}"),
     ),
-    "bailingmoe": Kind(
+    "bailingmoe": PreTokenizerKind(
         (
             r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
             r"|\s*[\r\n]|\s+(?!\S)|\s+",
         )
     ),
-    "kimi-k2": Kind((kimi_k2(),)),
-    "afmoe": Kind((r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", ASIAN, deepseek_v3()[-1])),
-    "tiny_aya": Kind((r"\d{1,3}(?=(?:\d{3})*\b)", cased_words(r"\p{N}{1,3}", CASELESS + "?"))),
-    "exaone-moe": Kind(
+    "kimi-k2": PreTokenizerKind((kimi_k2_pattern(),)),
+    "afmoe": PreTokenizerKind((r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", ASIAN, deepseek_v3_patterns()[-1])),
+    "tiny_aya": PreTokenizerKind((r"\d{1,3}(?=(?:\d{3})*\b)", o200k_pattern(r"\p{N}{1,3}", CASELESS + "?"))),
+    "exaone-moe": PreTokenizerKind(
         (
             CASELESS + r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?"
             r"|\s*[\r\n]|\s+(?!\S)|\s+",
         )
     ),
-    "youtu": Kind(
+    "youtu": PreTokenizerKind(
         (
             "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-            cased_words(r"\p{N}", CASELESS + "?"),
+            o200k_pattern(r"\p{N}", CASELESS + "?"),
         ),
         ignore_merges=True,
     ),
-    "spark2_5": Kind(
+    "spark2_5": PreTokenizerKind(
         (
-            *deepseek_v3()[:2],
+            *deepseek_v3_patterns()[:2],
             SYMBOLS + r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+|[\r\n]|\s+(?!\S)|\s+",
             r"\p{N}",
         )
     ),
-    "seed-coder": Kind(
+    "seed-coder": PreTokenizerKind(
         (CASELESS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+" + SPACES,),
     ),
-    "ufakzeka": Kind((QWEN2.removeprefix(CASELESS + "|"),)),
-    "laguna": Kind((LINES, QWEN2)),
-    "minicpm5": Kind((r"\p{N}{1,3}", words(r"\p{N}+")), ignore_merges=True),
-    "jais-2": Kind((LLAMA3.removesuffix(r"|\s+(?!\S)|\s+") + HALVED_SPACES,)),
-    "superbpe": Kind((r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
-    "gemma4": Kind((LINES,), byte_level=False),
-    "sarvam-moe": Kind((LINES,), byte_level=False),
-    "bloom": Kind((PIECES,)),
-    "viking": Kind((PIECES, r"\p{N}")),
-    "falcon": Kind(
+    "ufakzeka": PreTokenizerKind((QWEN2.removeprefix(CASELESS + "|"),)),
+    "laguna": PreTokenizerKind((LINES, QWEN2)),
+    "minicpm5": PreTokenizerKind((r"\p{N}{1,3}", llama3_pattern(r"\p{N}+")), ignore_merges=True),
+    "jais-2": PreTokenizerKind((LLAMA3.removesuffix(r"|\s+(?!\S)|\s+") + HALVED_SPACES,)),
+    "superbpe": PreTokenizerKind((r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
+    "gemma4": PreTokenizerKind((LINES,), byte_level=False),
+    "sarvam-moe": PreTokenizerKind((LINES,), byte_level=False),
+    "bloom": PreTokenizerKind((PIECES,)),
+    "viking": PreTokenizerKind((PIECES, r"\p{N}")),
+    "falcon": PreTokenizerKind(
         (rf"[{FALCON_MARKS}]+", GPT2, r"[0-9][0-9][0-9]"),
         (
             rf"[{FALCON_MARKS}]+| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}{FALCON_MARKS}]+"
@@ -169,7 +172,7 @@ KINDS: dict[str, Kind] = {
             r"[0-9][0-9][0-9]",
         ),
     ),
-    "default": Kind((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "default": PreTokenizerKind((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
 }
 SAME_AS = {
     "gpt-2": "olmo mpt phi-2 jais gigachat exaone4 trillion granite-docling mellum a.x-4.0",
@@ -184,43 +187,44 @@ SAME_AS = {
     "bailingmoe": "bailingmoe2 llada-moe",
 }
 KINDS |= {name: KINDS[kind] for kind, names in SAME_AS.items() for name in names.split()}
-KINDS |= dict.fromkeys(("glm4", "glm5"), Kind((LLAMA3,), ignore_merges=True))
+KINDS |= dict.fromkeys(("glm4", "glm5"), PreTokenizerKind((LLAMA3,), ignore_merges=True))
 
 
-def kind_of(name: str) -> Kind:
-    """The kind called `name` in GGUF files; an unknown one is refused."""
+def find_kind(name: str) -> PreTokenizerKind:
+    """Return the kind called `name` in GGUF files. Raises OffmoeError if it is unknown."""
     if name not in KINDS:
         aliases = {alias for names in SAME_AS.values() for alias in names.split()}
         known = ", ".join(sorted(KINDS.keys() - aliases))
-        raise OffmoeError(f"the file's pre-tokenizer {name!r} is not supported: known are {known} and their kin")
+        raise OffmoeError(f"the file's pre-tokenizer {name!r} is not supported: expected {known} or an alias of these")
     return KINDS[name]
 
 
-def build(kind: Kind) -> pre_tokenizers.PreTokenizer:
-    """The pre-tokenizer that cuts as `kind` says, and then maps bytes to letters where the kind has them."""
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.passes or kind.patterns]
-    letters = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)] if kind.byte_level else []
-    return pre_tokenizers.Sequence([*cuts, *letters])
+def build_pre_tokenizer(kind: PreTokenizerKind) -> pre_tokenizers.PreTokenizer:
+    """Return a pre-tokenizer that splits as `kind` says and then, if it is byte-level, maps bytes to characters."""
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.fused or kind.patterns]
+    byte_level = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)] if kind.byte_level else []
+    return pre_tokenizers.Sequence([*splits, *byte_level])
 
 
 def pre_tokenizer_name(tokenizer_json: dict[str, Any]) -> str:
-    """The GGUF name of the cut that a byte-level `tokenizer.json` makes; an unknown one is refused.
+    """Return the GGUF name of a byte-level `tokenizer.json`'s pre-tokenizer.
 
-    Of kinds that cut alike, one that ignores merges alike where there is one.
+    Among kinds with the same expressions, prefer one with the same `ignore_merges`. Raises OffmoeError if there is no
+    such name.
     """
-    cut = tokenizer_json.get("pre_tokenizer") or {}
-    patterns = tuple(pattern for step in cut.get("pretokenizers", [cut]) for pattern in step_patterns(step))
+    root = tokenizer_json.get("pre_tokenizer") or {}
+    patterns = tuple(pattern for step in root.get("pretokenizers", [root]) for pattern in step_patterns(step))
     ignore_merges = bool((tokenizer_json.get("model") or {}).get("ignore_merges"))
     same = [name for name, kind in KINDS.items() if kind.patterns == patterns]
     if not same:
         raise OffmoeError(
-            f"tokenizer.json cuts text by {patterns}: this has no GGUF name, so pack cannot write the tokenizer"
+            f"tokenizer.json splits text by {patterns}: this has no GGUF name, so pack cannot write the tokenizer"
         )
     return next((name for name in same if KINDS[name].ignore_merges == ignore_merges), same[0])
 
 
 def step_patterns(step: dict[str, Any]) -> list[str]:
-    """The expressions that one step of a tokenizer.json pre-tokenizer stands for."""
+    """Return the expressions that one step of a tokenizer.json pre-tokenizer stands for."""
     kind = step.get("type")
     if kind == "ByteLevel":
         return [GPT2] if step.get("use_regex", True) else []
@@ -232,5 +236,5 @@ def step_patterns(step: dict[str, Any]) -> list[str]:
 
 
 def escape_controls(pattern: str) -> str:
-    """`pattern` as the table writes it: some files hold line ends as characters, some as escapes."""
+    """Return `pattern` with line ends escaped as in the table: some files hold them as characters, some as escapes."""
     return pattern.replace("\r", r"\r").replace("\n", r"\n")

@@ -1,6 +1,6 @@
-"""Renders one chat template for `chat_template.py`: a script of its own, which imports nothing of offmoe.
+"""Script that renders one chat template for `chat_template.py`; it imports nothing from offmoe.
 
-The environment is the one that Hugging Face's `apply_chat_template` makes; the limits are ours.
+The Jinja environment is the one of Hugging Face's `apply_chat_template`; the limits are offmoe's own.
 """
 
 import json
@@ -11,40 +11,40 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-sys.path.extend(sys.argv[1:])  # where the parent found them: -I hides user installs
+sys.path.extend(sys.argv[1:])  # the parent's paths of jinja2 and markupsafe: -I hides user installs
 
 import jinja2
-import jinja2.debug  # imported by an error otherwise, perhaps without the memory for it
+import jinja2.debug  # otherwise imported on the first error, when memory may have run out
 import jinja2.ext
 from jinja2 import meta, nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-ALARM_S = 3.0  # one compilation or render, should the parent be gone; its own deadline is shorter
-MEMORY = 1 << 29  # bytes of address space
-TEXT = 1 << 22  # characters of one conversation
+ALARM_S = 3.0  # limit of one compilation or render if the parent is gone; the parent's deadline is shorter
+MEMORY_LIMIT = 1 << 29  # bytes of address space
+MAX_CHARACTERS = 1 << 22  # of one rendered conversation
 
 
-class Refusal(jinja2.TemplateError):
-    """The template's own `raise_exception`."""
+class TemplateRejection(jinja2.TemplateError):
+    """Raised by the template itself, through `raise_exception`."""
 
 
-class Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what an assistant said, for training; here it only opens a scope, as there."""
+class GenerationTag(jinja2.ext.Extension):
+    """Tag `{% generation %}`, which marks assistant text for training; as in transformers, it only opens a scope."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
 
     def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
+        describe_error = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_same"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(describe_error)
 
-    def _same(self, caller: Callable[[], str]) -> str:
+    def _body(self, caller: Callable[[], str]) -> str:
         return caller()
 
 
 def raise_exception(message: str) -> None:
-    raise Refusal(message)
+    raise TemplateRejection(message)
 
 
 def tojson(
@@ -54,7 +54,7 @@ def tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Unlike jinja2's own: no HTML escapes."""
+    """Serialise `x` to JSON, without the HTML escapes of jinja2's own filter."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -62,10 +62,10 @@ def strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def compiled(source: str) -> tuple[jinja2.Template, list[str]]:
-    """The template, and the names of the variables that it may be given."""
+def compile_template(source: str) -> tuple[jinja2.Template, list[str]]:
+    """Return the compiled template and the names of its undefined variables."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
@@ -75,32 +75,33 @@ def compiled(source: str) -> tuple[jinja2.Template, list[str]]:
 
 
 def render(template: jinja2.Template, variables: dict[str, Any]) -> str:
-    """The text, given up as soon as it is longer than any context."""
+    """Return the rendered text. Raises ValueError as soon as it is longer than MAX_CHARACTERS."""
     pieces, length = [], 0
     for piece in template.generate(tools=None, documents=None, **variables):
         pieces.append(piece)
         length += len(piece)
-        if length > TEXT:
-            raise ValueError(f"its text is longer than {TEXT} characters")
+        if length > MAX_CHARACTERS:
+            raise ValueError(f"its text is longer than {MAX_CHARACTERS} characters")
     return "".join(pieces)
 
 
-def guarded(work: Callable[[], Any]) -> tuple[Any, str | None]:
-    """The result of `work`, or the one line that says why there is none."""
-    signal.setitimer(signal.ITIMER_REAL, ALARM_S)  # kills the process: no template can catch it
+def run_guarded(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Return (result of `work`, None), or (None, one-line error message)."""
+    signal.setitimer(signal.ITIMER_REAL, ALARM_S)  # SIGALRM kills the process: a template cannot catch it
     try:
         return work(), None
-    except Refusal as error:
-        return None, f"the chat template refuses this conversation: {one_line(error)}"
+    except TemplateRejection as error:
+        return None, f"the chat template rejects this conversation: {one_line(error)}"
     except Exception as error:
-        return None, f"the model's chat template fails ({line(error)}): give plain text"
+        return None, f"the model's chat template fails ({describe_error(error)}): use plain text"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def line(error: Exception) -> str:
-    place = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-    return f"{type(error).__name__}{place}: {one_line(error)}".removesuffix(": ")
+def describe_error(error: Exception) -> str:
+    """Return the exception's type, line (of a syntax error) and message."""
+    where = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+    return f"{type(error).__name__}{where}: {one_line(error)}".removesuffix(": ")
 
 
 def one_line(error: Exception) -> str:
@@ -108,15 +109,16 @@ def one_line(error: Exception) -> str:
 
 
 def main() -> None:
+    """Read the template, then answer each request with a rendered text or an error, until standard input closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     setup = json.loads(sys.stdin.buffer.readline())
-    made, failure = guarded(lambda: compiled(setup["template"]))
-    template: Any = made[0] if made else None
-    reply({"variables": made[1] if made else []})
+    result, failure = run_guarded(lambda: compile_template(setup["template"]))
+    template: Any = result[0] if result else None
+    reply({"variables": result[1] if result else []})
     for request in sys.stdin.buffer:
         variables = setup["variables"] | json.loads(request)
-        text, error = (None, failure) if failure else guarded(lambda: render(template, variables))  # noqa: B023
+        text, error = (None, failure) if failure else run_guarded(lambda: render(template, variables))  # noqa: B023
         reply({"error": error} if error else {"text": text})
 
 

@@ -1,7 +1,8 @@
-"""Vocabularies as tiktoken keeps them: a base64 token and its rank a line, the rank being id and priority.
+"""Vocabularies in tiktoken's file format: one base64 token and its rank per line; the rank is both id and merge
+priority.
 
-How text is cut and what the special tokens are stands in the checkpoint's own Python, which is never run: here it is
-known by the name of the tokenizer's class (tokenization_kimi.py, tokenization_hy.py, tokenization_qwen.py).
+How text is split and which special tokens exist is written in the checkpoint's own Python code, which is never run. It
+is looked up by the name of the tokenizer's class (tokenization_kimi.py, tokenization_hy.py, tokenization_qwen.py).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from offmoe.errors import OffmoeError
-from offmoe.text.byte_letters import bytes_to_letters
-from offmoe.text.pretokenizers import build, kind_of
+from offmoe.text.byte_unicode import bytes_to_unicode
+from offmoe.text.pretokenizers import build_pre_tokenizer, find_kind
 
 EXTRAS = tuple(f"<|extra_{i}|>" for i in range(205))
 HY = "<|endoftext|>", "<|startoftext|>", "<|bos|>", "<|eos|>", "<|pad|>", *EXTRAS
@@ -25,25 +26,28 @@ QWEN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", *EXTRAS
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What one tokenizer class makes of its file."""
+class TiktokenLayout:
+    """File name, pre-tokenizer and special tokens that one tokenizer class uses."""
 
     file: str
-    cut: str  # as GGUF names it
-    specials: tuple[str, ...] = ()  # behind the ranks
-    reserved: int = 0  # ids behind the ranks, which tokenizer_config.json may name
-    nfc: bool = False  # text is normalised first
+    pre_tokenizer: str  # its name in GGUF files
+    specials: tuple[str, ...] = ()  # their ids follow the ranks
+    reserved: int = 0  # number of ids after the ranks, which tokenizer_config.json may name
+    nfc: bool = False  # normalise text to NFC first
 
 
 LAYOUTS = {
-    "TikTokenTokenizer": Layout("tiktoken.model", "kimi-k2", reserved=256),
-    "HYTokenizer": Layout("hy.tiktoken", "hunyuan", HY, nfc=True),
-    "QWenTokenizer": Layout("qwen.tiktoken", "qwen2", QWEN, nfc=True),
+    "TikTokenTokenizer": TiktokenLayout("tiktoken.model", "kimi-k2", reserved=256),
+    "HYTokenizer": TiktokenLayout("hy.tiktoken", "hunyuan", HY, nfc=True),
+    "QWenTokenizer": TiktokenLayout("qwen.tiktoken", "qwen2", QWEN, nfc=True),
 }
 
 
 def open_tiktoken(path: Path, config: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer of a directory with a tiktoken file; None where it has none. config: tokenizer_config.json."""
+    """Return the tokenizer of a directory with a tiktoken file, or None if there is no such file.
+
+    `config` is tokenizer_config.json. Raises OffmoeError if the tokenizer class is unknown or the file is damaged.
+    """
     files = [*path.glob("*.tiktoken"), *path.glob("tiktoken.model")]
     if not files:
         return None
@@ -52,11 +56,11 @@ def open_tiktoken(path: Path, config: dict[str, Any]) -> Tokenizer | None:
     if layout is None or not (path / layout.file).is_file():
         known = ", ".join(f"{name} with {layout.file}" for name, layout in LAYOUTS.items())
         raise OffmoeError(
-            f"{files[0]} of the tokenizer class {name!r} is not supported: known are {known}, or a tokenizer.json"
+            f"{files[0]} of the tokenizer class {name!r} is not supported: expected {known}, or a tokenizer.json"
         )
     ranks = read_ranks(path / layout.file)
-    tokenizer = Tokenizer(models.BPE(letters(ranks), list(merges(ranks)), ignore_merges=True))
-    tokenizer.pre_tokenizer = build(kind_of(layout.cut))
+    tokenizer = Tokenizer(models.BPE(unicode_vocab(ranks), list(merges(ranks)), ignore_merges=True))
+    tokenizer.pre_tokenizer = build_pre_tokenizer(find_kind(layout.pre_tokenizer))
     tokenizer.decoder = decoders.ByteLevel()
     if layout.nfc:
         tokenizer.normalizer = normalizers.NFC()
@@ -65,7 +69,7 @@ def open_tiktoken(path: Path, config: dict[str, Any]) -> Tokenizer | None:
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
-    """Tokens by rank; one that stands there twice counts once, as in tokenization_hy.py."""
+    """Read a tiktoken file: token → rank. A token that appears twice counts once, as in tokenization_hy.py."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         if not line:
@@ -74,7 +78,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
             token = base64.b64decode(line.split()[0], validate=True)
             rank = int(line.split()[1])
         except (ValueError, IndexError, binascii.Error):
-            raise OffmoeError(f"{file} is damaged: line {number} is no base64 token and its rank") from None
+            raise OffmoeError(f"{file} is damaged: line {number} is not a base64 token and its rank") from None
         if rank not in (len(ranks), number - 1):
             raise OffmoeError(f"{file} is damaged: line {number} has rank {rank}, expected {len(ranks)}")
         ranks.setdefault(token, len(ranks))
@@ -83,21 +87,25 @@ def read_ranks(file: Path) -> dict[bytes, int]:
     return ranks
 
 
-def letters(ranks: dict[bytes, int]) -> dict[str, int]:
-    return {bytes_to_letters(token): rank for token, rank in ranks.items()}
+def unicode_vocab(ranks: dict[bytes, int]) -> dict[str, int]:
+    """Return the vocabulary with its bytes as GPT-2's Unicode characters."""
+    return {bytes_to_unicode(token): rank for token, rank in ranks.items()}
 
 
 def merges(ranks: dict[bytes, int]) -> Iterator[tuple[str, str]]:
-    """Every way to make a token of two others: the lowest rank of the whole merges first, as in tiktoken."""
+    """Yield every pair of tokens that makes a third one, by ascending rank of the merged token, as tiktoken merges."""
     for token in sorted(ranks, key=ranks.__getitem__):
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        pairs = [(token[:split_kind], token[split_kind:]) for split_kind in range(1, len(token))]
         pairs = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
         for left, right in sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])):
-            yield bytes_to_letters(left), bytes_to_letters(right)
+            yield bytes_to_unicode(left), bytes_to_unicode(right)
 
 
-def special_tokens(layout: Layout, first: int, named: Any) -> list[AddedToken]:
-    """The tokens from id `first` on. named: `added_tokens_decoder`, which may say more about them."""
+def special_tokens(layout: TiktokenLayout, first: int, named: Any) -> list[AddedToken]:
+    """Return the special tokens, whose ids start at `first`.
+
+    `named` is tokenizer_config.json's `added_tokens_decoder`, which may override text and kind.
+    """
     named = named if isinstance(named, dict) else {}
     texts = {first + i: text for i, text in enumerate(layout.specials)}
     texts |= {id: f"<|reserved_token_{id}|>" for id in range(first, first + layout.reserved)}

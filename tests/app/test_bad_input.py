@@ -1,4 +1,4 @@
-"""Every bad input that a person may meet, through the command line: one line that helps, and nothing left behind."""
+"""Every invalid input that a user may give, through the command line: a helpful line, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from offmoe.app.cli import main
 from offmoe.checkpoint.find_model import DEMO
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
-from offmoe.pack import ggml
+from offmoe.pack import ggml_library
 from offmoe.pack.convert import pack
 
 Result = tuple[int, str, str]  # exit status, standard output, standard error
 Command = Callable[..., Result]
-Refusal = Callable[..., str]
+ErrorLine = Callable[..., str]
 FEW = ("--max-tokens", "3", "--greedy")
 
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`model` and `model.gguf`, both good; tests change copies."""
+    """Valid `model` and `model.gguf`; tests change copies."""
     folder = tmp_path_factory.mktemp("originals")
     with open_checkpoint(model_directory(folder / "model")) as checkpoint:
         pack(checkpoint, folder / "model.gguf", "f32", lambda done, total: None)
@@ -52,13 +52,13 @@ def good(originals: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A good directory of safetensors, to be spoilt."""
+    """A valid directory of safetensors, to be damaged."""
     return model_directory(tmp_path / "model")
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`offmoe` in this process; whatever would print a traceback fails the test."""
+    """Run `offmoe` in this process; an error that would print a traceback fails the test."""
 
     def call(*arguments: object, stdin: bytes = b"") -> Result:
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # CUDA leaves files open
@@ -72,13 +72,13 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 
 def left() -> tuple[list[str], int, int]:
-    """Open files, threads and children of this process."""
+    """Return the open files, threads and children of this process."""
     return os.listdir("/proc/self/fd"), threading.active_count(), len(psutil.Process().children())
 
 
 @pytest.fixture
-def refusal(command: Command, tmp_path: Path) -> Refusal:
-    """The line with which `offmoe` ends; it leaves no file, no open file, no thread and no process behind."""
+def error_line(command: Command, tmp_path: Path) -> ErrorLine:
+    """Return the error line of `offmoe`, which must leave no file, open file, thread or process behind."""
 
     def line(*arguments: object, status: int = 1, **named: Any) -> str:
         files, before = sorted(tmp_path.rglob("*")), left()
@@ -93,15 +93,15 @@ def refusal(command: Command, tmp_path: Path) -> Refusal:
     return line
 
 
-def both(refusal: Refusal, model: object) -> str:
-    """The line of `run` and `info`: the same."""
-    found = refusal("run", model, "hi")
-    assert refusal("info", model) == found
+def both(error_line: ErrorLine, model: object) -> str:
+    """Return the error line of `run` and `info`, which must be the same."""
+    found = error_line("run", model, "hi")
+    assert error_line("info", model) == found
     return found
 
 
 def test_the_originals_are_good(command: Command, originals: Path, good: Path) -> None:
-    """Else every refusal below could be for another reason."""
+    """Otherwise every error below could have another reason."""
     for model in (originals / "model", good):
         status, out, err = command("run", model, "hi", *FEW, "--json")
         assert (status, err) == (0, "")
@@ -112,12 +112,12 @@ def test_the_originals_are_good(command: Command, originals: Path, good: Path) -
 
 
 def place(data: bytes, name: str) -> int:
-    """Where the entry of a tensor goes on behind its name."""
+    """Return the offset after a tensor's name in the header."""
     return data.index(gguf_string(name)) + len(gguf_string(name))
 
 
 def patched(name: str, dims: list[int] | None = None, kind: int | None = None, offset: int | None = None) -> Any:
-    """A change of a GGUF: another shape (of as many dimensions), type number or offset of tensor `name`."""
+    """Return a change of a GGUF: another shape (of the same rank), type number or offset of tensor `name`."""
 
     def change(data: bytes) -> bytes:
         at = place(data, name)
@@ -134,17 +134,17 @@ def patched(name: str, dims: list[int] | None = None, kind: int | None = None, o
 HUGE = 1 << 62
 Change = Callable[[bytes], bytes]
 GGUF: dict[str, tuple[Change, str]] = {
-    "empty": (lambda data: b"", "is no GGUF: it starts with b''"),
+    "empty": (lambda data: b"", "is not a GGUF file: it starts with b''"),
     "text": (lambda data: b"# A model\n", r"it starts with b'# A ', not b'GGUF'; give a \.gguf file"),
-    "HTML": (lambda data: b"<!DOCTYPE html>\n\n", "is no GGUF"),
+    "HTML": (lambda data: b"<!DOCTYPE html>\n\n", "is not a GGUF file"),
     "a pickle": (lambda data: b"\x80\x02}q\x00.", "it is a pickle, which is never loaded"),
-    "a pointer of git lfs": (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "is no GGUF"),
+    "a pointer of git lfs": (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "is not a GGUF file"),
     "cut in the counts": (lambda data: data[:20], "is damaged: its header runs to byte 24 and the file ends at 20"),
     "cut in the metadata": (lambda data: data[:300], "its header runs to byte .* and the file ends at 300; copy"),
     "cut in the tensors": (lambda data: data[: place(data, "output.weight")], "its header runs to byte"),
     "cut in the weights": (lambda data: data[: len(data) // 2], "is truncated or damaged: tensor .* ends at byte .*;"),
     "cut by one byte": (lambda data: data[:-1], "is truncated or damaged"),
-    "version": (lambda data: data[:4] + u32(77) + data[8:], "version 77: supported are 2 and 3; convert"),
+    "version": (lambda data: data[:4] + u32(77) + data[8:], "version 77: expected 2 or 3; convert"),
     "tensor count": (lambda data: data[:8] + struct.pack("<Q", HUGE) + data[16:], f"it claims {HUGE} tensors, more"),
     "key count": (lambda data: data[:16] + struct.pack("<Q", HUGE) + data[24:], f"it claims {HUGE} metadata keys"),
     "string length": (lambda data: data[:24] + struct.pack("<Q", HUGE) + data[32:], "its header runs to byte 4611686"),
@@ -154,24 +154,24 @@ GGUF: dict[str, tuple[Change, str]] = {
     "absurd shape": (patched("output.weight", dims=[HUGE, HUGE]), "tensor 'output.weight' ends at byte"),
     "shape of zero": (patched("output.weight", dims=[32, 0]), r"a tensor has the shape \[0, 32\]"),
     "smaller shape": (patched("output.weight", dims=[32, 259]), r"has shape \[259, 32\]: the config asks for \[260"),
-    "turned shape": (patched("output.weight", dims=[260, 32]), r"has shape \[32, 260\]: the config asks for \[260"),
-    "dtype": (patched("output.weight", kind=16), "tensor format IQ2_XXS is not supported: supported are F32, F16"),
-    "integers": (patched("output.weight", kind=26), "tensor format I32 is not supported: supported are F32, F16"),
+    "transposed shape": (patched("output.weight", dims=[260, 32]), r"has shape \[32, 260\]: the config asks for \[260"),
+    "dtype": (patched("output.weight", kind=16), "tensor format IQ2_XXS is not supported: expected one of F32, F16"),
+    "integers": (patched("output.weight", kind=26), "tensor format I32 is not supported: expected one of F32, F16"),
     "unknown dtype": (patched("output.weight", kind=4242), "tensor format number 4242 is not supported"),
     "other dtype of one expert": (patched("blk.1.ffn_up_exps.weight", kind=2, dims=[32, 32, 3]), "has shape"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "message"), GGUF.values(), ids=GGUF)
-def test_damaged_gguf(refusal: Refusal, good: Path, tmp_path: Path, change: Change, message: str) -> None:
+def test_damaged_gguf(error_line: ErrorLine, good: Path, tmp_path: Path, change: Change, message: str) -> None:
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(change(good.read_bytes()))
-    assert re.search(message, both(refusal, bad))
+    assert re.search(message, both(error_line, bad))
 
 
 ARCH = "qwen3moe"
 METADATA: dict[str, tuple[dict[str, Any], str]] = {
-    "architecture": ({"general.architecture": "mamba2"}, "'mamba2' is not supported; supported are qwen3moe, qwen2moe"),
+    "architecture": ({"general.architecture": "mamba2"}, "'mamba2' is not supported; supported are deepseek2, dots1"),
     "dense": ({"general.architecture": "llama"}, "is a dense llama model: offmoe runs mixture-of-experts models"),
     "no experts": ({f"{ARCH}.expert_count": None}, "is a dense qwen3moe model"),
     "no layers": ({f"{ARCH}.block_count": None}, "has no num_hidden_layers"),
@@ -186,30 +186,30 @@ METADATA: dict[str, tuple[dict[str, Any], str]] = {
     "more layers": ({f"{ARCH}.block_count": 3}, "has no tensor blk.2.attn_norm.weight: the file is incomplete"),
     "more experts": ({f"{ARCH}.expert_count": 5}, r"has shape \[4, 32\]: the config asks for \[5, 32\]"),
     "absurd layers": ({f"{ARCH}.block_count": 1 << 24}, "the config has 16777216 layers: no published model"),
-    "split elsewhere": ({"split.count": 2}, "is one of 2 parts: name them as in model-00001-of-00003.gguf"),
+    "split elsewhere": ({"split.count": 2}, "is one of 2 parts: expected a name such as model-00001-of-00003.gguf"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "message"), METADATA.values(), ids=METADATA)
 def test_gguf_of_another_kind(
-    refusal: Refusal, good: Path, tmp_path: Path, change: dict[str, Any], message: str
+    error_line: ErrorLine, good: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    assert re.search(message, both(refusal, rewritten(good, tmp_path / "bad.gguf", change)))
+    assert re.search(message, both(error_line, rewritten(good, tmp_path / "bad.gguf", change)))
 
 
-def test_gguf_without_a_tensor(refusal: Refusal, good: Path, tmp_path: Path) -> None:
+def test_gguf_without_a_tensor(error_line: ErrorLine, good: Path, tmp_path: Path) -> None:
     for name in ("blk.1.ffn_down_exps.weight", "blk.0.ffn_gate_inp.weight", "output_norm.weight"):
         bad = rewritten(good, tmp_path / f"{name}.gguf", **{name: None})
-        assert f"has no tensor {name}: the file is incomplete" in both(refusal, bad)
+        assert f"has no tensor {name}: the file is incomplete" in both(error_line, bad)
 
 
-def test_gguf_with_a_part_missing(refusal: Refusal, good: Path, tmp_path: Path) -> None:
+def test_gguf_with_a_part_missing(error_line: ErrorLine, good: Path, tmp_path: Path) -> None:
     part = rewritten(good, tmp_path / "m-00001-of-00002.gguf", {"split.count": 2, "split.no": 0})
-    assert "misses beside it m-00002-of-00002.gguf: fetch them all" in both(refusal, part)
+    assert "its directory lacks m-00002-of-00002.gguf: download them all" in both(error_line, part)
 
 
-def test_weights_larger_than_any_memory(refusal: Refusal, tmp_path: Path) -> None:
-    """A sparse file of 1 TiB that really is as large as its header says."""
+def test_weights_larger_than_any_memory(error_line: ErrorLine, tmp_path: Path) -> None:
+    """A sparse file of 1 TiB, as large as its header says."""
     wide, attention, words = 1 << 20, 1 << 16, gguf_string("a") + gguf_string("b") + gguf_string("ab")
     keys = {"block_count": 1, "embedding_length": wide, "attention.head_count": 1, "expert_count": 2,
             "attention.key_length": attention, "expert_used_count": 1, "expert_feed_forward_length": 32}  # fmt: skip
@@ -231,8 +231,8 @@ def test_weights_larger_than_any_memory(refusal: Refusal, tmp_path: Path) -> Non
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(gguf_bytes(pairs, entries, data=0))
     os.truncate(bad, bad.stat().st_size + at)
-    assert "holds 0 expert slots" in both(refusal, bad)
-    line = refusal("run", bad, "hi", "--vram", "100%")
+    assert "holds 0 expert slots" in both(error_line, bad)
+    line = error_line("run", bad, "hi", "--vram", "100%")
     assert re.search(r"the plan needs 1\.\d+ TiB of memory and .* are free", line)
 
 
@@ -240,13 +240,13 @@ def test_weights_larger_than_any_memory(refusal: Refusal, tmp_path: Path) -> Non
 
 
 def edit(path: Path, **values: Any) -> None:
-    """Other values in a JSON object; None takes one out."""
+    """Return a change of a JSON object; None removes a key."""
     changed = json.loads(path.read_text()) | values
     path.write_text(json.dumps({key: value for key, value in changed.items() if value is not None}))
 
 
 def header(change: Callable[[dict[str, Any]], None]) -> Change:
-    """A change of the header of a safetensors file, which keeps its weights."""
+    """Return a change of a safetensors header; the weights stay."""
 
     def rewrite(data: bytes) -> bytes:
         end = 8 + int.from_bytes(data[:8], "little")
@@ -259,37 +259,37 @@ def header(change: Callable[[dict[str, Any]], None]) -> Change:
 
 
 SAFETENSORS: dict[str, tuple[Change, str]] = {
-    "empty": (lambda data: b"", "model.safetensors is truncated: it has 0 bytes; copy it anew"),
+    "empty": (lambda data: b"", "model.safetensors is truncated: it has 0 bytes; copy it again"),
     "cut in the length": (lambda data: data[:7], "is truncated: it has 7 bytes"),
-    "cut in the header": (lambda data: data[:1000], "is truncated or no safetensors: it claims a header of"),
+    "cut in the header": (lambda data: data[:1000], "is truncated or not a safetensors file: it claims a header of"),
     "cut in the weights": (lambda data: data[: len(data) // 2], "is truncated or damaged: tensor .* ends at byte"),
     "cut by one byte": (lambda data: data[:-1], "is truncated or damaged: tensor .* ends at byte"),
     "header length": (lambda data: struct.pack("<Q", HUGE) + data[8:], f"it claims a header of {HUGE} bytes, the file"),
-    "header too short": (lambda data: struct.pack("<Q", 100) + data[8:], "its header: no valid JSON"),
+    "header too short": (lambda data: struct.pack("<Q", 100) + data[8:], "its header: not valid JSON"),
     "header of text": (lambda data: struct.pack("<Q", 4) + b"true", "its header: expected a JSON object, found bool"),
-    "dtype": (header(lambda entry: entry.update(dtype="I16")), "has dtype 'I16': supported are F32, F16, BF16"),
-    "8 bits": (header(lambda entry: entry.update(dtype="F8_E5M2")), "dtype 'F8_E5M2': supported are F32, F16, BF16"),
+    "dtype": (header(lambda entry: entry.update(dtype="I16")), "has dtype 'I16': expected F32, F16, BF16"),
+    "8 bits": (header(lambda entry: entry.update(dtype="F8_E5M2")), "dtype 'F8_E5M2': expected F32, F16, BF16"),
     "half the dtype": (header(lambda entry: entry.update(dtype="F16")), "33280 bytes at its data_offsets, and 16640"),
     "absurd shape": (header(lambda entry: entry.update(shape=[HUGE, HUGE])), "33280 bytes at its data_offsets, and 8"),
     "negative shape": (header(lambda entry: entry.update(shape=[-260, -32])), r"has the shape \[-260, -32\], expected"),
-    "turned shape": (header(lambda entry: entry.update(shape=[32, 260])), r"has shape \[32, 260\]: the config asks"),
+    "swapped shape": (header(lambda entry: entry.update(shape=[32, 260])), r"has shape \[32, 260\]: the config asks"),
     "offset outside": (header(lambda entry: entry.update(data_offsets=[1 << 40, (1 << 40) + 33280])), "ends at byte 1"),
     "overlap": (header(lambda entry: entry.update(data_offsets=[64, 33344])), "tensors .* overlap"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "message"), SAFETENSORS.values(), ids=SAFETENSORS)
-def test_damaged_safetensors(refusal: Refusal, folder: Path, tmp_path: Path, change: Change, message: str) -> None:
+def test_damaged_safetensors(error_line: ErrorLine, folder: Path, tmp_path: Path, change: Change, message: str) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(change(weights.read_bytes()))
-    assert re.search(message, both(refusal, folder))
-    assert re.search(message, refusal("pack", folder, tmp_path / "out.gguf", "--format", "q8_0"))
+    assert re.search(message, both(error_line, folder))
+    assert re.search(message, error_line("pack", folder, tmp_path / "out.gguf", "--format", "q8_0"))
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "model_type": ({"model_type": "phi5"}, "'phi5' is not supported; supported are qwen3_moe, qwen2_moe"),
-    "no model_type": ({"model_type": None}, "architecture 'None' is not supported; supported are qwen3_moe"),
-    "model_type of lists": ({"model_type": [[]]}, "is not supported; supported are qwen3_moe"),
+    "model_type": ({"model_type": "phi5"}, "'phi5' is not supported; supported are deepseek_v2, deepseek_v3"),
+    "no model_type": ({"model_type": None}, "architecture 'None' is not supported; supported are deepseek_v2"),
+    "model_type of lists": ({"model_type": [[]]}, "is not supported; supported are deepseek_v2"),
     "hidden_act": ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and offmoe implements 'silu': this model cannot be"),
     "rope_scaling": ({"rope_scaling": {"type": "mrope", "factor": 4}}, "rope_type is 'mrope', and offmoe implements"),
     "rope_parameters": ({"rope_parameters": {"rope_type": ["a"]}}, r"rope_type is \['a'\], and offmoe implements"),
@@ -316,7 +316,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "text for a number": ({"hidden_size": "32"}, "hidden_size = '32': expected a whole number"),
     "true for a number": ({"num_experts": True}, "num_experts = True: expected a whole number"),
     "huge": ({"vocab_size": 10**40}, "vocab_size = 1000.*: expected a whole number"),
-    "missing": ({"num_experts_per_tok": None}, "has no num_experts_per_tok: it is incomplete or no MoE model"),
+    "missing": ({"num_experts_per_tok": None}, "has no num_experts_per_tok: it is incomplete or not an MoE model"),
     "top-k": ({"num_experts_per_tok": 5}, "routes to 5 of 4 experts: more than there are"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "2 heads do not divide among 3 key-value heads"),
     "odd head": ({"head_dim": 15}, "head_dim is 15: rotary embedding needs an even number"),
@@ -360,32 +360,32 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("change", "message"), CONFIGS.values(), ids=CONFIGS)
-def test_config_of_another_kind(refusal: Refusal, folder: Path, change: dict[str, Any], message: str) -> None:
+def test_config_of_another_kind(error_line: ErrorLine, folder: Path, change: dict[str, Any], message: str) -> None:
     edit(folder / "config.json", **change)
-    assert re.search(message, both(refusal, folder))
+    assert re.search(message, both(error_line, folder))
 
 
 @pytest.mark.parametrize(
     "text", [b"", b"{", b"[]", b'{"a": 1, "a": 2}', b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"9" * 9999]
 )
-def test_config_that_is_no_object(refusal: Refusal, folder: Path, text: bytes) -> None:
+def test_config_that_is_no_object(error_line: ErrorLine, folder: Path, text: bytes) -> None:
     (folder / "config.json").write_bytes(text)
-    assert re.search(r"config\.json: (no valid JSON|expected a JSON object)", both(refusal, folder))
+    assert re.search(r"config\.json: (not valid JSON|expected a JSON object)", both(error_line, folder))
 
 
-def test_directories_that_lack_something(refusal: Refusal, folder: Path, tmp_path: Path) -> None:
+def test_directories_that_lack_something(error_line: ErrorLine, folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").unlink()
-    assert "has no config.json: download the whole model directory" in both(refusal, folder)
+    assert "has no config.json: download the whole model directory" in both(error_line, folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "pickle files are never loaded (pytorch_model.bin)" in both(refusal, folder)
+    assert "pickle files are never loaded (pytorch_model.bin)" in both(error_line, folder)
     (tmp_path / "empty").mkdir()
-    assert "holds no model: expected model.safetensors, model.safetensors.index.json" in both(
-        refusal, tmp_path / "empty"
+    assert "has no model: expected model.safetensors, model.safetensors.index.json" in both(
+        error_line, tmp_path / "empty"
     )
 
 
 def sharded(folder: Path, **where: object) -> Path:
-    """The weights in two shards; `where` the index puts lm_head and everything else."""
+    """Split the weights into two shards; `where` names the shards of lm_head and of everything else."""
     tensors = model_weights()
     (folder / "model.safetensors").unlink()
     save_file({"lm_head.weight": tensors.pop("lm_head.weight")}, folder / "head.safetensors")
@@ -399,10 +399,10 @@ def sharded(folder: Path, **where: object) -> Path:
 INDICES = {
     "parent": ({"head": "../head.safetensors"}, r"points to '\.\./head\.safetensors': expected a \.safetensors file"),
     "root": ({"head": "/etc/head.safetensors"}, "points to '/etc/head.safetensors': expected a .safetensors file"),
-    "pickle": ({"head": "head.bin"}, "points to 'head.bin': expected a .safetensors file beside it"),
+    "pickle": ({"head": "head.bin"}, "points to 'head.bin': expected a .safetensors file in the same directory"),
     "number": ({"head": 1}, "points to 1: expected a .safetensors file"),
-    "missing shard": ({"head": "gone.safetensors"}, "misses 1 of 2 shards: 'gone.safetensors'"),
-    "other shard": ({"head": "rest.safetensors"}, "lacks tensors that .* puts into it: 'lm_head.weight'"),
+    "missing shard": ({"head": "gone.safetensors"}, "lacks 1 of 2 shards: 'gone.safetensors'"),
+    "other shard": ({"head": "rest.safetensors"}, "lacks tensors that .* lists in it: 'lm_head.weight'"),
 }  # fmt: skip
 
 
@@ -411,26 +411,26 @@ def test_shards_are_read(command: Command, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("where", "message"), INDICES.values(), ids=INDICES)
-def test_index_that_lies(refusal: Refusal, folder: Path, where: dict[str, object], message: str) -> None:
-    assert re.search(message, both(refusal, sharded(folder, **where)))
+def test_index_that_lies(error_line: ErrorLine, folder: Path, where: dict[str, object], message: str) -> None:
+    assert re.search(message, both(error_line, sharded(folder, **where)))
 
 
-def test_shard_that_is_cut(refusal: Refusal, folder: Path) -> None:
+def test_shard_that_is_cut(error_line: ErrorLine, folder: Path) -> None:
     os.truncate(sharded(folder) / "head.safetensors", 5000)
-    assert re.search(r"head\.safetensors is truncated or damaged: tensor 'lm_head\.weight'", both(refusal, folder))
+    assert re.search(r"head\.safetensors is truncated or damaged: tensor 'lm_head\.weight'", both(error_line, folder))
 
 
-# Beside the weights: tokenizer, template, generation config, weights that are no numbers.
+# Files other than weights: tokenizer, template, generation config, weights that are no numbers.
 
 
-def test_missing_and_damaged_tokenizers(refusal: Refusal, folder: Path) -> None:
+def test_missing_and_damaged_tokenizers(error_line: ErrorLine, folder: Path) -> None:
     file = folder / "tokenizer.json"
     whole = file.read_bytes()
     for text in (whole[: len(whole) // 2], b"", b"{}", b"\xff", b'{"model": {"type": "BPE"}}'):
         file.write_bytes(text)
-        assert "tokenizer.json is no tokenizer that the tokenizers library can read" in refusal("run", folder, "hi")
+        assert "tokenizer.json cannot be read by the tokenizers library" in error_line("run", folder, "hi")
     file.unlink()
-    assert "has no tokenizer.json: offmoe needs the tokenizer beside the weights" in refusal("run", folder, "hi")
+    assert "has no tokenizer.json: put the model's tokenizer files into" in error_line("run", folder, "hi")
 
 
 GENERATION = {
@@ -443,47 +443,49 @@ GENERATION = {
 
 
 @pytest.mark.parametrize(("values", "message"), GENERATION.values(), ids=GENERATION)
-def test_generation_config(refusal: Refusal, folder: Path, values: dict[str, Any], message: str) -> None:
+def test_generation_config(error_line: ErrorLine, folder: Path, values: dict[str, Any], message: str) -> None:
     (folder / "generation_config.json").write_text(json.dumps(values))
-    line = refusal("run", folder, "hi")
+    line = error_line("run", folder, "hi")
     assert re.search(message, line)
     assert "generation_config.json" in line
 
 
 @pytest.mark.parametrize("values", [["x"], [{"name": "default"}], 3, [3], [None], {"a": "b"}])
 def test_chat_template_that_is_no_text(command: Command, folder: Path, values: Any) -> None:
-    """A model without a usable template takes raw text."""
+    """A model without a usable template accepts raw text."""
     edit(folder / "tokenizer_config.json", chat_template=values)
     assert command("run", folder, "hi", *FEW)[0] == 0
 
 
 VOCABULARIES: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"tokenizer.ggml.model": "no_vocab", "tokenizer.ggml.tokens": None, f"{ARCH}.vocab_size": 260},
-             "has no tokenizer .*: use a GGUF with one"),
-    "unknown": ({"tokenizer.ggml.model": "bert"}, "tokenizer model 'bert' is not supported: known are gpt2, gemma4"),
-    "numbers": ({"tokenizer.ggml.tokens": list(range(260))}, "tokens is missing or no list of strings"),
-    "twice": ({"tokenizer.ggml.tokens": ["a"] * 260}, "tokens names a token twice: the file is damaged"),
+             "has no tokenizer .*: use a GGUF that has one"),
+    "unknown": ({"tokenizer.ggml.model": "bert"}, "tokenizer model 'bert' is not supported: expected gpt2, gemma4"),
+    "numbers": ({"tokenizer.ggml.tokens": list(range(260))}, "tokens is missing or not a list of strings"),
+    "twice": ({"tokenizer.ggml.tokens": ["a"] * 260}, "tokens has the same token twice: the file is damaged"),
     "types": ({"tokenizer.ggml.token_type": [1]}, "token_type does not match the 260 tokens"),
-    "merges": ({"tokenizer.ggml.merges": ["h zz"]}, "the merge 'h zz' is not of known tokens"),
-    "merge of one": ({"tokenizer.ggml.merges": ["h"]}, "the merge 'h' is not of known tokens"),
+    "merges": ({"tokenizer.ggml.merges": ["h zz"]}, "the merge 'h zz' contains an unknown token"),
+    "merge of one": ({"tokenizer.ggml.merges": ["h"]}, "the merge 'h' contains an unknown token"),
     "cut": ({"tokenizer.ggml.pre": "newest"}, "newest"),
     "scores": ({"tokenizer.ggml.model": "llama"}, "scores does not match the 260 tokens"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "message"), VOCABULARIES.values(), ids=VOCABULARIES)
-def test_gguf_tokenizers(refusal: Refusal, good: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    assert re.search(message, refusal("run", rewritten(good, tmp_path / "bad.gguf", change), "hi"))
+def test_gguf_tokenizers(
+    error_line: ErrorLine, good: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    assert re.search(message, error_line("run", rewritten(good, tmp_path / "bad.gguf", change), "hi"))
 
 
 TEMPLATES = {
-    "attributes": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", r"template fails \(SecurityError.*\): give plain"),
+    "attributes": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", r"template fails \(SecurityError.*\): use plain"),
     "globals": ("{{ cycler.__init__.__globals__.os.system('touch owned') }}", r"template fails \(SecurityError"),
     "format": ("{{ '{0.__class__}'.format(1) }}", "the prompt is empty"),  # an undefined value
     "change": ("{{ messages.append(1) }}", r"template fails \(SecurityError"),
     "endless": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "did not finish w"),
     "power": ("{{ 9 ** (9 ** 9) }}", "did not finish (within|in time)|template fails"),
-    "memory": ("{{ 'a' * 10 ** 11 }}", r"template fails \(MemoryError\): give plain text"),
+    "memory": ("{{ 'a' * 10 ** 11 }}", r"template fails \(MemoryError\): use plain text"),
     "memory by doubling": ("{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}"
                            "{% endfor %}{{ n.s }}", "template fails|did not finish within"),
     "output": ("{% for a in range(99999) %}{{ 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' }}{% endfor %}",
@@ -491,82 +493,82 @@ TEMPLATES = {
     "import": ("{% import 'os' as os %}", "template fails"),
     "include": ("{% include '/etc/passwd' %}", "template fails"),
     "syntax": ("{% for %}", r"template fails \(TemplateSyntaxError in line 1"),
-    "refusal": ("{{ raise_exception('only\npoems') }}", "the chat template refuses this conversation: only poems"),
-    "escapes": ("{{ raise_exception('\x1b[2J') }}", r"refuses this conversation: \[2J"),
+    "refusal": ("{{ raise_exception('only\npoems') }}", "the chat template rejects this conversation: only poems"),
+    "escapes": ("{{ raise_exception('\x1b[2J') }}", r"rejects this conversation: \[2J"),
     "empty": ("{{ '' }}", "the prompt is empty"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("template", "message"), TEMPLATES.values(), ids=TEMPLATES)
 def test_hostile_templates(
-    refusal: Refusal, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, message: str
+    error_line: ErrorLine, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     bad = rewritten(good, tmp_path / "bad.gguf", {"tokenizer.chat_template": template})
-    assert re.search(message, refusal("run", bad, "hi"))
+    assert re.search(message, error_line("run", bad, "hi"))
 
 
-def test_hostile_template_of_a_real_model(refusal: Refusal, tmp_path: Path) -> None:
-    """The demo's file with another text of the same length in it."""
+def test_hostile_template_of_a_real_model(error_line: ErrorLine, tmp_path: Path) -> None:
+    """Return the demo's file with a text replaced by another of the same length."""
     bad, data = tmp_path / "bad.gguf", DEMO.read_bytes()
     with open_checkpoint(DEMO) as checkpoint:
         template = checkpoint.metadata["tokenizer.chat_template"].encode()
     bad.write_bytes(data.replace(template, b"{{ self.__init__.__globals__ }}".ljust(len(template)), 1))
-    assert re.search(r"chat template fails \(SecurityError.*\): give plain text", refusal("run", bad, "hi"))
+    assert re.search(r"chat template fails \(SecurityError.*\): use plain text", error_line("run", bad, "hi"))
 
 
 @pytest.mark.parametrize("name", ["lm_head", "model.layers.0.mlp.experts.3.down_proj", "model.layers.1.mlp.gate"])
-def test_weights_that_are_no_numbers(refusal: Refusal, folder: Path, name: str) -> None:
-    """A wrong answer would be worse. The prompt reaches every expert."""
+def test_weights_that_are_no_numbers(error_line: ErrorLine, folder: Path, name: str) -> None:
+    """A wrong answer would be worse than an error. The prompt routes to every expert."""
     weights = model_weights()
     weights[f"{name}.weight"][3, 5] = float("nan")
     save_file(weights, folder / "model.safetensors")
     for how in (("--greedy",), ("--temperature", "1"), ("--temperature", "1", "--top-k", "0")):
-        line = refusal("run", folder, "the quick brown fox", "--raw", *how)
+        line = error_line("run", folder, "the quick brown fox", "--raw", *how)
         assert line.startswith("the model answers with NaN: its weights are damaged")
 
 
-def test_no_memory(refusal: Refusal, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory(error_line: ErrorLine, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr("offmoe.trunk.host_trunk.Trunk.load_layers", fail)
-    assert refusal("run", good, "hi") == "out of memory: lower --vram, --ram or --ctx"
+    assert error_line("run", good, "hi") == "out of memory: lower --vram, --ram or --ctx"
 
 
 # What stands on the command line.
 
 
 def smallest(line: str) -> tuple[int, str]:
-    """Bytes and per cent that an error says work."""
+    """Return the bytes and the percentage that an error suggests."""
     found = re.search(r"the smallest that works is (\d+) bytes \(.*, ([\d.]+%)\)$", line)
     assert found, line
     return int(found[1]), found[2]
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_slots_too_few_for_a_token(refusal: Refusal, command: Command, good: Path, scope: str) -> None:
-    """And the budget that the error names works, by bytes and by share; a byte less does not."""
+def test_slots_too_few_for_a_token(error_line: ErrorLine, command: Command, good: Path, scope: str) -> None:
+    """Budget that the error suggests works, in bytes and as a share; one byte less does not."""
     for asked in ("0", "1", "1KiB", "1%"):
-        least, share = smallest(refusal("run", good, "hi", "--vram", asked, "--scope", scope))
-    assert smallest(refusal("info", good, "--vram", str(least - 1), "--scope", scope)) == (least, share)
+        least, share = smallest(error_line("run", good, "hi", "--vram", asked, "--scope", scope))
+    assert smallest(error_line("info", good, "--vram", str(least - 1), "--scope", scope)) == (least, share)
     whole = command("run", good, "hi", *FEW)
     for enough in (str(least), share):
         assert command("run", good, "hi", *FEW, "--vram", enough, "--scope", scope, "--ram", "0") == whole
 
 
-def test_slots_too_few_for_the_demo(refusal: Refusal, command: Command) -> None:
-    least, share = smallest(refusal("info", "demo", "--vram", "1MiB"))
-    assert smallest(refusal("info", "demo", "--vram", str(least - 1))) == (least, share)
+def test_slots_too_few_for_the_demo(error_line: ErrorLine, command: Command) -> None:
+    least, share = smallest(error_line("info", "demo", "--vram", "1MiB"))
+    assert smallest(error_line("info", "demo", "--vram", str(least - 1))) == (least, share)
     for enough in (least, share):
         assert command("info", "demo", "--vram", enough, "--json")[0] == 0
 
 
-def test_little_free_memory(refusal: Refusal, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_free_memory(error_line: ErrorLine, good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for free in (0, 100_000):
         monkeypatch.setattr("offmoe.plan.free_ram", lambda free=free: free)
-        least, _ = smallest(refusal("run", good, "hi"))
-        line = refusal("run", good, "hi", "--vram", least)
+        least, _ = smallest(error_line("run", good, "hi"))
+        line = error_line("run", good, "hi", "--vram", least)
         assert re.fullmatch("the plan needs .* of memory and .* are free: lower --vram, --ram or --ctx", line)
 
 
@@ -594,7 +596,7 @@ VALUES = {
     "--seed": {"-1": "seed is -1", str(2**64): f"seed is {2**64}: expected a whole number"},
     "--max-tokens": {"0": "max_tokens is 0: expected a whole number, at least 1"},
     "--stop": {"": "a stop string is empty"},
-    "--system": {"\udcff": "the text has a lone surrogate (character 0), which is no Unicode"},
+    "--system": {"\udcff": "the text has a lone surrogate (character 0), which is not valid Unicode"},
 }  # fmt: skip
 
 
@@ -602,8 +604,8 @@ VALUES = {
     ("option", "value", "message"),
     [(name, value, message) for name, table in VALUES.items() for value, message in table.items()],
 )
-def test_impossible_values(refusal: Refusal, good: Path, option: str, value: str, message: str) -> None:
-    assert message in refusal("run", good, "hi", f"{option}={value}")
+def test_impossible_values(error_line: ErrorLine, good: Path, option: str, value: str, message: str) -> None:
+    assert message in error_line("run", good, "hi", f"{option}={value}")
 
 
 @pytest.mark.parametrize(
@@ -620,8 +622,8 @@ def test_impossible_values(refusal: Refusal, good: Path, option: str, value: str
         (["serve"], "No such command 'serve'"),
     ],
 )
-def test_usage(refusal: Refusal, arguments: list[str], message: str) -> None:
-    line = refusal(*arguments, status=2)
+def test_usage(error_line: ErrorLine, arguments: list[str], message: str) -> None:
+    line = error_line(*arguments, status=2)
     assert message in line
     assert "--help'." in line
 
@@ -640,41 +642,43 @@ WHAT = "give a .gguf file, a directory of safetensors, a Hugging Face name (org/
 
 
 @pytest.mark.parametrize("name", ["", "no.gguf", "/no/such/model", "~nobody-here/m.gguf", "a b", "https://host/a/b"])
-def test_models_that_are_not_there(refusal: Refusal, name: str) -> None:
+def test_models_that_are_not_there(error_line: ErrorLine, name: str) -> None:
     for arguments in (["run", name, "hi"], ["info", name], ["chat", name], ["doctor", name], ["pack", name, "o.gguf"]):
-        line = refusal(*arguments, *(["--format", "q8_0"] if "pack" in arguments else []))
+        line = error_line(*arguments, *(["--format", "q8_0"] if "pack" in arguments else []))
         assert line == f"no model at {name!r}: {WHAT}"
 
 
-def test_files_that_are_no_model(refusal: Refusal, folder: Path, tmp_path: Path) -> None:
+def test_files_that_are_no_model(error_line: ErrorLine, folder: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
     (tmp_path / "folder.gguf").mkdir()
     (tmp_path / "notes.txt").write_text("Once upon a time\n")
-    assert "is no regular file: give a .gguf file or a directory" in both(refusal, tmp_path / "pipe.gguf")
-    assert "is no regular file: give a .gguf file or a directory" in both(refusal, "/dev/null")
-    assert "is no regular file: give a .gguf file or a directory" in both(refusal, "/dev/zero")
-    assert "folder.gguf holds no model: expected model.safetensors" in both(refusal, tmp_path / "folder.gguf")
-    assert "notes.txt is no GGUF: it starts with b'Once'" in both(refusal, tmp_path / "notes.txt")
-    assert f"is one file of a model: give its directory, {folder}" in both(refusal, folder / "model.safetensors")
-    assert "is no GGUF: it starts with b'{" in both(refusal, folder / "config.json")
-    assert both(refusal, "x" * 300).endswith(": File name too long")
+    assert "is not a regular file: give a .gguf file or a directory" in both(error_line, tmp_path / "pipe.gguf")
+    assert "is not a regular file: give a .gguf file or a directory" in both(error_line, "/dev/null")
+    assert "is not a regular file: give a .gguf file or a directory" in both(error_line, "/dev/zero")
+    assert "folder.gguf has no model: expected model.safetensors" in both(error_line, tmp_path / "folder.gguf")
+    assert "notes.txt is not a GGUF file: it starts with b'Once'" in both(error_line, tmp_path / "notes.txt")
+    assert f"is only one file of a model: give its directory, {folder}" in both(
+        error_line, folder / "model.safetensors"
+    )
+    assert "is not a GGUF file: it starts with b'{" in both(error_line, folder / "config.json")
+    assert both(error_line, "x" * 300).endswith(": File name too long")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_no_permission(refusal: Refusal, good: Path, tmp_path: Path) -> None:
+def test_no_permission(error_line: ErrorLine, good: Path, tmp_path: Path) -> None:
     locked = tmp_path / "locked.gguf"
     locked.write_bytes(good.read_bytes())
     locked.chmod(0)
-    assert both(refusal, locked) == f"cannot open {locked}: Permission denied"
+    assert both(error_line, locked) == f"cannot open {locked}: Permission denied"
 
 
 def test_a_hub_name_without_a_network(tmp_path: Path) -> None:
-    """In a process of its own: the hub's client reads the environment when it is imported."""
+    """Run in a process of its own: the hub's client reads the environment on import."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     program = [sys.executable, "-m", "offmoe", "run", "org/name:Q4_K_M", "hi"]
     done = subprocess.run(program, capture_output=True, text=True, timeout=20, env=environment, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("offmoe: org/name is no path here and cannot be had from the hub (")
+    assert done.stderr.startswith("offmoe: org/name is not a local path and cannot be downloaded from the hub (")
     assert done.stderr.endswith("): check name and network\n")
     assert done.stderr.count("\n") == 1
 
@@ -687,27 +691,27 @@ def test_a_hub_name_without_a_network(tmp_path: Path) -> None:
     [
         (b"", "the prompt is empty: give PROMPT, or write it to standard input"),
         (b" \n\t\n", "the prompt is empty"),
-        (b"caf\xe9", "standard input is no UTF-8: byte 0xe9 at offset 3"),
-        (b"\xff\xfeh\x00i\x00", "standard input is no UTF-8: byte 0xff at offset 0"),
-        ("é\n".encode() * 9 + b"\xe2\x82", "standard input is no UTF-8: byte 0xe2 at offset 27"),
+        (b"caf\xe9", "standard input is not UTF-8: byte 0xe9 at offset 3"),
+        (b"\xff\xfeh\x00i\x00", "standard input is not UTF-8: byte 0xff at offset 0"),
+        ("é\n".encode() * 9 + b"\xe2\x82", "standard input is not UTF-8: byte 0xe2 at offset 27"),
         (b"hi " * 100, "the conversation needs 219 tokens and the context holds 128: drop old turns, or start again"),
     ],
 )
-def test_prompts(refusal: Refusal, good: Path, stdin: bytes, message: str) -> None:
-    assert message in refusal("run", good, stdin=stdin)
+def test_prompts(error_line: ErrorLine, good: Path, stdin: bytes, message: str) -> None:
+    assert message in error_line("run", good, stdin=stdin)
 
 
-def test_prompt_on_the_command_line(refusal: Refusal, good: Path) -> None:
-    assert "the prompt is empty" in refusal("run", good, "")
-    assert "PROMPT is no UTF-8: byte 0xff at offset 2" in refusal("run", good, "hi\udcff")
-    assert "the conversation needs 519 tokens" in refusal("run", good, "a" * 500)
-    assert "needs 500 tokens and the context holds 64" in refusal("run", good, "a" * 500, "--raw", "--ctx", 64)
+def test_prompt_on_the_command_line(error_line: ErrorLine, good: Path) -> None:
+    assert "the prompt is empty" in error_line("run", good, "")
+    assert "PROMPT is not UTF-8: byte 0xff at offset 2" in error_line("run", good, "hi\udcff")
+    assert "the conversation needs 519 tokens" in error_line("run", good, "a" * 500)
+    assert "needs 500 tokens and the context holds 64" in error_line("run", good, "a" * 500, "--raw", "--ctx", 64)
 
 
 def test_invalid_utf8_in_a_chat(command: Command, good: Path) -> None:
     status, _, err = command("chat", good, *FEW, stdin=b"hi\nna\xefve\n")
     assert status == 1
-    assert err.splitlines()[-1] == "offmoe: standard input is no UTF-8: byte 0xef at offset 5"
+    assert err.splitlines()[-1] == "offmoe: standard input is not UTF-8: byte 0xef at offset 5"
 
 
 @pytest.mark.parametrize(("closed", "status"), [("<&-", 1), (">&-", 0), ("2>&-", 0)])
@@ -722,33 +726,40 @@ def test_closed_streams(good: Path, closed: str, status: int) -> None:
 
 
 def test_pack_refuses(
-    refusal: Refusal, folder: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error_line: ErrorLine, folder: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out.gguf"
-    assert "format 'q3_x' is unknown: choose one of f32, f16" in refusal("pack", folder, out, "--format", "q3_x")
-    assert "format '' is unknown" in refusal("pack", folder, out, "--format", "")
-    assert "no is no directory: make it first" in refusal("pack", folder, tmp_path / "no/o.gguf", "--format", "f32")
-    assert "is a GGUF already: pack takes a directory" in refusal("pack", good, out, "--format", "q8_0")
-    assert "is a GGUF already" in refusal("pack", good, good, "--format", "q8_0", "--force")
-    assert "exists: choose another name, or --force" in refusal("pack", folder, folder, "--format", "q8_0")
+    assert "format 'q3_x' is unknown: choose one of f32, f16" in error_line("pack", folder, out, "--format", "q3_x")
+    assert "format '' is unknown" in error_line("pack", folder, out, "--format", "")
+    assert "no is not a directory: create it first" in error_line(
+        "pack", folder, tmp_path / "no/o.gguf", "--format", "f32"
+    )
+    assert "is already a GGUF: give a directory" in error_line("pack", good, out, "--format", "q8_0")
+    assert "is already a GGUF" in error_line("pack", good, good, "--format", "q8_0", "--force")
+    assert "exists: choose another name, or overwrite it with --force" in error_line(
+        "pack", folder, folder, "--format", "q8_0"
+    )
     for target in (folder, folder / "model.safetensors", "/dev/null"):
-        line = refusal("pack", folder, target, "--format", "q8_0", "--force")
-        assert line == f"{target} is no file name that ends in .gguf: give one for the packed model"
-    ggml.library.cache_clear()
+        line = error_line("pack", folder, target, "--format", "q8_0", "--force")
+        assert line == f"{target} is not a file name that ends in .gguf: give one for the packed model"
+    ggml_library.load_library.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for fmt in ("q4_k", "Q5_K", "q6_k"):
-        assert refusal("pack", folder, out, "--format", fmt) == f"{fmt} needs ggml: pip install 'offmoe[llama]'"
+        assert (
+            error_line("pack", folder, out, "--format", fmt)
+            == f"{fmt} needs ggml: install it with pip install 'offmoe[llama]'"
+        )
 
 
-def test_disk_full_while_packing(refusal: Refusal, folder: Path, tmp_path: Path) -> None:
-    """No half file, and an older one as it was."""
+def test_disk_full_while_packing(error_line: ErrorLine, folder: Path, tmp_path: Path) -> None:
+    """No incomplete file remains, and an older file is unchanged."""
     out, (soft, hard) = tmp_path / "out.gguf", resource.getrlimit(resource.RLIMIT_FSIZE)
     for older in (None, b"older"):
         if older:
             out.write_bytes(older)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:
-            line = refusal("pack", folder, out, "--format", "f32", "--force")
+            line = error_line("pack", folder, out, "--format", "f32", "--force")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert re.fullmatch(rf"cannot write {out}, which takes .* KiB: File too large", line)
@@ -763,33 +774,33 @@ def said(role: str, content: object = "ho", **more: Any) -> dict[str, Any]:
 
 
 def kept(**changes: Any) -> bytes:
-    """A chat as /save writes it, but for `changes`."""
+    """Return a chat as /save writes it, with `changes`."""
     turns = [said("user"), said("assistant", tokens=[1, 2])]
     return json.dumps({"offmoe_chat": 1, "model": "m", "system": None, "turns": turns, **changes}).encode()
 
 
 CHATS = {
-    "empty": (b"", "is no chat written by /save: Expecting value"),
-    "text": (b"hello", "is no chat written by /save"),
-    "no UTF-8": (kept(model="m\u00e9").replace(b"\\u00e9", b"\xe9"), "is no chat written by /save"),
-    "cut": (kept()[:-20], "is no chat written by /save"),
-    "deep": (b"[" * 100_000, "is no chat written by /save"),
+    "empty": (b"", "is not a chat written by /save: Expecting value"),
+    "text": (b"hello", "is not a chat written by /save"),
+    "no UTF-8": (kept(model="m\u00e9").replace(b"\\u00e9", b"\xe9"), "is not a chat written by /save"),
+    "cut": (kept()[:-20], "is not a chat written by /save"),
+    "deep": (b"[" * 100_000, "is not a chat written by /save"),
     "list": (b"[]", 'expected an object with "offmoe_chat": 1'),
     "version": (kept(offmoe_chat=2), 'expected an object with "offmoe_chat": 1'),
     "no model": (kept(model=None), "expected model, system and turns"),
     "system": (kept(system=["x"]), "expected model, system and turns"),
     "half": (kept(turns=[said("user")]), "its last message has no answer"),
     "roles": (kept(turns=[said("assistant"), said("user")]), "message of role user"),
-    "no text": (kept(turns=[said("user", 1), said("assistant")]), "content is no text"),
+    "no text": (kept(turns=[said("user", 1), said("assistant")]), "content is not text"),
     "surrogate": (kept(turns=[said("user", "\ud800"), said("assistant")]), "surrogates not allowed"),
-    "tokens": (kept().replace(b"[1, 2]", b"[1, 260]"), "tokens are no ids below 260"),
-    "negative tokens": (kept().replace(b"[1, 2]", b"[-1]"), "tokens are no ids below 260"),
-    "true": (kept().replace(b"[1, 2]", b"[true]"), "tokens are no ids below 260"),
+    "tokens": (kept().replace(b"[1, 2]", b"[1, 260]"), "tokens are not ids below 260"),
+    "negative tokens": (kept().replace(b"[1, 2]", b"[-1]"), "tokens are not ids below 260"),
+    "true": (kept().replace(b"[1, 2]", b"[true]"), "tokens are not ids below 260"),
 }  # fmt: skip
 
 
 def chat_error(command: Command, model: Path, text: str) -> str:
-    """The line that ends a chat in a pipe; the summary stands above it."""
+    """Return the line that ends a chat in a pipe, after the summary."""
     status, _, err = command("chat", model, *FEW, stdin=text.encode())
     *_, line = err.splitlines()
     assert (status, err.count("offmoe: ")) == (1, 1), err
@@ -800,7 +811,7 @@ def chat_error(command: Command, model: Path, text: str) -> str:
 def test_damaged_chats(command: Command, good: Path, tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "chat.json").write_bytes(data)
     line = chat_error(command, good, f"/load {tmp_path}/chat.json\n")
-    assert f"{tmp_path}/chat.json is no chat written by /save: " in line
+    assert f"{tmp_path}/chat.json is not a chat written by /save: " in line
     assert message in line
 
 
@@ -811,17 +822,17 @@ def test_a_good_chat_is_read(command: Command, good: Path, tmp_path: Path) -> No
 
 def test_files_that_are_no_chat(command: Command, good: Path, tmp_path: Path) -> None:
     assert "cannot read /no/such/chat: No such file" in chat_error(command, good, "/load /no/such/chat\n")
-    assert "is no chat written by /save" in chat_error(command, good, f"/load {good}\n")
+    assert "is not a chat written by /save" in chat_error(command, good, f"/load {good}\n")
     for path in ("/dev/null", tmp_path):  # as of /dev/zero, which never ends, and of pipes, which may never begin
         line = chat_error(command, good, f"/load {path}\n")
-        assert line == f"{path} is no chat written by /save: it is no regular file"
+        assert line == f"{path} is not a chat written by /save: it is not a regular file"
     assert "cannot read ~nobody-here/x: No such file" in chat_error(command, good, "/load ~nobody-here/x\n")
     assert "cannot write /no/such/chat: No such file" in chat_error(command, good, "/save /no/such/chat\n")
     assert f"cannot write {tmp_path}: " in chat_error(command, good, f"/save {tmp_path}\n")
-    assert "a file name is missing" in chat_error(command, good, "/load\n")
-    assert "/fly is no command: /help lists them" in chat_error(command, good, "/fly\n")
+    assert "the file name is missing" in chat_error(command, good, "/load\n")
+    assert "/fly is not a command: /help lists them" in chat_error(command, good, "/fly\n")
     assert "top_p is 7.0: expected a number from 0 to 1" in chat_error(command, good, "/set top_p 7\n")
-    assert "/set knows no 'colour'" in chat_error(command, good, "/set colour red\n")
+    assert "/set has no option 'colour'" in chat_error(command, good, "/set colour red\n")
 
 
 # From Python.
@@ -866,7 +877,7 @@ def test_settings_from_python(good: Path, settings: dict[str, Any], message: str
     ],
 )
 def test_prompts_from_python(good: Path, prompt: Any, sampling: dict[str, Any], message: str) -> None:
-    """Each is refused before anything is generated, and the engine goes on."""
+    """Each gives an error before anything is generated, and the engine remains usable."""
     with offmoe.load(str(good), device="cpu") as engine:
         with pytest.raises(OffmoeError, match=re.escape(message)):
             engine.generate(prompt, **sampling)

@@ -1,4 +1,4 @@
-"""The chat: its loop with a scripted person, in a pipe, and in a pseudo-terminal as a person sees it."""
+"""Chat: its loop with scripted input, through a pipe, and in a pseudo-terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENTER = "\r"
 
 
 class Script:
-    """A person who says `lines` and then leaves."""
+    """A user interface whose input is `lines`."""
 
     def __init__(self, *lines: str, interactive: bool = True, agrees: bool = True) -> None:
         self.lines, self.interactive, self.agrees = list(lines), interactive, agrees
@@ -47,7 +47,7 @@ class Script:
     def write(self, text: str) -> None:
         self.answers += text
 
-    def think(self, text: str) -> None:
+    def write_reasoning(self, text: str) -> None:
         self.thoughts += text
 
     def status(self, text: str) -> None:
@@ -61,7 +61,7 @@ class Script:
 
 
 def talk(*lines: str, **person: bool) -> tuple[Chat, Script]:
-    """A chat in which `lines` were said."""
+    """Run a chat whose input is `lines`."""
     ui = Script(*lines, **person)
     chat = Chat(fake_engine.Engine(), ui, "model", Sampling())  # type: ignore[arg-type]
     chat.loop()
@@ -69,15 +69,15 @@ def talk(*lines: str, **person: bool) -> tuple[Chat, Script]:
 
 
 def contents(chat: Chat) -> list[str]:
-    return [turn["content"] for turn in chat.talk.turns]
+    return [turn["content"] for turn in chat.conversation.turns]
 
 
 def test_answers_become_part_of_the_conversation_with_their_tokens() -> None:
     chat, ui = talk("one two", "three")
     assert ui.answers == "one two \nthree \n"
     assert contents(chat) == ["one two", "one two ", "three", "three "]
-    assert chat.talk.turns[1]["tokens"] == [0, 1]
-    assert chat.engine.prompts[1] == chat.talk.turns[:3]  # type: ignore[attr-defined]
+    assert chat.conversation.turns[1]["tokens"] == [0, 1]
+    assert chat.engine.prompts[1] == chat.conversation.turns[:3]  # type: ignore[attr-defined]
 
 
 def test_stats_line() -> None:
@@ -149,18 +149,18 @@ def test_every_command_is_in_the_help() -> None:
 @pytest.mark.parametrize(
     ("line", "note"),
     [
-        ("/fly", "offmoe: /fly is no command: /help lists them"),
-        ("/stats", "offmoe: nothing was answered yet"),
-        ("/save", "offmoe: a file name is missing: write for example /save chat.json"),
+        ("/fly", "offmoe: /fly is not a command: /help lists them"),
+        ("/stats", "offmoe: there is no answer yet"),
+        ("/save", "offmoe: the file name is missing: give one, as in /save chat.json"),
         ("/save /nowhere/chat.json", "offmoe: cannot write /nowhere/chat.json: No such file or directory"),
         ("/load /nowhere", "offmoe: cannot read /nowhere: No such file or directory"),
-        ("/set heat 1", "offmoe: /set knows no 'heat': known are temperature, top_k, top_p, min_p,"),
+        ("/set heat 1", "offmoe: /set has no option 'heat': expected temperature, top_k, top_p, min_p,"),
         ("/set top_k 1.5", "offmoe: top_k is '1.5': expected a number, or none"),
         ("/set top_p 7", "offmoe: top_p is 7.0: expected a number from 0 to 1"),
-        ("/think", "thinking: as the template has it"),
+        ("/think", "thinking: default of the template"),
         ("/think off", "thinking: off"),
-        ("/think none", "thinking: as the template has it"),
-        ("/think hard", "offmoe: the template takes no 'hard'"),
+        ("/think none", "thinking: default of the template"),
+        ("/think hard", "offmoe: the template does not accept 'hard'"),
         ("/reasoning", "reasoning: dim"),
         ("/reasoning hide", "reasoning: hide"),
         ("/reasoning loud", "offmoe: reasoning is 'loud': expected dim, fold, hide or show"),
@@ -179,8 +179,8 @@ def test_set_changes_the_sampling() -> None:
     assert chat.sampling == Sampling(temperature=0.5, top_k=3, stop=("END",))
 
 
-def test_set_shows_what_holds() -> None:
-    """Also where nobody has chosen: the model's own, or offmoe's."""
+def test_set_shows_the_value_in_effect() -> None:
+    """Value in effect is shown even if it was not set: the model's own, or offmoe's default."""
     _, ui = talk("/set temperature", "/set temperature 0.5", "/set temperature none")
     assert ui.notes == ["temperature=0.7", "temperature=0.5", "temperature=0.7"]
 
@@ -206,14 +206,14 @@ def test_reasoning_without_an_answer_ends_its_line(monkeypatch: pytest.MonkeyPat
 def test_reasoning_is_kept_apart_in_the_conversation_and_in_its_file(tmp_path: Path) -> None:
     file = tmp_path / "chat.json"
     chat, _ = talk("well now => yes", f"/save {file}", "go on")
-    assert chat.talk.turns[1] == {"role": "assistant", "content": "yes ", "reasoning": "well now "}
-    assert chat.engine.prompts[1] == chat.talk.turns[:3]  # type: ignore[attr-defined]
-    assert talk(f"/load {file}")[0].talk.turns == chat.talk.turns[:2]
+    assert chat.conversation.turns[1] == {"role": "assistant", "content": "yes ", "reasoning": "well now "}
+    assert chat.engine.prompts[1] == chat.conversation.turns[:3]  # type: ignore[attr-defined]
+    assert talk(f"/load {file}")[0].conversation.turns == chat.conversation.turns[:2]
 
 
 def test_reset_forgets_all_but_the_system_prompt() -> None:
     chat, _ = talk("/system be brief", "a", "/reset")
-    assert chat.talk.messages() == [{"role": "system", "content": "be brief"}]
+    assert chat.conversation.messages() == [{"role": "system", "content": "be brief"}]
     assert chat.engine.resets == 1  # type: ignore[attr-defined]
 
 
@@ -226,7 +226,7 @@ def test_a_saved_chat_comes_back(tmp_path: Path) -> None:
     file = tmp_path / "chat.json"
     saved, _ = talk("/system Sei knapp: Größe", "a", f"/save {file}")
     loaded, _ = talk(f"/load {file}")
-    assert loaded.talk == saved.talk
+    assert loaded.conversation == saved.conversation
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert list(tmp_path.iterdir()) == [file]
 
@@ -236,7 +236,7 @@ def test_another_model_encodes_a_saved_chat_anew(tmp_path: Path) -> None:
     talk("a", f"/save {file}")
     file.write_text(file.read_text().replace('"model": "model"', '"model": "other"'))
     loaded, _ = talk(f"/load {file}")
-    assert [sorted(turn) for turn in loaded.talk.turns] == [["content", "role"]] * 2
+    assert [sorted(turn) for turn in loaded.conversation.turns] == [["content", "role"]] * 2
 
 
 GOOD = {
@@ -257,11 +257,11 @@ GOOD = {
         (json.dumps(GOOD | {"turns": 3}), "expected model, system and turns"),
         (json.dumps(GOOD | {"turns": GOOD["turns"][:1]}), "its last message has no answer"),
         (json.dumps(GOOD | {"turns": GOOD["turns"][::-1]}), "expected a message of role user"),
-        (json.dumps(GOOD).replace('"b"', "5"), "a message's content is no text"),
+        (json.dumps(GOOD).replace('"b"', "5"), "a message's content is not text"),
         (json.dumps(GOOD).replace('"b"', '"\\ud800"'), "surrogates not allowed"),
-        (json.dumps(GOOD).replace('"tokens": [1]', '"reasoning": 7'), "a message's reasoning is no text"),
-        (json.dumps(GOOD).replace("[1]", "[100]"), "tokens are no ids below 100"),
-        (json.dumps(GOOD).replace("[1]", "[true]"), "tokens are no ids below 100"),
+        (json.dumps(GOOD).replace('"tokens": [1]', '"reasoning": 7'), "a message's reasoning is not text"),
+        (json.dumps(GOOD).replace("[1]", "[100]"), "tokens are not ids below 100"),
+        (json.dumps(GOOD).replace("[1]", "[true]"), "tokens are not ids below 100"),
     ],
 )
 def test_a_damaged_saved_chat_is_refused(tmp_path: Path, text: str, reason: str) -> None:
@@ -269,7 +269,7 @@ def test_a_damaged_saved_chat_is_refused(tmp_path: Path, text: str, reason: str)
     file.write_text(text)
     chat, ui = talk("a", f"/load {file}")
     assert contents(chat) == ["a", "a "]
-    assert ui.notes[-1].startswith(f"offmoe: {file} is no chat written by /save: ")
+    assert ui.notes[-1].startswith(f"offmoe: {file} is not a chat written by /save: ")
     assert reason in ui.notes[-1]
 
 
@@ -314,7 +314,7 @@ def test_in_a_pipe_an_error_ends_the_chat() -> None:
 def test_in_a_pipe_the_first_byte_that_is_no_utf8_is_named() -> None:
     result = piped(b"a\nb\xff\n")
     assert result.returncode == 1
-    assert b"standard input is no UTF-8: byte 0xff at offset 3\n" in result.stderr
+    assert b"standard input is not UTF-8: byte 0xff at offset 3\n" in result.stderr
 
 
 def test_in_a_pipe_ctrl_c_ends_the_chat() -> None:
@@ -330,13 +330,13 @@ def test_in_a_pipe_ctrl_c_ends_the_chat() -> None:
 
 
 class Screen:
-    """`program` in a pseudo-terminal, and what a person sees of it."""
+    """`program` in a pseudo-terminal, and the text on its screen."""
 
     def __init__(self, program: list[str], home: Path) -> None:
         environment = {**os.environ, "XDG_STATE_HOME": str(home), "TERM": "xterm-256color"}
         self.child = pexpect.spawn(program[0], program[1:], env=environment, dimensions=(60, 120), encoding="utf-8")
         self.screen = pyte.Screen(120, 60)
-        self.screen.write_process_input = self.child.send  # it answers where the cursor is
+        self.screen.write_process_input = self.child.send  # pyte reports the cursor's position
         self.stream = pyte.Stream(self.screen)
 
     def text(self) -> str:
@@ -357,7 +357,7 @@ class Screen:
         self.wait(lambda: re.search(pattern, self.text()))
 
     def prompted(self) -> bool:
-        """Whether the cursor stands in an empty prompt."""
+        """Return whether the cursor is at an empty prompt."""
         cursor = self.screen.cursor
         return cursor.x == 2 and self.screen.display[cursor.y].rstrip() == "›"
 
@@ -367,7 +367,7 @@ class Screen:
         self.see(re.escape(f"› {text}"))
 
     def ended(self) -> int:
-        """The exit code."""
+        """Wait for the end of the program; return its exit code."""
         self.child.expect(pexpect.EOF)
         self.child.close()
         return int(self.child.exitstatus)
@@ -409,7 +409,7 @@ def test_a_person_sees_reasoning_dim_or_folded(tmp_path: Path) -> None:
     person.say("/think off")
     person.see("thinking: off")
     person.say("/think hard")
-    person.see("offmoe: the template takes no 'hard'")
+    person.see("offmoe: the template does not accept 'hard'")
     assert person.leave() == 0
 
 
@@ -421,7 +421,7 @@ def test_ctrl_c_at_the_prompt_clears_the_line_then_leaves(tmp_path: Path) -> Non
     person.child.sendintr()
     person.wait(person.prompted)
     person.child.sendintr()
-    person.see("Ctrl-C again or Ctrl-D leaves")
+    person.see("press Ctrl-C again or Ctrl-D to exit")
     person.wait(person.prompted)
     person.child.sendintr()
     assert person.ended() == 0
@@ -441,7 +441,7 @@ def test_many_lines_are_one_message(tmp_path: Path) -> None:
     person.child.send("\x1b[200~pasted\rlines\x1b[201~")
     person.see("pasted\n.*lines")
     person.child.send("\x1b\rtyped" + ENTER)
-    person.see("1 tokens")  # the fake splits at spaces, and there are none
+    person.see("1 tokens")  # the fake engine splits at spaces, and there are none
     assert person.leave() == 0
 
 

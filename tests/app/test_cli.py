@@ -1,4 +1,4 @@
-"""Commands, options, and every error in one line; the engine is fake, but where the demo answers."""
+"""Commands, options, and one-line errors; the engine is fake, except where the demo answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def offmoe(*arguments: str, stdin: bytes = b"", program: list[str] = FAKE, **env
 
 
 def error_line(result: Done, status: int = 1) -> str:
-    """The one line that a failed command prints."""
+    """Return the one line that a failed command prints."""
     text = result.stderr.decode()
     assert result.returncode == status, text
     assert text.startswith("offmoe: ")
@@ -62,7 +62,7 @@ def test_every_setting_is_an_option() -> None:
         (["pack", "demo", "x.gguf"], "Missing option '--format'"),
         (["fly"], "No such command 'fly'"),
         (["run", "demo", "hi", "--greedy", "--temperature", "1"], "exclude each other"),
-        (["run", "demo", "hi", "--raw", "--system", "be brief"], "--raw leaves no place"),
+        (["run", "demo", "hi", "--raw", "--system", "be brief"], "--raw and --system exclude each other"),
     ],
 )
 def test_usage_errors_are_one_line_with_a_hint(arguments: list[str], expected: str) -> None:
@@ -100,10 +100,10 @@ def test_missing_model_says_what_a_model_is(name: str) -> None:
     [
         (b"", "the prompt is empty"),
         (b" \n", "the prompt is empty"),
-        (b"abc\xff", "standard input is no UTF-8: byte 0xff at offset 3"),
+        (b"abc\xff", "standard input is not UTF-8: byte 0xff at offset 3"),
     ],
 )
-def test_run_refuses_what_is_no_prompt(stdin: bytes, expected: str) -> None:
+def test_run_rejects_an_invalid_prompt(stdin: bytes, expected: str) -> None:
     assert expected in error_line(offmoe("run", "demo", stdin=stdin))
 
 
@@ -158,7 +158,7 @@ def test_closed_pipe_is_quiet() -> None:
 def test_pack_does_not_overwrite(tmp_path: Path) -> None:
     out = tmp_path / "there.gguf"
     out.touch()
-    assert "--force to write over it" in error_line(offmoe("pack", "demo", str(out), "--format", "q4_0"))
+    assert "overwrite it with --force" in error_line(offmoe("pack", "demo", str(out), "--format", "q4_0"))
 
 
 def test_disk_full_is_one_line() -> None:
@@ -169,7 +169,7 @@ def test_disk_full_is_one_line() -> None:
 
 def test_hub_name_without_a_network_is_one_line(tmp_path: Path) -> None:
     line = error_line(offmoe("run", "org/name", "hi", HF_ENDPOINT="http://127.0.0.1:1", HF_HOME=str(tmp_path)))
-    assert "org/name is no path here and cannot be had from the hub" in line
+    assert "org/name is not a local path and cannot be downloaded from the hub" in line
 
 
 def test_demo_answers() -> None:

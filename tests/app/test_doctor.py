@@ -1,4 +1,4 @@
-"""The doctor's findings on machines that differ from this one."""
+"""Doctor's findings on machines that differ from this one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from offmoe.errors import OffmoeError
 
 def test_every_problem_and_note_has_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "model").write_bytes(bytes(100_000))
-    checks = doctor.examine(tmp_path)
+    checks = doctor.run_checks(tmp_path)
     assert {"versions", "GPU", "RAM", "locked memory", "disk", "compiler", "triton", "downloads"} <= {
         check.name for check in checks
     }
@@ -30,8 +30,8 @@ def test_a_check_that_fails_is_a_problem() -> None:
     def broken() -> Finding:
         raise OffmoeError("no disk")
 
-    assert doctor.guarded("disk", broken).status == PROBLEM
-    assert doctor.guarded("disk", broken).found == "not measured: no disk"
+    assert doctor.run_check("disk", broken).status == PROBLEM
+    assert doctor.run_check("disk", broken).found == "not measured: no disk"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""bench/gpu.sh asks for what there is: minutes on a GPU are few. A stub of python3 writes down its arguments."""
+"""bench/gpu.sh passes valid options, checked without a GPU: a stub of python3 records its arguments."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_benchmarks_take_what_they_are_given(run: Run, stage: str, monkeypatch: 
     for file, *arguments in calls:
         assert (ROOT / file).is_file()
         if Path(file).stem in ("decode", "misses", "prefill"):
-            importlib.import_module(Path(file).stem).parsed(arguments)
+            importlib.import_module(Path(file).stem).parse_args(arguments)
 
 
 def test_without_the_trace_what_needs_it_fails(run: Run) -> None:

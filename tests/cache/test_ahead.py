@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from paths import DATA
-from synthetic_traces import of, synthetic
+from synthetic_traces import of, seeing, synthetic
 
 from offmoe.cache.ahead import Foresight, Pace, foresee
 from offmoe.cache.predictor import make_predictor
@@ -26,18 +26,6 @@ def layered(*tokens: list[list[int]], experts: int = 3, starts: tuple[int, ...] 
     ids = np.array(tokens, np.uint16)
     meta = {"model": "hand", "layers": ids.shape[1], "experts": experts, "top_k": ids.shape[2]}
     return Trace(ids, np.array([*starts, len(ids)]), meta)
-
-
-def seeing(trace: Trace, hidden: int = 8, seed: int = 0) -> Trace:
-    """With states and routers, and the experts that these choose; a state is close to the layer's before."""
-    rng = np.random.default_rng(seed)
-    tokens, layers, k = trace.experts.shape
-    steps = rng.normal(size=(tokens, layers, hidden)) * np.where(np.arange(layers) == 0, 1, 0.3)[:, None]
-    states = steps.cumsum(1).astype(np.float16)
-    gates = rng.normal(size=(layers, trace.meta["experts"], hidden)).astype(np.float16)
-    logits = np.einsum("tlh,leh->tle", states.astype(np.float32), gates.astype(np.float32))
-    experts = (-logits).argsort(-1, kind="stable")[..., :k].astype(np.uint16)
-    return replace(trace, experts=experts, states=states, gates=gates)
 
 
 def told(trace: Trace, spec: str) -> list[list[list[int]]]:

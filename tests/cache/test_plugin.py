@@ -8,13 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import formula_policies
 import numpy as np
 import pytest
 import torch
+from exhaustive import cases
 from paths import PROGRAMS, ROOT
 from policy_contract import OnlineContract
 from synthetic_traces import of, synthetic
@@ -22,14 +22,14 @@ from synthetic_traces import of, synthetic
 from offmoe.cache.ahead import foresee
 from offmoe.cache.plugin import PluginError
 from offmoe.cache.policies.base import Policy
-from offmoe.cache.policy import make_policy, policy_for
+from offmoe.cache.policy import make_policy, parse_policy, policy_for
 from offmoe.cache.predictor import make_predictor
 from offmoe.cache.replay import replay
 from offmoe.cache.residency import Residency
 from offmoe.checkpoint.find_model import DEMO
 from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
-from offmoe.plan import canonical_policy
+from offmoe.plan import pick_policy
 
 PAGE = (ROOT / "docs/policies.md").read_text("utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -82,8 +82,10 @@ def test_the_spec_of_a_plugin_is_canonical_and_stands_for_itself(tmp_path: Path)
     assert make_policy(make_policy(plugin, 4).name, 4).name == f"{plugin},h=16"
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", ["MyPolicy", "Signed"])
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    cases([("MyPolicy", 80), ("MyPolicy", 90), ("Signed", 80), ("Signed", 90)], [("MyPolicy", 80), ("Signed", 90)]),
+)
 def test_a_formula_compiles_into_the_kernels_and_rounds_to_nearest(tmp_path: Path, name: str, capability: int) -> None:
     """In a process of its own, for in this one Triton may be its interpreter."""
     pytest.importorskip("triton.backends.nvidia")
@@ -110,7 +112,7 @@ def test_a_formula_that_does_more_than_its_expressions_stays_off_the_gpu() -> No
     assert make_policy(f"{formula_policies.HERE}:Signed", 4).state == ("value", "last")
     assert make_policy(f"{formula_policies.HERE}:Touching", 4).state == ()
     with pytest.raises(OffmoeError, match="Touching' works on the CPU and in replay: on a GPU choose lru"):
-        canonical_policy(f"{formula_policies.HERE}:Touching", SimpleNamespace(records=4), torch.device("cuda"))  # type: ignore[arg-type]
+        pick_policy(parse_policy(f"{formula_policies.HERE}:Touching"), torch.device("cuda"))
 
 
 def test_a_formula_scores_in_float32() -> None:
@@ -127,7 +129,7 @@ def test_an_engine_on_the_cpu_takes_a_plugin_and_says_the_same_tokens(tmp_path: 
     for policy in (plugin, "lru"):
         with Engine.load(str(DEMO), device="cpu", policy=policy, vram="50%", ctx=64) as engine:
             answers.append([piece.token for piece in engine.generate("Hello", temperature=0.0, max_tokens=4)])
-            assert engine.plan.policy == (f"{plugin},h=16" if policy == plugin else "lru")
+            assert str(engine.plan.policy) == (f"{plugin},h=16" if policy == plugin else "lru")
             assert engine.store.table.policy.touch.__qualname__ == "Guard.touch" or policy == "lru"
     assert answers[0] == answers[1]
 

@@ -1,4 +1,4 @@
-"""Which path, or which of a repository's files, a name means; the hub's cache is laid out by hand."""
+"""Path, or the files of a repository, that a name refers to; the hub's cache is created by hand."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from offmoe.checkpoint.find_model import DEMO, choose_gguf, find_model, wanted
+from offmoe.checkpoint.find_model import DEMO, choose_gguf, find_model, select_files
 from offmoe.errors import OffmoeError
 
 GGUFS = ["m-Q4_K.gguf", "m-Q4_K_M.gguf", "q8/m-Q8_0-00001-of-00002.gguf", "q8/m-Q8_0-00002-of-00002.gguf"]
 
 
 def cached(cache: Path, *names: str) -> Path:
-    """A snapshot of org/name in the hub's cache that holds `names`."""
+    """Create a snapshot of org/name with `names` in the hub's cache."""
     repo = cache / "models--org--name"
     folder = repo / "snapshots" / ("0" * 40)
     for name in names:
@@ -28,7 +28,7 @@ def cached(cache: Path, *names: str) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no network behind it."""
+    """An empty cache, without a network."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path
@@ -54,7 +54,7 @@ def test_one_gguf_is_chosen_with_all_its_parts(pick: str, found: list[str]) -> N
     assert choose_gguf(GGUFS, pick, "org/name") == found
 
 
-@pytest.mark.parametrize(("pick", "message"), [("", "holds several models"), ("K_M", "has no GGUF called 'K_M'")])
+@pytest.mark.parametrize(("pick", "message"), [("", "has several models"), ("K_M", "has no GGUF named 'K_M'")])
 def test_no_gguf_is_guessed(pick: str, message: str) -> None:
     with pytest.raises(OffmoeError, match=message):
         choose_gguf(GGUFS, pick, "org/name")
@@ -63,7 +63,7 @@ def test_no_gguf_is_guessed(pick: str, message: str) -> None:
 def test_no_code_no_pickle_and_no_second_copy_of_the_weights() -> None:
     good = ["a.safetensors", "config.json", "chat_template.jinja", "merges.txt", "tiktoken.model", "hy.tiktoken"]
     bad = ["a.bin", "a.pt", "modeling.py", "original/a.safetensors", "consolidated.safetensors", "README.md"]
-    assert wanted([*good, *bad], "", "org/name") == good
+    assert select_files([*good, *bad], "", "org/name") == good
 
 
 def test_safetensors_in_the_cache(cache: Path) -> None:
@@ -82,11 +82,11 @@ def test_an_unfinished_download_is_not_taken(cache: Path, missing: str) -> None:
     folder = cached(cache, *names)
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(OffmoeError, match="org/name is no path here and cannot be had from the hub"):
+    with pytest.raises(OffmoeError, match="org/name is not a local path and cannot be downloaded from the hub"):
         find_model("org/name")
 
 
 def test_an_unfinished_gguf_is_not_taken(cache: Path) -> None:
     cached(cache, GGUFS[2])
-    with pytest.raises(OffmoeError, match="cannot be had from the hub"):
+    with pytest.raises(OffmoeError, match="cannot be downloaded from the hub"):
         find_model("org/name:Q8_0")

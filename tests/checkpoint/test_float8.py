@@ -1,4 +1,4 @@
-"""Checkpoints of float8 with a scale for every 128 x 128 weights: records stay as published, on every path."""
+"""float8 checkpoints with a scale for every 128 x 128 weights: experts are used as published, on every path."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import float8_files
 import pytest
 import torch
+from packed_files import packed
 from quantised_checks import check_answers, check_stacked, check_tensors_refused, stack_experts
+from reference import reference_of
 from safetensors.torch import load_file, save_file
-from test_int4 import FAMILIES
-from test_models import decoded, engine_of, packed
+from tiny_engines import decoded, engine_of
 from tiny_models import SHAPE
-from tolerance import assert_close
+from wide_models import FAMILIES
 
 from offmoe.errors import OffmoeError
 from offmoe.models.model import open_model
@@ -36,7 +37,7 @@ OTHERS = {name: {key: ROUND.get(key, value) for key, value in numbers.items()} f
 def made(
     folder: Path, powers: bool = True, kind: torch.dtype = torch.float32, family: str = "deepseek_v3"
 ) -> tuple[Path, Any]:
-    """A model in float8, and transformers' model of what its bytes mean."""
+    """Save a model in float8; return it and transformers' model with the same values."""
     transformers, numbers = pytest.importorskip("transformers"), WIDE if family == "deepseek_v3" else OTHERS[family]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **numbers))
@@ -45,11 +46,6 @@ def made(
         model.float().eval().save_pretrained(where)
     save_file(float8_files.quantise(path, powers, kind), plain / "model.safetensors", {"format": "pt"})
     return path, transformers.AutoModelForCausalLM.from_pretrained(plain, dtype="float32").eval()
-
-
-@torch.no_grad()
-def logits_of(model: Any) -> torch.Tensor:
-    return model(torch.tensor([IDS])).logits[0]
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
@@ -61,47 +57,47 @@ def test_logits_are_those_of_transformers(kind: torch.dtype, vram: str, ram: str
         assert formats == {"F8_E4M3" if kind == torch.float32 else "F8_E4M3_BF16"}
         assert engine.model.layouts[0].nbytes == 3 * (512 * 256 + 8 * kind.itemsize)
         logits, _ = decoded(engine, IDS, prompt=8)
-    assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
+    reference_of(model, IDS).check_logits(logits, 7)
 
 
 @pytest.mark.parametrize("family", [name for name in OTHERS if name != "deepseek_v3"])
 def test_other_families_tokens_are_the_same_at_every_budget(family: str, tmp_path: Path) -> None:
     path, model = made(tmp_path, powers=False, family=family)
-    check_answers(path, IDS, logits_of(model), lambda formats: formats == {"F8_E4M3"})
+    check_answers(path, IDS, reference_of(model, IDS), lambda formats: formats == {"F8_E4M3"})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
 def test_the_step_and_a_chunk_multiply_the_records_as_they_are(tmp_path: Path) -> None:
-    """With scales that are powers of two, which the trunk's bfloat16 holds exactly."""
+    """Scales are powers of two, which the trunk's bfloat16 represents exactly."""
     pytest.importorskip("triton")
-    import test_prefill
-    import test_step
+    from interpreted_prefill import IDS as PROMPT_IDS
+    from interpreted_prefill import prefill
+    from interpreted_step import IDS as STEP_IDS
+    from interpreted_step import run, step_of
 
     from offmoe.decode.variant import Variant
 
     path, model = made(tmp_path)
-    with torch.no_grad():
-        want = model(torch.tensor([test_step.IDS])).logits[0]
-        chunk = model(torch.tensor([test_prefill.IDS])).logits[0]
-    with test_step.step_of(path, vram="60%") as step:
-        assert_close("logits", test_step.run(step, Variant()), want, 1e-5)
-    assert_close("logits", test_prefill.prefill(path, 4, 8, vram="60%"), chunk, 1e-5)
+    with step_of(path, vram="60%") as step:
+        reference_of(model, STEP_IDS).check_logits(run(step, Variant()))
+    chunk = prefill(path, 4, 8, vram="60%")
+    reference_of(model, PROMPT_IDS).check_logits(chunk)
 
 
 def test_it_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In pieces that begin within a tile."""
+    """Pieces begin inside a tile."""
     monkeypatch.setattr("offmoe.pack.convert.PIECE", 50 * 512)
     path, model = made(tmp_path, powers=False)
     with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
-    assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
+    reference_of(model, IDS).check_logits(logits, 7)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
 def test_stacked_experts_are_the_same(kind: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offmoe.pack.convert.PIECE", 50 * 512)
     path, model = made(tmp_path, powers=False, kind=kind)
-    check_stacked(path, tmp_path, IDS, logits_of(model))
+    check_stacked(path, tmp_path, IDS, reference_of(model, IDS))
 
 
 def test_stacked_experts_of_odd_tiles_are_refused(tmp_path: Path) -> None:
@@ -113,11 +109,13 @@ def test_stacked_experts_of_odd_tiles_are_refused(tmp_path: Path) -> None:
         scales = tensors[name + "_scale_inv"][:, : -(-rows // 128)]
         tensors |= {name: tensors[name][:, :rows].contiguous(), name + "_scale_inv": scales.contiguous()}
 
-    check_tensors_refused(path, lambda t: shorten(t, 500), "expected F32 or BF16 for 500 rows and 512 columns, of wh")
+    check_tensors_refused(
+        path, lambda t: shorten(t, 500), "expected F32 or BF16 for 500 rows and 512 columns, 128 of wh"
+    )
 
 
 def test_gate_and_up_that_share_a_tile_are_refused(tmp_path: Path) -> None:
-    """Where down, whose columns these rows are, is no float8 of tiles."""
+    """`down`, whose columns are these rows, is not float8 with tiles."""
     path, _ = made(tmp_path)
     stack_experts(path)
     config = json.loads((path / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Mutated headers of both formats: an OffmoeError of one line, or a checkpoint that can be read."""
+"""Mutated headers of both formats give an OffmoeError of one line, or a checkpoint that can be read."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
 
-MARGIN = 2 << 20  # beyond the file's own size: the piece in which a header is read, and Python's objects
+MARGIN = 2 << 20  # memory beyond the file's size: the piece in which a header is read, and Python's objects
 GGUF = gguf_bytes(
     [
         ("general.architecture", 8, gguf_string("llama")),
@@ -31,7 +31,7 @@ INTERESTING += [b"[" * 5000, b'{"a":', b"-1", b"1e999", b"NaN", b'"\\ud800"', b"
 
 @st.composite
 def mutated(draw: st.DrawFn, good: bytes) -> bytes:
-    """`good` with a few places overwritten or grown, and perhaps its end cut off."""
+    """Draw `good` with a few bytes overwritten or inserted, and perhaps truncated."""
     data = bytearray(good)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
@@ -41,7 +41,7 @@ def mutated(draw: st.DrawFn, good: bytes) -> bytes:
 
 
 def open_and_read(path: Path, size: int) -> None:
-    """Opens, and reads every tensor; anything but an OffmoeError, or too much memory, escapes."""
+    """Open the file and read every tensor; anything but an OffmoeError, or too much memory, fails."""
     message = ""
     tracemalloc.start()
     try:
@@ -109,7 +109,7 @@ except OffmoeError as error:
 
 @pytest.mark.parametrize(("name", "data"), HUGE.values(), ids=HUGE)
 def test_sparse_files_as_large_as_they_claim(tmp_path: Path, name: str, data: bytes) -> None:
-    """A terabyte of zeros, so that no claim runs past the end of the file; 768 MiB of address space."""
+    """A terabyte of zeros, so that no claimed range ends outside the file; 768 MiB of address space."""
     path = tmp_path / name
     with path.open("wb") as file:
         file.write(data)

@@ -1,4 +1,4 @@
-"""GGUF: what is read equals what gguf reads; every damaged file is refused in one line."""
+"""GGUF: our reader agrees with the gguf package; every damaged file gives a one-line error."""
 
 import os
 import struct
@@ -16,8 +16,8 @@ from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
 
 
-def refusal(path: Path) -> str:
-    """The one-line error of opening `path`."""
+def error_line(path: Path) -> str:
+    """Return the one-line error of opening `path`."""
     with pytest.raises(OffmoeError) as caught:
         open_checkpoint(path).close()
     assert "\n" not in str(caught.value)
@@ -80,12 +80,12 @@ def test_a_large_vocabulary_crosses_the_pieces_in_which_a_header_is_read(tmp_pat
 A, B = ("a", [4, 2], 0, 0), ("b", [32], 2, 32)
 BIG = 1 << 62
 DAMAGED = {
-    "empty": (b"", "is no GGUF: it starts with b''"),
-    "text": (b"hello world, hello", "is no GGUF: it starts with b'hell'"),
+    "empty": (b"", "is not a GGUF file: it starts with b''"),
+    "text": (b"hello world, hello", "is not a GGUF file: it starts with b'hell'"),
     "zip": (b"PK\x03\x04" + bytes(40), "it is a pickle, which is never loaded"),
     "pickle": (b"\x80\x02}q\x00." + bytes(40), "it is a pickle, which is never loaded"),
     "magic only": (b"GGUF", "its header runs to byte 8 and the file ends at 4"),
-    "version 1": (gguf_bytes(version=1), "is a GGUF of version 1: supported are 2 and 3"),
+    "version 1": (gguf_bytes(version=1), "is a GGUF of version 1: expected 2 or 3"),
     "version 0": (gguf_bytes(version=0), "is a GGUF of version 0"),
     "version 9": (gguf_bytes(version=9), "is a GGUF of version 9"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "is a big-endian GGUF"),
@@ -103,18 +103,18 @@ DAMAGED = {
     ),
     "nested arrays": (gguf_bytes([("k", 9, u32(9))]), "an array of arrays"),
     "value type": (gguf_bytes([("k", 13, b"")]), "a metadata value has the unknown type 13"),
-    "key twice": (gguf_bytes([("k", 4, u32(1))] * 2), "the key 'k' stands there twice"),
-    "no UTF-8": (gguf_bytes([("k", 8, gguf_string(b"\xff\xfe"))]), "is no UTF-8"),
+    "key twice": (gguf_bytes([("k", 4, u32(1))] * 2), "the key 'k' appears twice"),
+    "no UTF-8": (gguf_bytes([("k", 8, gguf_string(b"\xff\xfe"))]), "is not UTF-8"),
     "alignment 0": (
         gguf_bytes([("general.alignment", 4, u32(0))]),
-        "general.alignment is 0, no power of two",
+        "general.alignment is 0, not a power of two",
     ),
     "alignment 48": (
         gguf_bytes([("general.alignment", 4, u32(48))]),
-        "general.alignment is 48, no power of two",
+        "general.alignment is 48, not a power of two",
     ),
     "alignment text": (gguf_bytes([("general.alignment", 8, gguf_string("x"))]), "general.alignment is 'x'"),
-    "tensor twice": (gguf_bytes(entries=[A, A]), "the tensor 'a' stands there twice"),
+    "tensor twice": (gguf_bytes(entries=[A, A]), "the tensor 'a' appears twice"),
     "a name of two lines": (gguf_bytes(entries=[("x\ny", [4], 0, 1)]), r"tensor 'x\ny' starts at 1"),
     "no dimensions": (gguf_bytes(entries=[("a", [], 0, 0)]), "has 0 dimensions, expected 1 to 4"),
     "five dimensions": (gguf_bytes(entries=[("a", [1] * 5, 0, 0)]), "has 5 dimensions, expected 1 to 4"),
@@ -125,7 +125,7 @@ DAMAGED = {
     ),
     "half a block": (gguf_bytes(entries=[("a", [48], 2, 0)]), "a Q4_0 tensor has rows of 48 weights"),
     "unknown type": (gguf_bytes(entries=[("a", [256], 999, 0)]), "format number 999 is not supported"),
-    "unaligned offset": (gguf_bytes(entries=[("a", [4], 0, 8)]), "tensor 'a' starts at 8, no multiple of 32"),
+    "unaligned offset": (gguf_bytes(entries=[("a", [4], 0, 8)]), "tensor 'a' starts at 8, not a multiple of 32"),
     "offset outside": (gguf_bytes(entries=[("a", [4], 0, 1 << 40)]), "tensor 'a' ends at byte 1099511627"),
     "last byte missing": (gguf_bytes()[:-15], "tensor 'b' ends at byte"),
     "overlap": (gguf_bytes(entries=[A, ("b", [32], 2, 0)]), "tensors 'b' and 'a' overlap"),
@@ -136,7 +136,7 @@ DAMAGED = {
 def test_damaged_files_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(data)
-    error = refusal(path)
+    error = error_line(path)
     assert message in error
     assert str(path) in error
 
@@ -148,33 +148,33 @@ UNREAD = [kind for kind in gguf.GGMLQuantizationType if kind.name.startswith(("I
 def test_other_quantisations_are_refused_by_name(tmp_path: Path, kind: gguf.GGMLQuantizationType) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf_bytes(entries=[("a", [256], int(kind), 0)]))
-    assert f"format {kind.name} is not supported: supported are F32, F16" in refusal(path)
+    assert f"format {kind.name} is not supported: expected one of F32, F16" in error_line(path)
 
 
 def test_the_undamaged_file_opens(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
-    path.write_bytes(gguf_bytes()[:-14])  # b ends 14 bytes before the data does
+    path.write_bytes(gguf_bytes()[:-14])  # b ends 14 bytes before the end of the data
     with open_checkpoint(path) as checkpoint:
         assert {name: info.shape for name, info in checkpoint.tensors.items()} == {"a": (2, 4), "b": (32,)}
         assert checkpoint.read("b")[0] == 32
 
 
 def test_paths_that_are_no_model(tmp_path: Path) -> None:
-    assert "does not exist" in refusal(tmp_path / "absent.gguf")
-    assert "holds no model: expected model.safetensors" in refusal(tmp_path)
+    assert "does not exist" in error_line(tmp_path / "absent.gguf")
+    assert "has no model: expected model.safetensors" in error_line(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
-    assert "pickle files are never loaded (pytorch_model.bin)" in refusal(tmp_path)
+    assert "pickle files are never loaded (pytorch_model.bin)" in error_line(tmp_path)
     os.mkfifo(tmp_path / "pipe.gguf")
-    assert "is no regular file" in refusal(tmp_path / "pipe.gguf")
+    assert "is not a regular file" in error_line(tmp_path / "pipe.gguf")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert f"give its directory, {tmp_path}" in refusal(tmp_path / "model.safetensors")
+    assert f"give its directory, {tmp_path}" in error_line(tmp_path / "model.safetensors")
 
 
 def test_a_directory_of_one_gguf_opens_and_of_two_is_ambiguous(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(gguf_bytes())
     open_checkpoint(tmp_path).close()
     (tmp_path / "b.gguf").write_bytes(gguf_bytes())
-    assert "holds 2 GGUF models: give one of a.gguf, b.gguf" in refusal(tmp_path)
+    assert "has 2 GGUF models: give one of a.gguf, b.gguf" in error_line(tmp_path)
 
 
 def test_a_file_that_shrinks_and_one_that_is_closed(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_file_that_shrinks_and_one_that_is_closed(tmp_path: Path) -> None:
     assert checkpoint.read("a").numel() == 32
     with pytest.raises(OffmoeError, match=r"m\.gguf shrank while in use"):
         checkpoint.read("b")
-    with pytest.raises(OffmoeError, match="holds no tensor 'c'"):
+    with pytest.raises(OffmoeError, match="has no tensor 'c'"):
         checkpoint.read("c")
     checkpoint.close()
     with pytest.raises(OffmoeError, match="cannot read"):
@@ -196,7 +196,7 @@ def test_nothing_stays_open_after_a_refusal(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(gguf_bytes(tensors=BIG))
     before = os.listdir("/proc/self/fd")
-    refusal(path)
+    error_line(path)
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -210,7 +210,7 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 class TestSplit:
-    """A model in parts, as llama.cpp's gguf-split writes them."""
+    """A model in parts, as written by llama.cpp's gguf-split."""
 
     def write(self, folder: Path) -> list[Path]:
         paths = [folder / f"m-{part:05}-of-00003.gguf" for part in (1, 2, 3)]
@@ -237,22 +237,22 @@ class TestSplit:
         paths = self.write(tmp_path)
         paths[0].unlink()
         paths[2].unlink()
-        assert "misses beside it m-00001-of-00003.gguf, m-00003-of-00003.gguf" in refusal(paths[1])
+        assert "its directory lacks m-00001-of-00003.gguf, m-00003-of-00003.gguf" in error_line(paths[1])
 
     def test_names_and_parts_that_disagree(self, tmp_path: Path) -> None:
         paths = self.write(tmp_path)
         renamed = tmp_path / "m.gguf"
         renamed.write_bytes(paths[0].read_bytes())
-        assert "is one of 3 parts: name them as in" in refusal(renamed)
+        assert "is one of 3 parts: expected a name such as" in error_line(renamed)
         self.part(paths[1], 2, "t1")
-        assert "another part than its name" in refusal(paths[0])
+        assert "another part number in its header than in its name" in error_line(paths[0])
         self.part(paths[1], 1, "t0")
-        assert "repeats tensors of another part: 't0'" in refusal(paths[0])
+        assert "has the same tensors as another part: 't0'" in error_line(paths[0])
         self.part(paths[1], 1, "t1")
         self.part(paths[0], 0, "t0", total=4)
-        assert "its parts hold 3 tensors, not as many as it says" in refusal(paths[2])
+        assert "its parts have 3 tensors, not the number in its header" in error_line(paths[2])
 
     def test_an_absurd_count(self, tmp_path: Path) -> None:
         path = tmp_path / "m-00001-of-99999.gguf"
         self.part(path, 0, "t0", count=99999)
-        assert "and 99994 more" in refusal(path)
+        assert "and 99994 more" in error_line(path)

@@ -1,4 +1,4 @@
-"""safetensors: what is read equals what the library wrote; every damaged directory is refused in one line."""
+"""safetensors: our reader agrees with the library; every damaged directory gives a one-line error."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,8 @@ from offmoe.errors import OffmoeError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def refusal(path: Path) -> str:
-    """The one-line error of opening `path`."""
+def error_line(path: Path) -> str:
+    """Return the one-line error of opening `path`."""
     with pytest.raises(OffmoeError) as caught:
         open_checkpoint(path).close()
     assert "\n" not in str(caught.value)
@@ -48,13 +48,13 @@ DAMAGED = {
         safetensors_bytes({"a": GOOD}, length=1 << 62),
         "claims a header of 4611686018427387904 bytes",
     ),
-    "header ends early": (safetensors_bytes({"a": GOOD}, length=20), "its header: no valid JSON"),
-    "no JSON": (safetensors_bytes(b"hello"), "its header: no valid JSON: Expecting value"),
-    "no UTF-8": (safetensors_bytes(b'{"\xff": 1}'), "its header: no valid JSON"),
-    "nested": (safetensors_bytes(b"[" * 100_000), "its header: no valid JSON"),
-    "long number": (safetensors_bytes(b'{"a": ' + b"9" * 5000 + b"}"), "its header: no valid JSON"),
+    "header ends early": (safetensors_bytes({"a": GOOD}, length=20), "its header: not valid JSON"),
+    "no JSON": (safetensors_bytes(b"hello"), "its header: not valid JSON: Expecting value"),
+    "no UTF-8": (safetensors_bytes(b'{"\xff": 1}'), "its header: not valid JSON"),
+    "nested": (safetensors_bytes(b"[" * 100_000), "its header: not valid JSON"),
+    "long number": (safetensors_bytes(b'{"a": ' + b"9" * 5000 + b"}"), "its header: not valid JSON"),
     "a list": (safetensors_bytes([]), "its header: expected a JSON object, found list"),
-    "name twice": (safetensors_bytes(b'{"a": {}, "a": {}}'), "the key 'a' stands twice"),
+    "name twice": (safetensors_bytes(b'{"a": {}, "a": {}}'), "the key 'a' appears twice"),
     "no table": (safetensors_bytes({"a": 3}), "tensor 'a' is described by 3"),
     "field missing": (
         safetensors_bytes({"a": {"dtype": "F32", "shape": [1]}}),
@@ -62,16 +62,16 @@ DAMAGED = {
     ),
     "dtype": (
         safetensors_bytes({"a": entry("F8_E5M2")}),
-        "has dtype 'F8_E5M2': supported are F32, F16, BF16",
+        "has dtype 'F8_E5M2': expected F32, F16, BF16",
     ),
     "dtype of another type": (safetensors_bytes({"a": entry(["F32"])}), "has dtype ['F32']"),  # type: ignore[arg-type]
     "dimension 0": (safetensors_bytes({"a": entry(shape=[0, 4])}), "has the shape [0, 4]"),
     "negative": (safetensors_bytes({"a": entry(shape=[-4, -4])}), "has the shape [-4, -4]"),
     "boolean": (safetensors_bytes({"a": entry(shape=[True, 16])}), "has the shape [True, 16]"),
     "float": (safetensors_bytes({"a": entry(shape=[4.0, 4])}), "has the shape [4.0, 4]"),
-    "five dimensions": (
-        safetensors_bytes({"a": entry(shape=[1, 1, 1, 4, 4])}),
-        "expected up to 4 numbers above 0",
+    "six dimensions": (
+        safetensors_bytes({"a": entry(shape=[1, 1, 1, 1, 4, 4])}),
+        "expected up to 5 numbers above 0",
     ),
     "overflow": (
         safetensors_bytes({"a": entry(shape=[1 << 62] * 4)}),
@@ -101,13 +101,13 @@ DAMAGED = {
 @pytest.mark.parametrize(("data", "message"), DAMAGED.values(), ids=DAMAGED)
 def test_damaged_files_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / SINGLE).write_bytes(data)
-    error = refusal(tmp_path)
+    error = error_line(tmp_path)
     assert message in error
     assert str(tmp_path) in error
 
 
 def shard(folder: Path, weights: object, **files: dict[str, float]) -> None:
-    """An index with that weight_map, and files of tensors [2, 2], each filled with one value."""
+    """Write an index with that weight_map, and files of tensors [2, 2], each filled with one value."""
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weights}))
     for name, values in files.items():
         tensors = {key: torch.full((2, 2), value) for key, value in values.items()}
@@ -115,7 +115,7 @@ def shard(folder: Path, weights: object, **files: dict[str, float]) -> None:
 
 
 def test_shards_through_the_links_of_a_hub_cache(tmp_path: Path) -> None:
-    """snapshots/…/file → ../../blobs/…: refused are names that lead outside, not links."""
+    """snapshots/…/file → ../../blobs/…: names that lead outside are rejected, links are not."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
@@ -150,17 +150,17 @@ def test_shards_through_the_links_of_a_hub_cache(tmp_path: Path) -> None:
 )
 def test_an_index_that_points_elsewhere(tmp_path: Path, name: object) -> None:
     shard(tmp_path, {"x": name}, one={"x": 1.0})
-    assert "expected a .safetensors file beside it" in refusal(tmp_path)
+    assert "expected a .safetensors file in the same directory" in error_line(tmp_path)
 
 
 def test_incomplete_downloads(tmp_path: Path) -> None:
     shard(tmp_path, {"x": "one.safetensors", "y": "two.safetensors"}, one={"x": 1.0})
-    assert "misses 1 of 2 shards: 'two.safetensors'" in refusal(tmp_path)
+    assert "lacks 1 of 2 shards: 'two.safetensors'" in error_line(tmp_path)
     shard(tmp_path, {"x": "one.safetensors", "y": "one.safetensors"}, one={"x": 1.0})
-    assert "one.safetensors lacks tensors that model.safetensors.index.json puts into it: 'y'" in refusal(tmp_path)
+    assert "one.safetensors lacks tensors that model.safetensors.index.json lists in it: 'y'" in error_line(tmp_path)
     for weights in ({}, [], None):
         shard(tmp_path, weights)
-        assert "has no weight_map" in refusal(tmp_path)
+        assert "has no weight_map" in error_line(tmp_path)
 
 
 def test_config_files_that_are_no_objects(tmp_path: Path) -> None:
@@ -168,13 +168,13 @@ def test_config_files_that_are_no_objects(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path) as checkpoint:
         for text in (b"", b"{", b"[]", b'"x"', b'{"a": \xff}', b"[" * 100_000, b'{"a": 1, "a": 2}'):
             (tmp_path / "config.json").write_bytes(text)
-            with pytest.raises(OffmoeError, match=r"config\.json: (no valid JSON|expected a JSON object)"):
+            with pytest.raises(OffmoeError, match=r"config\.json: (not valid JSON|expected a JSON object)"):
                 checkpoint.json("config.json")
         with (tmp_path / "config.json").open("wb") as file:
             file.truncate(1 << 40)  # sparse
-        with pytest.raises(OffmoeError, match="at most 67108864 are read"):
+        with pytest.raises(OffmoeError, match="expected a JSON file of at most 67108864"):
             checkpoint.json("config.json")
         (tmp_path / "config.json").unlink()
         (tmp_path / "config.json").mkdir()
-        with pytest.raises(OffmoeError, match="is no regular file"):
+        with pytest.raises(OffmoeError, match="is not a regular file"):
             checkpoint.json("config.json")

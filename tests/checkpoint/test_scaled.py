@@ -1,25 +1,29 @@
-"""float8 with a scale a row or a matrix, NVFP4 and MXFP4 out of tensors of their own: what they mean, and the files of
-Model Optimizer and compressed-tensors that hold them."""
+"""float8 with a scale per row or matrix, NVFP4 and MXFP4 in separate tensors: their values, and the files of Model
+Optimizer and compressed-tensors.
+"""
 
 from __future__ import annotations
 
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from exhaustive import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_files import packed
 from quantised_checks import check_answers, check_config_refused, check_stacked, check_tensors_refused
+from reference import reference_of
 from safetensors.torch import save_file
-from scaled_files import E2M1, quantise
-from test_int4 import FAMILIES, IDS, logits_of
-from test_models import decoded, engine_of, packed
-from tolerance import assert_close
+from scaled_files import CASES, E2M1, saved_scaled
+from tiny_engines import decoded, engine_of
 from torch import Tensor
+from wide_models import FAMILIES, IDS
 
 from offmoe.checkpoint.open import open_checkpoint
-from offmoe.checkpoint.scaled import Scaled
+from offmoe.checkpoint.scaled import ScaledTensors
 from offmoe.kernels.formats import FORMATS, as_it_lies, dequantise, whole_rows
 
 
@@ -28,7 +32,7 @@ def eights(codes: Tensor) -> Tensor:
 
 
 def same_bits(got: Tensor, want: Tensor) -> bool:
-    """But for -0, which is 0."""
+    """Compare bits, except that -0 equals 0."""
     return bool(((got + 0 == want + 0) | (got.isnan() & want.isnan())).all())
 
 
@@ -36,7 +40,7 @@ def same_bits(got: Tensor, want: Tensor) -> bool:
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_values_are_those_of_the_published_formula(fmt: str, data: st.DataObject) -> None:
-    """NVFP4QTensor.dequantize of Model Optimizer, written out, on scales of any bits: 0, denormal, infinite, NaN."""
+    """NVFP4QTensor.dequantize of Model Optimizer, written out; the scales have any bits: 0, denormal, infinite, NaN."""
     rows, cols = 3, 64
     extreme = st.sampled_from([0, 1, 0x80000000, 0x007FFFFF, 0x7F7FFFFF, 0x7F800000, 0x7FC00000]) | st.integers(
         0, 2**32 - 1
@@ -59,58 +63,37 @@ def test_values_are_those_of_the_published_formula(fmt: str, data: st.DataObject
     assert same_bits(dequantise(moved, fmt, 2, cols), want[[2, 0]])
 
 
-CASES = {  # the family, and what its experts become
-    "modelopt nvfp4": ("qwen3_moe", "NVFP4"),
-    "nvfp4-pack-quantized": ("deepseek_v3", "NVFP4"),
-    "mxfp4-pack-quantized": ("qwen3_moe", "MXFP4_PAIRS"),
-    "float-quantized": ("qwen2_moe", "F8_E4M3_ROW"),
-    "modelopt fp8": ("deepseek_v3", "F8_E4M3_ROW"),
-    "mixed": ("qwen3_moe", "NVFP4"),
-    "mixed with int4": ("qwen3_moe", "NVFP4 INT4_32_BF16"),
-}
-
-
-def made(folder: Path, kind: str, family: str = "") -> tuple[Path, Any]:
-    """The quantised directory, and transformers' model of what its bytes mean."""
-    transformers, family = pytest.importorskip("transformers"), family or CASES[kind][0]
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **FAMILIES[family])
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    path, plain = folder / "scaled", folder / "plain"
-    for where in (path, plain):
-        model.float().eval().save_pretrained(where)
-    save_file(quantise(path, kind), plain / "model.safetensors", {"format": "pt"})
-    return path, transformers.AutoModelForCausalLM.from_pretrained(plain, dtype="float32").eval()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize(
+    ("kind", "family"), cases(product(CASES, FAMILIES), list(zip(CASES, cycle(FAMILIES), strict=False)))
+)
 def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
     kind: str, family: str, tmp_path: Path
 ) -> None:
-    """All in slots; and what a token needs, out of a RAM tier of a few rows."""
-    path, model = made(tmp_path, kind, family)
-    each = CASES[kind][1].split()  # layer by layer; where the first is dense, of the last
-    check_answers(path, IDS, logits_of(model), lambda formats: formats in (set(each), set(each[-1:])))
+    """All experts in slots; and the smallest budget, with a RAM tier of a few rows."""
+    path, model = saved_scaled(tmp_path, kind, family)
+    each = CASES[kind][1].split()  # one per layer; if the first layer is dense, that of the last
+    check_answers(path, IDS, reference_of(model, IDS), lambda formats: formats in (set(each), set(each[-1:])))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
 def test_the_step_multiplies_what_it_is_given(tmp_path: Path) -> None:
-    """Rows of attention keep their scales, also where matrices are joined."""
+    """Rows of attention keep their scales, even where matrices are concatenated."""
     pytest.importorskip("triton")
-    import test_step
+    from interpreted_step import IDS as STEP_IDS
+    from interpreted_step import run, step_of
 
     from offmoe.decode.variant import Variant
 
-    path, model = made(tmp_path, "mixed")
-    with test_step.step_of(path, vram="60%") as step:
-        assert {form.format for layer in step.trunk.layers for _, form in (*layer.qkv, *layer.o)} == {"F8_E4M3_ROW"}
-        assert_close("logits", test_step.run(step, Variant()), logits_of(model, test_step.IDS), 1e-5)
+    path, model = saved_scaled(tmp_path, "mixed")
+    with step_of(path, vram="60%") as step:
+        parts = [part for layer in step.trunk.layers for part in (*layer.in_proj, *layer.out_proj)]
+        assert {form.format for _, form in parts} == {"F8_E4M3_ROW"}
+        reference_of(model, STEP_IDS).check_logits(run(step, Variant()))
 
 
 def test_stacked_experts_are_the_same(tmp_path: Path) -> None:
-    path, model = made(tmp_path, "float-quantized")
-    check_stacked(path, tmp_path, IDS, logits_of(model))
+    path, model = saved_scaled(tmp_path, "float-quantized")
+    check_stacked(path, tmp_path, IDS, reference_of(model, IDS))
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 1), (3, 32), (3, 1, 1), (3, 1), (3,)], ids=str)
@@ -118,7 +101,7 @@ def test_scales_of_a_stack_of_float8(shape: tuple[int, ...], tmp_path: Path) -> 
     codes, scales = torch.randn(3, 32, 64).to(torch.float8_e4m3fn), torch.rand(shape)
     save_file({"e": codes, "e_scale": scales}, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
-        (info,) = Scaled(checkpoint).matrices()
+        (info,) = ScaledTensors(checkpoint).matrices()
         for expert in range(3):
             raw = checkpoint.matrix(info, expert)
             want = codes[expert].float() * scales[expert].reshape(-1, 1)
@@ -127,10 +110,10 @@ def test_scales_of_a_stack_of_float8(shape: tuple[int, ...], tmp_path: Path) -> 
 
 
 def test_it_packs(tmp_path: Path) -> None:
-    path, model = made(tmp_path, "modelopt nvfp4")
+    path, model = saved_scaled(tmp_path, "modelopt nvfp4")
     with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
-    assert (logits - logits_of(model)[7:]).abs().max() < 1e-4
+    reference_of(model, IDS).check_logits(logits, 7)
 
 
 NV, NAME = "modelopt nvfp4", "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -152,7 +135,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("change", CONFIGS)
 def test_what_a_config_may_not_ask_for(change: str, tmp_path: Path) -> None:
     kind, values, message = CONFIGS[change]
-    path, _ = made(tmp_path, kind)
+    path, _ = saved_scaled(tmp_path, kind)
     check_config_refused(path, values, message)
 
 
@@ -175,5 +158,5 @@ TENSORS: dict[str, tuple[str, Any, str]] = {
 @pytest.mark.parametrize("change", TENSORS)
 def test_tensors_that_do_not_fit_are_refused(change: str, tmp_path: Path) -> None:
     kind, alter, message = TENSORS[change]
-    path, _ = made(tmp_path, kind)
+    path, _ = saved_scaled(tmp_path, kind)
     check_tensors_refused(path, alter, message)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_ram_tier import EXPERTS, LAYERS, RECORDS, STRIDE, Disk, Pins, assert_holds, model, tier, until  # noqa: F401
+from ram_tiers import EXPERTS, LAYERS, RECORDS, STRIDE, Disk, Pins, assert_holds, tier, until
 from torch import Tensor
 
 from offmoe.experts.miss_service import MissService
@@ -59,7 +59,7 @@ def requests(rounds: int) -> Iterator[Any]:
 @pytest.mark.parametrize("pin", [False, True])
 @pytest.mark.parametrize("rows", [32, 200, RECORDS])
 def test_the_right_bytes_whatever_the_rows(
-    model: Model, rows: int, pin: bool, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    model: Model, rows: int, pin: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     pins = Pins(monkeypatch)
     with tier(model, rows=rows, pin=pin) as ram:
@@ -77,7 +77,7 @@ def test_the_right_bytes_whatever_the_rows(
     assert not pins.spans
 
 
-def test_nobody_looks_outside_an_answer_and_nothing_given_up_is_served(model: Model) -> None:  # noqa: F811
+def test_nobody_looks_outside_an_answer_and_nothing_given_up_is_served(model: Model) -> None:
     with tier(model, rows=32) as ram:
         asker = Asker(ram)
         before = sys.getswitchinterval()
@@ -100,7 +100,7 @@ def test_nobody_looks_outside_an_answer_and_nothing_given_up_is_served(model: Mo
             assert asker.ask([5, 7])
 
 
-def test_a_complete_tier_needs_no_service(model: Model) -> None:  # noqa: F811
+def test_a_complete_tier_needs_no_service(model: Model) -> None:
     with tier(model) as ram:
         ram.wait_complete()
         with ram.service():
@@ -108,7 +108,7 @@ def test_a_complete_tier_needs_no_service(model: Model) -> None:  # noqa: F811
 
 
 def test_an_error_is_kept_once_and_the_next_request_may_succeed(
-    model: Model, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     disk = Disk(monkeypatch)
     disk.broken = True
@@ -128,7 +128,7 @@ def test_an_error_is_kept_once_and_the_next_request_may_succeed(
 
 @pytest.mark.parametrize("rows", [32, RECORDS])
 def test_a_disk_that_gives_nothing_is_an_error_before_the_gpu_gives_up(
-    model: Model, rows: int, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    model: Model, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     disk = Disk(monkeypatch)
     with tier(model, rows=rows) as ram:
@@ -148,7 +148,7 @@ def test_a_disk_that_gives_nothing_is_an_error_before_the_gpu_gives_up(
                     assert_holds(model, ram, row, number)
 
 
-def test_memory_that_takes_too_long_to_pin_is_an_error(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_memory_that_takes_too_long_to_pin_is_an_error(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     pins = Pins(monkeypatch)
     monkeypatch.setattr("offmoe.experts.miss_service.ANSWER_S", 0.05)
     pins.gate.clear()
@@ -163,7 +163,7 @@ def test_memory_that_takes_too_long_to_pin_is_an_error(model: Model, monkeypatch
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_died_is_missed_by_one_answer_only(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_thread_that_died_is_missed_by_one_answer_only(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def dies(self: MissService, number: int) -> None:
         raise SystemExit
 
@@ -177,7 +177,7 @@ def test_a_thread_that_died_is_missed_by_one_answer_only(model: Model, monkeypat
             assert asker.ask([1])
 
 
-def test_the_clock_does_not_go_back_for_who_fetches_afterwards(model: Model) -> None:  # noqa: F811
+def test_the_clock_does_not_go_back_for_who_fetches_afterwards(model: Model) -> None:
     with tier(model, rows=32) as ram:
         asker = Asker(ram)
         ram.fetch(0, np.array([1]), 9)
@@ -186,7 +186,7 @@ def test_the_clock_does_not_go_back_for_who_fetches_afterwards(model: Model) -> 
         ram.fetch(0, np.array([2]), 4)
 
 
-def test_closing_while_a_request_waits_for_the_disk(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_closing_while_a_request_waits_for_the_disk(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     pins, disk = Pins(monkeypatch), Disk(monkeypatch)
     disk.turns.clear()
     with tier(model, pin=True) as ram:
@@ -268,7 +268,7 @@ def test_a_failed_answer_aborts(kernel: Kernel) -> None:
     assert int(kernel.status) == ABORTED
 
 
-def test_the_kernel_and_the_service(kernel: Kernel, model: Model) -> None:  # noqa: F811
+def test_the_kernel_and_the_service(kernel: Kernel, model: Model) -> None:
     with tier(model, rows=32) as ram:
         assert ram.mailbox
         asks = Kernel(ram._service.memory, ram.base, STRIDE, torch.from_numpy(ram.known_rows()))  # type: ignore[union-attr]

@@ -11,16 +11,13 @@ from torch import Tensor
 
 from offmoe.kernels import kv as naive_kv
 from offmoe.kernels.attention import attention
+from offmoe.kernels.gpu import attention as fast
+from offmoe.kernels.gpu import norm_rope as fast_norm
+from offmoe.kernels.gpu.launch import pdl_supported
+from offmoe.kernels.gpu.prefill import prefill_attention
 from offmoe.kernels.norm_rope import rms_norm, rope
 from offmoe.kernels.rope import rope_table
 from offmoe.kernels.striped import unstripe
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-if torch.cuda.is_available():
-    from offmoe.kernels.gpu import attention as fast
-    from offmoe.kernels.gpu import norm_rope as fast_norm
-    from offmoe.kernels.gpu.launch import pdl_supported
-    from offmoe.kernels.gpu.prefill import prefill_attention
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 EPS = 1e-6
@@ -98,7 +95,7 @@ class Layer:
             return keys.float(), values.float()
         return tuple(naive_kv.dequantise(x, self.scales[i, :, :end], F32) for i, x in enumerate((keys, values)))
 
-    def turned(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def rotated(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, heads, D], k and v [T, kv_heads, D] in float32, naively."""
         s = self.shape
         q, k, v = qkv.float().split((s.heads * s.dim, s.kv_heads * s.dim, s.kv_heads * s.dim), -1)
@@ -114,7 +111,7 @@ class Layer:
     def expected(self) -> Tensor:
         """From what the kernel left in the cache, whose new row is checked by itself."""
         here = int(self.position)
-        q, k, v = self.turned(self.qkv[None], self.position)
+        q, k, v = self.rotated(self.qkv[None], self.position)
         keys, values = self.contents(here + 1)
         ratio = 1e-2 if self.int8 else 4e-3
         assert_close("the new key", keys[:, here], k[0], ratio)
@@ -193,7 +190,7 @@ def test_many_tokens_are_turned_and_written(name: str, dtype: torch.dtype, int8:
         head_dim=shape.dim, q_norm=layer.q_norm, k_norm=layer.k_norm, clip=shape.clip, eps=EPS, scales=layer.scales,
     )  # fmt: skip
     keys, values = layer.contents(500)
-    want = layer.turned(qkv, positions)
+    want = layer.rotated(qkv, positions)
     assert_close("q", q, want[0], 4e-3)
     assert_close("k", keys[:, 200:].transpose(0, 1), want[1], 1e-2 if int8 else 4e-3)
     assert_close("v", values[:, 200:].transpose(0, 1), want[2], 1e-2 if int8 else 4e-3)

@@ -14,16 +14,13 @@ from tolerance import assert_close
 
 from offmoe.engine import Engine
 from offmoe.kernels.deltanet import Delta, DeltaWeights, delta_mix
+from offmoe.kernels.gpu.deltanet import delta_chunk, delta_step
+from offmoe.kernels.gpu.gemv import dense
+from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.planes import matrix, rearrange_matrix
 from offmoe.kernels.striped import stripe, unstripe
 from offmoe.models.model import open_model
 from offmoe.settings import Sampling, Settings
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-if torch.cuda.is_available():
-    from offmoe.kernels.gpu.deltanet import delta_chunk, delta_step
-    from offmoe.kernels.gpu.gemv import dense
-    from offmoe.kernels.gpu.launch import pdl_supported
 
 BENCH = str(ROOT / "bench")
 SHAPE = Delta(key_heads=16, value_heads=32, key_dim=128, value_dim=128, taps=4)

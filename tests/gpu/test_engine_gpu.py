@@ -19,7 +19,6 @@ from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS, dequantise
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 PROMPT = "Tell me a short story about a fox who learns to share. Use simple words, and end with a moral."
 RAM = {"all": "64MiB", "half": 480 * 31232, "none": 0}
 PREFETCH = ("none", "gate:d=1,p=0.02,n=2", "gate:d=2,p=0,n=4")
@@ -29,7 +28,7 @@ def demo(**settings: Any) -> Engine:
     """On the GPU unless said otherwise; slots that were never filled hold NaN scales (0xFFFF)."""
     engine = Engine.load(str(DEMO), **{"device": "cuda", "ctx": 256, "chunk": 16, **settings})
     if engine.plan.device.type == "cuda" and not engine.plan.all_in_slots:
-        engine.store.records.fill_(0xFF)
+        engine.store.slot_memory.fill_(0xFF)
     return engine
 
 

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantised_matrices import TESTED
+from gemm_checks import EXPERTS, RATIOS, addresses_of, check_experts, check_unpacked, run, scaled
+from quantised_matrices import TESTED, filled_slots, random_records
 from tolerance import assert_close
 from torch import Tensor
 
 from offmoe.kernels import gemm as naive
+from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
 from offmoe.kernels.planes import SlotLayout, slot_layout
 from offmoe.kernels.record import RecordLayout
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-if torch.cuda.is_available():
-    from quantised_matrices import filled_slots, random_records
-    from test_gemm import EXPERTS, RATIOS, addresses_of, check_experts, run, scaled, test_unpacked_bit_for_bit
-
-    from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
 
 CUDA = torch.device("cuda")
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -31,7 +26,7 @@ def test_experts_in_every_type(fmt: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("fmt", TESTED)
 def test_unpacked(fmt: str) -> None:
-    test_unpacked_bit_for_bit(fmt, "normal")
+    check_unpacked(fmt, "normal")
 
 
 def large(fmt: str, down: str) -> tuple[Tensor, SlotLayout]:

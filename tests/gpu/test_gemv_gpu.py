@@ -13,15 +13,12 @@ from torch import Tensor
 
 from offmoe.kernels import experts as naive_experts
 from offmoe.kernels import gemv as naive
+from offmoe.kernels.gpu import experts
+from offmoe.kernels.gpu import gemv as fast
+from offmoe.kernels.gpu.launch import pdl_supported
+from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 from offmoe.kernels.planes import Matrix, SlotLayout, matrix, rearrange, rearrange_matrix, slot_layout, unplane
 from offmoe.kernels.record import RecordLayout
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-if torch.cuda.is_available():
-    from offmoe.kernels.gpu import experts
-    from offmoe.kernels.gpu import gemv as fast
-    from offmoe.kernels.gpu.launch import pdl_supported
-    from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 
 RATIO = 3e-6  # interpreted, rows of 2,048 and 14,336 weights are within 8e-7 in every format
 LAYERS, REPLAYS = 8, 50

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from int4_files import CASES, saved_int4
+from reference import reference_of
 from teacher_forcing import graph_logits
-from test_int4 import CASES, IDS, logits_of, made
-from test_models import engine_of
+from tiny_engines import engine_of
 from tiny_models import reference, saved
 from tolerance import assert_close
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+from wide_models import IDS
 
 
 def logits(path: Path, vram: str) -> torch.Tensor:
@@ -24,10 +24,11 @@ def logits(path: Path, vram: str) -> torch.Tensor:
 @pytest.mark.parametrize("vram", ["60%", "100%"])
 @pytest.mark.parametrize("name", CASES)
 def test_int4(name: str, vram: str, tmp_path: Path) -> None:
-    path, model = made(tmp_path, name)
-    assert_close(name, logits(path, vram), logits_of(model)[7:], 1e-3)  # half of kv_b is turned in float16
+    path, model = saved_int4(tmp_path, name)
+    want = reference_of(model, IDS).exact.logits[7:]
+    assert_close(name, logits(path, vram), want, 1e-3)  # half of kv_b is transposed in float16
 
 
 def test_stacked_floats(tmp_path: Path) -> None:
-    want = reference("gpt_oss", IDS)[0]
+    want = reference("gpt_oss", IDS).exact.logits
     assert_close("gpt_oss", logits(saved("gpt_oss", tmp_path, fused=True), "60%"), want[7:], 1e-4)

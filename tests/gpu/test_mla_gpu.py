@@ -7,17 +7,14 @@ import torch
 from tolerance import assert_close
 from torch import Tensor
 
+from offmoe.kernels.gpu import mla as fast
+from offmoe.kernels.gpu.launch import pdl_supported
+from offmoe.kernels.gpu.prefill import prefill_attention
 from offmoe.kernels.mla import Latent, latent_attention
 from offmoe.kernels.planes import Matrix, matrix, rearrange_matrix
 from offmoe.kernels.rope import rope_table
 from offmoe.kernels.striped import stripe, unstripe
-from offmoe.models.latent import positioned
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-if torch.cuda.is_available():
-    from offmoe.kernels.gpu import mla as fast
-    from offmoe.kernels.gpu.launch import pdl_supported
-    from offmoe.kernels.gpu.prefill import prefill_attention
+from offmoe.mixers.latent.rows import positioned
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = {
@@ -77,12 +74,12 @@ class Layer:
     def expected(self) -> Tensor:
         """From what the kernel left in the cache, whose new row is checked by itself."""
         here = int(self.position)
-        plain, turned, row = positioned(
+        qk_nope, qk_rope, row = positioned(
             self.query, self.fresh, self.norm, self.table, self.position.long(), self.heads, self.z
         )
         assert_close("the new row", self.cache[here : here + 1], row, RATIO[self.dtype])
         return latent_attention(
-            plain, turned, self.cache[: here + 1].float(), self.k_b.float(), self.v_b.float(), self.position.long(),
+            qk_nope, qk_rope, self.cache[: here + 1].float(), self.k_b.float(), self.v_b.float(), self.position.long(),
             self.z.key**-0.5,
         ).flatten()  # fmt: skip
 

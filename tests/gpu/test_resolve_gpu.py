@@ -19,23 +19,20 @@ from offmoe.cache.policies.echo import Echo
 from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
 from offmoe.cache.trace import Trace
+from offmoe.decode.device_table import device_table, pull, push, reach
+from offmoe.kernels.gpu.foretell import foretell
+from offmoe.kernels.gpu.launch import pdl_supported
+from offmoe.kernels.gpu.resolve import candidates
+from offmoe.kernels.gpu.route import predict, route
+from offmoe.kernels.ring import COUNTED, COUNTERS
+from offmoe.kernels.route import Rule
 
 FOLDERS = [Path(f) for f in (os.environ.get("OFFMOE_TRACES"), ROOT / ".traces", SHARED / "traces") if f]
 TRACE = next((f / "gpt-oss-20b.npz" for f in FOLDERS if (f / "gpt-oss-20b.npz").exists()), None)
 
 pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
     pytest.mark.skipif(TRACE is None, reason="gpt-oss-20b.npz is not here: set OFFMOE_TRACES"),
 ]
-if torch.cuda.is_available():
-    from offmoe.decode.device_table import device_table, pull, push, reach
-    from offmoe.kernels.gpu.foretell import foretell
-    from offmoe.kernels.gpu.launch import pdl_supported
-    from offmoe.kernels.gpu.resolve import candidates
-    from offmoe.kernels.gpu.route import predict, route
-    from offmoe.kernels.ring import COUNTED, COUNTERS
-    from offmoe.kernels.route import Rule
-
 CUDA = torch.device("cuda")
 FORMULA = f"{ROOT / 'tests/helpers/formula_policies.py'}:Signed"
 TOKENS, SLOTS, HIDDEN, MOST, PREDICTED = 10_000, 8, 64, 2, 4

@@ -9,14 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from offmoe.kernels.gpu import sample as fast
+from offmoe.kernels.gpu.advance import advance
+from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.ring import COUNTED, RUN, Ring, row_words
 from offmoe.kernels.sample import sample, uniforms
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-if torch.cuda.is_available():
-    from offmoe.kernels.gpu import sample as fast
-    from offmoe.kernels.gpu.advance import advance
-    from offmoe.kernels.gpu.launch import pdl_supported
 
 CUDA = torch.device("cuda")
 OFF: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}

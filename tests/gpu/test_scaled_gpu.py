@@ -6,25 +6,23 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
+from reference import reference_of
+from scaled_files import CASES, saved_scaled
 from teacher_forcing import graph_logits
-from test_int4 import IDS, logits_of
-from test_models import engine_of
-from test_scaled import CASES, made
+from tiny_engines import engine_of
 from tolerance import assert_close
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+from wide_models import IDS
 
 
 @pytest.mark.parametrize("vram", ["60%", "100%"])
 @pytest.mark.parametrize("kind", CASES)
 def test_graph_and_chunk(kind: str, vram: str, tmp_path: Path) -> None:
     """Records come out of a RAM tier of a few rows."""
-    path, model = made(tmp_path, kind)
+    path, model = saved_scaled(tmp_path, kind)
     with engine_of(path, device="cuda", dtype="f32", vram=vram, ram=0) as engine:
         chunk = engine.prefill(IDS).cpu()
         engine.reset()
         graph = graph_logits(engine, IDS[:8], IDS[8:])
-    want = logits_of(model)
-    assert_close("graph", graph, want[7:], 1e-3)  # half of kv_b is turned in float16
+    want = reference_of(model, IDS).exact.logits
+    assert_close("graph", graph, want[7:], 1e-3)  # half of kv_b is transposed in float16
     assert_close("chunk", chunk, want[-1], 1e-3)

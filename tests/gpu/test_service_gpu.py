@@ -12,18 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from offmoe.cache.policy import parse_policy
 from offmoe.checkpoint.find_model import DEMO
 from offmoe.experts.ram_tier import RamTier
+from offmoe.experts.uploads import Uploads
+from offmoe.kernels.gpu.request import request
 from offmoe.kernels.ring import ABORTED, RUN
 from offmoe.machine import disk_reader as transfer
 from offmoe.machine import pinned_memory as memory
 from offmoe.machine.disk_reader import Reader
 from offmoe.models.model import Model, open_model
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-if torch.cuda.is_available():
-    from offmoe.experts.uploads import Uploads
-    from offmoe.kernels.gpu.request import request
 
 CUDA = torch.device("cuda")
 STRIDE, EXPERTS, K, ROUNDS = 31232, 32, 10, 200
@@ -40,7 +38,7 @@ def model() -> Iterator[Model]:
 def ram(request: pytest.FixtureRequest, model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[RamTier]:
     monkeypatch.setattr(memory, "PIECE", 1 << 20)
     reader = Reader(model.checkpoint.files)
-    tier = RamTier(model, request.param, STRIDE, "lru", True, reader)
+    tier = RamTier(model, request.param, STRIDE, parse_policy("lru"), True, reader)
     yield tier
     torch.cuda.synchronize()
     reader.close()

@@ -1,6 +1,6 @@
-"""A stand-in for offmoe.engine without a model: it repeats what it is told, thinks on request, counts until stopped.
+"""A stand-in for offmoe.engine without a model: it echoes prompts, thinks on request, and counts until stopped.
 
-As a program it is `offmoe` with this engine: `python tests/helpers/fake_engine.py chat`.
+Run as a program, it is `offmoe` with this engine: `python tests/helpers/fake_engine.py chat`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from offmoe.errors import ContextFull, OffmoeError
 from offmoe.settings import SAMPLING_DEFAULTS
 from offmoe.stats.stats import Roof, Stats
 
-CTX = 3  # messages that fit
+CTX = 3  # messages that fit into the context
 STATS = Stats(
     tokens=3, finish_reason="stop", prompt_tokens=5, reused_tokens=1, prefill_tok_s=100.0,
     decode_tok_s=61.25, ttft_s=0.213, hit_rate=0.612, covered=0.0, late=0.0, misses_per_token=2.5,
@@ -33,7 +33,7 @@ class Piece:
 
 
 class Engine:
-    """`prompts` are all that it was asked."""
+    """`prompts` are all prompts it was given."""
 
     def __init__(self) -> None:
         self.config = SimpleNamespace(vocab=100)
@@ -48,7 +48,7 @@ class Engine:
         self.resets = 0
 
     @classmethod
-    def load(cls, model: str, progress: Any = None, think: str | None = None, **settings: Any) -> Engine:
+    def load(cls, model: str, progress: Any = None, think: str | None = None, settings: Any = None) -> Engine:
         engine = cls()
         if think is not None:
             engine.think(think)
@@ -94,7 +94,7 @@ class Engine:
 
     def think(self, value: str | None) -> None:
         if value not in (None, "on", "off"):
-            raise OffmoeError(f"the template takes no {value!r}")
+            raise OffmoeError(f"the template does not accept {value!r}")
         self.thinking = value
 
     def reset(self) -> None:

@@ -106,7 +106,7 @@ class BypassContract(PolicyContract):
     """What a policy that lets misses go by owes in place of choosing victims."""
 
     def test_victims_have_the_lowest_score_and_then_slot(self) -> None:
-        """Of what was there and what was asked for, the highest scores stay, but nothing of the very lowest."""
+        """Among records present and requested, the highest scores stay, but nothing of the very lowest."""
         for scope in ("layer", "global"):
             table, trace = self.table(scope)
             for now, layer, asked in events(trace):

@@ -11,6 +11,7 @@ import int4_files
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from wide_models import saved_with_reference
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 Tensors = dict[str, Tensor]
@@ -107,3 +108,19 @@ def quantise(path: Path, kind: str) -> Tensors:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "quantization_config": config_of(kind)}))
     return meant
+
+
+CASES = {  # the family, and what its experts become
+    "modelopt nvfp4": ("qwen3_moe", "NVFP4"),
+    "nvfp4-pack-quantized": ("deepseek_v3", "NVFP4"),
+    "mxfp4-pack-quantized": ("qwen3_moe", "MXFP4_PAIRS"),
+    "float-quantized": ("qwen2_moe", "F8_E4M3_ROW"),
+    "modelopt fp8": ("deepseek_v3", "F8_E4M3_ROW"),
+    "mixed": ("qwen3_moe", "NVFP4"),
+    "mixed with int4": ("qwen3_moe", "NVFP4 INT4_32_BF16"),
+}
+
+
+def saved_scaled(folder: Path, kind: str, family: str = "") -> tuple[Path, Any]:
+    """Return the quantised directory, and transformers' model of the weights that its bytes stand for."""
+    return saved_with_reference(folder, family or CASES[kind][0], lambda path: quantise(path, kind))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from offmoe.cache.trace import Trace
@@ -27,6 +29,18 @@ def of(experts: list[list[int]], count: int) -> Trace:
     ids = np.array(experts, np.uint16)[:, None]
     meta = {"model": "hand", "layers": 1, "experts": count, "top_k": ids.shape[-1]}
     return Trace(ids, np.array([0, len(ids)]), meta)
+
+
+def seeing(trace: Trace, hidden: int = 8, seed: int = 0) -> Trace:
+    """With states and routers, and the experts that these choose; a state is close to the layer's before."""
+    rng = np.random.default_rng(seed)
+    tokens, layers, k = trace.experts.shape
+    steps = rng.normal(size=(tokens, layers, hidden)) * np.where(np.arange(layers) == 0, 1, 0.3)[:, None]
+    states = steps.cumsum(1).astype(np.float16)
+    gates = rng.normal(size=(layers, trace.meta["experts"], hidden)).astype(np.float16)
+    logits = np.einsum("tlh,leh->tle", states.astype(np.float32), gates.astype(np.float32))
+    experts = (-logits).argsort(-1, kind="stable")[..., :k].astype(np.uint16)
+    return replace(trace, experts=experts, states=states, gates=gates)
 
 
 if __name__ == "__main__":

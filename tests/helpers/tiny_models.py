@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from reference import Reference, reference_of
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 96,
@@ -132,6 +133,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
                     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]},
     "olmoe-clipped": {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "clip_qkv": 1.0},
 }  # fmt: skip
+# One family or more for every mixer, kind of router and layout of a layer: what the default run of slow tests takes.
+TELLING = (
+    "qwen3_moe",
+    "qwen2_moe-sparse",
+    "gpt_oss",
+    "deepseek_v3",
+    "qwen3_next",
+    "lfm2_moe",
+    "gemma4_text",
+    "llama4_text",
+)
 
 # What llama.cpp's archs have no key for: clip_qkv, layers without experts, a sparse mixer.
 PACKABLE = [*(f for f in FAMILIES if "-" not in f and f != "phimoe"), "deepseek_v3-groups", "glm4_moe-groups"]
@@ -172,33 +184,11 @@ def saved(family: str, folder: Path, fused: bool = False, **save: Any) -> Path:
     return path
 
 
-@torch.no_grad()
-def reference(family: str, ids: list[int], model: Any = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits [T, V] and of every layer with experts the routed ids [T, k]."""
-    logits, routing = reference_routing(family, ids, model)
-    return logits, [experts for experts, _ in routing]
+def reference(family: str, ids: list[int]) -> Reference:
+    """Return logits and routing of the tiny model in float64, computed once."""
+    return _reference(family, tuple(ids))
 
 
-@torch.no_grad()
-def reference_routing(
-    family: str, ids: list[int], model: Any = None
-) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Logits [T, V] and of every layer with experts the ids and weights [T, k] that its own router chose."""
-    model = model or tiny(family)
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def heard(_module: Any, _inputs: Any, out: Any) -> None:
-        weights, ids = out[1:] if len(out) == 3 else out[0].max(-1, keepdim=True)  # Llama 4's: zeros but for one
-        seen.append((ids, weights))
-
-    hooks = [
-        module.register_forward_hook(heard)
-        for module in model.modules()
-        if type(module).__name__.endswith(("Router", "V1Gate"))
-    ]
-    try:
-        logits = model(torch.tensor([ids])).logits[0]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return logits, seen
+@cache
+def _reference(family: str, ids: tuple[int, ...]) -> Reference:
+    return reference_of(tiny(family), list(ids))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
+from exhaustive import cases
 from kernel_tensors import DEVICE, ints, nan, randn
 from quantised_matrices import TESTED, filled_slots, random_records
 from tolerance import assert_close
@@ -58,7 +61,7 @@ def check_experts(fmt: str, down: str, kind: str, tokens: int, stacked: bool) ->
     assert_close("down", y, summed, RATIO)
 
 
-@pytest.mark.parametrize("fmt", TESTED)
+@pytest.mark.parametrize("fmt", cases(TESTED, ["Q4_K", "Q6_K", "Q2_K", "IQ4_XS", "MXFP4", "NVFP4", "F8_E4M3", "F16"]))
 def test_experts_of_two_tokens(fmt: str) -> None:
     check_experts(fmt, fmt, "normal", 2, fmt in ("Q8_0", "Q6_K", "MXFP4"))
 
@@ -78,13 +81,21 @@ def test_rows_come_with_their_scales() -> None:
     assert sorted(strips.tiles) == [1, 1, 128, 128]
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("fmt", [fmt for fmt in TESTED if fmt != "IQ4_XS"])  # its planes move as Q6_K's do
+@pytest.mark.parametrize(
+    ("fmt", "stacked"),
+    cases(
+        product((fmt for fmt in TESTED if fmt != "IQ4_XS"), (False, True)),  # planes of IQ4_XS move as those of Q6_K
+        [("Q4_K", True), ("Q6_K", False), ("MXFP4", False), ("F8_E4M3", False), ("NVFP4", True), ("BF16", False)],
+    ),
+)
 def test_what_is_missing_is_brought_and_multiplied(fmt: str, stacked: bool) -> None:
     check_bringing(record_of(fmt, fmt, stacked))
 
 
-@pytest.mark.parametrize(("fmt", "inner", "hidden"), [("F8_E4M3", 512, 640), ("F8_E4M3_BF16", 1024, 384)])
+@pytest.mark.parametrize(
+    ("fmt", "inner", "hidden"),
+    cases([("F8_E4M3", 512, 640), ("F8_E4M3_BF16", 1024, 384)], [("F8_E4M3_BF16", 1024, 384)]),
+)
 def test_scales_of_a_tile_begin_within_sixteen_bytes(fmt: str, inner: int, hidden: int) -> None:
     """An odd number in a row of tiles; in bfloat16 they begin within a word."""
     record = RecordLayout.of(("gate", fmt, inner, hidden), ("up", fmt, inner, hidden), ("down", "Q4_0", hidden, inner))

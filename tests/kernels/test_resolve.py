@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exhaustive import cases
 from synthetic_traces import synthetic
 from tolerance import assert_close
 
@@ -39,7 +40,7 @@ HIDDEN = 16
 
 @dataclass
 class Device:
-    """One mirror with everything that the kernels want beside it; the ids are forced, the router's only run."""
+    """One mirror with everything else that the kernels want; the ids are forced, the router's only run."""
 
     table: Table
     layers: int
@@ -141,7 +142,7 @@ def alike(mirror: Policy, policy: Echo, table: Table) -> None:
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("slots", [4, 7])
+@pytest.mark.parametrize("slots", cases([4, 7], [7]))
 def test_the_same_victims(policy: str, scope: str, slots: int) -> None:
     """52 layer events; with 4 slots a layer an event takes a whole pool."""
     residency, device = pair(policy, scope, slots)
@@ -174,7 +175,7 @@ def test_the_same_victims(policy: str, scope: str, slots: int) -> None:
     Rule(top_k=16, top_p=0.99, renormalise=True),
 ])  # fmt: skip
 def test_a_token_may_ask_for_every_expert(rule: Rule) -> None:
-    """Of a pool of little more than a layer: each layer takes the place of the one before; a top-p's cap may be all."""
+    """A pool of little more than a layer: each layer takes the place of the one before; a top-p's cap may be all."""
     residency = Residency(4, 16, 18, make_policy("lru", 64), "global")
     device = Device(device_table(residency, reach(residency, 16, 0), DEVICE), 4, 16, 16, torch.empty(0))
     push(residency, device.table, 1)
@@ -316,10 +317,11 @@ def test_the_router_is_the_naive_one(experts: int) -> None:
     device.route(0, forced=None)
     x = device.x.double()
     normed = x * torch.rsqrt(x.square().mean() + 1e-6) * device.norm.double()
-    weights, ids = (device.router.double() @ normed).softmax(0).topk(4)
-    assert device.ids.tolist() == ids.tolist()
-    assert torch.allclose(device.weights.double(), weights / weights.sum(), rtol=1e-5)
-    assert torch.allclose(device.normed.double(), normed, rtol=1e-5)
+    best, ids = (device.router.double() @ normed).topk(5)
+    assert best.diff().max() < -1e-4, "a near tie, choose another seed"
+    assert device.ids.tolist() == ids[:4].tolist()
+    assert_close("weights", device.weights, best[:4].softmax(0), 1e-6)
+    assert_close("normed", device.normed, normed, 1e-6)
     device.router[7] = device.router[3]
     device.router[3:8:4] *= 50
     device.find()
@@ -347,11 +349,11 @@ def test_every_rule_is_the_naive_one(rule: Rule, experts: int) -> None:
     device.find()
     device.route(0, forced=None, **given)
     logits = device.logits.cpu()
-    assert torch.allclose(logits, (device.router @ device.normed).cpu(), atol=1e-5)
+    assert_close("logits", logits, device.router.double() @ device.normed.double(), 1e-6)
     ids, weights = select(logits[None, :experts], rule, bias if rule.biased else None)
     assert device.ids.tolist() == ids[0].tolist()
-    assert torch.allclose(device.weights[:4].cpu(), weights[0], rtol=1e-5)
-    assert torch.allclose(device.weights[4].cpu(), logits[experts].sigmoid(), rtol=1e-5)
+    assert_close("weights", device.weights[:4], weights[0], 1e-6)
+    assert_close("of the shared expert", device.weights[4], logits[experts].double().sigmoid(), 1e-6)
     device.predict(1, None, 4, device.slots, -1e9, **given)
     there = ids[0] >= 0
     assert bool(there.all()) == (rule.top_p == 1)
@@ -373,8 +375,8 @@ def test_the_norm_before_a_router_may_be_a_layernorm() -> None:
     device.route(0, forced=None, shift=shift, raw=raw)
     assert torch.equal(raw, device.x)
     normed = torch.nn.functional.layer_norm(device.x.double(), (HIDDEN,), device.norm.double(), shift.double(), 1e-6)
-    assert torch.allclose(device.normed.double(), normed, atol=1e-5)
-    assert torch.allclose(device.logits[:16].double(), device.router[:16].double() @ normed, atol=1e-4)
+    assert_close("normed", device.normed, normed, 1e-6)
+    assert_close("logits", device.logits[:16], device.router[:16].double() @ normed, 1e-6)
     ids = device.ids.tolist()
     device.predict(1, None, 4, device.slots, -1e9, shift=shift)
     assert device.fetch_records[1].tolist() == [id + 16 for id in ids]
@@ -400,7 +402,7 @@ def test_512_experts_are_routed_ten_at_a_time(scope: str) -> None:
             device.route(layer, forced=None, rule=Rule(top_k=k, renormalise=True))
             ids, weights = select(device.logits[None, :experts].cpu(), Rule(top_k=k, renormalise=True))
             assert device.ids.tolist() == ids[0].tolist()
-            assert torch.allclose(device.weights[:k].cpu(), weights[0], rtol=1e-5)
+            assert_close("weights", device.weights[:k], weights[0], 1e-6)
             access = residency.access(layer, ids[0].numpy(), token + 1)
             residency.landed(access.slots[~access.hit])
             assert device.slots.tolist() == access.slots.tolist(), (token, layer)

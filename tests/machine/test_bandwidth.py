@@ -1,4 +1,4 @@
-"""Bandwidths are measured beside a model that has filled the card."""
+"""Bandwidths can be measured while a model fills the card."""
 
 from __future__ import annotations
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from exhaustive import cases
+from packed_files import packed
 from quantised_checks import check_answers
+from reference import reference_of
 from safetensors.torch import load_file, save_file
 from scaled_files import quantise
-from test_int4 import logits_of
-from test_models import IDS, decoded, engine_of, packed
+from tiny_engines import IDS, decoded, engine_of
 from tiny_models import saved, tiny
-from tolerance import assert_close
 from torch import Tensor
 
 STACKS = {  # gate over up, and down
@@ -76,7 +77,7 @@ def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
     family: str, kind: str, base: str, tmp_path: Path
 ) -> None:
     path, model = made(family, kind, base, tmp_path)
-    check_answers(path, IDS, logits_of(model, IDS), lambda formats: formats == {KINDS[kind]})
+    check_answers(path, IDS, reference_of(model, IDS), lambda formats: formats == {KINDS[kind]})
 
 
 @pytest.mark.parametrize("family", STACKS)
@@ -84,18 +85,19 @@ def test_they_pack(family: str, tmp_path: Path) -> None:
     path, model = made(family, "nvfp4-pack-quantized", APART.get(family, "experts"), tmp_path)
     with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:
         logits, _ = decoded(engine, IDS, prompt=8)
-    assert (logits - logits_of(model, IDS)[7:]).abs().max() < 1e-4
+    reference_of(model, IDS).check_logits(logits, 7)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
-@pytest.mark.parametrize("family", STACKS)
+@pytest.mark.parametrize("family", cases(STACKS, ["llama4_text"]))
 @pytest.mark.usefixtures("whole_model")
 def test_the_step_multiplies_what_it_is_given(family: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    import test_step
+    from interpreted_step import IDS as STEP_IDS
+    from interpreted_step import run, step_of
 
     from offmoe.decode.variant import Variant
 
     path, model = made(family, "float-quantized", APART.get(family, "experts"), tmp_path)
-    with test_step.step_of(path, vram="60%") as step:
-        assert_close("logits", test_step.run(step, Variant()), logits_of(model, test_step.IDS), 1e-5)
+    with step_of(path, vram="60%") as step:
+        reference_of(model, STEP_IDS).check_logits(run(step, Variant()))

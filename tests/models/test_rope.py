@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from reference import InDouble
 from tolerance import assert_close
 
 from offmoe.checkpoint.base import ByteRange, Checkpoint, TensorInfo
 from offmoe.errors import OffmoeError
 from offmoe.kernels.rope import KINDS, Scaling, frequency_factors, inverse_frequencies, rope_table
+from offmoe.mixers.rope import check_rope
 from offmoe.models.families.gemma4 import factored
 from offmoe.models.family import family_of
 from offmoe.models.read_config import rope_factors
-from offmoe.models.rope import GGUF_FACTORS, check_rope, gguf_scaling, positions, scaling_of
+from offmoe.models.rope import GGUF_FACTORS, gguf_scaling, positions, scaling_of
 from offmoe.pack.gguf_keys import scaling_keys
 
 HEAD, THETA, TRAINED = 64, 150_000.0, 4096
@@ -46,6 +48,11 @@ def raw(scaling: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"max_position_embeddings": TRAINED, "rope_parameters": {"rope_theta": THETA, **scaling}, **more}
 
 
+def check_frequencies(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Compare each relative to itself: they span five powers of ten."""
+    assert_close("frequencies", got / want, torch.ones_like(want), 1e-6)
+
+
 @pytest.mark.parametrize("ctx", [512, 3000, 7000])
 @pytest.mark.parametrize("name", SCALINGS)
 def test_frequencies_are_those_of_transformers(name: str, ctx: int) -> None:
@@ -55,12 +62,12 @@ def test_frequencies_are_those_of_transformers(name: str, ctx: int) -> None:
 
     scaling = scaling_of(raw(SCALINGS[name]))
     config = LlamaConfig(hidden_size=4 * HEAD, num_attention_heads=4, head_dim=HEAD, **raw(SCALINGS[name]))
-    if name == "default":
-        want, attention = THETA ** -(torch.arange(0, HEAD, 2) / HEAD), 1.0
-    else:
-        want, attention = ROPE_INIT_FUNCTIONS[scaling.kind](config, torch.device("cpu"), seq_len=ctx)
-    got = inverse_frequencies(HEAD, THETA, ctx, scaling)
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    with InDouble():
+        if name == "default":
+            want, attention = THETA ** -(torch.arange(0, HEAD, 2).float() / HEAD), 1.0
+        else:
+            want, attention = ROPE_INIT_FUNCTIONS[scaling.kind](config, torch.device("cpu"), seq_len=ctx)
+    check_frequencies(inverse_frequencies(HEAD, THETA, ctx, scaling), want)
     assert scaling.attention == pytest.approx(attention, rel=1e-12)
     table = rope_table(8, HEAD, THETA, torch.device("cpu"), scaling)
     angle = torch.arange(8)[:, None] * inverse_frequencies(HEAD, THETA, 8, scaling).double().repeat(2)
@@ -107,7 +114,7 @@ def test_gpt_oss_is_packed_as_its_config_says() -> None:
 
 @pytest.mark.parametrize("name", ["dynamic", "llama3", "longrope", "yarn, two mscales"])
 def test_what_a_gguf_cannot_say_is_not_packed(name: str) -> None:
-    with pytest.raises(OffmoeError, match="cannot be packed: a GGUF has no keys for it"):
+    with pytest.raises(OffmoeError, match="cannot be packed: a GGUF has no keys for this RoPE scaling"):
         scaling_keys(scaling_of(raw(SCALINGS[name])), family_of("model_type", "qwen3_moe"))
 
 
@@ -123,8 +130,7 @@ def test_a_gguf_says_llama3_by_what_frequencies_are_divided_by() -> None:
     assert factors.unique().numel() > 3, "kept, divided, and some between"
     got = scaling_of({"rope_scaling": gguf_scaling({}.get, {}, factors.tolist()), "max_position_embeddings": TRAINED})
     for ctx in (1, 2 * TRAINED):
-        scaled = inverse_frequencies(HEAD, THETA, ctx, got)
-        torch.testing.assert_close(scaled, inverse_frequencies(HEAD, THETA, ctx, want))
+        check_frequencies(*(inverse_frequencies(HEAD, THETA, ctx, scaling) for scaling in (got, want)))
     assert (got.attention, got.scores) == (1, 1)
     with pytest.raises(OffmoeError, match="short_factor has 32 numbers: expected one for each of 16 pairs"):
         check_rope(got, HEAD // 2, THETA)

@@ -1,4 +1,4 @@
-"""pack: the file holds what the safetensors held, for our reader, gguf and llama.cpp; or there is none."""
+"""pack: the GGUF has the values of the safetensors, for our reader, gguf and llama.cpp; or there is no file."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ from offmoe.checkpoint.base import Checkpoint
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import GGML
-from offmoe.kernels.rope import inverse_frequencies
-from offmoe.models.config import ModelConfig
+from offmoe.kernels.rope import PLAIN, inverse_frequencies
+from offmoe.mixers.deltanet.config import DeltaConfig
+from offmoe.mixers.heads.config import HeadsConfig, interleave_rope_rows
+from offmoe.mixers.latent.config import LatentConfig
+from offmoe.mixers.rope import RopeConfig
+from offmoe.models.config import ModelConfig, NormConfig, StreamConfig
 from offmoe.models.model import Model, described
 from offmoe.models.shapes import trunk_roles
-from offmoe.pack import ggml
-from offmoe.pack.convert import EXPERT_ROLES, PackReport, interleaved, pack
+from offmoe.pack import ggml_library
+from offmoe.pack.convert import EXPERT_ROLES, PackReport, pack
 from offmoe.pack.gguf_keys import rope_tensors
 from offmoe.pack.quantise import BY_GGML, packable, quantise
 
@@ -44,7 +48,7 @@ def packed(source: Path, out: Path, fmt: str) -> PackReport:
         return pack(checkpoint, out, fmt, lambda done, total: None)
 
 
-def refusal(source: Path, out: Path, fmt: str) -> str:
+def error_line(source: Path, out: Path, fmt: str) -> str:
     with pytest.raises(OffmoeError) as caught:
         packed(source, out, fmt)
     assert "\n" not in str(caught.value)
@@ -52,38 +56,41 @@ def refusal(source: Path, out: Path, fmt: str) -> str:
 
 
 def expected(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """What the GGUF should hold, by GGUF names, in float32."""
+    """Return the values that the GGUF should have, by GGUF names, in float32."""
     model = described(checkpoint)
     tensors: dict[str, torch.Tensor] = {}
-    for layer in model.config.recurrent if model.config.delta else ():
-        tensors |= deltanet(checkpoint, model.config, layer, model.family.tiled_gguf)
-    z, heads = model.config.latent, model.config.heads
+    for layer, mixer in enumerate(model.config.mixers):
+        if isinstance(mixer, DeltaConfig):
+            tensors |= deltanet(checkpoint, mixer, layer, model.family.tiled_gguf)
     for role, layer, shape in trunk_roles(model.config, split=True):
         if not role.startswith("delta"):
             info = model.find("kv_b" if role in ("k_b", "v_b") else role, layer)
             assert info is not None
             value = checkpoint.tensor(info.name)
+            mixer = model.config.mixers[layer]
             if role in ("k_b", "v_b"):
+                assert isinstance(mixer, LatentConfig)
+                z, heads = mixer.latent, mixer.heads
                 both = value.view(heads, z.qk_nope + z.value, z.kv_rank)
                 value = both[:, : z.qk_nope].transpose(1, 2) if role == "k_b" else both[:, z.qk_nope :]
             value = value.reshape(shape)
             if role in ("q", "k") and model.family.interleaved_gguf:
-                value = interleaved(value, model.config.heads if role == "q" else model.config.kv_heads)
-            from_one = bool(model.config.delta) and role.endswith("norm")
+                assert isinstance(mixer, HeadsConfig)
+                value = interleave_rope_rows(value, mixer.heads if role == "q" else mixer.kv_heads)
+            from_one = model.config.model_type.startswith(("qwen3_next", "qwen3_5")) and role.endswith("norm")
             tensors[model.family.gguf_names[role][0].format(l=layer)] = value + 1 if from_one else value
     for layer in model.config.routed:
         for role in EXPERT_ROLES:
             tensors[model.family.gguf_names[role][0].format(l=layer)] = stacked(checkpoint, model, role, layer)
-            if model.config.expert_bias:
+            if model.config.moe.expert_bias:
                 name = model.family.gguf_names[f"{role}_bias"][0].format(l=layer)
                 tensors[name] = stacked(checkpoint, model, role, layer, "_bias")
     return tensors
 
 
-def deltanet(checkpoint: Checkpoint, config: ModelConfig, layer: int, tiled: bool) -> dict[str, torch.Tensor]:
-    """A layer's DeltaNet as llama.cpp's converter writes it: value heads in runs of a key head's, or tiled."""
+def deltanet(checkpoint: Checkpoint, config: DeltaConfig, layer: int, tiled: bool) -> dict[str, torch.Tensor]:
+    """Return a layer's DeltaNet in llama.cpp's layout: value heads grouped by key head, or tiled."""
     d = config.delta
-    assert d is not None
     each = d.value_heads // d.key_heads
 
     def read(name: str) -> torch.Tensor:
@@ -119,7 +126,7 @@ def deltanet(checkpoint: Checkpoint, config: ModelConfig, layer: int, tiled: boo
 
 
 def stacked(checkpoint: Checkpoint, model: Model, role: str, layer: int, kind: str = "") -> torch.Tensor:
-    """[E, rows, cols], or of biases [E, rows]: of matrices by themselves, of a stack, or of one of gate and up."""
+    """Return [E, rows, cols], or [E, rows] of biases, from separate matrices, a stack, or a stack of gate and up."""
     found = [model.find(role + kind, layer, e) for e in range(model.config.experts)]
     if found[0] is None:
         info = model.find(f"gate_up{kind}", layer)
@@ -145,28 +152,44 @@ def test_f32_holds_every_weight(family: str, fused: bool, tmp_path: Path) -> Non
         assert result.tensors.keys() == want.keys()
         for name, value in want.items():
             assert torch.equal(result.tensor(name), value), name
-        config = described(checkpoint).config
-        floats = {name: value for name, value in vars(config).items() if type(value) is float}
-        rounded = {name: torch.tensor(value).item() for name, value in floats.items()}  # GGUF keeps float32
-        again = replace(described(result).config, model_type=config.model_type)  # some share an arch
-        assert again.rope.scores == pytest.approx(config.rope.scores)  # by way of a logarithm
-        turns = [inverse_frequencies(c.rotary, c.rope_theta, c.ctx, c.rope) for c in (again, config)]
-        torch.testing.assert_close(*turns)
-        again_rope = replace(again.rope, scores=config.rope.scores)
-        again = replace(again, rope=config.rope if config.rope.kind == "llama3" else again_rope)
-        assert again == replace(config, **rounded)
+        config, again = described(checkpoint).config, described(result).config
+        for ours, theirs in zip(again.ropes, config.ropes, strict=True):
+            assert ours.scaling.scores == pytest.approx(theirs.scaling.scores)  # by way of a logarithm
+            turns = [inverse_frequencies(r.rotary, r.theta, config.ctx, r.scaling) for r in (ours, theirs)]
+            rotated = turns[1] > 0
+            ratio = turns[0][rotated] / turns[1][rotated]
+            assert_close("frequencies", ratio, torch.ones_like(ratio), 1e-6)
+            assert torch.equal(turns[0] > 0, rotated)
+        again = replace(again, model_type=config.model_type)  # some share an arch
+        assert unscaled(again) == unscaled(rounded(config))
         assert result.metadata["tokenizer.ggml.model"] == "no_vocab"
 
 
+def rounded(config: Any) -> Any:
+    """Return `config` with its floats in float32, as a GGUF keeps them."""
+    own = {name: torch.tensor(value).item() for name, value in vars(config).items() if type(value) is float}
+    nested = (NormConfig, StreamConfig, RopeConfig)
+    parts = {name: rounded(value) for name, value in vars(config).items() if isinstance(value, nested)}
+    if isinstance(config, ModelConfig):
+        parts["mixers"] = tuple(rounded(mixer) for mixer in config.mixers)
+    return replace(config, **own, **parts)
+
+
+def unscaled(config: ModelConfig) -> ModelConfig:
+    """Return `config` without rotary scaling, which is compared by itself."""
+    mixers = (replace(m, rope=replace(m.rope, scaling=PLAIN)) if m.position else m for m in config.mixers)
+    return replace(config, mixers=tuple(mixers))
+
+
 def test_interleaved_is_what_llama_cpp_converts_to() -> None:
-    """Two heads of four rows: row i of the first half stands beside row i of the second."""
+    """Two heads of four rows: row i of the first half is next to row i of the second."""
     rows = torch.arange(8.0)[:, None]
-    assert interleaved(rows, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert interleave_rope_rows(rows, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 @pytest.mark.parametrize("fmt", [name.lower() for name in GGML if name not in BY_GGML])
 def test_every_format(fmt: str, tmp_path: Path) -> None:
-    """Equal bytes for both readers, values near the source's; norms and routers exact."""
+    """Both readers see equal bytes, and values near the source's; norms and routers are exact."""
     source, out = saved("qwen3_moe", tmp_path), tmp_path / "m.gguf"
     assert packed(source, out, fmt).fallbacks == []
     other = {t.name: t for t in gguf.GGUFReader(out).tensors}
@@ -185,7 +208,7 @@ def test_every_format(fmt: str, tmp_path: Path) -> None:
 
 
 def test_rows_that_do_not_fit_are_listed(tmp_path: Path) -> None:
-    """Experts of 32 neurons: down projections have rows of 32, which no K-quant holds, and 24 nothing."""
+    """Down projections of experts with 32 neurons have rows of 32, which fit no K-quant; rows of 24 fit no format."""
     source, out = saved("qwen3_moe", tmp_path), tmp_path / "m.gguf"
     shrink(source, 24)
     report = packed(source, out, "q4_0")
@@ -198,7 +221,7 @@ def test_rows_that_do_not_fit_are_listed(tmp_path: Path) -> None:
 
 
 def shrink(source: Path, neurons: int) -> None:
-    """Cuts every expert of a saved qwen3_moe to fewer neurons."""
+    """Cut every expert of a saved qwen3_moe to fewer neurons."""
     tensors = load_file(source / "model.safetensors")
     for name, value in tensors.items():
         if ".experts." in name:
@@ -225,23 +248,26 @@ def test_what_ggml_quantises(fmt: str, tmp_path: Path) -> None:
 
 
 def test_k_quants_without_ggml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ggml.library.cache_clear()
+    ggml_library.load_library.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     out = tmp_path / "m.gguf"
-    assert refusal(saved("olmoe", tmp_path), out, "q4_k") == "q4_k needs ggml: pip install 'offmoe[llama]'"
+    assert (
+        error_line(saved("olmoe", tmp_path), out, "q4_k")
+        == "q4_k needs ggml: install it with pip install 'offmoe[llama]'"
+    )
     assert not out.exists()
 
 
 def test_what_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     source, out = saved("olmoe", tmp_path), tmp_path / "m.gguf"
-    assert "format 'q3_x' is unknown: choose one of f32, f16, bf16, q8_0" in refusal(source, out, "q3_x")
-    assert "is no file name that ends in .gguf" in refusal(source, tmp_path / "m.bin", "f32")
-    assert "is no directory: make it first" in refusal(source, tmp_path / "no" / "m.gguf", "f32")
+    assert "format 'q3_x' is unknown: choose one of f32, f16, bf16, q8_0" in error_line(source, out, "q3_x")
+    assert "is not a file name that ends in .gguf" in error_line(source, tmp_path / "m.bin", "f32")
+    assert "is not a directory: create it first" in error_line(source, tmp_path / "no" / "m.gguf", "f32")
     edit(source / "config.json", norm_topk_prob=True)
-    assert "the GGUF architecture olmoe always means False" in refusal(source, out, "f32")
+    assert "the GGUF architecture olmoe always means False" in error_line(source, out, "f32")
     edit(source / "config.json", norm_topk_prob=False)
     packed(source, out, "f16")
-    assert "is a GGUF already" in refusal(out, tmp_path / "n.gguf", "q8_0")
+    assert "is already a GGUF" in error_line(out, tmp_path / "n.gguf", "q8_0")
     assert sorted(os.listdir(tmp_path)) == ["m.gguf", source.name]
 
 
@@ -256,7 +282,7 @@ def test_progress_runs_to_the_end_and_never_back(tmp_path: Path) -> None:
 
 
 def test_memory_is_pieces_not_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With pieces of 128 weights no read is larger, but for q and k, which are permuted whole."""
+    """With pieces of 128 weights no read is larger, except of q and k, which are permuted as a whole."""
     monkeypatch.setattr("offmoe.pack.convert.PIECE", 128)
     largest = 0
     read = Checkpoint.read_range
@@ -276,7 +302,7 @@ def test_memory_is_pieces_not_tensors(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 class TestFailure:
-    """Whatever goes wrong half way: one line, no half file, an older file untouched."""
+    """A failure at any time gives a one-line error and no incomplete file, and leaves an older file unchanged."""
 
     def check(self, folder: Path, before: bytes | None) -> None:
         out = folder / "m.gguf"
@@ -286,11 +312,11 @@ class TestFailure:
     def test_no_space_from_the_start(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = type("Usage", (), {"free": 1000})
         monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-        assert "1000 B are free" in refusal(saved("olmoe", tmp_path), tmp_path / "m.gguf", "f32")
+        assert "1000 B are free" in error_line(saved("olmoe", tmp_path), tmp_path / "m.gguf", "f32")
         self.check(tmp_path, None)
 
     def test_the_disk_fills_up(self, tmp_path: Path) -> None:
-        """RLIMIT_FSIZE in a process of its own; the older file stays."""
+        """RLIMIT_FSIZE in a process of its own; the older file remains."""
         source, out = saved("olmoe", tmp_path), tmp_path / "m.gguf"
         out.write_bytes(b"older")
         code = (
@@ -332,7 +358,7 @@ class TestFailure:
         tensors = load_file(source / "model.safetensors")
         tensors["model.layers.1.mlp.experts.3.up_proj.weight"][2, 5] = value
         save_file(tensors, source / "model.safetensors")
-        assert "blk.1.ffn_up_exps.weight holds NaN or weights beyond" in refusal(source, tmp_path / "m.gguf", fmt)
+        assert "blk.1.ffn_up_exps.weight has NaN or weights beyond" in error_line(source, tmp_path / "m.gguf", fmt)
         self.check(tmp_path, None)
 
 

@@ -1,4 +1,4 @@
-"""A packed tokenizer gives the ids of the tokenizer.json that it was made from."""
+"""A packed tokenizer gives the same ids as the tokenizer.json that it was made from."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 from tiny_models import saved
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer
+from trained_tokenizers import byte_level, normalising, sentencepiece, whole_words
 
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
 from offmoe.pack.convert import pack
 from offmoe.text.tokenizer import load_tokenizer
 
-CORPUS = ["the quick brown fox jumps over the lazy dog 123 times", "naïve café über, don't they're"] * 20
 TEXTS = [
     "the lazy fox",
     " jumps  over\n\nthe dog",
@@ -26,59 +26,13 @@ TEXTS = [
     "zehn",
     "cafe\u0301 \u1100\u1161",
 ]
-SPECIAL = ["<unk>", "<s>", "</s>", "<|end|>"]
-
-
-def byte_level() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
-
-
-def normalising() -> Tokenizer:
-    """As Qwen's."""
-    tokenizer = byte_level()
-    tokenizer.normalizer = normalizers.NFC()
-    return tokenizer
-
-
-def whole_words() -> Tokenizer:
-    """As gpt-oss': a word of the vocabulary is one token, whatever its merges make."""
-    raw = json.loads(byte_level().to_str())
-    raw["model"]["ignore_merges"] = True
-    raw["model"]["vocab"]["zehn"] = len(raw["model"]["vocab"])
-    return Tokenizer.from_str(json.dumps(raw))
-
-
-def sentencepiece() -> Tokenizer:
-    """As Mixtral's: bytes after the special tokens, then what merges make."""
-    words = Tokenizer(models.BPE())
-    words.normalizer = normalizers.Replace(" ", "▁")
-    words.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=60, show_progress=False))
-    learnt = json.loads(words.to_str())["model"]
-    texts = [*SPECIAL[:3], *(f"<0x{byte:02X}>" for byte in range(256))]
-    texts += sorted(learnt["vocab"], key=learnt["vocab"].get)
-    merges = [tuple(merge) for merge in learnt["merges"]]
-    vocab = {text: id for id, text in enumerate(texts)}
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    tokenizer.add_special_tokens(SPECIAL)
-    return tokenizer
 
 
 KINDS = {"gpt2": byte_level, "nfc": normalising, "whole": whole_words, "llama": sentencepiece}
 
 
 def with_tokenizer(folder: Path, tokenizer: Tokenizer, **config: Any) -> Path:
-    """A saved tiny model whose vocabulary is larger than the tokenizer's."""
+    """Save a tiny model whose vocabulary is larger than the tokenizer's."""
     tokenizer.add_tokens([AddedToken("<|tool|>", special=False, normalized=False)])
     source = saved("olmoe", folder)
     fields = json.loads((source / "config.json").read_text())
@@ -134,13 +88,13 @@ def test_tokenizers_that_a_gguf_cannot_say(tmp_path: Path) -> None:
     source = with_tokenizer(tmp_path, byte_level())
     raw = json.loads((source / "tokenizer.json").read_text())
     cases = {
-        "is no BPE": {**raw, "model": {"type": "WordPiece", "vocab": {}, "unk_token": "x"}},
+        "is not a BPE": {**raw, "model": {"type": "WordPiece", "vocab": {}, "unk_token": "x"}},
         r"normalises text by \['Lowercase', 'NFC'\]": {
             **raw,
             "normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, {"type": "NFC"}]},
         },
-        "cuts text by": {**raw, "pre_tokenizer": {"type": "Whitespace"}},
-        "token id 99999: the config's vocab_size is": {
+        "splits text by": {**raw, "pre_tokenizer": {"type": "Whitespace"}},
+        "token id 99999: expected ids below vocab_size": {
             **raw,
             "model": {**raw["model"], "vocab": {**raw["model"]["vocab"], "far": 99999}},
         },

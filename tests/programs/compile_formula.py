@@ -9,18 +9,19 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent))  # behind all else: -P left it out
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")]  # after all others
 
 import compile_kernels
+import kernel_compiler
 
 from offmoe.decode.device_formula import cause
 
 if __name__ == "__main__":
-    with compile_kernels.caught() as launches:
+    with kernel_compiler.caught() as launches:
         compile_kernels.residency(sys.argv[2], pdl=int(sys.argv[1]) >= 90)
     for launch in launches:
         try:
-            line = {"ptx": compile_kernels.made_of(launch, int(sys.argv[1])).asm["ptx"]}
+            line = {"ptx": kernel_compiler.Pipeline(launch, int(sys.argv[1])).ptx()}
         except Exception as error:
             line = {"error": cause(error)}
         print(json.dumps({"kernel": launch[0].__name__, **line}))

@@ -1,53 +1,52 @@
-"""Compiles every kernel for real, with no GPU: `python -P compile_kernels.py 80`, a line of JSON a kernel.
+"""Compiles every kernel for real, with no GPU, and prints a line of JSON a kernel and capability.
 
-Launches are caught before they start; a kernel is compiled for the arguments that it was called with.
+`python -P compile_kernels.py 1 few 90`: in one process, one launch of each kernel for sm_90;
+`python -P compile_kernels.py 2 all 80 86 89 90 120`: every launch below, in every weight format.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-import triton
-import triton.backends.nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))  # after all others
+
+import formula_policies
+import kernel_compiler
+from kernel_compiler import Job, Launch
 
 from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
 from offmoe.decode.device_table import device_table
 from offmoe.kernels.deltanet import Delta, DeltaWeights
 from offmoe.kernels.feed_forward import Glu
-from offmoe.kernels.gpu import gemm, sandwich
+from offmoe.kernels.formats import FORMATS, GGML
+from offmoe.kernels.gpu import attention, gemm, sandwich
 from offmoe.kernels.gpu.advance import advance
 from offmoe.kernels.gpu.attention import decode_attention, partial_size
 from offmoe.kernels.gpu.deltanet import delta_chunk, delta_step
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.gpu.experts import expert_down, expert_gate_up
 from offmoe.kernels.gpu.foretell import foretell
+from offmoe.kernels.gpu.formats.dot import UNIT
 from offmoe.kernels.gpu.formats.unpack import dequantise_into
 from offmoe.kernels.gpu.gemm import combine, expert_mlp, plan_tiles
-from offmoe.kernels.gpu.gemv import dense
-from offmoe.kernels.gpu.mla import decode_latents
+from offmoe.kernels.gpu.gemv import Part, dense
+from offmoe.kernels.gpu.mla import decode_latents, head_products
 from offmoe.kernels.gpu.norm_rope import norm_rope_write, rms_norm
 from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 from offmoe.kernels.gpu.prefill import prefill_attention
 from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
 from offmoe.kernels.gpu.route import predict, route
-from offmoe.kernels.gpu.sample import Scratch, sample_step
+from offmoe.kernels.gpu.sample import FULL, GREEDY, TOPK, Scratch, sample_step
 from offmoe.kernels.gpu.shortconv import conv_chunk, conv_step
 from offmoe.kernels.mla import Latent
-from offmoe.kernels.planes import matrix, slot_layout
+from offmoe.kernels.planes import SlotLayout, matrix, slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.kernels.ring import COUNTED
 from offmoe.kernels.route import Rule
@@ -58,74 +57,6 @@ CPU = torch.device("cpu")
 H, F, LAYERS, EXPERTS, K = 2048, 768, 2, 128, 8
 RULE = Rule(top_k=K, renormalise=True)
 GROUPED = Rule("sigmoid", biased=True, groups=8, kept=4, group_best=2, top_k=K, top_p=0.9, renormalise=True, scale=2.5)
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8",
-         torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
-
-Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
-
-
-@contextmanager
-def caught() -> Iterator[list[Launch]]:
-    """Launches inside do not happen: they are listed."""
-    launches: list[Launch] = []
-    run = JITFunction.run
-    JITFunction.run = lambda kernel, *values, grid, warmup, **named: launches.append((kernel, values, named))
-    yield launches
-    JITFunction.run = run
-
-
-def made_of(launch: Launch, capability: int) -> Any:
-    """Pointers and whole numbers that divide by 16 are said to, as at a launch."""
-    kernel, values, named = launch
-    options = {key: named.pop(key) for key in list(named) if key not in kernel.arg_names}
-    given = dict(zip(kernel.arg_names, values, strict=False)) | named
-    fixed = {p.name for p in kernel.params if p.is_constexpr}
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        value = given[name]
-        if name == "DEVICE":
-            value = True  # the tensors here lie in RAM
-        if name in fixed or value is None or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name], attributes[i,] = TYPES[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i64" if abs(value) >= 2**31 else "i32"
-            if value % 16 == 0:
-                attributes[i,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def name_of(launch: Launch) -> str:
-    """`experts._down`."""
-    return f"{launch[0].__module__.rpartition('.')[2]}.{launch[0].__name__}"
-
-
-def compiled(launch: Launch, capability: int) -> dict[str, Any]:
-    made = made_of(launch, capability)
-    ptx = made.asm["ptx"]
-    return {
-        "kernel": name_of(launch),
-        "format": launch[2].get("FG", launch[2].get("FORMAT")),
-        "warps": made.metadata.num_warps,
-        "shared": made.metadata.shared,
-        "flushing_fma": re.findall(r"fma[.\w]*ftz", ptx),
-        "wide_loads": len(re.findall(r"ld\.global[.\w:]*\.v4", ptx)),
-        **resources(made.asm["cubin"]),
-    }
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, and bytes of stack, which is where they spill to."""
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {name.lower(): int(re.findall(rf"{name}:(\d+)", said)[-1]) for name in ("REG", "STACK")}
 
 
 def floats(*shape: int) -> torch.Tensor:
@@ -140,11 +71,82 @@ def absent() -> Copies:
     return Copies(ints(1), ints(K), scratch_for(CPU, 16 << 20), None, ints(K), 1 << 40, 1 << 21)
 
 
+def served() -> Copies:
+    """Copies of records at addresses that the host has listed."""
+    return Copies(ints(1), ints(K), scratch_for(CPU, 16 << 20), ints(K, dtype=torch.int64))
+
+
+def slots_of(*parts: tuple[str, str, int, int]) -> tuple[torch.Tensor, SlotLayout]:
+    layout = slot_layout(RecordLayout.of(*parts))
+    return torch.empty((2, -(-layout.nbytes // 256) * 256), dtype=torch.uint8), layout
+
+
+def laid(fmt: str, rows: int, cols: int) -> Part:
+    form = matrix(fmt, rows, cols)
+    return ints(form.nbytes, dtype=torch.uint8), form
+
+
+def one_format(fmt: str, pdl: bool) -> None:
+    """Every kernel that has a weight format among its constants: movers and experts' products, a dense product, heads'
+    products, an unpacked matrix, a prompt's products, a row of the embedding."""
+    records, layout = slots_of(("gate", fmt, F, H), ("up", fmt, F, H), ("down", fmt, H, F))
+    expert_gate_up(records, layout, ints(K), floats(K), floats(1, H), floats(K, F), copies=absent(), pdl=pdl)
+    expert_down(records, layout, ints(K), floats(K, F), floats(1, H), count=ints(1), pdl=pdl)
+    page_in(absent(), records, layout, landed=ints(2), progress=ints(2), pdl=pdl)
+    dense(floats(1, H), [laid(fmt, 512, H)], floats(1, 512), norm=floats(H), eps=1e-6, pdl=pdl)
+    head_products(floats(8 * 512), laid(fmt, 8 * 128, 512), floats(8 * 128), 8, (33, 256, ints(1), 32), pdl)
+    grouped(fmt, 128, torch.bfloat16)
+    dequantise_into(*laid(fmt, 512, H), floats(512, H).bfloat16())
+    if fmt in GGML:
+        embed(ints(1), laid(fmt, 1024, H), floats(1, H), striped=True, pdl=pdl)
+
+
+def variants(fmt: str, pdl: bool) -> None:
+    """The other ways to launch what `one_format` does."""
+    records, layout = slots_of(("gate_up", fmt, 2 * F, H), ("down", fmt, H, F))
+    for copies in (served(), None):
+        expert_gate_up(records, layout, ints(K), floats(K), floats(1, H), floats(K, F), copies=copies, pdl=pdl)
+    expert_down(records, layout, ints(K), floats(K, F), floats(1, H), pdl=pdl)
+    page_in(served(), records, layout, pdl=pdl)
+    parts = [laid(fmt, rows, H) for rows in (256, 128, 128)]
+    dense(floats(1, H), parts, floats(1, 512), norm=floats(H), eps=1e-6, bias=floats(512), pdl=pdl)
+    dense(floats(1, H), parts, floats(1, 512), bias=floats(512), residual=True, pdl=pdl)
+    if UNIT[fmt] == 32:  # of keys, whose rows are short
+        head_products(floats(8 * 128), laid(fmt, 8 * 512, 128), floats(8 * 512), 8, None, pdl)
+    for dtype in (torch.float32, torch.float16):
+        grouped(fmt, 16, dtype)
+        dequantise_into(*laid(fmt, 512, H), torch.zeros((512, H), dtype=dtype))
+    if fmt in GGML:
+        embed(ints(1, dtype=torch.int64), laid(fmt, 1024, H), floats(1, H), striped=False, pdl=pdl)
+
+
+def grouped(fmt: str, block: int, dtype: torch.dtype) -> None:
+    """A prompt's products in one format, for tiles of `block` pairs."""
+    _, layout = slots_of(("gate", fmt, F, H), ("up", fmt, F, H), ("down", fmt, H, F))
+    x, ids = torch.zeros((64, H), dtype=dtype), ints(64, K, dtype=torch.int64)
+    tiles = plan_tiles(ids, EXPERTS, dtype, block)
+    expert_mlp(x, ids, tiles, ints(EXPERTS, dtype=torch.int64), layout, x.new_empty((ids.numel(), H)))
+
+
+def arrangements(pdl: bool) -> None:
+    """Movers of records that lie in other ways: stacked, in tiles that begin within a word, in two formats; and of
+    records at addresses that the host has listed."""
+    for h, f, parts in (
+        (H, F, (("gate_up", "F8_E4M3", 2 * F, H), ("down", "F8_E4M3", H, F))),
+        (384, 1024, (*((name, "F8_E4M3_BF16", 1024, 384) for name in ("gate", "up")), ("down", "Q4_0", 384, 1024))),
+        (H, F, (("gate", "Q4_K", F, H), ("up", "Q5_0", F, H), ("down", "Q8_0", H, F))),
+        (H, F, (("gate_up", "INT4_128_BF16", 2 * F, H), ("down", "INT4_32_F16_ZEROS", H, F))),
+    ):
+        records, layout = slots_of(*parts)
+        for copies in (absent(), served()):
+            expert_gate_up(records, layout, ints(K), floats(K), floats(1, h), floats(K, f), copies=copies, pdl=pdl)
+        page_in(served(), records, layout, pdl=pdl)
+    page_in(served(), records, pdl=pdl)  # as they lie
+
+
 def products(fmt: str, pdl: bool) -> None:
     """The experts' two, and a dense one with a norm and a second part."""
-    record = RecordLayout.of(("gate", fmt, F, H), ("up", fmt, F, H), ("down", fmt, H, F))
-    layout = slot_layout(record)
-    records = torch.empty((2, -(-layout.nbytes // 256) * 256), dtype=torch.uint8)
+    records, layout = slots_of(("gate", fmt, F, H), ("up", fmt, F, H), ("down", fmt, H, F))
     expert_gate_up(records, layout, ints(K), floats(K), floats(1, H), floats(K, F), copies=absent(), pdl=pdl)
     expert_down(records, layout, ints(K), floats(K, F), floats(1, H), count=ints(1), pdl=pdl)
     parts = [(ints(form.nbytes, dtype=torch.uint8), form) for form in (matrix(fmt, 512, H), matrix("Q6_K", 512, H))]
@@ -233,6 +235,9 @@ def residency(policy: str, pdl: bool, rule: Rule = RULE) -> None:
     rows = EXPERTS + rule.biased  # with a gated shared expert too
     candidates(t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, foretold=t.foretold,
                worth=t.worth)  # fmt: skip
+    pool = device_table(Residency(LAYERS, EXPERTS, 128, make_policy(policy, LAYERS * EXPERTS), "global"), 10, CPU)
+    candidates(pool.owner, pool.arriving, pool.a, pool.b, pool.decay, pool.clock, pool.candidates, kind=pool.kind,
+               scratch=pool.scratch, foretold=pool.past and pool.past.foretold, worth=pool.worth)  # fmt: skip
     if t.past:
         foretell(t.past, ints(LAYERS * K), ints(1), k=K, experts=EXPERTS)
     route(
@@ -251,7 +256,7 @@ def residency(policy: str, pdl: bool, rule: Rule = RULE) -> None:
     )  # fmt: skip
 
 
-def attention(pdl: bool) -> None:
+def attended(pdl: bool) -> None:
     heads, kv_heads, dim, ctx, splits = 32, 4, 128, 4096, 33
     keys = torch.zeros((kv_heads, ctx, dim), dtype=torch.bfloat16)
     decode_attention(
@@ -261,8 +266,24 @@ def attention(pdl: bool) -> None:
     )  # fmt: skip
 
 
+def caches(pdl: bool) -> None:
+    """KV caches of other types, one norm over all heads, clipped values."""
+    heads, dim, ctx, splits = 16, 128, 4096, 33
+    for dtype in (torch.int8, torch.float16, torch.float32):
+        keys, norm = torch.zeros((heads, ctx, dim), dtype=dtype), floats(heads * dim)
+        scales = floats(2, heads, ctx) if dtype == torch.int8 else None
+        shape = {"heads": heads, "kv_heads": heads, "head_dim": dim, "q_norm": norm, "k_norm": norm, "scales": scales}
+        decode_attention(
+            floats(3 * heads * dim), keys, keys, ints(1), floats(2, ctx, dim), floats(heads * dim),
+            floats(partial_size(heads, dim, splits)), ints(heads), norm_full=True, clip=8.0, eps=1e-6, splits=splits,
+            pdl=pdl, **shape,
+        )  # fmt: skip
+        norm_rope_write(floats(64, 3 * heads * dim).bfloat16(), keys, keys, ints(64, dtype=torch.int64),
+                        floats(2, ctx, dim), clip=8.0, eps=1e-6, **shape)  # fmt: skip
+
+
 def delta(pdl: bool) -> None:
-    """Qwen3-Next: its DeltaNet, and its attention with gated heads of 256."""
+    """Launch kernels of Qwen3-Next: its DeltaNet, and its attention with gated heads of 256."""
     shape = Delta(key_heads=16, value_heads=32, key_dim=128, value_dim=128, taps=4)
     weights = DeltaWeights(shape, floats(4, shape.channels), floats(32), floats(32), floats(128), 1e-6, pdl)
     delta_step(
@@ -308,13 +329,13 @@ def convolution(pdl: bool) -> None:
 
 
 def llama4(pdl: bool) -> None:
-    """Llama 4 Scout: chunked attention, attention temperature in NoPE layers, weights that multiply the input."""
+    """Launch kernels of Scout: chunked attention, attention temperature in NoPE layers, weights on inputs."""
     heads, kv_heads, dim, ctx, splits = 40, 8, 128, 16384, 16
     keys, ones = torch.zeros((kv_heads, 9216, dim), dtype=torch.bfloat16), floats(dim)
-    for window, turned, norm, temperature in ((8192, dim, ones, None), (0, 2, None, floats(ctx))):
+    for window, rotary, norm, temperature in ((8192, dim, ones, None), (0, 2, None, floats(ctx))):
         kept = keys if window else torch.zeros((kv_heads, ctx, dim), dtype=torch.bfloat16)
         decode_attention(
-            floats((heads + 2 * kv_heads) * dim), kept, kept, ints(1), floats(2, ctx, turned), floats(heads * dim),
+            floats((heads + 2 * kv_heads) * dim), kept, kept, ints(1), floats(2, ctx, rotary), floats(heads * dim),
             floats(partial_size(heads, dim, splits)), ints(kv_heads), heads=heads, kv_heads=kv_heads, head_dim=dim,
             q_norm=norm, k_norm=norm, norm_full=False, norm_after=True, clip=None, eps=1e-5, splits=splits,
             window=window, chunked=True, temperature=temperature, pdl=pdl,
@@ -345,27 +366,23 @@ def ends(pdl: bool) -> None:
     rms_norm(floats(1, H), floats(H), 1e-6, floats(1, H), floats(H))
     form = matrix("Q4_K", 1024, H)
     embed(ints(1), (ints(form.nbytes, dtype=torch.uint8), form), floats(1, H), striped=True, pdl=pdl)
-    sample_step(floats(151936), floats(5), ints(1, dtype=torch.int64), ints(1), ints(151936, dtype=torch.uint8),
-                ints(1), ints(1), Scratch.of(151936, CPU), variant="greedy", pdl=pdl)  # fmt: skip
+    for variant in (GREEDY, TOPK, FULL):
+        sample_step(floats(151936), floats(5), ints(1, dtype=torch.int64), ints(1), ints(151936, dtype=torch.uint8),
+                    ints(1), ints(1), Scratch.of(151936, CPU), variant=variant, pdl=pdl)  # fmt: skip
     state = {name: ints(1) for name in ("token", "position", "steps", "status", "remaining")}
     advance(ints(1), clock=ints(2), eos=ints(16), counters=ints(COUNTED), ids=ints(LAYERS * K), ring=1 << 40, rows=64,
             pdl=pdl, **state)  # fmt: skip
 
 
-def main(capability: int) -> None:
+def launches_for(capability: int, whole: bool) -> tuple[list[Launch], list[Launch]]:
+    """Launches as they are made on a GPU of that capability; `whole`: in every weight format. Second those of which
+    the rest of the compiler learns nothing: only Triton's language is tested."""
     pdl = capability >= 90
     gemm.wgmma = lambda device: capability == 90
-    with caught() as launches:
+    attention.own_memory = lambda device: kernel_compiler.SHARED[capability]
+    with kernel_compiler.caught() as launches:
         products("Q4_K", pdl)
-        products("MXFP4", pdl)
         products("Q6_K", pdl)
-        products("IQ4_XS", pdl)
-        products("Q2_K", pdl)
-        products("Q3_K", pdl)
-        products("F8_E4M3", pdl)
-        products("NVFP4", pdl)
-        products("INT4_128_F16_ZEROS", pdl)
-        products("INT4_32_BF16", pdl)
         mixtral(pdl)
         gpt_oss(pdl)
         copies("Q6_K", pdl)
@@ -373,7 +390,10 @@ def main(capability: int) -> None:
         residency("crf", pdl, GROUPED)
         residency("lfru", pdl, Rule("mixer", top_k=K, jitter=0.01))
         residency("echo", pdl)
-        attention(pdl)
+        residency("lfu", pdl)
+        residency(f"{formula_policies.HERE}:Signed", pdl)
+        attended(pdl)
+        caches(pdl)
         delta(pdl)
         gemma(pdl)
         residency("crf", pdl, Rule(top_k=K, renormalise=True, scaled=True))
@@ -382,17 +402,49 @@ def main(capability: int) -> None:
         latents(pdl, 16, Latent(0, 512, 128, 64, 128), "BF16")  # DeepSeek-V2-Lite
         latents(pdl, 20, Latent(768, 512, 192, 64, 256), "Q8_0")  # GLM-4.7-Flash
         ends(pdl)
-        prompt(16)
-        prompt(64)
-        prompt(128)
-        prompt(128, "Q2_K", "Q3_K")
-        prompt(128, "IQ4_XS", "NVFP4")
-    for launch in launches:
-        try:
-            print(json.dumps(compiled(launch, capability)), flush=True)
-        except Exception as error:  # the next kernel is tried too
-            print(json.dumps({"kernel": name_of(launch), "error": f"{type(error).__name__}: {error}"}), flush=True)
+        arrangements(pdl)
+        for block in (16, 32, 64, 128):
+            prompt(block)
+        for fmt in FORMATS if whole else ():
+            one_format(fmt, pdl)
+    with kernel_compiler.caught() as others:
+        for fmt in FORMATS if whole else ():
+            variants(fmt, pdl)
+    return launches, others
+
+
+def jobs_of(capabilities: list[int], whole: bool) -> Iterator[Job]:
+    """Launches that differ, each with the capabilities of one major version that it is made on: PTX for them is the
+    same, which is shown for one launch of each kernel. Without `whole` one launch of each kernel and its settings."""
+    made: dict[tuple[int, str], tuple[Launch, list[int]]] = {}
+    parsed: dict[str, Job] = {}
+    for capability in capabilities:
+        launches, others = launches_for(capability, whole)
+        for launch in launches:
+            _, on = made.setdefault((capability // 10, kernel_compiler.identity(launch)), (launch, []))
+            if capability not in on:
+                on.append(capability)
+        for launch in others:
+            parsed.setdefault(kernel_compiler.identity(launch), Job(launch, (capability,), "parsed"))
+    seen, proven = set(), set()
+    for (major, _), (launch, on) in made.items():
+        kernel = (major, kernel_compiler.name_of(launch))
+        settings = (*kernel, launch[2].get("num_warps"), launch[2].get("maxnreg"))
+        if len(on) > 1 and kernel not in proven:
+            yield Job(launch, tuple(on), "proven")
+            proven.add(kernel)
+        elif whole or settings not in seen:
+            yield Job(launch, tuple(on))
+        seen.add(settings)
+    yield from parsed.values()
+
+
+def main(processes: str, extent: str, *capabilities: str) -> None:
+    torch.Tensor.is_cuda = property(lambda tensor: True)  # the tensors here are in RAM
+    jobs = list(jobs_of([int(capability) for capability in capabilities], extent == "all"))
+    for line in kernel_compiler.all_compiled(jobs, int(processes)):
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Chat templates: as transformers renders them, and hostile ones as one-line errors under a deadline."""
+"""Chat templates render the same text as in transformers; malicious ones give one-line errors within a deadline."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_cpp_sources import LLAMA_CPP, WANT_TOOLS
 
 from offmoe.errors import OffmoeError
 from offmoe.text.chat_template import ChatTemplate
 
-LLAMA_CPP = Path(os.environ.get("LLAMA_CPP_SOURCE", "/nonexistent"))  # a checkout: models/templates/*.jinja
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -86,7 +86,7 @@ def template(request: pytest.FixtureRequest) -> Iterator[tuple[str, ChatTemplate
 
 
 def theirs(source: str, messages: list[dict[str, str]], prompt: bool) -> str:
-    """transformers' own renderer; its exception's text when the template raises."""
+    """Return the text of transformers' own renderer, or the exception's message if the template raises."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
@@ -97,12 +97,12 @@ def theirs(source: str, messages: list[dict[str, str]], prompt: bool) -> str:
 
 
 def ours(template: ChatTemplate, messages: list[dict[str, str]], prompt: bool) -> str:
-    """The text, or what went wrong in the template's or jinja2's own words."""
+    """Return the text, or the template's or jinja2's own error message."""
     try:
         return template.render(messages, prompt)
     except OffmoeError as error:
         message = str(error)
-    told = re.fullmatch(r".* refuses this conversation: (.*)|.* fails \(\w+: (.*)\): give plain text", message)
+    told = re.fullmatch(r".* rejects this conversation: (.*)|.* fails \(\w+: (.*)\): use plain text", message)
     assert told, message
     return f"error: {told[1] or told[2]}"
 
@@ -114,17 +114,15 @@ def test_same_text_as_transformers(template: tuple[str, ChatTemplate], chat: str
     assert ours(rendering, CHATS[chat], prompt) == theirs(source, CHATS[chat], prompt)
 
 
-WANT_TOOLS = (  # templates for tools alone: they fail without, in transformers too
-    *("CohereForAI-c4ai-command-r-plus-tool_use", "fireworks-ai-llama-3-firefunction-v2"),
-    *("NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use", "NousResearch-Hermes-3-Llama-3.1-8B-tool_use"),
-)
 PUBLISHED = sorted(LLAMA_CPP.glob("models/templates/*.jinja"))
 
 
 @pytest.mark.skipif(not PUBLISHED, reason="LLAMA_CPP_SOURCE names no llama.cpp sources")
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
 def test_published_template_as_transformers(file: Path) -> None:
-    """Byte for byte the same text, or the same message; without a system prompt, only that of tools is asked for."""
+    """Text or the error message is byte for byte the same; of messages without a system prompt, only the text is
+    compared.
+    """
     source = file.read_text(encoding="utf-8")
     rendering = ChatTemplate(source, NAMES)
     for name, messages in CHATS.items():
@@ -148,13 +146,13 @@ HOSTILE = {
     "{% for i in range(99999) %}{{ 'a' * 99999 }}{% endfor %}": "longer than",
     "{% include '/etc/passwd' %}": "no loader",
     "{{ undefined_function() }}": "'undefined_function' is undefined",
-    "{{ raise_exception('two\nlines') }}": "refuses this conversation: two lines",
+    "{{ raise_exception('two\nlines') }}": "rejects this conversation: two lines",
 }
 
 
 @pytest.mark.parametrize("source", HOSTILE)
 def test_hostile_template_is_one_line_and_the_next_render_works(source: str) -> None:
-    """The same worker, or a new one where it had to be killed, serves the next conversation."""
+    """Same worker, or a new one if it had to be killed, renders the next conversation."""
     template = ChatTemplate("{% if messages|length > 1 %}fine{% else %}" + source + "{% endif %}", NAMES)
     for _ in range(2):
         with pytest.raises(OffmoeError) as error:
@@ -174,7 +172,7 @@ def test_syntax_error() -> None:
 
 
 def test_a_template_that_never_compiles_ends_in_time() -> None:
-    """jinja2 folds constants while it compiles; the worker's own alarm ends that."""
+    """jinja2 folds constants during compilation; the worker's own alarm ends it."""
     template = ChatTemplate("{{ (9 ** 9999999) % 7 }}{{ (9 ** 99999999) % 7 }}", NAMES)
     with pytest.raises(OffmoeError, match="did not finish in time"):
         template.render(ONE, True)
@@ -204,7 +202,7 @@ def test_worker_ends_with_its_input_and_with_close() -> None:
     template = ChatTemplate(CHATML, NAMES)
     template.render(ONE, True)
     process: Any = template._worker._process  # type: ignore[union-attr]
-    process.stdin.close()  # what the parent's death does
+    process.stdin.close()  # as the parent's death does
     assert process.wait(timeout=10) == 0
     template.close()
     template.close()
@@ -217,7 +215,7 @@ def test_code_of_templates_runs_elsewhere() -> None:
 
 
 def test_large_conversation() -> None:
-    """More than a pipe holds, both ways."""
+    """Request and reply are both larger than a pipe's buffer."""
     template = ChatTemplate(CHATML, NAMES)
     content = "wörld 🎉\n" * 50_000
     assert content in template.render([{"role": "user", "content": content}], True)

@@ -1,4 +1,4 @@
-"""tiktoken files: ids as merging by rank gives them, special tokens behind the ranks, damaged and unknown files."""
+"""tiktoken files: merging by rank, special tokens after the ranks, damaged and unknown files."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from test_pack_tokenizer import CORPUS, byte_level
-from test_tokenizer import Files, expect_error, load, write
-from test_unicode import texts, words
+from tokenizer_files import Files, expect_error, load, write
+from trained_tokenizers import CORPUS, byte_level, words
+from unicode_texts import texts
 
-from offmoe.text.byte_letters import bytes_to_letters, letters_to_bytes
-from offmoe.text.pretokenizers import build, kind_of
+from offmoe.text.byte_unicode import bytes_to_unicode, unicode_to_bytes
+from offmoe.text.pretokenizers import build_pre_tokenizer, find_kind
 from offmoe.text.tiktoken_file import LAYOUTS
 
 
 def ranks() -> list[bytes]:
-    """All bytes, then what merges make of them; and at last two tokens that no merge makes."""
+    """Return all bytes, some merged tokens, and two tokens that no merge produces."""
     _, merges = words(byte_level())
     made = dict.fromkeys(left + right for left, right in merges)
-    return [*(bytes([byte]) for byte in range(256)), *map(letters_to_bytes, made), b" zehn", b"zzzz"]
+    return [*(bytes([byte]) for byte in range(256)), *map(unicode_to_bytes, made), b" zehn", b"zzzz"]
 
 
 def written(file: Path, tokens: list[bytes]) -> None:
@@ -31,7 +31,7 @@ def written(file: Path, tokens: list[bytes]) -> None:
 
 
 def merged(piece: bytes, rank: dict[bytes, int]) -> list[int]:
-    """tiktoken's rule, without its speed: the pair of the lowest rank, leftmost first, until none is left."""
+    """Apply tiktoken's rule naively: merge the leftmost pair of the lowest rank until none is left."""
     if piece in rank:
         return [rank[piece]]
     parts = [piece[i : i + 1] for i in range(len(piece))]
@@ -46,13 +46,13 @@ def test_ids_are_those_of_merging_by_rank(name: str, tmp_path: Path) -> None:
     layout, tokens = LAYOUTS[name], ranks()
     written(tmp_path / layout.file, tokens)
     write(tmp_path, "tokenizer_config.json", tokenizer_class=name)
-    tokenizer, cut = load(Files(tmp_path)), build(kind_of(layout.cut))
+    tokenizer, pre_tokenizer = load(Files(tmp_path)), build_pre_tokenizer(find_kind(layout.pre_tokenizer))
     rank = {token: id for id, token in enumerate(tokens)}
     chance = random.Random(1)
     words = ("".join(chance.choices("thequick brownfxjmpsvlazydg", k=40)) for _ in range(500))
     for text in (*CORPUS[:2], *words, "neun zehn zehn zzzz", *texts()[:2000]):
         said = unicodedata.normalize("NFC", text) if layout.nfc else text
-        pieces = [letters_to_bytes(letters) for letters, _ in cut.pre_tokenize_str(said)]
+        pieces = [unicode_to_bytes(letters) for letters, _ in pre_tokenizer.pre_tokenize_str(said)]
         ids = tokenizer.encode(text)
         assert ids == [id for piece in pieces for id in merged(piece, rank)], ascii(text)
         assert tokenizer.decode(ids) == said
@@ -65,7 +65,7 @@ def test_as_tiktoken_itself(tmp_path: Path) -> None:
     written(tmp_path / "tiktoken.model", tokens)
     write(tmp_path, "tokenizer_config.json", tokenizer_class="TikTokenTokenizer")
     rank = {token: id for id, token in enumerate(tokens)}
-    (pattern,) = kind_of("kimi-k2").patterns
+    (pattern,) = find_kind("kimi-k2").patterns
     other = tiktoken.Encoding("k", pat_str=pattern, mergeable_ranks=rank, special_tokens={})
     tokenizer = load(Files(tmp_path))
     for text in texts():
@@ -74,7 +74,7 @@ def test_as_tiktoken_itself(tmp_path: Path) -> None:
 
 
 def test_special_tokens_of_kimi(tmp_path: Path) -> None:
-    """256 ids behind the ranks; the config names some, of which those that are not special are text."""
+    """256 ids follow the ranks; the config names some of them, and those that are not special are text."""
     written(tmp_path / "tiktoken.model", ranks())
     first = len(ranks())
     named = {
@@ -108,7 +108,7 @@ def test_special_tokens_of_hunyuan(tmp_path: Path) -> None:
 
 def test_files_that_are_not_known(tmp_path: Path) -> None:
     written(tmp_path / "tiktoken.model", ranks())
-    expect_error(Files(tmp_path), "tiktoken.model of the tokenizer class None is not supported: known are TikTok")
+    expect_error(Files(tmp_path), "tiktoken.model of the tokenizer class None is not supported: expected TikTok")
     write(tmp_path, "tokenizer_config.json", tokenizer_class="HYTokenizer")
     expect_error(Files(tmp_path), "HYTokenizer with hy.tiktoken")
 
@@ -118,10 +118,10 @@ def test_files_that_are_not_known(tmp_path: Path) -> None:
     [
         (
             lambda raw: raw.replace(b"\n", b" x\n", 1).replace(b"AA==", b"!!!!"),
-            "line 1 is no base64 token and its rank",
+            "line 1 is not a base64 token and its rank",
         ),
-        (lambda raw: raw.replace(b" 7\n", b" seven\n"), "line 8 is no base64 token and its rank"),
-        (lambda raw: raw.replace(b" 7\n", b"\n"), "line 8 is no base64 token and its rank"),
+        (lambda raw: raw.replace(b" 7\n", b" seven\n"), "line 8 is not a base64 token and its rank"),
+        (lambda raw: raw.replace(b" 7\n", b"\n"), "line 8 is not a base64 token and its rank"),
         (lambda raw: raw.replace(b" 7\n", b" 9\n"), "line 8 has rank 9, expected 7"),
         (lambda raw: b"".join(raw.splitlines(True)[:200]), "the byte 0xc8 has no rank"),
         (lambda raw: b"", "the byte 0x00 has no rank"),
@@ -135,7 +135,7 @@ def test_damaged_files(tmp_path: Path, change: object, message: str) -> None:
     expect_error(Files(tmp_path), message)
 
 
-def test_letters_of_bytes() -> None:
+def test_bytes_to_unicode() -> None:
     every = bytes(range(256))
-    assert letters_to_bytes(bytes_to_letters(every)) == every
-    assert bytes_to_letters(b"a \n") == "aĠĊ"
+    assert unicode_to_bytes(bytes_to_unicode(every)) == every
+    assert bytes_to_unicode(b"a \n") == "aĠĊ"

@@ -1,10 +1,9 @@
-"""Tokenizers: round trips, streams, conversations, GGUF and directory vocabularies, bad files."""
+"""Tokenizers: round trips, streaming, conversations, GGUF and directory vocabularies, bad files."""
 
 from __future__ import annotations
 
 import ctypes
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,37 +13,21 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from llama_cpp_sources import LLAMA_CPP
 from paths import DEMO
+from tokenizer_files import Files, expect_error, load, write
 from tokenizers import Tokenizer as Library
 from tokenizers import models
 
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
-from offmoe.text.pretokenizers import GPT2, KINDS, QWEN2, build, pre_tokenizer_name
-from offmoe.text.speech import StopStrings
+from offmoe.text.answer_parser import StopStrings
+from offmoe.text.pretokenizers import GPT2, KINDS, QWEN2, build_pre_tokenizer, pre_tokenizer_name
 from offmoe.text.tokenizer import Message, Tokenizer, load_tokenizer
 
-LLAMA_CPP = Path(os.environ.get("LLAMA_CPP_SOURCE", "/nonexistent"))  # a checkout: models/ggml-vocab-*.gguf
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-
-
-class Files:
-    """As much of a checkpoint as a tokenizer needs."""
-
-    def __init__(self, path: Path | None = None, **metadata: Any) -> None:
-        self.kind = "safetensors" if path else "gguf"
-        self.path = path or Path("model.gguf")
-        self.metadata = {f"tokenizer.{key}": value for key, value in metadata.items()}
-
-    def json(self, name: str) -> Any:
-        file = self.path / name
-        return json.loads(file.read_text()) if file.exists() else None
-
-
-def load(files: Files) -> Tokenizer:
-    return load_tokenizer(files)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +47,7 @@ def demo(metadata: dict[str, Any]) -> Iterator[Tokenizer]:
 
 
 def sentencepiece(**changes: Any) -> Files:
-    """A vocabulary of `<unk> <s> </s>`, all bytes, and a few pieces, whose score is minus their rank."""
+    """Return a vocabulary of `<unk> <s> </s>`, all bytes, and a few pieces, whose score is minus their rank."""
     pieces = ["▁", "h", "i", "hi", "▁hi", "t", "▁t", "th", "\n", ">"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     types = [2, 3, 3, *[6] * 256, *[1] * len(pieces)]
@@ -81,19 +64,19 @@ def sentencepiece(**changes: Any) -> Files:
 @MANY
 @given(TEXTS)
 def test_round_trip(demo: Tokenizer, text: str) -> None:
-    """Of texts without special tokens whose bytes the vocabulary has: SmolLM2's lacks some of rare planes."""
+    """Holds for texts without special tokens whose bytes are in the vocabulary: SmolLM2's lacks some of rare planes."""
     assume(not any(token.content in text for token in demo._added.values()))
-    assume(set(text.encode()) <= {byte for id in range(600) for byte in demo.piece(id)})
+    assume(set(text.encode()) <= {byte for id in range(600) for byte in demo.token_bytes(id)})
     assert demo.decode(demo.encode(text)) == text
 
 
 @MANY
 @given(st.lists(st.integers(0, 20_600), max_size=30))
 def test_stream_is_decode_and_never_half_a_character(demo: Tokenizer, ids: list[int]) -> None:
-    stream = demo.stream()
-    shown = [stream.push(id) for id in ids]
-    raw = b"".join(demo.piece(id) for id in ids)
-    assert "".join(shown) + stream.flush() == demo.decode(ids) == raw.decode(errors="replace")
+    detokenizer = demo.detokenizer()
+    shown = [detokenizer.push(id) for id in ids]
+    raw = b"".join(demo.token_bytes(id) for id in ids)
+    assert "".join(shown) + detokenizer.flush() == demo.decode(ids) == raw.decode(errors="replace")
 
 
 @MANY
@@ -105,9 +88,9 @@ def test_decode_as_the_library(demo: Tokenizer, text: str) -> None:
 
 def test_emoji_comes_with_its_last_token(demo: Tokenizer) -> None:
     ids = demo.encode("🎉")
-    stream = demo.stream()
+    detokenizer = demo.detokenizer()
     assert len(ids) > 1
-    assert [stream.push(id) for id in ids] == [""] * (len(ids) - 1) + ["🎉"]
+    assert [detokenizer.push(id) for id in ids] == [""] * (len(ids) - 1) + ["🎉"]
     assert demo.decode(ids[:-1]) == "\ufffd"
 
 
@@ -130,7 +113,7 @@ def test_lone_surrogate_is_refused(demo: Tokenizer) -> None:
 
 
 def test_second_turn_begins_with_the_first_and_its_answer(demo: Tokenizer) -> None:
-    """Whatever ids were generated, also ones that encoding their text would not give."""
+    """Holds for any generated ids, including ones that encoding their text would not produce."""
     first: list[Message] = [{"role": "user", "content": "Hi"}]
     prompt = demo.encode_chat(first)
     answer = demo.encode("H") + demo.encode("ello") + demo.encode(" wor") + demo.encode("ld  ")
@@ -178,7 +161,7 @@ TWICE = "{% for m in messages %}[{{ m.content }}{{ m.content|length }}]{% endfor
 def test_generated_ids_are_kept_where_the_template_keeps_the_content(
     metadata: dict[str, Any], template: str, content: str, kept: bool
 ) -> None:
-    """Where it drops or edits it, the template's text counts."""
+    """Where the template drops or edits the content, its text is encoded."""
     tokenizer = with_template(metadata, template)
     tokens = [id for letter in content for id in tokenizer.encode(letter)]
     messages: list[Message] = [
@@ -215,7 +198,7 @@ def test_no_chat_template(metadata: dict[str, Any]) -> None:
     files.metadata = {key: value for key, value in metadata.items() if key != "tokenizer.chat_template"}
     tokenizer = load(files)
     assert tokenizer.chat_template is None
-    with pytest.raises(OffmoeError, match="no chat template: give it plain text"):
+    with pytest.raises(OffmoeError, match="no chat template: use plain text"):
         tokenizer.encode_chat([{"role": "user", "content": "x"}])
     tokenizer.close()
 
@@ -235,9 +218,9 @@ def test_sentencepiece_merges_by_score_and_falls_back_to_bytes() -> None:
 
 def test_sentencepiece_space_is_dropped_once_at_the_start() -> None:
     tokenizer = load(sentencepiece())
-    stream = tokenizer.stream()
+    detokenizer = tokenizer.detokenizer()
     ids = tokenizer.encode(" hi hi")
-    assert "".join(stream.push(id) for id in ids) == " hi hi" == tokenizer.decode(ids)
+    assert "".join(detokenizer.push(id) for id in ids) == " hi hi" == tokenizer.decode(ids)
     tokenizer.close()
     plain = load(sentencepiece(add_space_prefix=False, add_bos_token=False))
     assert plain.encode("hi") == [plain._bpe.token_to_id("hi")]
@@ -264,10 +247,6 @@ def directory(tmp_path: Path, demo: Tokenizer) -> Path:
     demo._bpe.save(str(tmp_path / "tokenizer.json"))
     write(tmp_path, "tokenizer_config.json", bos_token="<|im_start|>", eos_token={"content": "<|im_end|>"})
     return tmp_path
-
-
-def write(path: Path, name: str, **content: Any) -> None:
-    (path / name).write_text(json.dumps(content))
 
 
 def test_directory_has_the_same_ids(directory: Path, demo: Tokenizer) -> None:
@@ -332,9 +311,9 @@ def test_damaged_directories(directory: Path) -> None:
     Library(models.WordPiece({"a": 0}, unk_token="a")).save(str(directory / "tokenizer.json"))
     expect_error(Files(directory), "decoder")
     (directory / "tokenizer.json").write_bytes(b'{"model": \xff')
-    expect_error(Files(directory), "can read")
+    expect_error(Files(directory), "cannot be read")
     (directory / "tokenizer.json").write_text("{}")
-    expect_error(Files(directory), "can read")
+    expect_error(Files(directory), "cannot be read")
     (directory / "tokenizer.json").unlink()
     expect_error(Files(directory), "has no tokenizer.json")
 
@@ -342,27 +321,21 @@ def test_damaged_directories(directory: Path) -> None:
 # GGUF metadata that is missing or damaged.
 
 
-def expect_error(files: Files, message: str) -> None:
-    with pytest.raises(OffmoeError, match=message) as error:
-        load(files)
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model": None}, "has no tokenizer"),
         ({"model": "no_vocab"}, "has no tokenizer"),
-        ({"model": "bert"}, "'bert' is not supported: known are gpt2, gemma4 and llama"),
-        ({"pre": "klingon"}, "'klingon' is not supported: known are .*qwen2"),
+        ({"model": "bert"}, "'bert' is not supported: expected gpt2, gemma4 or llama"),
+        ({"pre": "klingon"}, "'klingon' is not supported: expected .*qwen2"),
         ({"tokens": None}, "tokens is missing"),
-        ({"tokens": [1, 2]}, "tokens is missing or no list of strings"),
+        ({"tokens": [1, 2]}, "tokens is missing or not a list of strings"),
         ({"tokens": ["a", "a"], "token_type": [1, 1]}, "twice"),
         ({"token_type": [1]}, "token_type does not match"),
         ({"merges": None}, "merges is missing"),
         ({"merges": ["nonsense here"]}, "damaged"),
         ({"merges": ["nospace"]}, "damaged"),
-        ({"merges": ["c h", "ch ch"]}, "the merge 'ch ch' is not of known tokens"),
+        ({"merges": ["c h", "ch ch"]}, "the merge 'ch ch' contains an unknown token"),
     ],
 )
 def test_damaged_gguf(metadata: dict[str, Any], changes: dict[str, Any], message: str) -> None:
@@ -403,8 +376,8 @@ CUTS = {
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_cuts(name: str) -> None:
-    pieces = [SAMPLE[a:b] for _, (a, b) in build(KINDS[name]).pre_tokenize_str(SAMPLE)]
+def test_splits(name: str) -> None:
+    pieces = [SAMPLE[a:b] for _, (a, b) in build_pre_tokenizer(KINDS[name]).pre_tokenize_str(SAMPLE)]
     assert "".join(pieces) == SAMPLE
     assert pieces == CUTS[name]
 
@@ -415,25 +388,29 @@ ODD = (  # marks that are letters, spaces that are marks, digits among Thai and 
 )
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name].passes])
-def test_fewer_passes_cut_alike(name: str) -> None:
-    """Also seen once: 2,000,000 such texts, and every character below U+20000 between these."""
-    slow, fast, random = build(replace(KINDS[name], passes=())), build(KINDS[name]), Random(7)
+@pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name].fused])
+def test_fused_expressions_split_the_same_way(name: str) -> None:
+    """Also run once with 2,000,000 such texts, and with every character below U+20000 between them."""
+    slow, fast, random = (
+        build_pre_tokenizer(replace(KINDS[name], fused=())),
+        build_pre_tokenizer(KINDS[name]),
+        Random(7),
+    )
     for _ in range(20_000):
         text = "".join(random.choices(ODD, k=random.randrange(1, 14)))
         assert fast.pre_tokenize_str(text) == slow.pre_tokenize_str(text), ascii(text)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_name_of_a_cut(name: str) -> None:
-    """The name found for a tokenizer.json cuts as the kind that wrote it."""
+def test_name_of_a_pre_tokenizer(name: str) -> None:
+    """Name found for a tokenizer.json splits like the kind that wrote it."""
     library = Library(models.BPE(ignore_merges=KINDS[name].ignore_merges))
-    library.pre_tokenizer = build(replace(KINDS[name], passes=()))  # as published
+    library.pre_tokenizer = build_pre_tokenizer(replace(KINDS[name], fused=()))  # as published
     found = KINDS[pre_tokenizer_name(json.loads(library.to_str()))]
     assert (found.patterns, found.ignore_merges) == (KINDS[name].patterns, KINDS[name].ignore_merges)
 
 
-def test_name_of_published_cuts() -> None:
+def test_name_of_published_pre_tokenizers() -> None:
     byte_level = {"type": "ByteLevel", "use_regex": True}
     split = {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated"}
     digits = {"type": "Digits", "individual_digits": True}
@@ -451,7 +428,7 @@ def sequence(*steps: dict[str, Any]) -> dict[str, Any]:
 
 
 def pairs(file: Path) -> Iterator[tuple[str, list[int]]]:
-    """A vocabulary's test texts and their ids, as llama.cpp's own test reads them."""
+    """Yield a vocabulary's test texts and their ids, as llama.cpp's own test reads them."""
     texts = Path(f"{file}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     lines = Path(f"{file}.out").read_text().split("\n")
     return zip(texts, ([int(id) for id in line.split()] for line in lines), strict=False)
@@ -464,7 +441,9 @@ REFUSED = {"bert-bge": "'bert' is not supported", "nomic-bert-moe": "'t5' is not
 @pytest.mark.skipif(not PUBLISHED, reason="LLAMA_CPP_SOURCE names no llama.cpp sources")
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem.removeprefix("ggml-vocab-"))
 def test_published_vocabularies(file: Path) -> None:
-    """The same ids as its makers' tokenizer; where none are published, texts come back; or it is refused by name."""
+    """Ids equal those of the model's own tokenizer if published, else texts round-trip; or the error names the
+    kind.
+    """
     checkpoint = open_checkpoint(file)
     checkpoint.close()
     if reason := REFUSED.get(file.stem.removeprefix("ggml-vocab-")):
@@ -484,8 +463,8 @@ APPROXIMATED = {"gpt-4o", "llama4", "kanana2", "minimax-m2", "talkie", "tekken"}
 
 @pytest.mark.llama
 @pytest.mark.parametrize("name", sorted({name for name in KINDS if KINDS[name].byte_level} - APPROXIMATED))
-def test_cuts_as_llama_cpp(metadata: dict[str, Any], tmp_path: Path, name: str) -> None:
-    """The demo vocabulary under each name. Left out: kinds whose expression llama.cpp only approximates."""
+def test_splits_as_llama_cpp(metadata: dict[str, Any], tmp_path: Path, name: str) -> None:
+    """Demo vocabulary under each name, except kinds whose expression llama.cpp only approximates."""
     gguf, llama = pytest.importorskip("gguf"), pytest.importorskip("llama_cpp")
     writer = gguf.GGUFWriter(tmp_path / "v.gguf", "llama")
     files = Files()
@@ -525,7 +504,7 @@ def test_cuts_as_llama_cpp(metadata: dict[str, Any], tmp_path: Path, name: str) 
 @example(["abca", "bc"], ["ab", "ca"])
 @example(["abca", "bc"], ["abca"])
 def test_stops_do_not_depend_on_the_pieces(stops: list[str], pieces: list[str]) -> None:
-    """Shown: all before the stop string that is complete first; nothing is lost when none comes."""
+    """Everything before the stop string that ends first is emitted; nothing is lost if there is none."""
     text = "".join(pieces)
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     expected = text[: min(ends)[1]] if ends else text

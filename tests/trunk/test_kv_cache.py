@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import reference, saved
-from tolerance import assert_close
 
 from offmoe.engine import Engine
+from offmoe.mixers.heads import cache as head_cache
 from offmoe.models.model import open_model
 from offmoe.settings import Settings
-from offmoe.trunk import kv_cache as kvcache
-from offmoe.trunk.kv_cache import KVCache, kv_nbytes, rooms
+from offmoe.trunk.kv_cache import KVCache, kv_nbytes
 
 IDS = torch.randint(3, 96, (150,), generator=torch.Generator().manual_seed(3)).tolist()
 SLACK, WINDOW, CTX = 20, 4, 256
@@ -23,29 +22,33 @@ SLACK, WINDOW, CTX = 20, 4, 256
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Rings of 24 positions, which no chunk of 30 fits."""
-    monkeypatch.setattr(kvcache, "SLACK", SLACK)
+    monkeypatch.setattr(head_cache, "SLACK", SLACK)
     with Engine(open_model(saved("gpt_oss", tmp_path)), Settings.of(device="cpu", ctx=CTX, chunk=30)) as engine:
-        assert rooms(engine.config, CTX) == [24, 256, 24, 256]
+        assert rooms(engine) == [24, 256, 24, 256]
         yield engine
 
 
+def rooms(engine: Engine) -> list[int]:
+    return [cache.room for cache in engine.kv.caches]
+
+
 def test_logits_behind_many_windows(engine: Engine) -> None:
-    want, _ = reference("gpt_oss", IDS)
+    want = reference("gpt_oss", IDS)
     rows = [engine.prefill(IDS[:100])] + [engine.step(token) for token in IDS[100:]]
-    assert_close("logits", torch.stack(rows), want[99:], 1e-5)
-    assert engine.kv.layer(0)[0].shape == (2, 24, 32)
-    assert engine.kv.layer(1)[0].shape == (2, 256, 32)
+    want.check_logits(torch.stack(rows), 99)
+    assert engine.kv.caches[0].keys.shape == (2, 24, 32)
+    assert engine.kv.caches[1].keys.shape == (2, 256, 32)
 
 
 def test_logits_behind_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of attention, of seven positions each, cut across those of a prompt."""
-    monkeypatch.setattr(kvcache, "SLACK", 5)
-    want, _ = reference("llama4_text-chunked", IDS)
+    monkeypatch.setattr(head_cache, "SLACK", 5)
+    want = reference("llama4_text-chunked", IDS)
     model = open_model(saved("llama4_text-chunked", tmp_path))
     with Engine(model, Settings.of(device="cpu", ctx=CTX, chunk=10)) as engine:
-        assert rooms(engine.config, CTX) == [12, 12, 256, 12]
+        assert rooms(engine) == [12, 12, 256, 12]
         rows = [engine.prefill(IDS[:100])] + [engine.step(token) for token in IDS[100:]]
-        assert_close("logits", torch.stack(rows), want[99:], 1e-5)
+        want.check_logits(torch.stack(rows), 99)
 
 
 @pytest.mark.parametrize(
@@ -55,15 +58,15 @@ def test_logits_behind_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_prefix_is_run_again_where_a_window_has_lost_it(
     engine: Engine, written: int, common: int, reused: int
 ) -> None:
-    """Of 80 positions 56 and on are left, all that a token at 59 sees; 60 end with a chunk longer than the ring."""
+    """The ring holds positions from 56 on, all that a token at 59 sees; 60 end with a chunk longer than the ring."""
     engine.prefill(IDS[:written])
     ids = [*IDS[:common], 5, 6, 7, 8]
-    want, _ = reference("gpt_oss", ids)
+    want = reference("gpt_oss", ids)
     assert engine.kv.reuse(ids) == reused
-    assert_close("logits", engine.prefill(ids), want[-1], 1e-5)
+    want.check_logits(engine.prefill(ids)[None], -1)
     again = [*ids, 9]
     assert engine.kv.reuse(again) == len(ids)
-    assert_close("the next turn", engine.prefill(again), reference("gpt_oss", again)[0][-1], 1e-5)
+    reference("gpt_oss", again).check_logits(engine.prefill(again)[None], -1, name="the next turn")
 
 
 def test_what_a_failed_chunk_wrote_is_not_reused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,5 +90,5 @@ def test_steps_that_nobody_read_are_counted(engine: Engine) -> None:
 def test_a_cache_is_as_large_as_the_plan_says(engine: Engine) -> None:
     for int8 in (False, True):
         kv = KVCache(engine.config, CTX, torch.device("cpu"), torch.float32, int8)
-        held = [tensor for layer in range(4) for tensor in (*kv.layer(layer), kv.scales(layer)) if tensor is not None]
+        held = [tensor for cache in kv.caches for tensor in cache.tensors()]
         assert sum(tensor.nbytes for tensor in held) == kv_nbytes(engine.config, CTX, 4, int8)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_models import engine_of
+from tiny_engines import engine_of
 from tiny_models import saved
 from tolerance import assert_close
 
 from offmoe.engine import Engine
-from offmoe.trunk import recurrent_state as states
+from offmoe.mixers import recurrent as states
 
 IDS = torch.randint(3, 96, (200,), generator=torch.Generator().manual_seed(5)).tolist()
 
@@ -134,5 +134,5 @@ def test_the_plan_counts_the_states(engine: Engine) -> None:
     assert engine.plan.state_bytes == mine
     copies = sum(copy.memory.nbytes + copy.recent.nbytes for copy in held._snapshots)
     assert mine + copies == states.STATES * mine
-    assert engine.plan.kv_bytes == sum(tensor.nbytes for tensor in (*kv._keys, *kv._values))
-    assert [layer for layer, keys in enumerate(kv._keys) if keys.numel()] == list(engine.config.attended)
+    keys = [tensor for layer in engine.config.attended for tensor in kv.caches[layer].tensors()]
+    assert engine.plan.kv_bytes == sum(tensor.nbytes for tensor in keys)

@@ -52,9 +52,7 @@ def x_k(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def words_k(buffer, origin, at, mask, FIVE: tl.constexpr, P0: tl.constexpr):
-    """Load the header's four words, twice four words of quants, and the fifth bits where there are, all [R, U,
-    4, 4].
-    """
+    """Load the header's four words, twice four words of quants, and the fifth bits if any, all [R, U, 4, 4]."""
     SIZE: tl.constexpr = 44 if FIVE else 36
     words = buffer.to(tl.pointer_type(tl.uint32))
     head = (origin[None, :] + (P0 // 4) + at * SIZE)[:, :, None, None]

@@ -39,9 +39,7 @@ def words_q2_k(buffer, origin, at, mask, P0: tl.constexpr, P1: tl.constexpr, P2:
 
 @triton.jit
 def four_crumbs(word, x, AT: tl.constexpr):
-    """Return Σ of the two bits from AT on of each word's four bytes, times four of x, · 2^-49, over words: [R,
-    U, 4].
-    """
+    """Return Σ over words of the two bits from AT on of each word's four bytes, times four of x, · 2^-49: [R, U, 4]."""
     scale: tl.constexpr = 2.0 ** (6 - AT)
     total = code(word, 0x3 << AT) * (x[0] * 2.0**94 * scale)[None]
     total += code(word, 0x300 << AT) * (x[1] * 2.0**86 * scale)[None]

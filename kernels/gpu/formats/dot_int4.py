@@ -1,6 +1,4 @@
-"""Dot products of groups of 32, 64 or 128 4-bit codes, two per byte: kernels.formats.int4_groups. A unit is 32
-codes.
-"""
+"""Dot products of groups of 32, 64 or 128 4-bit codes, two per byte (kernels.formats.int4_groups). A unit is 32."""
 
 from __future__ import annotations
 
@@ -35,9 +33,7 @@ def sharing(fmt):
 
 @triton.jit
 def head_of(buffer, at, mask, FORMAT: tl.constexpr):
-    """Load the scale's bits and, where there are, those of the zero point after it; `at` counts groups from
-    `buffer`.
-    """
+    """Load the scale's bits and, if any, those of the zero point after it; `at` counts groups from `buffer`."""
     if has_zeros(FORMAT):
         return tl.load(buffer.to(tl.pointer_type(tl.uint32)) + at, mask=mask, other=0)
     else:

@@ -24,9 +24,7 @@ from offmoe.kernels.gpu.formats.tile_words import (
 @triton.jit
 def tile_small(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
                P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
-    """Two blocks of 32 nibbles: Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, MXFP4 in both orders; a row's last tile may
-    hold one.
-    """
+    """Two blocks of 32 nibbles: Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, MXFP4 in both orders; a row's last tile may be one."""
     BLOCKS: tl.constexpr = COLS // 32
     QUANTS: tl.constexpr = P3 if FORMAT == "Q5_1" else P2 if (FORMAT == "Q4_1" or FORMAT == "Q5_0") else P1
     words = tl.reshape(words_at(base + QUANTS, row, there, step, BLOCKS * 4, 8), (row.shape[0], 2, 4))

@@ -1,1 +1,1 @@
-"""Live measurements of an engine (`offmoe bench latency`)."""
+"""Live measurements of the engine (`offmoe bench latency`)."""

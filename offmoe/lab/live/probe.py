@@ -1,7 +1,7 @@
-"""Listens to an engine from outside while it answers: who was routed, who missed, where the time went.
+"""Observes an engine while it answers: its routing, its misses, and the time of its parts.
 
-Nothing of it stays behind, and nothing of it is in the engine's own loop: methods are wrapped while it listens, at
-about 1 µs a call.
+Methods of the engine are wrapped while it is observed, at about 1 µs per call, and restored afterwards; the engine's
+own loop has no code for this.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from offmoe.lab.trace.recorder import Recorder
 
 
 @dataclass
-class Watched(Answer):
-    """An answer with what was seen of its steps."""
+class ObservedAnswer(Answer):
+    """An answer, and what was observed of its steps."""
 
-    missed: list[Ints]  # records, an event each
+    missed: list[Ints]  # record indices of the misses, one array per event
     hits: Ints  # [layers]
-    seconds: dict[str, float]  # by part
+    seconds: dict[str, float]  # time by part of a step
 
 
 class Probe:
-    """A context manager over an engine; `run` answers, `recorder` keeps the routing.
+    """A context manager that observes an engine; `run` answers prompts, `recorder` keeps the routing.
 
-    The parts of a step and its misses layer by layer are seen on the CPU only: on a GPU a step is one launch.
+    The parts of a step and its misses by layer are observed on the CPU only: on a GPU a step is one launch.
     """
 
     PARTS = (("attention", "trunk", "attend"), ("router", "trunk", "route"), ("experts", "store", "apply"))
@@ -52,53 +52,53 @@ class Probe:
         self._undo.enter_context(self.recorder)
         if self.sees_steps:
             for part, owner, method in self.PARTS:
-                self._wrap(getattr(self.engine, owner), method, partial(self._timed, part))
-            self._wrap(self.engine.store.table, "access", self._watched)
+                self._wrap(getattr(self.engine, owner), method, partial(self._wrap_timed, part))
+            self._wrap(self.engine.store.table, "access", self._wrap_access)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._undo.close()
 
-    def run(self, ids: list[int], most: int) -> Watched:
-        """Answer `ids` greedily from a fresh conversation, at most `most` steps behind the first token."""
+    def run(self, ids: list[int], max_steps: int) -> ObservedAnswer:
+        """Answer `ids` greedily in a new conversation, with at most `max_steps` steps after the first token."""
         self.engine.reset()
         before: dict[str, float] = {}
-        for _ in self.engine.generate(ids, temperature=0.0, max_tokens=most + 1):
-            if not before:  # the first token is the prompt's
+        for _ in self.engine.generate(ids, temperature=0.0, max_tokens=max_steps + 1):
+            if not before:  # the first token belongs to the prompt
                 before = self._spent()
                 self._missed, self._hits = [], np.zeros_like(self._hits)
-        after, seen = self._spent(), self.recorder.answers[-1]
+        after, recorded = self._spent(), self.recorder.answers[-1]
         missed, self._missed = self._missed, []
         hits, self._hits = self._hits, np.zeros_like(self._hits)
         seconds = {part: after[part] - before.get(part, after[part]) for part in after}
         seconds["experts"] -= seconds["page-in"]
-        seen.decoded.settle(self.recorder.dtype)
-        steps = [ids[None] for some in seen.decoded.ids for ids in some]
-        return Watched(seen.prefill.ids, steps, missed, hits, seconds)
+        recorded.decoded.flush(self.recorder.dtype)
+        steps = [ids[None] for rows in recorded.decoded.ids for ids in rows]
+        return ObservedAnswer(recorded.prefill.ids, steps, missed, hits, seconds)
 
     def _spent(self) -> dict[str, float]:
         return self._seconds | {"page-in": self.engine.store.counters.stall_s}
 
-    def _watched(self, access: Callable[..., Access]) -> Callable[..., Access]:
+    def _wrap_access(self, access: Callable[..., Access]) -> Callable[..., Access]:
         experts_of_a_layer = self.engine.config.experts
 
-        def watched(layer: int, experts: Ints, *rest: Any) -> Access:
+        def observed_access(layer: int, experts: Ints, *rest: Any) -> Access:
             result = access(layer, experts, *rest)
             self._hits[layer] += np.count_nonzero(result.hit)
             self._missed.append(layer * experts_of_a_layer + experts[~result.hit])
             return result
 
-        return watched
+        return observed_access
 
-    def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrap_timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
-            began = time.perf_counter()
+            started = time.perf_counter()
             result = call(*arguments)
-            self._seconds[part] += time.perf_counter() - began
+            self._seconds[part] += time.perf_counter() - started
             return result
 
         return timed
 
     def _wrap(self, owner: object, method: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         setattr(owner, method, wrapper(getattr(owner, method)))
-        self._undo.callback(delattr, owner, method)  # the class's own shows again
+        self._undo.callback(delattr, owner, method)  # uncovers the method of the class

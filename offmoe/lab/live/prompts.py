@@ -1,4 +1,4 @@
-"""What is asked while measuring: real questions of many kinds. Synthetic ones flatter caches."""
+"""Prompts of live measurements: real questions of many kinds, because synthetic ones flatter caches."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from offmoe.errors import OffmoeError
 from offmoe.lab.trace.prompts import KINDS, Prompt, read_prompts
 from offmoe.text.tokenizer import Tokenizer
 
-LEAST = 5  # different prompts
+MIN_PROMPTS = 5  # number of different prompts
 PROMPTS = tuple(Prompt(kind, texts[at]) for at in range(2) for kind, texts in KINDS.items())
 
 
-def prompts_of(path: Path | None) -> list[Prompt]:
-    """The built-in ones, or a file's as `trace record` reads it; OffmoeError unless enough are different."""
+def load_prompts(path: Path | None) -> list[Prompt]:
+    """Return the built-in prompts, or those of a file. Raises OffmoeError if fewer than MIN_PROMPTS are different."""
     if path is None:
         return list(PROMPTS)
     prompts = list({repr(prompt.given): prompt for prompt in read_prompts(path)}.values())
-    if len(prompts) < LEAST:
-        raise OffmoeError(f"{path} holds {len(prompts)} different prompts: at least {LEAST} are needed")
+    if len(prompts) < MIN_PROMPTS:
+        raise OffmoeError(f"{path} has {len(prompts)} different prompts: at least {MIN_PROMPTS} are needed")
     return prompts
 
 
-def encoded(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Through the chat template, where there is one and the prompt is not raw."""
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Return the token ids of a prompt, through the chat template if there is one and the prompt is not raw."""
     if isinstance(prompt.given, list):
         return tokenizer.encode_chat(prompt.given)
     if prompt.raw or tokenizer.chat_template is None:

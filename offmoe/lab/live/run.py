@@ -1,4 +1,4 @@
-"""What `offmoe bench latency` does: check, measure, replay, report."""
+"""Steps of `offmoe bench latency`: check, measure, replay, report."""
 
 from __future__ import annotations
 
@@ -17,31 +17,33 @@ from offmoe.cache.ahead import Pace
 from offmoe.errors import OffmoeError
 from offmoe.lab.live.folder import Folder
 from offmoe.lab.live.measure import WARM_UP, Bench
-from offmoe.lab.live.prompts import prompts_of
-from offmoe.lab.live.sweep import Sweep, run_sweep, traces
-from offmoe.lab.report.markdown import table, wrong_line
-from offmoe.lab.report.numbers import Results, fitted, gains, summaries
-from offmoe.lab.report.predictors import Predictions, keep, kept, predictions
+from offmoe.lab.live.prompts import load_prompts
+from offmoe.lab.live.sweep import Sweep, join_traces, run_sweep
+from offmoe.lab.report.markdown import disagreement, table
+from offmoe.lab.report.numbers import Results, fit_summaries, gains, summaries
+from offmoe.lab.report.predictors import Predictions, load_predictions, predictions, save_predictions
 from offmoe.lab.report.write import write_report
 from offmoe.plan import pick_device
 from offmoe.prefetch import NONE
 from offmoe.settings import Settings
 
-STATES = 160  # tokens whose hidden states are recorded for predictors
+STATES = 160  # number of tokens whose hidden states are recorded for predictors
 PLACEMENT = ("ram", "scope", "device", "dtype", "chunk")
 
 
-def measure_and_report(path: Path, out: Path, chosen: dict[str, Any]) -> bool:
-    """`chosen`: the command's options. False where a replay does not agree with the engine."""
-    if find_spec("matplotlib") is None:  # now, not after minutes of measuring
+def measure_and_report(path: Path, out: Path, options: dict[str, Any]) -> bool:
+    """Run the command with its `options`; return False if a replay does not agree with the engine."""
+    if find_spec("matplotlib") is None:  # fail now, not after minutes of measuring
         raise OffmoeError("plots need matplotlib: pip install 'offmoe[lab]'")
-    settings = Settings.of(**{name: chosen[name] for name in PLACEMENT})
-    prompts, tokens = prompts_of(chosen["prompts"]), chosen["tokens"]
-    rounds = chosen["rounds"] or (5 if pick_device(settings.device).type == "cpu" else 3)
+    settings = Settings.of(**{name: options[name] for name in PLACEMENT})
+    prompts, tokens = load_prompts(options["prompts"]), options["tokens"]
+    rounds = options["rounds"] or (5 if pick_device(settings.device).type == "cpu" else 3)
     if len(prompts) < rounds:
-        raise OffmoeError(f"{rounds} rounds need as many prompts and there are {len(prompts)}: give fewer --rounds")
+        raise OffmoeError(
+            f"{rounds} rounds need at least as many prompts, and there are {len(prompts)}: give fewer --rounds"
+        )
     with Bench(path, settings, prompts, tokens) as bench:
-        sweep = Sweep.of(bench, chosen["vram"], chosen["policies"], chosen["prefetch"], rounds)
+        sweep = Sweep.of(bench, options["vram"], options["policies"], options["prefetch"], rounds)
         plan = bench.plan(sweep.configurations[0])
         run = {
             "what": "bench latency",
@@ -61,8 +63,8 @@ def measure_and_report(path: Path, out: Path, chosen: dict[str, Any]) -> bool:
             "configurations": [vars(configuration) for configuration in sweep.configurations],
         }
         folder = Folder(out, run)
-        results = measured(bench, sweep, folder, tokens)
-        about = {
+        results = measure_all(bench, sweep, folder, tokens)
+        facts = {
             **run,
             "notes": sweep.notes,
             "date": date.today().isoformat(),
@@ -70,58 +72,64 @@ def measure_and_report(path: Path, out: Path, chosen: dict[str, Any]) -> bool:
             "record_bytes": bench.model.record_bytes / bench.model.records,
             "records": bench.model.records,
         }
-        predicted = kept(folder) or predictors(bench, results, folder, about)
-    write_report(folder, about, results, traces(folder, rounds), predicted)
-    return show(results, out, sweep.notes)
+        predicted = load_predictions(folder) or replay_predictors(bench, results, folder, facts)
+    write_report(folder, facts, results, join_traces(folder, rounds), predicted)
+    return print_results(results, out, sweep.notes)
 
 
-def measured(bench: Bench, sweep: Sweep, folder: Folder, tokens: int) -> Results:
-    """With a bar that shows the time left; Ctrl-C says what is kept."""
+def measure_all(bench: Bench, sweep: Sweep, folder: Folder, tokens: int) -> Results:
+    """Run the sweep behind a progress bar; Ctrl-C prints how many measurements are saved."""
     total = len(sweep.cells())
     try:
         with progress_bar("measuring") as progress:
             results = run_sweep(bench, sweep, folder, tokens, progress)
     except KeyboardInterrupt:
-        kept = sum(folder.read(cell) is not None for cell in sweep.cells())
-        click.echo(f"offmoe: {kept} of {total} measurements are kept: the same command goes on", err=True)
+        saved = sum(folder.read(cell) is not None for cell in sweep.cells())
+        click.echo(f"offmoe: {saved} of {total} measurements are saved: run the same command to continue", err=True)
         raise
     finally:
         for broken in folder.broken:
-            click.echo(f"offmoe: {broken} was damaged: measured again", err=True)
+            click.echo(f"offmoe: {broken} was damaged and is measured again", err=True)
     return results
 
 
-def predictors(bench: Bench, results: Results, folder: Folder, about: dict[str, Any]) -> Predictions | None:
-    """At the smallest budget that leaves room to fetch ahead; None where none does."""
-    config, found = bench.model.config, summaries(results)
-    roomy = [s for s in found if config.top_k + 1 < s.slots // config.moe_layers < config.experts]
-    if not roomy:
+def replay_predictors(bench: Bench, results: Results, folder: Folder, facts: dict[str, Any]) -> Predictions | None:
+    """Replay predictors at the smallest budget that leaves room for prefetching; return None if there is none."""
+    config, configurations = bench.model.config, summaries(results)
+    candidates = [s for s in configurations if config.top_k + 1 < s.slots // config.moe_layers < config.experts]
+    if not candidates:
         return None
-    own = min(roomy, key=lambda summary: summary.slots)
+    own = min(candidates, key=lambda summary: summary.slots)
     pace = Pace(
-        about["record_bytes"] / about["bandwidths"]["link"],
+        facts["record_bytes"] / facts["bandwidths"]["link"],
         min(m.floor_ms for m in own.rounds) / 1e3 / config.moe_layers,
     )
     with progress_bar("predictors") as progress:
-        trace = bench.states(replace(own.configuration, prefetch=NONE), min(about["tokens"], STATES))
-        of = predictions(trace, own.configuration.policy, own.slots // config.moe_layers, about["scope"], pace,
-                         lambda done, total: progress("predictors", done, total))  # fmt: skip
+        trace = bench.states(replace(own.configuration, prefetch=NONE), min(facts["tokens"], STATES))
+        of = predictions(
+            trace,
+            own.configuration.policy,
+            own.slots // config.moe_layers,
+            facts["scope"],
+            pace,
+            lambda done, total: progress("predictors", done, total),
+        )
     predicted = Predictions(own.configuration.budget, own.configuration.policy, len(trace.experts), tuple(of))
-    keep(folder, predicted)
+    save_predictions(folder, predicted)
     return predicted
 
 
-def show(results: Results, out: Path, notes: tuple[str, ...]) -> bool:
-    """The table, and whether every replay agrees."""
-    found, compared = summaries(results), gains(results)
+def print_results(results: Results, out: Path, notes: tuple[str, ...]) -> bool:
+    """Print the results; return whether every replay agrees with the engine."""
+    configurations, compared = summaries(results), gains(results)
     screen = console()
-    screen.print(table(found, compared))
+    screen.print(table(configurations, compared))
     for note in notes:
         screen.print(note, style="dim", soft_wrap=True)
-    if one := fitted(found):
-        screen.print(f"ms a token = {one} (residual {one.residual:.2f} ms)")
-    wrong = [summary for summary in found if not summary.believed]
+    if one := fit_summaries(configurations):
+        screen.print(f"ms per token = {one} (residual {one.residual:.2f} ms)")
+    wrong = [summary for summary in configurations if not summary.agrees]
     for summary in wrong:
-        screen.print(f"the replay is wrong: {wrong_line(summary)}", style="bold red", soft_wrap=True)
+        screen.print(f"the replay disagrees: {disagreement(summary)}", style="bold red", soft_wrap=True)
     screen.print(f"report: {out / 'report.md'}", soft_wrap=True)
     return not wrong

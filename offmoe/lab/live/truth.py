@@ -1,4 +1,4 @@
-"""Replays what an engine was just asked, prompt and steps, through the very table that it uses."""
+"""Replay of an engine's prompts and steps through the same residency table that the engine uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from offmoe.cache.policy import make_policy
 from offmoe.cache.residency import Residency
 from offmoe.experts.store import Ints, grouped
 
@@ -18,12 +17,12 @@ if TYPE_CHECKING:
     from offmoe.cache.trace import Trace
     from offmoe.plan import Plan
 
-TOLERANCE = 0.01  # of the hit rate: a simulator that is further off is not to be believed
+TOLERANCE = 0.01  # largest difference of the hit rates for which the replay is trusted
 
 
 @dataclass
 class Answer:
-    """One sequence: the chunks that its prompt was run in and the steps that followed, ids [T, layers, k] each."""
+    """One sequence: the chunks of its prompt and the steps after it, each with ids [T, layers, k]."""
 
     prompt: list[Ints]
     steps: list[Ints]
@@ -31,25 +30,25 @@ class Answer:
 
 @dataclass
 class Simulated:
-    """What the replay says of one answer's steps."""
+    """Hits and misses of one answer's steps in replay."""
 
     hits: Ints  # [layers]
-    missed: list[Ints]  # records, an event each
+    missed: list[Ints]  # record indices of the misses, one array per event
 
 
 class Simulator:
-    """An engine's cache without the engine: uploads are there at once, nothing is prefetched."""
+    """Cache of an engine without the engine: uploads take no time, nothing is prefetched."""
 
     def __init__(self, plan: Plan, layers: int, experts: int) -> None:
-        policy = make_policy(plan.policy, layers * experts)
+        policy = plan.policy.make(layers * experts)
         self.table = Residency(layers, experts, plan.slots, policy, plan.scope)
         self.clock = 0
-        if plan.all_in_slots:  # the engine fills its slots before anybody asks
+        if plan.all_in_slots:  # the engine fills its slots at the start
             for layer in range(layers):
                 self._event(layer, np.arange(experts), np.zeros(experts, np.int64))
 
     def answer(self, answer: Answer) -> Simulated:
-        """In the order in which the engine ran it; prompts warm the cache and are not counted."""
+        """Replay an answer in the order of the engine; prompts warm the cache and are not counted."""
         layers = self.table.layers
         self._run(answer.prompt)
         hits, missed = np.zeros(layers, np.int64), list[Ints]()
@@ -59,7 +58,7 @@ class Simulator:
         return Simulated(hits, missed)
 
     def _run(self, passes: Iterable[Ints]) -> list[tuple[int, Ints, NDArray[np.bool_]]]:
-        """Every event of the passes: layer, experts and which of them hit."""
+        """Replay forward passes; return each event's layer, experts, and which of them hit."""
         events = []
         for ids in passes:  # [T, layers, k]
             self.clock += len(ids)
@@ -77,7 +76,9 @@ class Simulator:
 
 
 def answers_of(trace: Trace, chunk: int) -> list[Answer]:
-    """A recorded trace as an engine runs it: every prompt in chunks of so many tokens, then step by step."""
+    """Return the answers of a trace in the order of an engine: each prompt in chunks of `chunk` tokens, then its
+    steps.
+    """
     assert trace.prefill is not None, "a live run records prompts"
     spans = list(zip(pairwise(trace.prompts.tolist()), pairwise(trace.offsets.tolist()), strict=True))
     return [
@@ -89,6 +90,6 @@ def answers_of(trace: Trace, chunk: int) -> list[Answer]:
     ]
 
 
-def same(one: list[Ints], other: list[Ints]) -> bool:
-    """The same records missed in the same order, event by event."""
+def same_events(one: list[Ints], other: list[Ints]) -> bool:
+    """Return whether both have the same misses in the same order, event by event."""
     return len(one) == len(other) and all(map(np.array_equal, one, other))

@@ -1,1 +1,1 @@
-"""Replay of policies and predictors over traces (`offmoe bench policies`)."""
+"""Replay of policies and predictors on traces (`offmoe bench policies`)."""

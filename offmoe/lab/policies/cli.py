@@ -1,4 +1,4 @@
-"""`offmoe bench policies`."""
+"""Command `offmoe bench policies`."""
 
 from __future__ import annotations
 
@@ -16,35 +16,65 @@ EXAMPLES = (
     "offmoe bench policies trace.npz --fraction 0.25 --scope layer --scope global --csv table.csv",
     "offmoe bench policies states.npz --policy lru --prefetch gate --prefetch shuffled:gate --prefetch oracle",
 )
-cache, ahead, output = partial(option, "Cache"), partial(option, "Prefetching"), partial(option, "Output")
+cache_option, prefetch_option, output_option = (
+    partial(option, "Cache"),
+    partial(option, "Prefetching"),
+    partial(option, "Output"),
+)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command(cls=Command, examples=EXAMPLES)
 @click.argument("traces", nargs=-1, required=True, type=FILE, metavar="TRACE.npz…")
-@cache("--slots", multiple=True, type=click.IntRange(1), metavar="N", help="A layer; may be repeated.")
-@cache("--fraction", "fractions", multiple=True, type=click.FloatRange(0, 1, min_open=True), metavar="F",
-       help="Slots as a share of a layer's experts; may be repeated [0.25, 0.5].")  # fmt: skip
-@cache("--policy", "policies", multiple=True, metavar="NAME[:KEY=VALUE,…]",
-       help="May be repeated: a name, or FILE.py:CLASS,… [a selection]. lru and belady are always shown.")  # fmt: skip
-@cache("--scope", "scopes", multiple=True, type=click.Choice(["layer", "global"]),
-       help="A quota a layer, or one pool of N × layers; may be repeated [layer].")  # fmt: skip
-@cache("--tokens", type=click.IntRange(1), metavar="N", help="Only the first N of every trace.")
-@ahead("--prefetch", multiple=True, metavar="NAME[:KEY=VALUE,…]",
-       help="none, previous, markov, nearest, gate, linear, oracle, shuffled:…, FILE.py:CLASS,… [none].")  # fmt: skip
-@ahead(
-    "--link", metavar="SIZE", help="Bytes a second to where slots are, or `measure`; without it copies take no time."
+@cache_option("--slots", multiple=True, type=click.IntRange(1), metavar="N", help="Slots per layer. May be repeated.")
+@cache_option(
+    "--fraction",
+    "fractions",
+    multiple=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="F",
+    help="Slots as a share of a layer's experts. May be repeated. [default: 0.25, 0.5]",
 )
-@ahead("--record", metavar="SIZE", help="Bytes of one expert: for --link, and to count in bytes too.")
-@ahead("--floor", type=click.FloatRange(0), default=0.0, metavar="MS", help="Of a token in which everything hits.")
-@output("--per-layer", is_flag=True, help="The hit rate of every layer too.")
-@output("--csv", type=FILE, metavar="FILE", help="Write the table there too.")
-@output("--json", "as_json", is_flag=True, help="Print one JSON object a line in place of the table.")
+@cache_option(
+    "--policy",
+    "policies",
+    multiple=True,
+    metavar="NAME[:KEY=VALUE,…]",
+    help="Cache policy: a name, or FILE.py:CLASS,… May be repeated; lru and belady are always included. "
+    "[default: a selection]",
+)
+@cache_option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice(["layer", "global"]),
+    help="N slots for each layer, or one pool of N × layers. May be repeated. [default: layer]",
+)
+@cache_option("--tokens", type=click.IntRange(1), metavar="N", help="Use only the first N tokens of every trace.")
+@prefetch_option(
+    "--prefetch",
+    multiple=True,
+    metavar="NAME[:KEY=VALUE,…]",
+    help="Prefetcher: none, previous, markov, nearest, gate, linear, oracle, shuffled:…, or FILE.py:CLASS,… "
+    "May be repeated. [default: none]",
+)
+@prefetch_option(
+    "--link",
+    metavar="SIZE",
+    help="Bandwidth of copies to slots in bytes/s, or `measure`; if not given, copies take no time.",
+)
+@prefetch_option("--record", metavar="SIZE", help="Size of one expert, for --link and for results in bytes.")
+@prefetch_option(
+    "--floor", type=click.FloatRange(0), default=0.0, metavar="MS", help="Time of a token in which every expert hits."
+)
+@output_option("--per-layer", is_flag=True, help="Also print the hit rate of every layer.")
+@output_option("--csv", type=FILE, metavar="FILE", help="Also write the table to FILE.")
+@output_option("--json", "as_json", is_flag=True, help="Print one JSON object per line instead of the table.")
 def policies(**chosen: Any) -> None:
-    """Replay traces through cache and prefetch policies.
+    """Replay traces through cache policies and prefetchers.
 
-    All k experts of a layer are looked up before any is admitted, as in the engine and by its own table. gap: how much
-    of the way from lru to belady a policy goes.
+    All k experts of a layer are looked up before any is admitted, as in the engine and by its own table. gap: share of
+    the difference between lru and belady that a policy gains.
     """
     from offmoe.lab.policies.sweep import run
 

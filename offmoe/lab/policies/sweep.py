@@ -1,4 +1,4 @@
-"""Traces × scopes × slots × policies × predictors, a row each."""
+"""Replay of traces × scopes × slots × policies × predictors, one row per combination."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from offmoe.settings import parse_size
 LRU, BELADY, BYPASS = "lru", "belady", "belady-bypass"
 SELECTION = ("random", LRU, "lfu", "lfru", "slru", "crf:h=16", "crf:h=64", "crf+tinylfu", "echo")
 FRACTIONS = (0.25, 0.5)
-APART = 64  # first tokens, in which the cache fills
-TIMED = {"timely", "late_per_token", "late_wait_ms", "stall_ms_per_token"}  # say nothing where copies take no time
+WARM_UP_TOKENS = 64  # first tokens, in which the cache fills
+TIMED = {"timely", "late_per_token", "late_wait_ms", "stall_ms_per_token"}  # meaningless if copies take no time
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One replay to make."""
+    """One replay to run."""
 
     policy: str
     scope: str
@@ -44,33 +44,43 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """The replays of one trace."""
+    """Replays of one trace."""
 
     path: Path
     trace: Trace
     cells: list[Cell]
-    record: int | None  # bytes
+    record: int | None  # bytes of one expert
     pace: Pace | None
 
 
 def run(
-    traces: Sequence[Path], slots: Sequence[int], fractions: Sequence[float], policies: Sequence[str],
-    scopes: Sequence[str], tokens: int | None, prefetch: Sequence[str], link: str | None, record: str | None,
-    floor: float, per_layer: bool, csv: Path | None, as_json: bool,
-) -> None:  # fmt: skip
-    """What `offmoe bench policies` does."""
+    traces: Sequence[Path],
+    slots: Sequence[int],
+    fractions: Sequence[float],
+    policies: Sequence[str],
+    scopes: Sequence[str],
+    tokens: int | None,
+    prefetch: Sequence[str],
+    link: str | None,
+    record: str | None,
+    floor: float,
+    per_layer: bool,
+    csv: Path | None,
+    as_json: bool,
+) -> None:
+    """Run `offmoe bench policies`."""
     rows: list[Row] = []
     with users_mistakes():
-        opened = [(path, head_of(Trace.load(path), tokens)) for path in traces]
+        opened = [(path, truncate(Trace.load(path), tokens)) for path in traces]
         plans: list[Plan] = []
         for path, trace in opened:
-            cells = cells_of(trace, slots, fractions, policies, scopes, prefetch)
+            cells = make_cells(trace, slots, fractions, policies, scopes, prefetch)
             size = parse_size(record) if record else trace.meta.get("record_bytes")
-            plans.append(Plan(path, trace, cells, size, pace_of(trace, link, size, floor)))
-    warn(cell for plan in plans for cell in plan.cells if cell.slots < plan.trace.meta["top_k"])
+            plans.append(Plan(path, trace, cells, size, make_pace(trace, link, size, floor)))
+    warn_small_pools(cell for plan in plans for cell in plan.cells if cell.slots < plan.trace.meta["top_k"])
     with users_mistakes(), progress_bar("replaying") as progress:
         total = sum(len(plan.cells) for plan in plans)
-        for row in (row for plan in plans for row in rows_of(plan, per_layer)):
+        for row in (row for plan in plans for row in replay_rows(plan, per_layer)):
             rows.append(row)
             progress(row["policy"], len(rows), total)
             if as_json:
@@ -83,36 +93,40 @@ def run(
         console().print(*tables(rows), sep="\n")
     for name in {row["policy"] for row in rows if is_plugin(row["policy"])}:
         if not understand(name, {})[0].state:
-            click.echo(f"{name}: no kernel evaluates its score, so it runs in replay and on the CPU only", err=True)
+            click.echo(f"{name}: no GPU kernel evaluates its score, so it runs only in replay and on the CPU", err=True)
 
 
-def head_of(trace: Trace, tokens: int | None) -> Trace:
-    """The trace, or its first tokens without their prompts."""
+def truncate(trace: Trace, tokens: int | None) -> Trace:
+    """Return the trace, or its first tokens without their prompts."""
     if tokens is None or tokens >= len(trace.experts):
         return trace
-    ends = trace.offsets[(trace.offsets > 0) & (trace.offsets < tokens)]
-    some = {
+    bounds = trace.offsets[(trace.offsets > 0) & (trace.offsets < tokens)]
+    arrays = {
         name: None if (array := getattr(trace, name)) is None else array[:tokens]
         for name in ("probs", "tokens", "states", "logits")
     }
     meta = {key: value for key, value in trace.meta.items() if key != "classes"}
-    return Trace(trace.experts[:tokens], np.array([0, *ends, tokens]), meta, gates=trace.gates, **some)
+    return Trace(trace.experts[:tokens], np.array([0, *bounds, tokens]), meta, gates=trace.gates, **arrays)
 
 
-def cells_of(
-    trace: Trace, slots: Sequence[int], fractions: Sequence[float], policies: Sequence[str], scopes: Sequence[str],
+def make_cells(
+    trace: Trace,
+    slots: Sequence[int],
+    fractions: Sequence[float],
+    policies: Sequence[str],
+    scopes: Sequence[str],
     prefetch: Sequence[str],
-) -> list[Cell]:  # fmt: skip
-    """All replays of a trace, refused before the first of them where one is impossible.
+) -> list[Cell]:
+    """Return all replays of a trace. Raises an error before the first one if any of them is impossible.
 
-    Of every scope and budget lru and the two bounds come too, the bounds without a predictor.
+    For every scope and number of slots, lru and the two Belady bounds are added, the bounds without a predictor.
     """
     experts, k = trace.meta["experts"], trace.meta["top_k"]
     sizes = [*slots, *(max(1, round(fraction * experts)) for fraction in fractions)]
     if not sizes:
         sizes = [max(k, round(fraction * experts)) for fraction in FRACTIONS]
     named = list(dict.fromkeys(policy_for(trace, spec).name for spec in (*(policies or SELECTION), LRU)))
-    ahead = list(dict.fromkeys(canonical(trace, spec) for spec in prefetch or ("none",)))
+    ahead = list(dict.fromkeys(canonical_predictor(trace, spec) for spec in prefetch or ("none",)))
     cells = []
     for scope in dict.fromkeys(scopes or ("layer",)):
         for size in dict.fromkeys(min(size, experts) for size in sizes):
@@ -122,29 +136,30 @@ def cells_of(
     return cells
 
 
-def canonical(trace: Trace, prefetch: str) -> str:
+def canonical_predictor(trace: Trace, prefetch: str) -> str:
+    """Return the full name of a predictor, defaults included."""
     predictor = make_predictor(prefetch, trace)
     return predictor.name if predictor else "none"
 
 
-def pace_of(trace: Trace, link: str | None, record: Any, floor: float) -> Pace | None:
-    """None: copies take no time, and stalls are not asked for."""
+def make_pace(trace: Trace, link: str | None, record: Any, floor: float) -> Pace | None:
+    """Return the time of copies, or None if copies take no time."""
     if record is not None and (not isinstance(record, int) or record <= 0):
-        raise OffmoeError(f"a record of {record!r} bytes is none: give --record the bytes of one expert")
+        raise OffmoeError(f"an expert of {record!r} bytes is not possible: give its size with --record")
     if link is None:
         if floor:
-            raise OffmoeError("--floor says nothing without --link: give its bytes a second, or measure")
+            raise OffmoeError("--floor needs --link: give a bandwidth, or measure")
         return None
     if record is None:
-        raise OffmoeError("--link needs --record: the bytes of one expert, which `offmoe info MODEL` shows")
-    speed = measured_link() if link == "measure" else float(parse_size(link))
+        raise OffmoeError("--link needs --record, the size of one expert: `offmoe info MODEL` prints it")
+    speed = measure_link() if link == "measure" else float(parse_size(link))
     if speed <= 0:
-        raise OffmoeError(f"--link {link!r} is no bandwidth: write for example 25GB, or measure")
+        raise OffmoeError(f"--link {link!r} is not a bandwidth: give for example 25GB, or measure")
     return Pace(record / speed, floor / 1e3 / trace.meta["layers"])
 
 
-def measured_link() -> float:
-    """Bytes a second of this machine."""
+def measure_link() -> float:
+    """Measure this machine's bandwidth to slots, in bytes/s."""
     import torch
 
     from offmoe.machine.bandwidth import link_bandwidth
@@ -152,36 +167,36 @@ def measured_link() -> float:
     return link_bandwidth(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
 
 
-def warn(cells: Iterator[Cell]) -> None:
-    """Pools that are smaller than what one token asks for."""
+def warn_small_pools(cells: Iterator[Cell]) -> None:
+    """Warn of global pools that are smaller than the experts of one token."""
     for slots in sorted({cell.slots for cell in cells}):
         click.echo(
-            f"a global pool of {slots} slots a layer is smaller than what one token uses: lru will hit nothing",
+            f"a global pool of {slots} slots per layer is smaller than what one token uses: lru will never hit",
             err=True,
         )
 
 
-def rows_of(plan: Plan, per_layer: bool) -> Iterator[Row]:
-    """One row a cell."""
-    ends: dict[tuple[str, int], tuple[float, float]] = {}  # hit rates of lru and belady
+def replay_rows(plan: Plan, per_layer: bool) -> Iterator[Row]:
+    """Yield one row per cell."""
+    bounds: dict[tuple[str, int], tuple[float, float]] = {}  # hit rates of lru and belady
     trace, pace = plan.trace, plan.pace
     for cell in plan.cells:
         pool = cell.scope, cell.slots
-        if pool not in ends:
+        if pool not in bounds:
             lru, belady = (replay(trace, name, cell.slots, cell.scope).hit_rate for name in (LRU, BELADY))
-            ends[pool] = lru, belady
+            bounds[pool] = lru, belady
         outcome: Outcome = (
             replay(trace, cell.policy, cell.slots, cell.scope)
             if cell.prefetch == "none" and pace is None
             else foresee(trace, cell.policy, cell.slots, cell.scope, cell.prefetch, pace)
         )
         head = {"trace": plan.path.name, "model": trace.meta["model"], "prefetch": cell.prefetch}
-        yield head | figures(outcome, *ends[pool], per_layer, pace is not None) | in_bytes(outcome, plan.record)
+        yield head | figures(outcome, *bounds[pool], per_layer, pace is not None) | byte_figures(outcome, plan.record)
 
 
 def figures(outcome: Outcome, lru: float, belady: float, per_layer: bool, timed: bool) -> Row:
-    """The numbers of one replay; a share of nothing is None."""
-    first, after = outcome.between(0, APART), outcome.between(APART)
+    """Return the numbers of one replay; a ratio with an empty denominator is None."""
+    first, after = outcome.between(0, WARM_UP_TOKENS), outcome.between(WARM_UP_TOKENS)
     row = {
         "policy": outcome.policy,
         "scope": outcome.scope,
@@ -201,8 +216,8 @@ def figures(outcome: Outcome, lru: float, belady: float, per_layer: bool, timed:
     return row
 
 
-def in_bytes(outcome: Outcome, record: int | None) -> Row:
-    """What crosses the link, where it is known how large a record is."""
+def byte_figures(outcome: Outcome, record: int | None) -> Row:
+    """Return the bytes that cross the link, if the size of an expert is known."""
     if record is None:
         return {}
     row = {"upload_bytes_per_token": outcome.uploads_per_token * record}
@@ -212,7 +227,7 @@ def in_bytes(outcome: Outcome, record: int | None) -> Row:
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
-    """Whole or not at all; a layer's rates stand in one field, with spaces between them."""
+    """Write the file atomically; the hit rates of the layers share one field, separated by spaces."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with whole_file(path) as raw:
         file = io.TextIOWrapper(raw, "utf-8", newline="", write_through=True)

@@ -1,4 +1,4 @@
-"""What a replay of the recorded routing adds to a report: misses over cache sizes, and how well predictors do."""
+"""Miss curves: misses over cache sizes, replayed from the recorded routing."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from offmoe.cache.replay import replay
 from offmoe.cache.trace import Trace
 
 BOUNDS = ("belady", "belady-bypass")
-SIZES = 9  # of a curve
+SIZES = 9  # points of a curve
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Misses a token of one policy, from an empty cache, decoded tokens alone."""
+    """Misses per token of one policy, from an empty cache, decoded tokens only."""
 
     policy: str
-    slots: tuple[int, ...]  # a layer
+    slots: tuple[int, ...]  # per layer
     misses: tuple[float, ...]
 
 
 def curves(trace: Trace, policies: list[str], scope: str) -> list[Curve]:
-    """The policies and, as the bound, Belady, which knows the future; from what a token needs to all experts."""
+    """Return the curves of `policies` and of Belady's bounds, from the experts of one token to all experts."""
     experts, k = trace.meta["experts"], trace.meta["top_k"]
     sizes = tuple(int(size) for size in np.unique(np.linspace(k, experts, SIZES).round().astype(int)))
     names = dict.fromkeys([*policies, *BOUNDS])
     return [
-        Curve(name, sizes, tuple(replay(trace, name, size, scope).misses_per_token for size in sizes))
-        for name in names
-    ]  # fmt: skip
+        Curve(name, sizes, tuple(replay(trace, name, size, scope).misses_per_token for size in sizes)) for name in names
+    ]

@@ -1,4 +1,4 @@
-"""From measurements to statements: means, paired gains with their spread, a fit, and whether the replay was right."""
+"""Statistics of measurements: means, paired gains with their spread, a linear fit, and agreement with the replay."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from statistics import fmean, median, stdev
 import numpy as np
 
 from offmoe.lab.live.folder import Cell
-from offmoe.lab.live.measure import Configuration, Measured
+from offmoe.lab.live.results import Configuration, Measured
 from offmoe.lab.live.truth import TOLERANCE
 
-# Student's t, two-sided 95 %, for 1, 2, … degrees of freedom; beyond, the normal's.
+# Student's t, two-sided 95 %, for 1, 2, … degrees of freedom; beyond these, 2.0.
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 Results = dict[Cell, Measured]
 
 
 def t95(freedom: int) -> float:
+    """Return Student's t for a two-sided 95 % interval."""
     return math.inf if freedom < 1 else T95[freedom - 1] if freedom <= len(T95) else 2.0
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One configuration over its rounds, the baseline's repeats included."""
+    """All rounds of one configuration, including the repeats of a baseline."""
 
     configuration: Configuration
     rounds: tuple[Measured, ...]
 
     def mean(self, name: str) -> float:
-        """Per token: a round counts by its tokens."""
+        """Return the mean of a field per token, rounds weighted by their tokens."""
         return sum(getattr(m, name) * m.tokens for m in self.rounds) / self.tokens
 
     @property
@@ -39,7 +40,7 @@ class Summary:
 
     @property
     def typical(self) -> Measured:
-        """The round with the median time (the lower of two): a machine that was busy for a moment does not move it."""
+        """Round with the median time (of two, the faster): insensitive to a machine that was busy for a moment."""
         return sorted(self.rounds, key=lambda measured: measured.ms)[(len(self.rounds) - 1) // 2]
 
     @property
@@ -48,7 +49,7 @@ class Summary:
 
     @property
     def range(self) -> tuple[float, float]:
-        """The fastest and the slowest round, ms a token."""
+        """Times of the fastest and the slowest round, ms per token."""
         return min(m.ms for m in self.rounds), max(m.ms for m in self.rounds)
 
     @property
@@ -58,8 +59,11 @@ class Summary:
     @property
     def hits_by_layer(self) -> list[float]:
         known = [m for m in self.rounds if m.hits_by_layer]
-        return np.average([m.hits_by_layer for m in known], axis=0, weights=[m.tokens for m in known]).tolist() \
-            if known else []  # fmt: skip
+        return (
+            np.average([m.hits_by_layer for m in known], axis=0, weights=[m.tokens for m in known]).tolist()
+            if known
+            else []
+        )
 
     @property
     def simulated(self) -> float | None:
@@ -69,18 +73,18 @@ class Summary:
 
     @property
     def same_misses(self) -> bool | None:
-        """None where no step was seen."""
+        """True if all observed rounds have the misses of the replay; None if none was observed."""
         seen = [m.same_misses for m in self.rounds if m.same_misses is not None]
         return all(seen) if seen else None
 
     @property
-    def believed(self) -> bool:
-        """The replay is within TOLERANCE in every single round, or there was none."""
-        return all(m.off <= TOLERANCE for m in self.rounds)
+    def agrees(self) -> bool:
+        """True if the replay is within TOLERANCE in every round, or nothing was replayed."""
+        return all(m.replay_error <= TOLERANCE for m in self.rounds)
 
 
 def summaries(results: Results) -> list[Summary]:
-    """In the order in which configurations were first measured in round 0."""
+    """Return one summary per configuration, in the order of the first measurements."""
     groups: dict[Configuration, list[Measured]] = {}
     for cell, measured in results.items():
         groups.setdefault(cell.configuration, []).append(measured)
@@ -89,12 +93,12 @@ def summaries(results: Results) -> list[Summary]:
 
 @dataclass(frozen=True)
 class Gain:
-    """How much less time a token takes than with the baseline, as a share of it; paired round by round."""
+    """Time per token saved relative to the baseline, as a share of the baseline's; paired round by round."""
 
     configuration: Configuration
     baseline: Configuration
-    gain: float  # the median pair's
-    spread: float  # 95 %: the larger of what the pairs scatter and what the baseline differs from itself
+    gain: float  # median of the pairs
+    spread: float  # 95 %: the larger of the scatter of the pairs and the baseline's difference from itself
     rounds: int
 
     @property
@@ -119,18 +123,18 @@ def with_spread(gain: float, spread: float) -> str:
     return f"{gain:+.1%} " + ("of one round" if math.isinf(spread) else f"± {spread:.1%}")
 
 
-def paired(times: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
-    """(gain, spread) of rounds of (baseline, baseline again, other), ms a token each."""
+def paired_gain(times: Iterable[tuple[float, float, float]]) -> tuple[float, float]:
+    """Return (gain, spread) of rounds of (baseline, baseline again, other), in ms per token each."""
     rounds = list(times)
     gains = [1 - other / ((first + again) / 2) for first, again, other in rounds]
-    # The baseline against itself: its two runs differ by twice the variance of one; a gain has 1.5 times that.
+    # Baseline against itself: the difference of two runs has twice the variance of one run; a gain has 1.5 times.
     own = math.sqrt(fmean((again / first - 1) ** 2 for first, again, _ in rounds) * 0.75)
     scatter = t95(len(gains) - 1) * stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
     return median(gains), max(scatter, t95(len(gains)) * own / math.sqrt(len(gains)))
 
 
 def gains(results: Results) -> list[Gain]:
-    """Every configuration against the baseline of its budget."""
+    """Compare every configuration with the baseline of its budget."""
     times = {(cell.round, cell.configuration, cell.again): m.ms for cell, m in results.items()}
     baselines = {cell.configuration.vram: cell.configuration for cell in results if cell.again}
     found = []
@@ -139,35 +143,36 @@ def gains(results: Results) -> list[Gain]:
         if base is None or own == base:
             continue
         rounds = [
-            (times[turn, base, False], times[turn, base, True], time)
-            for (turn, configuration, _), time in times.items()
-            if configuration == own and (turn, base, False) in times and (turn, base, True) in times
+            (times[round_index, base, False], times[round_index, base, True], time)
+            for (round_index, configuration, _), time in times.items()
+            if configuration == own and (round_index, base, False) in times and (round_index, base, True) in times
         ]
         if rounds:
-            found.append(Gain(own, base, *paired(rounds), len(rounds)))
+            found.append(Gain(own, base, *paired_gain(rounds), len(rounds)))
     return found
 
 
 @dataclass(frozen=True)
 class Drift:
-    """A budget's baseline at the end of a round against its beginning."""
+    """Change of a budget's baseline from the beginning to the end of a round."""
 
     configuration: Configuration
-    changes: tuple[float, ...]  # a round each: again ÷ first − 1
+    changes: tuple[float, ...]  # one per round: again ÷ first − 1
 
 
 def drifts(results: Results) -> list[Drift]:
+    """Return the drift of every baseline."""
     times = {(cell.round, cell.configuration, cell.again): m.ms for cell, m in results.items()}
     changes: dict[Configuration, list[float]] = {}
-    for (turn, configuration, again), ms in times.items():
-        if again and (turn, configuration, False) in times:
-            changes.setdefault(configuration, []).append(ms / times[turn, configuration, False] - 1)
+    for (round_index, configuration, again), ms in times.items():
+        if again and (round_index, configuration, False) in times:
+            changes.setdefault(configuration, []).append(ms / times[round_index, configuration, False] - 1)
     return [Drift(configuration, tuple(found)) for configuration, found in changes.items()]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """ms a token ≈ a + b · misses + c · uploads. c is None where uploads are misses: b then holds both."""
+    """ms per token ≈ a + b · misses + c · uploads. If uploads equal misses, c is None and b includes both."""
 
     a: float
     b: float
@@ -181,14 +186,14 @@ class Fit:
 
 
 def fit(points: list[tuple[float, float, float]]) -> Fit | None:
-    """Least squares over (ms, misses, uploads) of configurations; None with fewer than five."""
+    """Fit (ms, misses, uploads) of configurations by least squares; return None for fewer than five."""
     if len(points) < 5:
         return None
     ms, misses, uploads = np.array(points).T
     ones = np.ones_like(ms)
     columns = [ones, misses, uploads]
-    apart = np.abs(uploads - misses).max() > 0.01 * max(misses.max(), uploads.max(), 1e-9)
-    if not apart or np.linalg.matrix_rank(np.stack(columns, 1)) < 3:
+    distinguishable = np.abs(uploads - misses).max() > 0.01 * max(misses.max(), uploads.max(), 1e-9)
+    if not distinguishable or np.linalg.matrix_rank(np.stack(columns, 1)) < 3:
         columns = columns[:2]
     matrix = np.stack(columns, 1)
     solution = np.linalg.lstsq(matrix, ms, rcond=None)[0]
@@ -197,5 +202,5 @@ def fit(points: list[tuple[float, float, float]]) -> Fit | None:
     return Fit(a, b, c[0] if c else None, residual, len(points))
 
 
-def fitted(found: list[Summary]) -> Fit | None:
+def fit_summaries(found: list[Summary]) -> Fit | None:
     return fit([(s.ms, s.mean("misses"), s.mean("uploads")) for s in found])

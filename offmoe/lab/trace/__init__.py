@@ -1,1 +1,1 @@
-"""Routing traces: recorded, converted, described."""
+"""Routing traces: recording, conversion, statistics (`offmoe trace`)."""

@@ -1,4 +1,4 @@
-"""`offmoe trace …`."""
+"""Commands `offmoe trace …`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from offmoe.app.options import Command, json_option, option, parse, placement_options, spare_existing
+from offmoe.app.options import Command, check_overwrite, json_option, option, parse_options, placement_options
 from offmoe.app.terminal import clean, interruptible, progress_bar
 from offmoe.checkpoint.find_model import find_model
 from offmoe.errors import OffmoeError, users_mistakes
@@ -28,26 +28,49 @@ CONVERT = (
     "offmoe trace convert t.npz t.jsonl",
 )
 FIT = "offmoe trace fit states.npz -o map.npz", "offmoe trace fit states.npz --ahead 2 --test other.npz -o map.npz"
-recorded, output, fitting = partial(option, "Recording"), partial(option, "Output"), partial(option, "Fitting")
-force_option = output("--force", is_flag=True, help="Write over what is there.")
+recording_option, output_option, fit_option = (
+    partial(option, "Recording"),
+    partial(option, "Output"),
+    partial(option, "Fitting"),
+)
+force_option = output_option("--force", is_flag=True, help="Overwrite an existing file.")
 
 
 @click.group()
 def trace() -> None:
-    """Record which experts a model chooses, and look at it."""
+    """Record which experts a model chooses, and analyse it."""
 
 
 @trace.command(cls=Command, examples=RECORD)
 @click.argument("model", default="demo")
-@recorded("--prompts", type=click.Path(path_type=Path), metavar="FILE",
-          help="One a line; a .jsonl has objects with prompt, text (raw) or messages, and perhaps class.")  # fmt: skip
-@recorded("--built-in", is_flag=True, help="Prompts of many kinds that come with offmoe.")
-@recorded("--tokens", type=click.IntRange(1), default=4000, show_default=True, metavar="N", help="Decoded, in all.")
-@recorded("--states", is_flag=True, help="What the routers see, float16, and their logits: for `trace fit`. Large.")
-@recorded("--ids-only", is_flag=True, help="Without the routers' weights: a third of the size.")
-@recorded("--temperature", type=float, metavar="T", help="0 always takes the likeliest token.")
-@recorded("--seed", type=int, metavar="N", help="Of the first round; later ones count up [0].")
-@output("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="T.npz", help="The trace.")
+@recording_option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="File of prompts, one per line; in a .jsonl, objects with prompt, text (raw) or messages, optionally class.",
+)
+@recording_option("--built-in", is_flag=True, help="Use the prompts that come with offmoe.")
+@recording_option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=4000,
+    show_default=True,
+    metavar="N",
+    help="Total number of tokens to decode.",
+)
+@recording_option(
+    "--states",
+    is_flag=True,
+    help="Also record the routers' inputs (float16) and logits, for `trace fit`; the file gets large.",
+)
+@recording_option("--ids-only", is_flag=True, help="Record no router weights, for a third of the size.")
+@recording_option(
+    "--temperature", type=float, metavar="T", help="Sampling temperature; 0 always picks the most likely token."
+)
+@recording_option(
+    "--seed", type=int, metavar="N", help="Seed of the first round, incremented in later rounds. [default: 0]"
+)
+@output_option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="T.npz", help="Output file.")
 @force_option
 @placement_options
 def record(
@@ -61,15 +84,14 @@ def record(
     force: bool,
     **chosen: Any,
 ) -> None:
-    """Let MODEL (default: the demo) answer prompts, and keep its routing.
+    """Record the routing of MODEL (default: the demo) while it answers prompts.
 
-    Where the prompts end before N tokens are decoded, they are asked again with another seed. Ctrl-C keeps what is
-    there.
+    If the prompts end before N tokens are decoded, they are repeated with another seed. Ctrl-C saves the trace so far.
     """
     if (prompts is None) == (not built_in):
         raise click.UsageError("Give either --prompts FILE or --built-in.")
-    settings, sampling = parse({**chosen, "greedy": False})
-    may_write(out, force, ".npz")
+    settings, sampling = parse_options({**chosen, "greedy": False})
+    check_output(out, force, ".npz")
     path = find_model(model)
     from offmoe.app.cli import load
     from offmoe.lab.trace.prompts import BUILT_IN, read_prompts
@@ -80,33 +102,33 @@ def record(
         recording = Recording(engine, asked, sampling, states=states, weights=not ids_only)
         with progress_bar("tokens") as progress, interruptible(recording.stop):
             recording.run(tokens, lambda done: progress("tokens", min(done, tokens), tokens))
-        found = recording.trace()
-        found.save(out)
-    click.echo(clean(f"{out}: {len(found.experts)} tokens of {found.sequences} answers"))
+        recorded = recording.trace()
+        recorded.save(out)
+    click.echo(clean(f"{out}: {len(recorded.experts)} tokens of {recorded.sequences} answers"))
     if recording.stopped:
         raise KeyboardInterrupt
 
 
 @trace.command(cls=Command, examples=INFO)
 @click.argument("path", type=click.Path(path_type=Path), metavar="T.npz")
-@output("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Draw it.")
+@output_option("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Also draw the results to this file.")
 @json_option
 def info(path: Path, plot: Path | None, as_json: bool) -> None:
-    """How uneven a model's routing is, how stable, and whether its experts specialise."""
-    found = read(path)
+    """Show how uneven and how stable a model's routing is, and whether its experts specialise."""
+    recorded = read(path)
     from offmoe.lab.trace.info import as_dict, examine
     from offmoe.lab.trace.table import tables
 
-    facts = examine(found)
+    facts = examine(recorded)
     if plot:
         from offmoe.lab.trace.plot import draw
 
         with users_mistakes():
             plot.write_bytes(draw(facts))
     if as_json:
-        from offmoe.app.cli import show_json
+        from offmoe.app.cli import print_json
 
-        show_json(as_dict(facts))
+        print_json(as_dict(facts))
     else:
         from offmoe.app.terminal import console
 
@@ -116,15 +138,21 @@ def info(path: Path, plot: Path | None, as_json: bool) -> None:
 @trace.command(cls=Command, examples=CONVERT)
 @click.argument("source", type=click.Path(path_type=Path), metavar="IN")
 @click.argument("out", type=click.Path(path_type=Path))
-@output("--model", metavar="NAME", help="Of a trace whose file does not name its model.")
-@output("--experts", type=click.IntRange(1, 65535), metavar="N", help="A layer, likewise [the highest id + 1].")
+@output_option("--model", metavar="NAME", help="Name of the model, if the file does not say.")
+@output_option(
+    "--experts",
+    type=click.IntRange(1, 65535),
+    metavar="N",
+    help="Experts per layer, if the file does not say. [default: the highest id + 1]",
+)
 @force_option
 def convert(source: Path, out: Path, model: str | None, experts: int | None, force: bool) -> None:
-    """Another format, by suffix: .npz, .csv (a line a routed event) or .jsonl (a line a token).
+    """Convert a trace to the format of OUT's suffix: .npz, .csv (one line per token and layer) or .jsonl (one line per
+    token).
 
-    CSV and JSON keep ids, weights and sequences; states, logits and tokens stay behind.
+    CSV and JSON keep ids, weights and sequences, but not states, logits and token ids.
     """
-    may_write(out, force, ".npz", ".csv", ".jsonl")
+    check_output(out, force, ".npz", ".csv", ".jsonl")
     with users_mistakes():
         from offmoe.lab.trace.formats import read_any, write_any
 
@@ -133,47 +161,64 @@ def convert(source: Path, out: Path, model: str | None, experts: int | None, for
 
 @trace.command(cls=Command, examples=FIT)
 @click.argument("path", type=click.Path(path_type=Path), metavar="T.npz")
-@fitting("--ahead", type=click.IntRange(1, 4), default=1, show_default=True, metavar="D",
-         help="Layers from state to router.")  # fmt: skip
-@fitting("--ridge", type=float, metavar="L", help="Penalty [the best of six on a quarter of the training sequences].")
-@fitting("--test", type=click.Path(path_type=Path), metavar="T2.npz",
-         help="Judge on this trace [a quarter of T.npz's sequences, not trained on].")  # fmt: skip
-@output("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="MAP.npz", help="The map.")
+@fit_option(
+    "--ahead",
+    type=click.IntRange(1, 4),
+    default=1,
+    show_default=True,
+    metavar="D",
+    help="Number of layers to predict ahead.",
+)
+@fit_option(
+    "--ridge",
+    type=float,
+    metavar="L",
+    help="Penalty of the ridge regression. [default: the best of six on a quarter of the training sequences]",
+)
+@fit_option(
+    "--test",
+    type=click.Path(path_type=Path),
+    metavar="T2.npz",
+    help="Trace to evaluate on. [default: a quarter of T.npz's sequences, held out]",
+)
+@output_option("-o", "--out", type=click.Path(path_type=Path), required=True, metavar="MAP.npz", help="Output file.")
 @json_option
 @force_option
 def fit(path: Path, ahead: int, ridge: float | None, test: Path | None, out: Path, as_json: bool, force: bool) -> None:
-    """Learn to predict a router D layers before it, from a trace with --states.
+    """Learn to predict a router D layers ahead, from a trace recorded with --states.
 
-    For `--prefetch linear:map=MAP.npz`. Judged on sequences that it did not see, beside gate-ahead and a control.
+    The map is used with `--prefetch linear:map=MAP.npz`. It is evaluated on held-out sequences and compared with
+    gate-ahead and controls.
     """
-    may_write(out, force, ".npz")
+    check_output(out, force, ".npz")
     train, other = read(path), read(test) if test else None
-    from offmoe.lab.trace.fit import fit_map, judge_table
+    from offmoe.lab.trace.fit import evaluation_table, fit_map
 
     with users_mistakes():
         linear = fit_map(train, other, ahead, ridge)
         linear.save(out)
     if as_json:
-        from offmoe.app.cli import show_json
+        from offmoe.app.cli import print_json
 
-        show_json(linear.meta)
+        print_json(linear.meta)
     else:
         from offmoe.app.terminal import console
 
-        console().print(*judge_table(linear), sep="\n")
+        console().print(*evaluation_table(linear), sep="\n")
 
 
 def read(path: Path) -> Trace:
+    """Load a trace. Raises OffmoeError."""
     with users_mistakes():
         from offmoe.cache.trace import Trace
 
         return Trace.load(path)
 
 
-def may_write(out: Path, force: bool, *suffixes: str) -> None:
-    """Found out before minutes of work."""
+def check_output(out: Path, force: bool, *suffixes: str) -> None:
+    """Raise OffmoeError, before minutes of work, if `out` cannot be written."""
     if out.suffix not in suffixes:
         raise OffmoeError(f"{out} ends with {out.suffix or 'no suffix'!r}: expected {' or '.join(suffixes)}")
-    spare_existing(out, force)
+    check_overwrite(out, force)
     if not out.parent.is_dir():
-        raise OffmoeError(f"{out.parent} is no directory: make it, or choose another name")
+        raise OffmoeError(f"{out.parent} is not a directory: create it, or choose another name")

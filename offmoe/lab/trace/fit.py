@@ -1,8 +1,8 @@
-"""`offmoe trace fit`: a linear map from what one layer's router sees to the logits of a later layer's.
+"""`offmoe trace fit`: a linear map from the input of one layer's router to the logits of a later layer's router.
 
-Ridge regression a layer, on recorded states. After Zhu et al. 2025 (arXiv 2511.10676), who look from before the same
-layer's attention; here the state is known earlier, before the experts of layer l − ahead. Judged on sequences that it
-did not see.
+Ridge regression per layer on recorded states. After Zhu et al. 2025 (arXiv 2511.10676), who predict from before the
+same layer's attention; here the state is known earlier, before the experts of layer l − ahead. Evaluated on held-out
+sequences.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)  # a state's mean square is 1
-HELD_OUT = 4  # every fourth sequence judges
-LIKELY = 0.05  # what predictors fetch above by default
+HELD_OUT = 4  # every fourth sequence is held out
+LIKELY = 0.05  # default threshold of predictors
 CONTROLS = "previous token", "popularity", "map, tokens shuffled"
 
 
 @dataclass(frozen=True)
 class LinearMap:
-    """logits of layer l ≈ states of layer l − ahead · weights[l] + bias[l]; zeros where there is no such layer."""
+    """logits of layer l ≈ states of layer l − ahead · weights[l] + bias[l]; zeros if there is no such layer."""
 
     weights: NDArray[np.float16]  # [layers, H, experts]
     bias: NDArray[np.float16]  # [layers, experts]
@@ -38,72 +38,77 @@ class LinearMap:
     meta: dict[str, Any]
 
     def save(self, path: Path) -> None:
-        """Whole or not at all."""
+        """Write the file atomically."""
         with whole_file(path) as file:
-            np.savez_compressed(file, weights=self.weights, bias=self.bias, ahead=self.ahead,
-                                meta=np.array(json.dumps(self.meta)))  # fmt: skip
+            np.savez_compressed(
+                file, weights=self.weights, bias=self.bias, ahead=self.ahead, meta=np.array(json.dumps(self.meta))
+            )
 
     def logits(self, trace: Trace, layer: int) -> Floats:
-        """[tokens, experts]."""
-        return seen(trace, layer - self.ahead) @ self.weights[layer].astype(np.float32) + self.bias[layer]
+        """Return the predicted logits of a layer, [tokens, experts]."""
+        return states_of(trace, layer - self.ahead) @ self.weights[layer].astype(np.float32) + self.bias[layer]
 
 
 def fit_map(trace: Trace, other: Trace | None, ahead: int, ridge: float | None) -> LinearMap:
-    """Learn on `trace` and judge on `other`, by default on every fourth of its own sequences.
+    """Fit on `trace` and evaluate on `other`, by default on every fourth of its own sequences.
 
-    ridge: None chooses it on a quarter of the training sequences. ValueError: no states, another model, or too few
-    layers or sequences.
+    `ridge` None: select the best on a quarter of the training sequences. Raises ValueError if there are no states, the
+    models differ, or there are too few layers or sequences.
     """
-    check(trace)
+    check_states(trace)
     if other:
-        check(other)
+        check_states(other)
         shape = [trace.meta[name] for name in ("layers", "experts", "top_k")]
         other.check_model(trace.meta["model"], *shape)
-        if other.states is not None and seen(other, 0).shape[1] != seen(trace, 0).shape[1]:
+        if other.states is not None and states_of(other, 0).shape[1] != states_of(trace, 0).shape[1]:
             raise ValueError(
-                f"states of {seen(other, 0).shape[1]} numbers cannot judge a map of {seen(trace, 0).shape[1]}"
+                f"states of {states_of(other, 0).shape[1]} numbers cannot evaluate a map of "
+                f"{states_of(trace, 0).shape[1]}"
             )
     if ahead >= trace.meta["layers"]:
         raise ValueError(f"{ahead} layers ahead are too many: the model has {trace.meta['layers']}")
     if ridge is not None and not 0 < ridge < np.inf:
         raise ValueError(f"ridge is {ridge:g}: expected a number above 0")
-    training, judging = (trace, other) if other else divided(trace)
+    training, evaluation = (trace, other) if other else split(trace)
     if ridge is None:
-        inner, rest = divided(training)
-        ridge = max(RIDGES, key=lambda ridge: float(np.mean(recalls(learn(inner, ahead, ridge), rest))))
-    linear = learn(training, ahead, ridge)
+        inner, rest = split(training)
+        ridge = max(RIDGES, key=lambda ridge: float(np.mean(recalls(fit_layers(inner, ahead, ridge), rest))))
+    linear = fit_layers(training, ahead, ridge)
     meta = {
         **{name: trace.meta[name] for name in ("model", "layers", "experts", "top_k")},
-        "ahead": ahead, "ridge": ridge,
+        "ahead": ahead,
+        "ridge": ridge,
         "trained_on": {"tokens": len(training.experts), "sequences": training.sequences},
-        "judged_on": {"tokens": len(judging.experts), "sequences": judging.sequences},
-        "judged": judge(linear, training, judging),
-    }  # fmt: skip
+        "judged_on": {"tokens": len(evaluation.experts), "sequences": evaluation.sequences},
+        "judged": evaluate(linear, training, evaluation),
+    }
     return LinearMap(linear.weights, linear.bias, ahead, meta)
 
 
-def check(trace: Trace) -> None:
+def check_states(trace: Trace) -> None:
+    """Raise ValueError if the trace has no states."""
     if trace.states is None or trace.logits is None:
         raise ValueError(f"the trace of {trace.meta['model']} has no states: record it with --states")
 
 
-def divided(trace: Trace) -> tuple[Trace, Trace]:
-    """What is learned from, and what judges: whole sequences, for tokens of one are alike."""
+def split(trace: Trace) -> tuple[Trace, Trace]:
+    """Return training and evaluation parts of whole sequences, because tokens of one sequence are alike."""
     if trace.sequences < HELD_OUT:
         raise ValueError(
-            f"{trace.sequences} sequences are too few to hold one in {HELD_OUT} out: record more, or --test"
+            f"{trace.sequences} sequences are too few to hold out one in {HELD_OUT}: record more, or give --test"
         )
-    judging = [i for i in range(trace.sequences) if i % HELD_OUT == HELD_OUT - 1]
-    return trace.take(sorted({*range(trace.sequences)} - {*judging})), trace.take(judging)
+    evaluation = [i for i in range(trace.sequences) if i % HELD_OUT == HELD_OUT - 1]
+    return trace.take(sorted({*range(trace.sequences)} - {*evaluation})), trace.take(evaluation)
 
 
-def learn(trace: Trace, ahead: int, ridge: float) -> LinearMap:
-    layers, experts, hidden = trace.meta["layers"], trace.meta["experts"], seen(trace, 0).shape[1]
+def fit_layers(trace: Trace, ahead: int, ridge: float) -> LinearMap:
+    """Fit every layer by ridge regression."""
+    layers, experts, hidden = trace.meta["layers"], trace.meta["experts"], states_of(trace, 0).shape[1]
     weights = np.zeros((layers, hidden, experts), np.float16)
     bias = np.zeros((layers, experts), np.float16)
     assert trace.logits is not None
     for layer in range(ahead, layers):
-        x, y = seen(trace, layer - ahead), trace.logits[:, layer].astype(np.float32)
+        x, y = states_of(trace, layer - ahead), trace.logits[:, layer].astype(np.float32)
         mean_x, mean_y = x.mean(0), y.mean(0)
         x -= mean_x
         w = np.linalg.solve(x.T @ x / len(x) + ridge * np.eye(hidden, dtype=np.float32), x.T @ (y - mean_y) / len(x))
@@ -111,22 +116,22 @@ def learn(trace: Trace, ahead: int, ridge: float) -> LinearMap:
     return LinearMap(weights, bias, ahead, {})
 
 
-def seen(trace: Trace, layer: int) -> Floats:
-    """States [tokens, H]."""
+def states_of(trace: Trace, layer: int) -> Floats:
+    """Return a layer's states, [tokens, H]."""
     assert trace.states is not None
     return trace.states[:, layer].astype(np.float32)
 
 
 def recalls(linear: LinearMap, trace: Trace) -> list[float]:
-    """A layer's share of routed experts that the map puts among its first k."""
+    """Return, for each layer, the share of routed experts that are among the map's first k."""
     return [
-        found(top(linear.logits(trace, layer), trace.meta["top_k"]), trace.experts[:, layer])
+        recall(top(linear.logits(trace, layer), trace.meta["top_k"]), trace.experts[:, layer])
         for layer in range(linear.ahead, trace.meta["layers"])
     ]
 
 
-def judge(linear: LinearMap, training: Trace, trace: Trace) -> dict[str, dict[str, float]]:
-    """Every predictor's figures on `trace`: means over the layers that have a layer `ahead` before them."""
+def evaluate(linear: LinearMap, training: Trace, trace: Trace) -> dict[str, dict[str, float]]:
+    """Return the figures of every predictor on `trace`: means over the layers that have a layer `ahead` before them."""
     figures: dict[str, list[dict[str, float]]] = {}
     for layer in range(linear.ahead, trace.meta["layers"]):
         for name, logits in predictors(linear, training, trace, layer).items():
@@ -137,30 +142,30 @@ def judge(linear: LinearMap, training: Trace, trace: Trace) -> dict[str, dict[st
 
 
 def predictors(linear: LinearMap, training: Trace, trace: Trace, layer: int) -> dict[str, Floats]:
-    """Logits [tokens, experts] that each gives for `layer`."""
+    """Return the logits [tokens, experts] that each predictor gives for `layer`."""
     logits = linear.logits(trace, layer)
     experts = trace.meta["experts"]
     rng = np.random.default_rng(layer)
     chosen = one_hot(trace.experts[:, layer], experts)
     uses = one_hot(training.experts[:, layer], experts).sum(0) + 1
-    found = {"map": logits}
+    result = {"map": logits}
     if trace.gates is not None:
-        found["gate-ahead"] = seen(trace, layer - linear.ahead) @ trace.gates[layer].T.astype(np.float32)
+        result["gate-ahead"] = states_of(trace, layer - linear.ahead) @ trace.gates[layer].T.astype(np.float32)
     control = (
         np.roll(chosen, 1, axis=0),
         np.broadcast_to(np.log(uses / uses.sum()), logits.shape),
         rng.permutation(logits),
     )
-    return found | dict(zip(CONTROLS, (np.asarray(some, np.float32) for some in control), strict=True))
+    return result | dict(zip(CONTROLS, (np.asarray(values, np.float32) for values in control), strict=True))
 
 
 def figures_of(logits: Floats, trace: Trace, layer: int) -> dict[str, float]:
-    """recall@k; of experts that the token before did not have; and precision and recall of what is likely."""
+    """Return recall@k, recall of experts that the previous token did not use, and precision and recall above LIKELY."""
     ids, experts = trace.experts[:, layer], trace.meta["experts"]
     chosen = one_hot(ids, experts)
     best = one_hot(top(logits, trace.meta["top_k"]), experts)
     fresh = chosen & ~np.roll(chosen, 1, axis=0)
-    fresh[trace.offsets[:-1]] = False  # a sequence's first token has none before
+    fresh[trace.offsets[:-1]] = False  # a sequence's first token has no previous one
     power = np.exp(logits - logits.max(1, keepdims=True))
     likely = best & (power / power.sum(1, keepdims=True) >= LIKELY)
     return {
@@ -172,17 +177,17 @@ def figures_of(logits: Floats, trace: Trace, layer: int) -> dict[str, float]:
 
 
 def top(logits: Floats, k: int) -> NDArray[np.int64]:
-    """[tokens, k] the highest, the lowest of equals first."""
+    """Return the k highest, [tokens, k]; of equal ones the lowest index first."""
     return (-logits).argsort(axis=1, kind="stable")[:, :k]
 
 
-def found(best: NDArray[np.int64], ids: NDArray[Any]) -> float:
+def recall(best: NDArray[np.int64], ids: NDArray[Any]) -> float:
     known = ids != np.iinfo(ids.dtype).max
     return float(((ids[:, :, None] == best[:, None, :]).any(2) & known).sum() / known.sum())
 
 
 def one_hot(ids: NDArray[Any], experts: int) -> NDArray[np.bool_]:
-    """[tokens, experts] of ids [tokens, k]; padding is none."""
+    """Return ids [tokens, k] as a mask [tokens, experts], without padding."""
     hot = np.zeros((len(ids), experts + 1), np.bool_)
     np.put_along_axis(hot, np.minimum(ids.astype(np.int64), experts), True, axis=1)
     return hot[:, :-1]
@@ -192,7 +197,7 @@ def share(part: NDArray[np.bool_], whole: NDArray[np.bool_]) -> float:
     return float(part.sum() / max(1, whole.sum()))
 
 
-def judge_table(linear: LinearMap) -> list[RenderableType]:
+def evaluation_table(linear: LinearMap) -> list[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""What is asked while a trace is recorded: prompts of many kinds, each with the name of its kind."""
+"""Prompts for recording traces, of many kinds, each with the name of its kind."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     ),
     "chinese": ("请用简单的话解释一下为什么会有四季。", "写一个关于小猫和月亮的短故事。"),
 }
-TEXTS: dict[str, tuple[str, ...]] = {  # to be continued as they are, without the chat template
+TEXTS: dict[str, tuple[str, ...]] = {  # texts to continue, without the chat template
     "prose": (
         "Once upon a time, in a village at the edge of a great forest, there lived an old clockmaker who",
         "The history of the steam engine begins long before James Watt. In the first century,",
@@ -68,7 +68,7 @@ TEXTS: dict[str, tuple[str, ...]] = {  # to be continued as they are, without th
 
 @dataclass(frozen=True)
 class Prompt:
-    """`given` is what Engine.generate takes, or, where `raw`, text without the chat template."""
+    """A prompt of a kind. `given` is an argument of Engine.generate or, if `raw`, text without the chat template."""
 
     kind: str
     given: Any
@@ -81,33 +81,36 @@ BUILT_IN = tuple(Prompt(kind, text) for kind, texts in KINDS.items() for text in
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """One a line of a UTF-8 file; lines of a .jsonl are objects with `prompt`, `text` (raw) or `messages`, and
-    perhaps `class`. OffmoeError names the line that is wrong."""
+    """Read one prompt per line of a UTF-8 file.
+
+    Lines of a .jsonl file are objects with `prompt`, `text` (raw) or `messages`, and optionally `class`. Raises
+    OffmoeError that names the invalid line.
+    """
     try:
         lines = decode(path.read_bytes(), source=str(path)).splitlines()
     except OSError as error:
         raise OffmoeError(f"cannot read {path}: {error.strerror}") from None
-    read = parsed if path.suffix == ".jsonl" else plain
+    read = parse_json_line if path.suffix == ".jsonl" else parse_line
     prompts = [read(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
-        raise OffmoeError(f"{path} holds no prompt: write one a line")
+        raise OffmoeError(f"{path} has no prompt: write one per line")
     return prompts
 
 
-def plain(line: str, where: str) -> Prompt:
+def parse_line(line: str, where: str) -> Prompt:
     return Prompt("", line.strip())
 
 
-def parsed(line: str, where: str) -> Prompt:
-    """An object of a .jsonl file."""
+def parse_json_line(line: str, where: str) -> Prompt:
+    """Parse an object of a .jsonl file."""
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except ValueError as error:
-        raise OffmoeError(f"{where} is no JSON: {error}") from None
-    names = [name for name in ("prompt", "text", "messages") if isinstance(found, dict) and name in found]
+        raise OffmoeError(f"{where} is not JSON: {error}") from None
+    names = [name for name in ("prompt", "text", "messages") if isinstance(value, dict) and name in value]
     kinds = {"prompt": str, "text": str, "messages": list}
-    if len(names) != 1 or not isinstance(found[names[0]], kinds[names[0]]) or not found[names[0]]:
-        raise OffmoeError(f"{where} is no prompt: expected an object with one of prompt, text or messages")
-    if not isinstance(found.get("class", ""), str):
-        raise OffmoeError(f"{where}: class is {found['class']!r}, expected a name")
-    return Prompt(found.get("class", ""), found[names[0]], raw=names[0] == "text")
+    if len(names) != 1 or not isinstance(value[names[0]], kinds[names[0]]) or not value[names[0]]:
+        raise OffmoeError(f"{where} is not a prompt: expected an object with one of prompt, text or messages")
+    if not isinstance(value.get("class", ""), str):
+        raise OffmoeError(f"{where}: class is {value['class']!r}, expected a name")
+    return Prompt(value.get("class", ""), value[names[0]], raw=names[0] == "text")

@@ -1,4 +1,4 @@
-"""A trace's facts as tables for a terminal."""
+"""Statistics of a trace as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def tables(facts: Facts) -> list[RenderableType]:
     meta = facts.meta
     head = (
         f"{meta['model']} · {meta['layers']} layers of {meta['experts']} experts, top {meta['top_k']} · "
-        f"{facts.tokens} tokens decoded in {facts.sequences} sequences, {facts.prompt_tokens} of prompts"
+        f"{facts.tokens} tokens decoded in {facts.sequences} sequences, {facts.prompt_tokens} prompt tokens"
     )
     return [
         Text(clean(head), "bold"),
         heading("How uneven, layer by layer"),
         by_layer(facts),
-        heading("How stable: of a token's experts, how many a later token asks for too"),
+        heading("How stable: share of a token's experts that a later token uses too"),
         over_time("tokens later", LAGS, facts.reuse, "{:.1%}"),
-        Text(f"by popularity alone {facts.popular.mean():.1%}, with dice {facts.uniform:.1%}", "dim"),
+        Text(f"by popularity alone {facts.popular.mean():.1%}, at random {facts.uniform:.1%}", "dim"),
         heading("How many different experts a layer uses in a window"),
         over_time("tokens", WINDOWS, facts.working, "{:.1f}"),
-        heading("Do experts specialise: what one of a token's experts tells of its class"),
+        heading("Do experts specialise: information that one of a token's experts gives about its class"),
         specialisation(facts),
     ]
 
@@ -62,27 +62,27 @@ def cells(row: Any) -> list[str]:
 
 
 def over_time(label: str, steps: tuple[int, ...], values: Array, form: str) -> Table:
-    """Mean, lowest and highest layer at every step; steps that no sequence reaches are left out."""
+    """Return mean, lowest and highest layer at every step; steps longer than every sequence are left out."""
     from rich.table import Table
 
-    there = [i for i in range(len(steps)) if not np.isnan(values[i]).any()]
+    reached = [i for i in range(len(steps)) if not np.isnan(values[i]).any()]
     table = Table(label, box=None, pad_edge=False)
-    for i in there:
+    for i in reached:
         table.add_column(str(steps[i]), justify="right")
     for name, of in (("mean", np.mean), ("lowest layer", np.min), ("highest layer", np.max)):
-        table.add_row(name, *(form.format(of(values[i])) for i in there))
+        table.add_row(name, *(form.format(of(values[i])) for i in reached))
     return table
 
 
 def specialisation(facts: Facts) -> Table:
     from rich.table import Table
 
-    table = Table("by", "class", "tokens", "bits", "shuffled", "known", "most its own", box=None, pad_edge=False)
-    for way in facts.classings:
-        bits, control = f"{way.information.mean():.4f}", f"{way.control.mean():.4f}"
-        table.add_row(way.name, "", "", bits, control, f"{way.known.mean():.1%}", style="bold")
-        for label, share in zip(way.labels, way.shares, strict=True):
-            layer, expert, lift = way.specialist(label)
-            own = f"layer {layer}, expert {expert}: {lift:.1f} ×" if lift > 1 else ""
-            table.add_row("", clean(label), f"{share:.1%}", "", "", "", own)
+    table = Table("by", "class", "tokens", "bits", "shuffled", "known", "most specialised", box=None, pad_edge=False)
+    for classification in facts.classifications:
+        bits, control = f"{classification.information.mean():.4f}", f"{classification.control.mean():.4f}"
+        table.add_row(classification.name, "", "", bits, control, f"{classification.known.mean():.1%}", style="bold")
+        for label, share in zip(classification.labels, classification.shares, strict=True):
+            layer, expert, lift = classification.specialist(label)
+            text = f"layer {layer}, expert {expert}: {lift:.1f} ×" if lift > 1 else ""
+            table.add_row("", clean(label), f"{share:.1%}", "", "", "", text)
     return table

@@ -1,4 +1,4 @@
-"""Routing as lines of text: CSV and JSON lines, ours and what other recorders write."""
+"""Routing as lines of text: CSV and JSON lines, in our format and in those of other recorders."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 from offmoe.cache.trace import Trace
 
 HEADER = "sequence,token,layer,phase,experts,weights"
-SHAPE = "model", "layers", "experts", "top_k"  # of meta, in a comment at the top
-NAMES = {  # how others call a column
+SHAPE = "model", "layers", "experts", "top_k"  # keys of the metadata, written in a comment at the top
+NAMES = {  # column names used by other recorders
     "sequence": ("sequence", "seq", "seq_id", "prompt_id", "request_id"),
     "token": ("token", "pos", "position", "token_pos", "token_idx", "token_index", "step"),
     "layer": ("layer", "layer_id", "layer_idx", "il"),
@@ -26,61 +26,66 @@ NAMES = {  # how others call a column
     "rank": ("rank", "slot", "k"),
 }
 PREFILL = ("prefill", "prompt")
-HIGH = 2**16 - 2  # 65535 is padding
+HIGH = 2**16 - 2  # highest id; 65535 is padding
 
 
 class Records:
-    """Routed records in columns: sequence, decoded, token, layer, rank, expert, and a weight (NaN: unknown)."""
+    """Routing events in columns: sequence, decoded, token, layer, rank, expert, and a weight (NaN if unknown)."""
 
     def __init__(self) -> None:
         self.rows = array("q")
         self.weights = array("d")
         self.meta: dict[str, Any] = {}
 
-    def add(self, at: tuple[int, bool, int, int, int], ids: Sequence[int], weights: Sequence[float]) -> None:
-        """The event (sequence, decoded, token, layer, rank of the first id)."""
-        if min(at) < 0 or at[3] > HIGH or any(not 0 <= id <= HIGH for id in ids):
+    def add(self, key: tuple[int, bool, int, int, int], ids: Sequence[int], weights: Sequence[float]) -> None:
+        """Add the event `key`: (sequence, decoded, token, layer, rank of the first id).
+
+        Raises ValueError if it is invalid.
+        """
+        if min(key) < 0 or key[3] > HIGH or any(not 0 <= id <= HIGH for id in ids):
             raise ValueError(f"a number is below 0, or an expert or layer above {HIGH}")
         if weights and len(weights) != len(ids):
-            raise ValueError(f"{len(weights)} weights of {len(ids)} experts")
+            raise ValueError(f"{len(weights)} weights for {len(ids)} experts")
         if not all(map(math.isfinite, weights)):
-            raise ValueError("a weight is no finite number")
+            raise ValueError("a weight is not a finite number")
         for i, id in enumerate(ids):
-            self.rows.extend((*at[:4], at[4] + i, id))
+            self.rows.extend((*key[:4], key[4] + i, id))
             self.weights.append(weights[i] if weights else float("nan"))
 
 
 def read_csv(path: Path) -> Records:
-    """A line an event, ids and weights with spaces between, or a line an expert, perhaps with its rank."""
+    """Read one line per event, with ids and weights separated by spaces, or one line per expert, optionally with its
+    rank.
+    """
     records = Records()
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file)
-        places: dict[str, int] = {}
+        positions: dict[str, int] = {}
         for row in rows:
             if not row or row[0].startswith("#"):
                 records.meta |= comment(",".join(row))
                 continue
-            if not places:
-                places = columns(row)
+            if not positions:
+                positions = columns(row)
                 continue
             try:
-                read_row({name: row[place] for name, place in places.items()}, records)
+                read_row({name: row[place] for name, place in positions.items()}, records)
             except (ValueError, IndexError, OverflowError) as error:
                 raise ValueError(f"line {rows.line_num}: {error}") from None
     return records
 
 
 def comment(line: str) -> dict[str, Any]:
-    """What a comment says of the model, if it is JSON."""
+    """Return what a comment says about the model, if it is JSON."""
     try:
-        found = json.loads(line.lstrip("# "))
+        value = json.loads(line.lstrip("# "))
     except ValueError:
         return {}
-    return {name: found[name] for name in SHAPE if name in found} if isinstance(found, dict) else {}
+    return {name: value[name] for name in SHAPE if name in value} if isinstance(value, dict) else {}
 
 
 def columns(header: list[str]) -> dict[str, int]:
-    """Our name of a column → its place."""
+    """Return our column names → positions. Raises ValueError if a required column is missing."""
     names = [name.strip().lower() for name in header]
     found = {ours: names.index(name) for ours, known in NAMES.items() for name in reversed(known) if name in names}
     for name in ("token", "layer", "experts"):
@@ -90,62 +95,73 @@ def columns(header: list[str]) -> dict[str, int]:
 
 
 def read_row(cell: dict[str, str], records: Records) -> None:
+    """Add one line of a CSV file to `records`."""
     rank = int(cell.get("rank", 0)) if cell.get("rank", "0").strip().isdecimal() else 0
-    at = int(cell.get("sequence", 0)), decodes(cell), int(cell["token"]), int(cell["layer"]), rank
-    records.add(at, [int(word) for word in words(cell["experts"])], [float(w) for w in words(cell.get("weights", ""))])
+    key = int(cell.get("sequence", 0)), is_decode(cell), int(cell["token"]), int(cell["layer"]), rank
+    records.add(
+        key,
+        [int(word) for word in split_cell(cell["experts"])],
+        [float(w) for w in split_cell(cell.get("weights", ""))],
+    )
 
 
-def words(text: str) -> list[str]:
-    """What stands in one cell, whatever is between."""
+def split_cell(text: str) -> list[str]:
+    """Return the numbers in one cell, whatever separates them."""
     return text.translate(str.maketrans("[]();,|", "       ")).split()
 
 
-def decodes(row: dict[str, Any]) -> bool:
+def is_decode(row: dict[str, Any]) -> bool:
+    """Return whether a line belongs to the decode phase."""
     return str(row.get("phase", "decode")).strip().lower() not in PREFILL
 
 
 def read_jsonl(path: Path) -> Records:
-    """A line a token: experts, a list of ids a layer; perhaps weights likewise, sequence, token, phase."""
+    """Read one line per token: `experts`, a list of ids per layer; optionally weights in the same form, sequence,
+    token, phase.
+    """
     records = Records()
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                if isinstance(row.get("experts"), int):  # the head that we write
+                if isinstance(row.get("experts"), int):  # the header line that we write
                     records.meta |= {name: row[name] for name in SHAPE if name in row}
                     continue
                 token, sequence = int(row.get("token", number)), int(row.get("sequence", 0))
                 layers = row["experts"]
                 weights = row.get("weights") or [[]] * len(layers)
-                for layer, (ids, some) in enumerate(zip(layers, weights, strict=True)):
-                    records.add((sequence, decodes(row), token, layer, 0), ids, some)
+                for layer, (ids, layer_ids) in enumerate(zip(layers, weights, strict=True)):
+                    records.add((sequence, is_decode(row), token, layer, 0), ids, layer_ids)
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-                raise ValueError(f"line {number} is no token: {type(error).__name__}: {error}") from None
+                raise ValueError(f"line {number} is not a token: {type(error).__name__}: {error}") from None
     return records
 
 
 def csv_lines(trace: Trace) -> Iterator[str]:
+    """Yield the lines of a CSV file."""
     yield f"# {json.dumps({name: trace.meta[name] for name in SHAPE})}"
     yield HEADER
     for sequence, phase, token, ids, weights in events(trace):
-        for layer, some in enumerate(ids):
-            if some:
-                yield f"{sequence},{token},{layer},{phase},{spaced(some)},{spaced(weights[layer]) if weights else ''}"
+        for layer, layer_ids in enumerate(ids):
+            if layer_ids:
+                shares = joined(weights[layer]) if weights else ""
+                yield f"{sequence},{token},{layer},{phase},{joined(layer_ids)},{shares}"
 
 
 def jsonl_lines(trace: Trace) -> Iterator[str]:
+    """Yield the lines of a JSON lines file."""
     yield json.dumps({name: trace.meta[name] for name in SHAPE})
     for sequence, phase, token, ids, weights in events(trace):
         row = {"sequence": sequence, "token": token, "phase": phase, "experts": ids}
         yield json.dumps(row | ({"weights": weights} if weights else {}))
 
 
-def spaced(values: Sequence[float]) -> str:
+def joined(values: Sequence[float]) -> str:
     return " ".join(map(str, values))
 
 
 def events(trace: Trace) -> Iterator[tuple[int, str, int, list[list[int]], list[list[float]]]]:
-    """Every token in the order of time: a sequence's prompt, then what was decoded; without padding."""
+    """Yield every token in order of time: a sequence's prompt, then its decoded tokens; without padding."""
     for sequence in range(trace.sequences):
         first = 0
         for phase, of, ids, probs in (
@@ -155,9 +171,11 @@ def events(trace: Trace) -> Iterator[tuple[int, str, int, list[list[int]], list[
             if ids is None:
                 continue
             start, end = of[sequence : sequence + 2]
-            for at in range(start, end):
-                known = [layer[layer != np.iinfo(layer.dtype).max].tolist() for layer in ids[at]]
-                counted = () if probs is None else zip(probs[at], known, strict=True)
-                shares = [[float(f"{weight:.5g}") for weight in layer[: len(some)]] for layer, some in counted]
-                yield sequence, phase, first + int(at - start), known, shares
+            for key in range(start, end):
+                known = [layer[layer != np.iinfo(layer.dtype).max].tolist() for layer in ids[key]]
+                counted = () if probs is None else zip(probs[key], known, strict=True)
+                shares = [
+                    [float(f"{weight:.5g}") for weight in layer[: len(layer_ids)]] for layer, layer_ids in counted
+                ]
+                yield sequence, phase, first + int(key - start), known, shares
             first += int(end - start)

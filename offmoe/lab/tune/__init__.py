@@ -1,1 +1,1 @@
-"""Choosing the fastest settings on this machine (`offmoe tune`)."""
+"""Search for the fastest settings on this machine (`offmoe tune`)."""

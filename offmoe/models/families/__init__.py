@@ -1,1 +1,1 @@
-"""One file a model family, named after its `model_type`."""
+"""Model families, one file each, named after its `model_type`; models.family.all_families finds them."""

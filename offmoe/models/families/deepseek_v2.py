@@ -5,23 +5,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from offmoe.kernels.route import Rule
+from offmoe.checkpoint.fields import count, number
+from offmoe.models.config import ModelConfig
 from offmoe.models.family import Family
-from offmoe.models.fields import count, number
 from offmoe.models.shared_fields import first_dense, latent_attention, shared_experts
 
 
-def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    """A group is as good as its best expert. A GGUF has no topk_method: there groups say that they count."""
-    rule = replace(rule, scale=number(raw, "routed_scaling_factor", 1.0))
+def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    """Groups are ranked by their best expert. A GGUF has no topk_method: one with groups means group_limited_greedy."""
+    config = first_dense(raw, latent_attention(raw, config))
+    rule = replace(config.moe.rule, scale=number(raw, "routed_scaling_factor", 1.0))
     if raw.get("topk_method", "group_limited_greedy") == "group_limited_greedy":
         rule = replace(rule, groups=count(raw, "n_group", default=1), kept=count(raw, "topk_group", default=1))
-    return {
-        **latent_attention(raw),
-        **first_dense(raw, layers),
-        "rule": rule,
-        **shared_experts(raw, count(raw, "n_shared_experts", default=2)),
-    }
+    return shared_experts(raw, config.with_moe(rule=rule), count(raw, "n_shared_experts", default=2))
 
 
 FAMILY = Family(
@@ -30,7 +26,8 @@ FAMILY = Family(
     published="DeepSeek-V2-Lite-Chat",
     qk_norm="none",
     renormalise=False,
-    fields=fields,
+    priority=1,
+    configured=configured,
     implemented={
         "kv_lora_rank": (),
         "n_shared_experts": (),

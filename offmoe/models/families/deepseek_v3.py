@@ -1,22 +1,18 @@
 """DeepSeek V3, R1 and V3.1: latent attention, sigmoid router with a correction bias and expert groups, a shared expert,
-first layers dense (arXiv 2412.19437). Layers behind the last, which predict further tokens, are left alone."""
+first layers dense (arXiv 2412.19437). Layers behind the last, which predict further tokens, are not loaded."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from offmoe.kernels.route import Rule
+from offmoe.checkpoint.fields import count
+from offmoe.models.config import ModelConfig
 from offmoe.models.family import Family
-from offmoe.models.fields import count
 from offmoe.models.shared_fields import balanced_by_bias, first_dense, latent_attention, shared_experts
 
 
-def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    return {
-        **latent_attention(raw),
-        **first_dense(raw, layers),
-        "rule": balanced_by_bias(raw, rule),
-        **shared_experts(raw, count(raw, "n_shared_experts", default=1)),
-    }
+def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    config = balanced_by_bias(raw, first_dense(raw, latent_attention(raw, config)))
+    return shared_experts(raw, config, count(raw, "n_shared_experts", default=1))
 
 
 FAMILY = Family(
@@ -25,7 +21,8 @@ FAMILY = Family(
     published="DeepSeek-V3",
     qk_norm="none",
     renormalise=True,
-    fields=fields,
+    priority=2,
+    configured=configured,
     implemented={
         "kv_lora_rank": (),
         "n_shared_experts": (),

@@ -3,18 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from offmoe.kernels.route import Rule
+from offmoe.checkpoint.fields import number
+from offmoe.models.config import ModelConfig
 from offmoe.models.family import Family
-from offmoe.models.fields import number
 from offmoe.models.shared_fields import balanced_by_bias, first_dense, shared_experts
 
 
-def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    return {
-        **first_dense(raw, layers),
-        "rule": balanced_by_bias(raw, rule),
-        **shared_experts(raw, int(number(raw, "n_shared_experts", 0))),
-    }
+def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    config = balanced_by_bias(raw, first_dense(raw, config))
+    return shared_experts(raw, config, int(number(raw, "n_shared_experts", 0)))
 
 
 FAMILY = Family(
@@ -23,7 +20,7 @@ FAMILY = Family(
     published="dots.llm1",
     qk_norm="head",
     renormalise=False,
-    fields=fields,
+    configured=configured,
     implemented={
         "sliding_window": (),  # kept in configs whose layers are all of full attention
         "n_shared_experts": (),

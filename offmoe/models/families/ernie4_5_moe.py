@@ -1,14 +1,14 @@
-"""ERNIE 4.5 (21B-A3B, 300B-A47B): softmax router with a correction bias, shared experts, first layers dense; pairs that
-are rotated together lie side by side."""
+"""ERNIE 4.5 (21B-A3B, 300B-A47B): softmax router with a correction bias, shared experts, first layers dense; rotated
+pairs are neighbours."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from offmoe.kernels.route import Rule
+from offmoe.checkpoint.fields import count, number
 from offmoe.models.config import ModelConfig
-from offmoe.models.family import HF_NAMES, Family
-from offmoe.models.fields import count, number
+from offmoe.models.family import Family
+from offmoe.models.names import HF_NAMES
 from offmoe.models.shared_fields import first_dense, shared_experts
 
 BIAS = "e_score_correction_bias"
@@ -22,21 +22,20 @@ OURS = {
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Baidu's field names → those of the other families. moe_layer_end_index may name the last layer, which is all."""
     last = raw.get("moe_layer_end_index")
     last = None if last in (-1, count(raw, "num_hidden_layers") - 1) else last
     return {**raw, "moe_layer_end_index": last, **{o: raw[theirs] for o, theirs in OURS.items() if theirs in raw}}
 
 
-def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    return {
-        **first_dense(raw, layers),
-        "rule": replace(rule, biased=True),
-        **shared_experts(raw, int(number(raw, "n_shared_experts", 0))),
-    }
+def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    config = first_dense(raw, config)
+    config = config.with_moe(rule=replace(config.moe.rule, biased=True))
+    return shared_experts(raw, config, int(number(raw, "n_shared_experts", 0)))
 
 
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
-    return {"interleave_moe_layer_step": 1, "expert_shared_feed_forward_length": config.shared_hidden}
+    return {"interleave_moe_layer_step": 1, "expert_shared_feed_forward_length": config.moe.shared_hidden}
 
 
 FAMILY = Family(
@@ -50,7 +49,7 @@ FAMILY = Family(
     interleaved=True,
     translated=translated,
     gguf_keys=gguf_keys,
-    fields=fields,
+    configured=configured,
     implemented={
         "n_shared_experts": (),
         "shared_expert_intermediate_size": (),  # a GGUF says both

@@ -1,24 +1,26 @@
-"""Gemma 4 (26B-A4B): in each layer a part for every token beside the experts, norms around all of them; layers that see
-all positions have fewer and wider heads, whose values are their keys. Its language model is run."""
+"""Gemma 4 (26B-A4B): every layer has a shared expert of its own width and norms around all parts; layers of full
+attention have fewer and wider heads, whose values are their keys. Only its language model is run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from offmoe.checkpoint.base import shown
+from offmoe.checkpoint.base import quote
+from offmoe.checkpoint.fields import count, number, text_fields
 from offmoe.errors import OffmoeError
 from offmoe.kernels.feed_forward import GELU
 from offmoe.kernels.rope import PROPORTIONAL, Scaling
-from offmoe.kernels.route import Rule
-from offmoe.models.config import Heads, ModelConfig
-from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family, experts_apart, with_vision
-from offmoe.models.fields import count, number, text_fields
-from offmoe.models.recurrent import FULL
+from offmoe.mixers.heads.config import HeadsConfig
+from offmoe.mixers.recurrent import FULL
+from offmoe.mixers.rope import RopeConfig
+from offmoe.models.config import ModelConfig
+from offmoe.models.family import Family
+from offmoe.models.names import GGUF_NAMES, HF_NAMES, experts_apart, with_vision
 from offmoe.models.rope import GGUF_FACTORS
-from offmoe.models.shared_fields import SLIDING, sliding_windows
+from offmoe.models.shared_fields import SLIDING, sliding_windows, windowed
 
-SHARE = 0.25  # of a wide head's pairs are turned in every published model
-RESTS = 1e20  # a GGUF divides the frequencies of pairs that are not turned by 1e30
+SHARE = 0.25  # rotated share of a wide head's pairs in every published model
+RESTS = 1e20  # a GGUF divides the frequencies of pairs that are not rotated by 1e30
 LAYER = "model.layers.{l}."
 APART = experts_apart("experts", "moe.experts")
 NAMES = {
@@ -45,66 +47,64 @@ ROPES = {SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model's numbers, and the rotation of either kind of layer, each by itself."""
+    """Fields of the language model, with the rotary embedding of either kind of layer."""
     ours = text_fields(raw)
     ropes = ours.get("rope_parameters") or ROPES
     if not isinstance(ropes, Mapping) or not all(isinstance(ropes.get(kind), Mapping) for kind in ROPES):
         raise OffmoeError(
-            f"gemma4: rope_parameters is {shown(ropes)}: expected a table for {SLIDING} and one for {FULL}"
+            f"gemma4: rope_parameters is {quote(ropes)}: expected a table for {SLIDING} and one for {FULL}"
         )
     return {
         "tie_word_embeddings": True,
         **ours,
         "num_experts_per_tok": ours.get("top_k_experts", ours.get("num_experts_per_tok")),
         "rope_parameters": ropes[SLIDING],
-        "far_rope": ropes[FULL] if raw.get("rope_factors") is None else factored(ropes[FULL], raw["rope_factors"]),
-        "far_rope_type": ropes[FULL].get("rope_type"),
+        "full_rope": ropes[FULL] if raw.get("rope_factors") is None else factored(ropes[FULL], raw["rope_factors"]),
+        "full_rope_type": ropes[FULL].get("rope_type"),
     }
 
 
 def factored(rope: Mapping[str, Any], factors: list[float]) -> dict[str, Any]:
-    """`rope` with the share of pairs that a GGUF's factors leave turned."""
-    turned = [factor for factor in factors if factor < RESTS]
-    if set(turned) != {1.0} or factors[: len(turned)] != turned:
-        raise OffmoeError(f"{GGUF_FACTORS} is {shown(factors)}: expected ones, then factors that leave no turn")
-    return {**rope, "partial_rotary_factor": len(turned) / len(factors)}
+    """`rope` with the share of pairs that a GGUF's factors leave rotated."""
+    rotated = [factor for factor in factors if factor < RESTS]
+    if set(rotated) != {1.0} or factors[: len(rotated)] != rotated:
+        raise OffmoeError(f"{GGUF_FACTORS} is {quote(factors)}: expected ones, then factors that leave no turn")
+    return {**rope, "partial_rotary_factor": len(rotated) / len(factors)}
 
 
-def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    full_attention, heads, hidden = raw["far_rope"], count(raw, "num_attention_heads"), count(raw, "hidden_size")
-    windows = sliding_windows(raw, layers, [SLIDING if (layer + 1) % 6 else FULL for layer in range(layers)])
-    width = far_field(raw, "head_dim") or count(raw, "global_head_dim", default=512)
-    kept = far_field(raw, "num_key_value_heads") or count(
+def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    """Layers with a window have the config's heads, the others heads of their own."""
+    full, heads, layers = raw["full_rope"], count(raw, "num_attention_heads"), config.layers
+    windows = sliding_windows(raw, config, [SLIDING if (layer + 1) % 6 else FULL for layer in range(layers)])
+    width = full_field(raw, "head_dim") or count(raw, "global_head_dim", default=512)
+    kept = full_field(raw, "num_key_value_heads") or count(
         raw, "num_global_key_value_heads", "num_key_value_heads", default=heads
     )
-    scaling = Scaling(PROPORTIONAL, share=number(full_attention, "partial_rotary_factor", 1.0))
-    return {
-        "windows": windows,
-        "full_attention": Heads(heads, kept, width, width, number(full_attention, "rope_theta", 1_000_000.0), scaling),
-        "embed_scale": hidden**0.5,
-        "attention_scale": 1.0,
-        "value_norm": True,
-        "sandwich": True,
-        "glu": GELU,
-        "shared": 1,
-        "shared_hidden": count(raw, "intermediate_size"),
-        "rule": replace(rule, scaled=True),
-        "logit_cap": number(raw, "final_logit_softcapping", 0.0),
-    }
+    scaling = Scaling(PROPORTIONAL, share=number(full, "partial_rotary_factor", 1.0))
+    rope = RopeConfig(width, number(full, "rope_theta", 1_000_000.0), scaling)
+    config = windowed(config.with_heads(scale=1.0, value_norm=True), windows)
+    unwindowed = [layer for layer, window in enumerate(windows) if not window]
+    config = config.with_heads(unwindowed, kv_heads=kept, head_dim=width, rope=rope)
+    config = config.with_norm(sandwich=True).with_stream(
+        embed_scale=config.hidden**0.5, logit_cap=number(raw, "final_logit_softcapping", 0.0)
+    )
+    return config.with_moe(
+        glu=GELU, shared=1, shared_hidden=count(raw, "intermediate_size"), rule=replace(config.moe.rule, scaled=True)
+    )
 
 
-def far_field(raw: Mapping[str, Any], name: str) -> Any:
-    """Of the layers that see all, as newer configs say it: a table of what differs by layer."""
+def full_field(raw: Mapping[str, Any], name: str) -> Any:
+    """Field of the layers without a window, as newer configs have it: a table of differences by layer."""
     each = raw.get("per_layer_config")
     found = [own.get(name) for own in each.values() if isinstance(own, Mapping)] if isinstance(each, Mapping) else []
     return next((count({name: value}, name) for value in found if value is not None), None)
 
 
 def gguf_fields(key: Callable[[str], Any]) -> dict[str, Any]:
-    """`config.json`'s fields that GGUF has keys of this arch for."""
+    """Fields of config.json for which a GGUF has keys of this arch alone."""
     kept, near = key("attention.head_count_kv"), key("attention.sliding_window_pattern")
     if not isinstance(near, list) or not all(isinstance(one, bool) for one in near):
-        raise OffmoeError(f"gemma4.attention.sliding_window_pattern is {shown(near)}: expected true or false a layer")
+        raise OffmoeError(f"gemma4.attention.sliding_window_pattern is {quote(near)}: expected true or false a layer")
     each = kept if isinstance(kept, list) else [kept] * len(near)
     of_kind = {one: next((n for n, at in zip(each, near, strict=False) if at == one), None) for one in (True, False)}
     rope = {kind: {**ROPES[kind], "rope_theta": key(name) or ROPES[kind]["rope_theta"]}
@@ -124,24 +124,27 @@ def gguf_fields(key: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
-    near, full_attention = [bool(config.window(layer)) for layer in range(config.layers)], config.full_attention
-    assert full_attention
+    heads = [mixer for mixer in config.mixers if isinstance(mixer, HeadsConfig)]
+    near = next((own for own in heads if own.window), heads[0])
+    full = next((own for own in heads if not own.window), heads[0])
+    assert near.rope
+    assert full.rope
     return {
-        "attention.head_count_kv": [config.kv_heads if one else full_attention.kv_heads for one in near],
-        "attention.key_length": full_attention.head_dim,
-        "attention.value_length": full_attention.head_dim,
-        "attention.key_length_swa": config.head_dim,
-        "attention.value_length_swa": config.head_dim,
-        "attention.sliding_window": max(config.windows),
-        "attention.sliding_window_pattern": near,
+        "attention.head_count_kv": [own.kv_heads for own in heads],
+        "attention.key_length": full.head_dim,
+        "attention.value_length": full.head_dim,
+        "attention.key_length_swa": near.head_dim,
+        "attention.value_length_swa": near.head_dim,
+        "attention.sliding_window": near.window,
+        "attention.sliding_window_pattern": [bool(own.window) for own in heads],
         "attention.shared_kv_layers": 0,
-        "rope.dimension_count": full_attention.rotary,
-        "rope.dimension_count_swa": config.rotary,
-        "rope.freq_base": full_attention.rope_theta,
-        "rope.freq_base_swa": config.rope_theta,
-        "feed_forward_length": config.shared_hidden,
+        "rope.dimension_count": full.rope.rotary,
+        "rope.dimension_count_swa": near.rope.rotary,
+        "rope.freq_base": full.rope.theta,
+        "rope.freq_base_swa": near.rope.theta,
+        "feed_forward_length": config.moe.shared_hidden,
         "embedding_length_per_layer_input": 0,
-        "final_logit_softcapping": config.logit_cap,
+        "final_logit_softcapping": config.stream.logit_cap,
     }
 
 
@@ -164,7 +167,7 @@ FAMILY = Family(
     gguf_fields=gguf_fields,
     gguf_keys=gguf_keys,
     gguf_factors=True,
-    fields=fields,
+    configured=configured,
     implemented={
         "hidden_activation": ("gelu_pytorch_tanh",),
         "layer_types": (FULL, SLIDING),
@@ -173,6 +176,6 @@ FAMILY = Family(
         "hidden_size_per_layer_input": (0, None),
         "num_kv_shared_layers": (0, None),
         "use_bidirectional_attention": (None, "vision"),
-        "far_rope_type": (PROPORTIONAL,),
+        "full_rope_type": (PROPORTIONAL,),
     },
 )

@@ -4,20 +4,19 @@ rotated, q and k normed per head in the large ones."""
 from collections.abc import Mapping
 from typing import Any
 
-from offmoe.kernels.route import Rule
-from offmoe.models.family import GGUF_NAMES, Family
-from offmoe.models.fields import count, flag
+from offmoe.checkpoint.fields import count, flag
+from offmoe.models.config import ModelConfig
+from offmoe.models.family import Family
+from offmoe.models.names import GGUF_NAMES
 from offmoe.models.shared_fields import balanced_by_bias, first_dense, shared_experts
 
 
-def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    return {
-        **first_dense(raw, layers),
-        "rule": balanced_by_bias(raw, rule),
-        **shared_experts(raw, count(raw, "n_shared_experts", default=1)),
-        "qkv_bias": flag(raw, "attention_bias", False),
-        "qk_norm": "head" if flag(raw, "use_qk_norm", False) else "none",
-    }
+def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    config = balanced_by_bias(raw, first_dense(raw, config))
+    config = shared_experts(raw, config, count(raw, "n_shared_experts", default=1))
+    return config.with_heads(
+        qkv_bias=flag(raw, "attention_bias", False), qk_norm="head" if flag(raw, "use_qk_norm", False) else "none"
+    )
 
 
 FAMILY = Family(
@@ -28,7 +27,7 @@ FAMILY = Family(
     renormalise=True,
     gguf_names={**GGUF_NAMES, "ffn_norm": ("blk.{l}.post_attention_norm.weight",)},
     partial_rotary=0.5,
-    fields=fields,
+    configured=configured,
     implemented={
         "partial_rotary_factor": (),
         "attention_bias": (),

@@ -5,42 +5,44 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from offmoe.checkpoint.fields import flag, number
 from offmoe.errors import OffmoeError
 from offmoe.kernels.feed_forward import Glu
-from offmoe.kernels.route import Rule
+from offmoe.mixers.recurrent import FULL
+from offmoe.mixers.rope import RopeConfig
 from offmoe.models.config import ModelConfig
-from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family
-from offmoe.models.fields import flag, number
-from offmoe.models.recurrent import FULL
+from offmoe.models.family import Family
+from offmoe.models.names import GGUF_NAMES, HF_NAMES
 from offmoe.models.rope import rope_parameters, scaling_of
-from offmoe.models.shared_fields import SLIDING, sliding_windows
+from offmoe.models.shared_fields import SLIDING, sliding_windows, windowed
 
 MLP = "model.layers.{l}.mlp"
 
 
-def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    return {
-        # the published yarn does not round its bounds, which a GGUF does not say
-        "rope": replace(scaling_of(raw), truncate=flag(rope_parameters(raw), "truncate", False)),
-        "rope_theta": number(rope_parameters(raw), "rope_theta", 150_000.0),
-        "windows": sliding_windows(raw, layers, [(SLIDING, FULL)[layer % 2] for layer in range(layers)]),
-        "sinks": True,
-        "qkv_bias": True,
-        "o_bias": True,
-        "router_offset": True,
-        "expert_bias": True,
-        "glu": Glu(number(raw, "swiglu_alpha", 1.702), number(raw, "swiglu_limit", 7.0), 1.0),
-    }
+def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    """The published yarn does not round its bounds; a GGUF has no key for it."""
+    parameters = rope_parameters(raw)
+    assert config.heads.rope
+    rope = RopeConfig(
+        config.heads.rope.rotary,
+        number(parameters, "rope_theta", 150_000.0),
+        replace(scaling_of(raw), truncate=flag(parameters, "truncate", False)),
+    )
+    windows = sliding_windows(raw, config, [(SLIDING, FULL)[layer % 2] for layer in range(config.layers)])
+    glu = Glu(number(raw, "swiglu_alpha", 1.702), number(raw, "swiglu_limit", 7.0), 1.0)
+    config = config.with_moe(router_offset=True, expert_bias=True, glu=glu)
+    return windowed(config.with_heads(rope=rope, sinks=True, qkv_bias=True, o_bias=True), windows)
 
 
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
-    """Raises OffmoeError where other layers look at a window."""
-    if any(config.window(layer) != config.window(0) * (layer % 2 == 0) for layer in range(config.layers)):
+    """Raises OffmoeError where other layers have a window."""
+    window, *_ = windows = config.windows
+    if any(own != window * (layer % 2 == 0) for layer, own in enumerate(windows)):
         raise OffmoeError(
-            f"gpt_oss with windows of {config.windows} cannot be packed: in a GGUF every second layer, "
-            "beginning with the first, looks at one"
+            f"gpt_oss with windows of {windows} cannot be packed: in a GGUF every second layer, "
+            "beginning with the first, has one"
         )
-    return {"attention.sliding_window": config.window(0)}
+    return {"attention.sliding_window": window}
 
 
 FAMILY = Family(
@@ -62,7 +64,7 @@ FAMILY = Family(
     interleaved_experts=True,
     transposed_experts=True,
     gguf_keys=gguf_keys,
-    fields=fields,
+    configured=configured,
     implemented={
         "attention_bias": (True, None),
         "layer_types": (FULL, SLIDING),

@@ -1,32 +1,32 @@
-"""Granite 3 MoE (1b-a400m, 3b-a800m): plain GQA, and four multipliers."""
+"""Granite 3 MoE (1b-a400m, 3b-a800m): grouped-query attention; embedding, residual, scores and logits are scaled."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from offmoe.kernels.route import Rule
+from offmoe.checkpoint.fields import number
 from offmoe.models.config import ModelConfig
-from offmoe.models.family import HF_NAMES, Family, experts_apart
-from offmoe.models.fields import number
+from offmoe.models.family import Family
+from offmoe.models.names import HF_NAMES, experts_apart
 
 BLOCK = "model.layers.{l}.block_sparse_moe"
 APART = experts_apart(BLOCK + ".experts")
 
 
-def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    return {
-        "embed_scale": number(raw, "embedding_multiplier", 1.0),
-        "residual_scale": number(raw, "residual_multiplier", 1.0),
-        "attention_scale": number(raw, "attention_multiplier", 1.0),
-        "logit_divisor": number(raw, "logits_scaling", 1.0),
-    }
+def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    config = config.with_stream(
+        embed_scale=number(raw, "embedding_multiplier", 1.0),
+        residual_scale=number(raw, "residual_multiplier", 1.0),
+        logit_divisor=number(raw, "logits_scaling", 1.0),
+    )
+    return config.with_heads(scale=number(raw, "attention_multiplier", 1.0))
 
 
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
     return {
-        "embedding_scale": config.embed_scale,
-        "residual_scale": config.residual_scale,
-        "attention.scale": config.attention_scale,
-        "logit_scale": config.logit_divisor,
+        "embedding_scale": config.stream.embed_scale,
+        "residual_scale": config.stream.residual_scale,
+        "attention.scale": config.heads.scale,
+        "logit_scale": config.stream.logit_divisor,
     }
 
 
@@ -45,5 +45,5 @@ FAMILY = Family(
     },
     interleaved_gguf=True,
     gguf_keys=gguf_keys,
-    fields=fields,
+    configured=configured,
 )

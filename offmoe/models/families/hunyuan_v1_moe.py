@@ -1,14 +1,14 @@
-"""Hunyuan-A13B: a shared expert, q and k normed per head after they are rotated, a base of the rotation stretched."""
+"""Hunyuan-A13B: a shared expert, q and k normed per head after they are rotated, a stretched rope_theta."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from offmoe.checkpoint.base import shown
+from offmoe.checkpoint.base import quote
+from offmoe.checkpoint.fields import count, number
 from offmoe.errors import OffmoeError
-from offmoe.kernels.route import Rule
 from offmoe.models.config import ModelConfig
-from offmoe.models.family import HF_NAMES, Family
-from offmoe.models.fields import count, number
+from offmoe.models.family import Family
+from offmoe.models.names import HF_NAMES
 from offmoe.models.rope import rope_parameters
 
 BLOCK = "model.layers.{l}"
@@ -24,7 +24,7 @@ NAMES = {
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What may differ from layer to layer must not; `dynamic` with an `alpha` is a fixed base (NTK-aware)."""
+    """Fields that may differ by layer must be uniform; `dynamic` with an `alpha` is a fixed base (NTK-aware)."""
     ours = {
         "num_experts": uniform(raw, "num_experts"),
         "num_experts_per_tok": uniform(raw, "moe_topk", "num_experts_per_tok"),
@@ -43,24 +43,25 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def uniform(raw: Mapping[str, Any], *names: str) -> Any:
-    """The first of `names` that is there: one value, or a list of equal ones, a layer each."""
+    """The first of `names` that is there: one value, or a list of equal values, one a layer."""
     name = next((name for name in names if raw.get(name) is not None), names[0])
     value = raw.get(name)
     if not isinstance(value, list):
         return value
     if any(other != value[0] for other in value[1:]):
-        raise OffmoeError(f"hunyuan_v1_moe: {name} is {shown(value)}, and offmoe implements layers that are all alike")
+        raise OffmoeError(f"hunyuan_v1_moe: {name} is {quote(value)}, and offmoe implements layers that are all alike")
     return value[0] if value else None
 
 
-def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
+def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
     shared = count(raw, "n_shared_experts", default=1)
     inner = count(raw, "moe_intermediate_size", "intermediate_size")
-    return {"shared": shared, "shared_hidden": count(raw, "shared_expert_intermediate_size", default=shared * inner)}
+    hidden = count(raw, "shared_expert_intermediate_size", default=shared * inner)
+    return config.with_moe(shared=shared, shared_hidden=hidden)
 
 
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
-    return {"expert_shared_feed_forward_length": config.shared_hidden}
+    return {"expert_shared_feed_forward_length": config.moe.shared_hidden}
 
 
 FAMILY = Family(
@@ -72,7 +73,7 @@ FAMILY = Family(
     names=NAMES,
     translated=translated,
     gguf_keys=gguf_keys,
-    fields=fields,
+    configured=configured,
     implemented={
         "n_shared_experts": (),
         "shared_expert_intermediate_size": (),  # a GGUF says both

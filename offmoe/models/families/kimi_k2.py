@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from offmoe.models.families.deepseek_v3 import FAMILY as DEEPSEEK_V3
 
-FAMILY = replace(DEEPSEEK_V3, model_type="kimi_k2", published="Kimi-K2-Instruct")
+FAMILY = replace(DEEPSEEK_V3, model_type="kimi_k2", published="Kimi-K2-Instruct", priority=0)

@@ -5,14 +5,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from offmoe.checkpoint.base import shown
+from offmoe.checkpoint.base import quote
+from offmoe.checkpoint.fields import flag, number
 from offmoe.errors import OffmoeError
 from offmoe.kernels.route import Rule
-from offmoe.kernels.shortconv import ShortConv
+from offmoe.mixers.recurrent import FULL, layers_of_kind
+from offmoe.mixers.shortconv.config import ShortConvConfig
 from offmoe.models.config import ModelConfig
-from offmoe.models.family import GGUF_NAMES, HF_NAMES, Family
-from offmoe.models.fields import count, flag, number
-from offmoe.models.recurrent import FULL, recurrent_layers
+from offmoe.models.family import Family
+from offmoe.models.names import GGUF_NAMES, HF_NAMES
 from offmoe.models.shared_fields import first_dense
 
 CONV = "conv"  # a kind of layer
@@ -20,7 +21,7 @@ LAYER, BLOCK = "model.layers.{l}", "model.layers.{l}.feed_forward"
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields under names of their own; a GGUF says by a layer's key-value heads, or none, of which kind it is."""
+    """LFM2's field names → those of the other families; in a GGUF, layers without key-value heads are convolutions."""
     ours = {
         "rms_norm_eps": raw.get("norm_eps"),
         "first_k_dense_replace": raw.get("num_dense_layers"),
@@ -29,34 +30,28 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
     heads = raw.get("num_key_value_heads")
     if isinstance(heads, list):
         if not all(type(n) is int for n in heads) or len({n for n in heads if n}) != 1:
-            raise OffmoeError(f"attention.head_count_kv is {shown(heads)}: expected 0 or one other number a layer")
+            raise OffmoeError(f"attention.head_count_kv is {quote(heads)}: expected 0 or one other number a layer")
         ours |= {"num_key_value_heads": max(heads), "layer_types": [FULL if n else CONV for n in heads]}
     return {**raw, **{name: value for name, value in ours.items() if value is not None}}
 
 
-def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    mixer = ShortConv(count(raw, "hidden_size"), count(raw, "conv_L_cache", default=3))
-    if mixer.taps < 2:
-        raise OffmoeError(f"conv_L_cache is {mixer.taps}: expected at least 2")
+def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    mixer = ShortConvConfig.from_fields(raw)
     biased, scale = flag(raw, "use_expert_bias", True), number(raw, "routed_scaling_factor", 1.0)
-    return {
-        **first_dense(raw, layers),
-        "rule": replace(rule, scores="sigmoid", biased=biased, scale=scale),
-        "mixer": mixer,
-        "recurrent": recurrent_layers(raw.get("layer_types"), layers, CONV),
-    }
+    config = first_dense(raw, config)
+    config = config.with_moe(rule=replace(config.moe.rule, scores="sigmoid", biased=biased, scale=scale))
+    return config.with_mixers(dict.fromkeys(layers_of_kind(raw.get("layer_types"), config.layers, CONV), mixer))
 
 
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
-    """Raises OffmoeError where the router is not what llama.cpp takes it for."""
-    if config.rule != Rule(top_k=config.top_k, scores="sigmoid", biased=True, renormalise=True):
+    """Raises OffmoeError where llama.cpp would route otherwise."""
+    if config.moe.rule != Rule(top_k=config.top_k, scores="sigmoid", biased=True, renormalise=True):
         raise OffmoeError(
-            f"lfm2_moe with {config.rule} cannot be packed: the GGUF architecture lfm2moe always means a biased "
+            f"lfm2_moe with {config.moe.rule} cannot be packed: the GGUF architecture lfm2moe always means a biased "
             "sigmoid over all, renormalised"
         )
-    assert config.mixer
-    kept = [0 if layer in config.recurrent else config.kv_heads for layer in range(config.layers)]
-    return {"attention.head_count_kv": kept, "shortconv.l_cache": config.mixer.taps}
+    kept = [0 if layer in config.recurrent else config.heads.kv_heads for layer in range(config.layers)]
+    return {"attention.head_count_kv": kept}
 
 
 FAMILY = Family(
@@ -82,15 +77,12 @@ FAMILY = Family(
         "dense_gate": (BLOCK + ".w1.weight",),
         "dense_up": (BLOCK + ".w3.weight",),
         "dense_down": (BLOCK + ".w2.weight",),
-        "conv_in": (LAYER + ".conv.in_proj.weight",),
-        "conv_taps": (LAYER + ".conv.conv.weight",),
-        "conv_o": (LAYER + ".conv.out_proj.weight",),
     },
     gguf_names={**GGUF_NAMES, "final_norm": ("token_embd_norm.weight", "output_norm.weight")},
     gguf_keys=gguf_keys,
     rope_theta=1_000_000.0,
     translated=translated,
-    fields=fields,
+    configured=configured,
     implemented={
         "layer_types": (FULL, CONV),
         "conv_bias": (False, None),

@@ -1,23 +1,26 @@
-"""Llama 4 (Scout 109B-A17B, Maverick 400B-A17B), text only: of every four layers three rotate and see a chunk of 8,192
-positions, the fourth does neither and sharpens its queries. One expert a token, whose weight, a sigmoid, scales what it
-takes in, beside a shared one."""
+"""Llama 4 (Scout 109B-A17B, Maverick 400B-A17B), text only: three of four layers rotate and see a chunk of 8,192
+positions, the fourth does neither and has an attention temperature. One expert a token, whose weight, a sigmoid, scales
+its input, and a shared one."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from offmoe.checkpoint.base import shown
+from offmoe.checkpoint.base import quote
+from offmoe.checkpoint.fields import count, flag, number, text_fields
 from offmoe.errors import OffmoeError
 from offmoe.kernels.rope import AttentionTemperature
-from offmoe.kernels.route import Rule
+from offmoe.mixers.heads.config import HeadsConfig
+from offmoe.mixers.recurrent import FULL
 from offmoe.models.config import ModelConfig
-from offmoe.models.family import HF_NAMES, Family, experts_apart
-from offmoe.models.fields import count, flag, number, text_fields
-from offmoe.models.recurrent import FULL
+from offmoe.models.family import Family
+from offmoe.models.names import HF_NAMES, experts_apart
+from offmoe.models.shared_fields import routed_layers, windowed
 
 CHUNKED = "chunked_attention"  # a kind of layer
-CHUNK, EVERY, TEMPER = 8192, 4, AttentionTemperature(8192, 0.1)  # of the published models; llama.cpp has them fixed
-UNNORMED = 128  # experts of the model whose heads are not normed: so llama.cpp tells it
+# Of the published models; llama.cpp has them fixed.
+CHUNK, EVERY, TEMPERATURE = 8192, 4, AttentionTemperature(8192, 0.1)
+UNNORMED = 128  # experts of the model whose heads are not normed: llama.cpp knows it by that number
 BLOCK = "model.layers.{l}.feed_forward"
 APART = experts_apart(BLOCK + ".experts")
 NAMES = {
@@ -32,8 +35,10 @@ NAMES = {
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A config gives the experts' width under the name that others have for a dense layer's. A GGUF has its own name
-    for it, and says neither whether heads are normed nor how many experts a layer shares."""
+    """Widths under the names of the other families: here intermediate_size is an expert's, not a dense layer's.
+
+    A GGUF has the usual names, and no key that says whether heads are normed.
+    """
     raw = text_fields(raw)
     if "moe_intermediate_size" in raw:
         return {**raw, "use_qk_norm": raw.get("num_experts") != UNNORMED}
@@ -44,62 +49,59 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {**raw, **widths}
 
 
-def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    routed = routed_layers(raw, layers)
-    turned = each_layer(raw, "no_rope_layers", layers, (0, 1)) or [
+def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    layers = config.layers
+    rotates = each_layer(raw, "no_rope_layers", layers, (0, 1)) or [
         int((layer + 1) % count(raw, "no_rope_layer_interval", default=EVERY) != 0) for layer in range(layers)
     ]
-    kinds = each_layer(raw, "layer_types", layers, (FULL, CHUNKED)) or [CHUNKED if turns else FULL for turns in turned]
+    kinds = each_layer(raw, "layer_types", layers, (FULL, CHUNKED)) or [CHUNKED if one else FULL for one in rotates]
     chunk = count(raw, "attention_chunk_size", default=CHUNK)
-    tempers = flag(raw, "attn_temperature_tuning", True)
-    return {
-        "rule": replace(rule, scores="sigmoid", renormalise=False),
-        "routed": routed,
-        "dense_hidden": count(raw, "intermediate_size") if len(routed) < layers else 0,
-        "shared": 1,
-        "shared_hidden": count(raw, "moe_intermediate_size"),
-        "weighted_input": True,
-        "qk_norm": "unit" if flag(raw, "use_qk_norm", True) else "none",
-        "windows": tuple(chunk if kind == CHUNKED else 0 for kind in kinds) if CHUNKED in kinds else (),
-        "chunked": CHUNKED in kinds,
-        "no_rope": tuple(layer for layer, turns in enumerate(turned) if not turns),
-        "attention_temperature": AttentionTemperature(
-            count(raw, "floor_scale", default=TEMPER.floor), number(raw, "attn_scale", TEMPER.scale)
-        )
-        if tempers else None,
-    }  # fmt: skip
+    temperature = None
+    if flag(raw, "attn_temperature_tuning", True):
+        floor = count(raw, "floor_scale", default=TEMPERATURE.floor)
+        temperature = AttentionTemperature(floor, number(raw, "attn_scale", TEMPERATURE.scale))
+    config = routed_layers(raw, config, layers_with_experts(raw, layers)).with_moe(
+        rule=replace(config.moe.rule, scores="sigmoid", renormalise=False),
+        shared=1,
+        shared_hidden=count(raw, "moe_intermediate_size"),
+        weighted_input=True,
+    )
+    config = config.with_heads(chunked=CHUNKED in kinds, qk_norm="unit" if flag(raw, "use_qk_norm", True) else "none")
+    config = windowed(config, [chunk if kind == CHUNKED else 0 for kind in kinds])
+    no_rope = [layer for layer, one in enumerate(rotates) if not one]
+    return config.with_heads(no_rope, rope=None, temperature=temperature)
 
 
 def each_layer(raw: Mapping[str, Any], name: str, layers: int, among: tuple[Any, ...]) -> list[Any]:
-    """A list with one of `among` for each layer; empty where it is not given."""
+    """A list with one of `among` for each layer; empty where the config has none."""
     values = raw.get(name) or []
     if not isinstance(values, list) or len(values) not in (0, layers) or not all(value in among for value in values):
         raise OffmoeError(
-            f"{name} is {shown(values)}: expected {among[0]!r} or {among[1]!r} for each of {layers} layers"
+            f"{name} is {quote(values)}: expected {among[0]!r} or {among[1]!r} for each of {layers} layers"
         )
     return values
 
 
-def routed_layers(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    """By a list, or every so many."""
+def layers_with_experts(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """By the list moe_layers, or every interleave_moe_layer_step-th."""
     step, listed = count(raw, "interleave_moe_layer_step", default=1), raw.get("moe_layers")
     if listed is None:
         return tuple(range(step - 1, layers, step))
     if not isinstance(listed, list) or not all(type(layer) is int and 0 <= layer < layers for layer in listed):
-        raise OffmoeError(f"moe_layers is {shown(listed)}: expected layers of 0 to {layers - 1}")
+        raise OffmoeError(f"moe_layers is {quote(listed)}: expected layers of 0 to {layers - 1}")
     return tuple(sorted(set(listed)))
 
 
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
-    """Raises OffmoeError where the model is not one of those that llama.cpp has in mind."""
-    c, still = config, tuple(range(EVERY - 1, config.layers, EVERY))
-    windows = tuple(0 if layer in still else CHUNK for layer in range(c.layers))
-    step = c.routed[0] + 1
+    """Raises OffmoeError where the model differs from those whose numbers llama.cpp has built in."""
+    c, no_rope = config, tuple(range(EVERY - 1, config.layers, EVERY))
+    heads = [mixer for mixer in c.mixers if isinstance(mixer, HeadsConfig)]
+    windows, step = tuple(0 if layer in no_rope else CHUNK for layer in range(c.layers)), c.routed[0] + 1
     said = {
-        "no_rope_layers": c.no_rope == still,
-        "attention_chunk_size": (c.windows or (0,) * c.layers) == windows,
-        "attn_temperature_tuning": c.attention_temperature == TEMPER or not still,
-        "use_qk_norm": (c.qk_norm == "unit") == (c.experts != UNNORMED),
+        "no_rope_layers": tuple(layer for layer, own in enumerate(heads) if not own.rope) == no_rope,
+        "attention_chunk_size": c.windows == windows,
+        "attn_temperature_tuning": all(own.temperature == TEMPERATURE for own in heads if not own.rope),
+        "use_qk_norm": (c.heads.qk_norm == "unit") == (c.experts != UNNORMED),
         "moe_layers": c.routed == tuple(range(step - 1, c.layers, step)),
     }
     if wrong := [name for name, fits in said.items() if not fits]:
@@ -123,7 +125,7 @@ FAMILY = Family(
     gguf_factors=True,
     translated=translated,
     gguf_keys=gguf_keys,
-    fields=fields,
+    configured=configured,
     implemented={
         "layer_types": (CHUNKED, FULL),
         "num_experts_per_tok": (1,),

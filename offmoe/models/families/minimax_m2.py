@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from offmoe.kernels.route import Rule
+from offmoe.checkpoint.fields import count
+from offmoe.models.config import ModelConfig
 from offmoe.models.families.mixtral import BLOCK, MIXTRAL_NAMES
 from offmoe.models.family import Family
-from offmoe.models.fields import count
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`rotary_dim` is what others say as a share of a head; attention of type 1 is full."""
+    """`rotary_dim` as a share of a head; attention of type 1 is full."""
     kinds = raw.get("attn_type_list") or []
     return {
         "partial_rotary_factor": count(raw, "rotary_dim") / count(raw, "head_dim") if raw.get("rotary_dim") else None,
@@ -20,8 +20,8 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    return {"rule": replace(rule, scores="sigmoid", biased=True)}
+def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    return config.with_moe(rule=replace(config.moe.rule, scores="sigmoid", biased=True))
 
 
 FAMILY = Family(
@@ -36,7 +36,7 @@ FAMILY = Family(
     },
     rope_theta=5_000_000.0,
     translated=translated,
-    fields=fields,
+    configured=configured,
     implemented={
         "partial_rotary_factor": (),
         "expert_gating_func": (2,),

@@ -1,6 +1,7 @@
-"""Mixtral (8x7B, 8x22B) and the demo model: plain GQA, softmax router renormalised over the top-k."""
+"""Mixtral (8x7B, 8x22B) and the demo model: grouped-query attention, softmax router renormalised over the top-k."""
 
-from offmoe.models.family import HF_NAMES, Family
+from offmoe.models.family import Family
+from offmoe.models.names import HF_NAMES
 
 BLOCK = "model.layers.{l}.block_sparse_moe"
 MIXTRAL_NAMES = {

@@ -4,16 +4,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from offmoe.checkpoint.fields import count, flag, number
 from offmoe.errors import OffmoeError
-from offmoe.kernels.route import Rule
+from offmoe.models.config import ModelConfig
 from offmoe.models.families.mixtral import MIXTRAL_NAMES
 from offmoe.models.family import Family
-from offmoe.models.fields import count, flag, number
 from offmoe.models.rope import rope_parameters
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The two mscales are the factor of cos and sin; a window that is never full is none."""
+    """The mscales, which must be equal, are the factor of cos and sin; a window as long as the context is none."""
     rope = dict(rope_parameters(raw))
     short, long = (number(rope, name, 1.0) for name in ("short_mscale", "long_mscale"))
     if rope["rope_type"] == "longrope":
@@ -28,15 +28,11 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {**raw, "rope_scaling": None, "rope_parameters": rope, "sliding_window": None if wide else window}
 
 
-def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
+def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
     biased = flag(raw, "attention_bias", False)
-    return {
-        "rule": replace(rule, scores="mixer", jitter=number(raw, "router_jitter_noise", 0.01)),
-        "qkv_bias": biased,
-        "o_bias": biased,
-        "head_bias": flag(raw, "lm_head_bias", False),
-        "norm_bias": True,
-    }
+    rule = replace(config.moe.rule, scores="mixer", jitter=number(raw, "router_jitter_noise", 0.01))
+    config = config.with_norm(bias=True).with_stream(head_bias=flag(raw, "lm_head_bias", False))
+    return config.with_moe(rule=rule).with_heads(qkv_bias=biased, o_bias=biased)
 
 
 FAMILY = Family(
@@ -48,6 +44,6 @@ FAMILY = Family(
     names={**MIXTRAL_NAMES, "router": (*MIXTRAL_NAMES["router"], "model.layers.{l}.mlp.router.weight")},
     rope_theta=1_000_000.0,
     translated=translated,
-    fields=fields,
+    configured=configured,
     implemented={"attention_bias": (), "num_experts_per_tok": (2,), "norm_topk_prob": (False, None)},
 )

@@ -1,23 +1,19 @@
-"""Qwen2 MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): QKV bias, a shared expert times the sigmoid of a gate of its own."""
+"""Qwen2 MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): QKV bias, a shared expert with a sigmoid gate."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from offmoe.kernels.route import Rule
+from offmoe.checkpoint.fields import count, flag
+from offmoe.models.config import ModelConfig
 from offmoe.models.family import Family
-from offmoe.models.fields import count, flag
 from offmoe.models.shared_fields import sparse_layers
 
 
-def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
+def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
     shared = count(raw, "shared_expert_intermediate_size", "intermediate_size")
-    more = {
-        "shared": 1,
-        "shared_hidden": shared,
-        "shared_gated": True,
-        "qkv_bias": flag(raw, "qkv_bias", flag(raw, "attention_bias", True)),
-    }
-    return {**sparse_layers(raw, layers), **more}
+    biased = flag(raw, "qkv_bias", flag(raw, "attention_bias", True))
+    config = sparse_layers(raw, config).with_moe(shared=1, shared_hidden=shared, shared_gated=True)
+    return config.with_heads(qkv_bias=biased)
 
 
 FAMILY = Family(
@@ -26,7 +22,7 @@ FAMILY = Family(
     published="Qwen1.5-MoE-A2.7B",
     qk_norm="none",
     renormalise=False,
-    fields=fields,
+    configured=configured,
     implemented={
         "shared_expert_intermediate_size": (),
         "n_shared_experts": (),

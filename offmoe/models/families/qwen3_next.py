@@ -1,5 +1,5 @@
 """Qwen3-Next (80B-A3B): three of four layers are gated DeltaNet, the others attention with gated heads, a quarter of
-each rotated; 512 experts and a gated shared one. RMS norms count their weights from 1."""
+each rotated; 512 experts and a gated shared one. Weights of RMS norms are stored as differences from 1."""
 
 from __future__ import annotations
 
@@ -9,83 +9,59 @@ from typing import Any
 
 from torch import Tensor
 
+from offmoe.checkpoint.fields import count
 from offmoe.errors import OffmoeError
-from offmoe.kernels.deltanet import Delta
-from offmoe.kernels.route import Rule
+from offmoe.mixers.deltanet.config import DeltaConfig
+from offmoe.mixers.recurrent import FULL, layers_of_kind
 from offmoe.models.config import ModelConfig
-from offmoe.models.family import GGUF_NAMES, Family
-from offmoe.models.fields import count
-from offmoe.models.recurrent import FULL, recurrent_layers
+from offmoe.models.family import Family
+from offmoe.models.names import GGUF_NAMES
 from offmoe.models.shared_fields import sparse_layers
 
 LINEAR = "linear_attention"  # a kind of layer
 GGUF = {**GGUF_NAMES, "ffn_norm": ("blk.{l}.post_attention_norm.weight",)}
 
 
-def fields(raw: Mapping[str, Any], layers: int, rule: Rule) -> dict[str, Any]:
-    """Of the whole line: the newer models have the same config, with fewer fields."""
-    delta = Delta(
-        key_heads=count(raw, "linear_num_key_heads"),
-        value_heads=count(raw, "linear_num_value_heads"),
-        key_dim=count(raw, "linear_key_head_dim"),
-        value_dim=count(raw, "linear_value_head_dim"),
-        taps=count(raw, "linear_conv_kernel_dim"),
+def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    """Qwen3.5 and 3.6 share it: their configs have the same fields, some of them left out."""
+    delta = DeltaConfig.from_fields(raw, config.norm.eps)
+    config = sparse_layers(raw, config).with_moe(
+        shared=1, shared_hidden=count(raw, "shared_expert_intermediate_size"), shared_gated=True
     )
-    if delta.value_heads % delta.key_heads:
-        raise OffmoeError(
-            f"linear_num_value_heads is {delta.value_heads}: expected a multiple of {delta.key_heads} key heads"
-        )
-    if delta.taps < 2:
-        raise OffmoeError(f"linear_conv_kernel_dim is {delta.taps}: expected at least 2")
-    return {
-        **sparse_layers(raw, layers),
-        "shared": 1,
-        "shared_hidden": count(raw, "shared_expert_intermediate_size"),
-        "shared_gated": True,
-        "output_gated": True,
-        "mixer": delta,
-        "recurrent": linear_layers(raw, layers),
-    }
+    return config.with_heads(gated=True).with_mixers(dict.fromkeys(linear_layers(raw, config.layers), delta))
 
 
 def linear_layers(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    """By a list of kinds, or all but every so many."""
+    """Layers that are DeltaNet: by layer_types, or all but every full_attention_interval-th."""
     kinds, every = raw.get("layer_types"), count(raw, "full_attention_interval", default=4)
     if kinds is None:
         kinds = [LINEAR if (layer + 1) % every else FULL for layer in range(layers)]
-    return recurrent_layers(kinds, layers, LINEAR)
+    return layers_of_kind(kinds, layers, LINEAR)
 
 
 def from_one(weight: Tensor) -> Tensor:
+    """Weights of a norm that are stored as their difference from 1."""
     return weight + 1
 
 
 def below_zero(logarithm: Tensor) -> Tensor:
+    """Decay rates, stored as the logarithm of their absolute value."""
     return -logarithm.exp()
 
 
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
-    """Raises OffmoeError where the layers with keys are not every so many."""
-    d, linear = config.delta, config.recurrent
-    assert d
-    every = linear_every(config)
+    """Raises OffmoeError where attention is not in every n-th layer."""
+    every = attention_interval(config)
     if every is None:
         raise OffmoeError(
-            f"{config.model_type} with DeltaNet in the layers {linear} cannot be packed: "
-            "in a GGUF all are but every so many"
+            f"{config.model_type} with DeltaNet in the layers {config.recurrent} cannot be packed: "
+            "in a GGUF every n-th layer has attention, and no other"
         )
-    return {
-        "ssm.conv_kernel": d.taps,
-        "ssm.state_size": d.key_dim,
-        "ssm.group_count": d.key_heads,
-        "ssm.time_step_rank": d.value_heads,
-        "ssm.inner_size": d.values,
-        "full_attention_interval": every,
-    }
+    return {"full_attention_interval": every}
 
 
-def linear_every(config: ModelConfig) -> int | None:
-    """Every which layer has keys, if it is so."""
+def attention_interval(config: ModelConfig) -> int | None:
+    """The n for which every n-th layer, and no other, has attention."""
     every = range(1, config.layers + 1)
     return next((n for n in every if config.attended == tuple(range(n - 1, config.layers, n))), None)
 
@@ -103,7 +79,7 @@ FAMILY = Family(
         **dict.fromkeys(("attn_norm", "ffn_norm", "final_norm", "q_norm", "k_norm"), from_one),
         "delta_decay": below_zero,
     },
-    fields=fields,
+    configured=configured,
     implemented={
         "layer_types": (FULL, LINEAR),
         "partial_rotary_factor": (),
@@ -115,5 +91,5 @@ FAMILY = Family(
 
 
 def sibling(**changes: Any) -> Family:
-    """A family of the same layers."""
+    """A family with the same layers."""
     return replace(FAMILY, **changes)

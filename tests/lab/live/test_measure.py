@@ -1,4 +1,4 @@
-"""Live measurements: the replay misses what the engine misses, folders resume, and whatever a person gets wrong."""
+"""Live measurements: replay and engine have the same misses, interrupted runs resume, and invalid input is reported."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from exhaustive import cases
 from tiny_models import saved
 
 from offmoe.app.cli import main
@@ -25,12 +26,13 @@ from offmoe.engine import Engine
 from offmoe.errors import OffmoeError
 from offmoe.lab.live import run as live_run
 from offmoe.lab.live.folder import Cell, Folder, write_file
-from offmoe.lab.live.measure import Bench, Configuration, Measured
-from offmoe.lab.live.probe import Probe, Watched
-from offmoe.lab.live.prompts import PROMPTS, encoded, prompts_of
+from offmoe.lab.live.measure import Bench
+from offmoe.lab.live.probe import ObservedAnswer, Probe
+from offmoe.lab.live.prompts import PROMPTS, encode_prompt, load_prompts
+from offmoe.lab.live.results import Configuration, Measured
 from offmoe.lab.live.sweep import POLICIES as SWEPT
-from offmoe.lab.live.sweep import Sweep, run_sweep, traces
-from offmoe.lab.live.truth import Answer, Simulator, answers_of, same
+from offmoe.lab.live.sweep import Sweep, join_traces, run_sweep
+from offmoe.lab.live.truth import Answer, Simulator, answers_of, same_events
 from offmoe.lab.trace.prompts import Prompt
 from offmoe.models.model import open_model
 from offmoe.plan import DEFAULT_POLICY
@@ -48,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def earlier(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trace of the model, for policies that want one."""
+    """Return a trace of the model, for policies that need one."""
     path = tmp_path_factory.mktemp("earlier") / "trace.npz"
     with Engine(open_model(model), Settings.of(device="cpu", ctx=128)) as engine, Probe(engine) as probe:
         probe.run(IDS[0], 8)
@@ -56,13 +58,13 @@ def earlier(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def live(model: Path, **settings: Any) -> tuple[list[Watched], Engine]:
+def live(model: Path, **settings: Any) -> tuple[list[ObservedAnswer], Engine]:
     chosen = {"device": "cpu", "ctx": 128, "chunk": 16, **settings}
     with Engine(open_model(model), Settings.of(**chosen)) as engine, Probe(engine) as probe:
         return [probe.run(ids, 24) for ids in IDS], engine
 
 
-def replayed(answers: list[Watched], engine: Engine) -> list[Any]:
+def replayed(answers: list[ObservedAnswer], engine: Engine) -> list[Any]:
     simulator = Simulator(engine.plan, engine.config.layers, engine.config.experts)
     return [simulator.answer(answer) for answer in answers]
 
@@ -73,34 +75,34 @@ def replayed(answers: list[Watched], engine: Engine) -> list[Any]:
 def test_the_replay_misses_what_the_engine_misses(
     model: Path, earlier: Path, policy: str, vram: str, scope: str
 ) -> None:
-    """Exactly: the same records in the same order, prompts in chunks and waves before every answer."""
+    """The same experts in the same order, with prompts in chunks and waves before every answer."""
     spec = f"{policy}:profile={earlier}" if "profile" in POLICIES[policy].parameters else policy
     answers, engine = live(model, vram=vram, policy=spec, scope=scope)
     for answer, simulated in zip(answers, replayed(answers, engine), strict=True):
         assert len(answer.steps) == 24
         assert [len(chunk) for chunk in answer.prompt] == [16, 16, 8]
-        assert same(answer.missed, simulated.missed)
+        assert same_events(answer.missed, simulated.missed)
         assert np.array_equal(answer.hits, simulated.hits)
     missed = sum(len(event) for answer in answers for event in answer.missed)
     assert 0 < missed < len(IDS) * 24 * 9, "hits and misses, or nothing is compared"
 
 
 def test_a_replay_without_the_prompt_is_caught(model: Path) -> None:
-    """The guard above can fail."""
+    """The test above can fail."""
     answers, engine = live(model, vram="50%")
     for answer in answers:
         answer.prompt = []
-    assert not all(same(a.missed, s.missed) for a, s in zip(answers, replayed(answers, engine), strict=True))
+    assert not all(same_events(a.missed, s.missed) for a, s in zip(answers, replayed(answers, engine), strict=True))
 
 
 def test_a_recorded_trace_is_replayed_as_it_was_run(model: Path) -> None:
-    """Chunks again, after a file knew only tokens."""
+    """Restore the chunks from a file that has only tokens."""
     with Engine(open_model(model), Settings.of(device="cpu", ctx=128, chunk=16)) as engine, Probe(engine) as probe:
         answers = [probe.run(ids, 8) for ids in IDS]
         trace = probe.recorder.trace()
     for again, answer in zip(answers_of(trace, engine.plan.chunk), answers, strict=True):
-        assert same(again.prompt, answer.prompt)
-        assert same(again.steps, answer.steps)
+        assert same_events(again.prompt, answer.prompt)
+        assert same_events(again.steps, answer.steps)
 
 
 def test_everything_in_slots_never_misses(model: Path) -> None:
@@ -123,9 +125,12 @@ def test_the_demo_is_replayed_exactly() -> None:
     assert measured.parts["page-in"] == pytest.approx(measured.stall_ms)
 
 
-@pytest.mark.parametrize("policy", [name for name, kind in POLICIES.items() if "profile" not in kind.parameters])
+@pytest.mark.parametrize(
+    "policy",
+    cases([name for name, kind in POLICIES.items() if "profile" not in kind.parameters], ["lru", "echo"]),
+)
 def test_the_demo_misses_what_its_replay_misses(policy: str) -> None:
-    """The same records in the same order, at three budgets."""
+    """The same experts in the same order, at three budgets."""
     with Bench(DEMO, Settings.of(device="cpu"), list(PROMPTS), 30) as bench:
         for vram in ("31.3%", "50%", "75%"):
             measured, _ = bench.measure(bench.canonical(vram, policy, None), bench.prompts[:1], 6)
@@ -144,7 +149,7 @@ def test_a_probe_leaves_nothing_behind(model: Path) -> None:
 
 
 def test_prefetching_is_measured_without_the_chats_guard(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guard would leave it off for half of so short a run."""
+    """The guard would turn prefetching off for half of so short a run."""
     monkeypatch.setattr(EagerDecoder, "guard", Guard(), raising=False)
     with bench.engine(bench.canonical("50%", None, None)) as engine:
         guard: Any = engine.decoder.guard  # type: ignore[union-attr]
@@ -182,7 +187,7 @@ def test_the_default_is_four_budgets_from_the_smallest_that_works(bench: Bench) 
     assert list(sweep.budgets) == ["31.3%", "50%", "75%", "100%"]
     assert [c.policy for c in sweep.budgets["50%"]] == [bench.canonical("50%", p, None).policy for p in SWEPT]
     assert len(SWEPT) == 3
-    assert SWEPT[0] == DEFAULT_POLICY
+    assert SWEPT[0] == str(DEFAULT_POLICY)
     assert len(sweep.budgets["100%"]) == 1, "nothing is evicted: one is enough"
     assert len(sweep.notes) == 2
 
@@ -227,6 +232,7 @@ def test_a_truncated_measurement_is_made_again(tmp_path: Path) -> None:
     assert folder.read(CELL) is None
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_run_goes_on(tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, measure, measured = Sweep.of(bench, ("50%",), ("lru", "lfu"), (), 2), bench.measure, list[str]()
 
@@ -244,23 +250,27 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, bench: Bench, monkeypatch: p
     results = run_sweep(bench, sweep, folder, 6, lambda _, *turn: seen.append(turn))
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)], "three of six were kept"
     assert list(results) == sweep.cells()
-    trace = traces(folder, 2)
+    trace = join_traces(folder, 2)
     assert len(trace.experts) == sum(m.tokens for c, m in results.items() if str(c.configuration) == "50% lfu")
     assert trace.sequences >= 2
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:99])])
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:99])
+
+
+@pytest.mark.parametrize("spoil", cases([Path.unlink, cut], [cut]))
 def test_a_round_whose_trace_is_lost_is_measured_again(
     tmp_path: Path, bench: Bench, spoil: Callable[[Path], object]
 ) -> None:
-    """One measurement of it, for they all have the same routing."""
+    """One measurement is enough: all have the same routing."""
     sweep, folder = Sweep.of(bench, ("50%",), ("lru",), (), 2), Folder(tmp_path, {})
     run_sweep(bench, sweep, folder, 4, lambda *_: None)
     spoil(tmp_path / "trace-1.npz")
     seen: list[int] = []
     run_sweep(bench, sweep, folder, 4, lambda what, done, todo: seen.append(todo))
     assert seen == [1, 1]
-    assert traces(folder, 2).sequences == 2
+    assert join_traces(folder, 2).sequences == 2
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +281,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_draft(tmp_path: Path, monkeypatch
     folder = Folder(tmp_path, {})
     folder.write(CELL, MEASURED)
     monkeypatch.setattr(files, "open", lambda *_: Full(), raising=False)
-    with pytest.raises(OffmoeError, match=r"cannot write .*: No space left on device; what was written before is kept"):
+    with pytest.raises(OffmoeError, match=r"cannot write .*: No space left on device; files written before are kept"):
         folder.write(Cell(1, 0, Configuration("75%", "lru")), MEASURED)
     assert [path.name for path in (tmp_path / "cells").iterdir()] == [CELL.file]
 
@@ -287,7 +297,7 @@ def test_files_are_replaced_whole(tmp_path: Path) -> None:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`offmoe bench latency` in this process; whatever would print a traceback fails the test."""
+    """Run `offmoe bench latency` in this process; an error that would print a traceback fails the test."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["offmoe", "bench", "latency", *map(str, arguments)])
@@ -322,24 +332,25 @@ def test_the_command_measures_reports_and_resumes(command: Command, tmp_path: Pa
     (out / "cells" / sorted(path.name for path in stamps)[2]).write_text('{"run')
     status, _, err = command("demo", *SMALL, "-o", out)
     assert status == 0
-    assert "was damaged: measured again" in err
+    assert "was damaged and is measured again" in err
     changed = [path for path in stamps if path.stat().st_mtime_ns != stamps[path]]
     assert len(changed) == 1, "only the damaged one was measured again"
     line = refused(command("demo", *SMALL[:-1], 1, "-o", out))
-    assert "holds another run's results" in line
+    assert "has the results of another run" in line
 
 
+@pytest.mark.exhaustive
 def test_a_replay_that_is_off_ends_with_3(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the simulator forgot the prompts."""
+    """Simulate a simulator that ignores the prompts."""
     answer = Simulator.answer
     monkeypatch.setattr(Simulator, "answer", lambda self, a: answer(self, Answer([], a.steps)))
     status, screen, _ = command("demo", *SMALL, "-o", tmp_path / "results")
     assert status == 3
-    assert "the replay is wrong: 50% lru: measured" in screen
+    assert "the replay disagrees: 50% lru: measured" in screen
     report = (tmp_path / "results" / "report.md").read_text()
     assert "**50% lru: measured" in report
-    assert "**No number of a replay is to be believed here" in report
-    assert "**Other records missed, or in another order, in 2 of 2 configurations.**" in report
+    assert "**No result of a replay can be trusted here" in report
+    assert "**Other experts missed, or in another order, in 2 of 2 configurations.**" in report
 
 
 @pytest.mark.parametrize(
@@ -352,7 +363,7 @@ def test_a_replay_that_is_off_ends_with_3(command: Command, tmp_path: Path, monk
         (["--prefetch", "gate"], "works on a GPU, and the device is the CPU"),
         (["--prefetch", "oracle"], "prefetch 'oracle' is unknown"),
         (["--tokens", "100000"], "the context holds 8192: give shorter prompts or fewer --tokens"),
-        (["--rounds", "17"], "17 rounds need as many prompts and there are 16"),
+        (["--rounds", "17"], "17 rounds need at least as many prompts, and there are 16"),
         (["--prompts", "/nowhere/prompts.txt"], "cannot read /nowhere/prompts.txt: No such file or directory"),
     ],
 )
@@ -366,9 +377,9 @@ def test_what_cannot_be_measured_is_refused_before(
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda folder: (folder / "other.txt").write_text("mine"), "is not empty and holds no run"),
+        (lambda folder: (folder / "other.txt").write_text("mine"), "is not empty and has no run"),
         (lambda folder: (folder / "run.json").write_text("{"), "run.json is damaged"),
-        (lambda folder: (folder / "run.json").write_text('{"key": "another"}'), "holds another run's results"),
+        (lambda folder: (folder / "run.json").write_text('{"key": "another"}'), "has the results of another run"),
     ],
 )
 def test_a_folder_that_is_no_run_of_ours_is_left_alone(
@@ -402,19 +413,19 @@ def test_without_matplotlib_nothing_is_measured(
 def test_prompts_are_those_of_trace_record(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\n two \nthree\nfour\nfive\none\n")
-    assert [prompt.given for prompt in prompts_of(file)] == ["one", "two", "three", "four", "five"]
+    assert [prompt.given for prompt in load_prompts(file)] == ["one", "two", "three", "four", "five"]
     file.write_text("one\none\none\none\none\n")
-    with pytest.raises(OffmoeError, match="holds 1 different prompts: at least 5 are needed"):
-        prompts_of(file)
+    with pytest.raises(OffmoeError, match="has 1 different prompts: at least 5 are needed"):
+        load_prompts(file)
     file.write_bytes(b"\xff")
-    with pytest.raises(OffmoeError, match=r"is no UTF-8"):
-        prompts_of(file)
+    with pytest.raises(OffmoeError, match=r"is not UTF-8"):
+        load_prompts(file)
     assert len({prompt.given for prompt in PROMPTS}) == len(PROMPTS) >= 5
 
 
 def test_prompts_go_through_the_template_unless_raw(bench: Bench) -> None:
-    asked, raw = (encoded(bench.tokenizer, Prompt("", "Hello!", raw=raw)) for raw in (False, True))
-    messages = encoded(bench.tokenizer, Prompt("", [{"role": "user", "content": "Hello!"}]))
+    asked, raw = (encode_prompt(bench.tokenizer, Prompt("", "Hello!", raw=raw)) for raw in (False, True))
+    messages = encode_prompt(bench.tokenizer, Prompt("", [{"role": "user", "content": "Hello!"}]))
     assert asked == messages
     assert len(raw) < len(asked)
     assert raw == bench.tokenizer.encode("Hello!")
@@ -427,7 +438,7 @@ def test_ctrl_c_says_what_is_kept(command: Command, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Bench, "measure", measure)
     status, _, err = command("demo", *SMALL, "-o", tmp_path / "out")
     assert status == 130
-    assert "offmoe: 0 of 6 measurements are kept: the same command goes on" in err
+    assert "offmoe: 0 of 6 measurements are saved: run the same command to continue" in err
     assert json.loads((tmp_path / "out" / "run.json").read_text())["tokens"] == 6
 
 

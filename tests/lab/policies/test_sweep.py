@@ -1,4 +1,4 @@
-"""`offmoe bench policies`: what its rows say, what it refuses, and the table itself."""
+"""`offmoe bench policies`: rows, errors and the table."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from paths import DATA, SHARED
-from synthetic_traces import of, synthetic
-from test_ahead import seeing
+from synthetic_traces import of, seeing, synthetic
 
 from offmoe.app.cli import explain
 from offmoe.cache.replay import replay
@@ -38,7 +37,7 @@ def rows(*arguments: str) -> list[dict[str, Any]]:
 
 
 def refusal(*arguments: str) -> str:
-    """The one line that is said."""
+    """Return the one-line error."""
     error = bench(*arguments).exception
     assert isinstance(error, OffmoeError), repr(error)
     line = explain(error)
@@ -158,7 +157,7 @@ def test_bytes_are_counted_where_a_record_has_a_size(tmp_path: Path) -> None:
     Trace(trace.experts, trace.offsets, {**trace.meta, "record_bytes": 100}).save(tmp_path / "t.npz")
     assert rows(str(tmp_path / "t.npz"), *asked)[0]["upload_bytes_per_token"] == 100 * row["uploads_per_token"]
     Trace(trace.experts, trace.offsets, {**trace.meta, "record_bytes": "big"}).save(tmp_path / "t.npz")
-    assert "a record of 'big' bytes is none" in refusal(str(tmp_path / "t.npz"))
+    assert "an expert of 'big' bytes is not possible" in refusal(str(tmp_path / "t.npz"))
 
 
 def test_a_link_is_measured_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +183,7 @@ def test_csv_holds_the_same_rows(tmp_path: Path) -> None:
 
 def test_a_global_pool_that_is_too_small_is_warned_of() -> None:
     result = bench(SMALL, "--slots", "3", "--scope", "global", "--policy", "lru", "--policy", "least-stale", "--json")
-    assert "a global pool of 3 slots a layer is smaller than what one token uses: lru will hit nothing" in result.stderr
+    assert "a global pool of 3 slots per layer is smaller than what one token uses: lru will never hit" in result.stderr
     by = {row["policy"]: row["hit_rate"] for row in map(json.loads, result.stdout.splitlines())}
     assert by["lru"] == 0 < by["least-stale"] < by["belady"]
     assert not bench(SMALL, "--slots", "4", "--scope", "global", "--policy", "lru").stderr
@@ -207,7 +206,7 @@ def test_a_plugin_says_where_it_runs(tmp_path: Path) -> None:
         "    def score(self, records, now):\n        return 0.0 * records\n"
     )
     said = bench(SMALL, "--slots", "8", "--policy", f"{path}:Mine").stderr
-    assert f"{path}:Mine: no kernel evaluates its score, so it runs in replay and on the CPU only" in said
+    assert f"{path}:Mine: no GPU kernel evaluates its score, so it runs only in replay and on the CPU" in said
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
@@ -239,9 +238,9 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         (["--policy", f"static:profile={DEMO}"], "is of 960 records and 128 are needed: record it with this model"),
         (["--link", "1GB"], "--link needs --record"),
         (["--link", "fast", "--record", "1MB"], "'fast' is no size"),
-        (["--link", "0", "--record", "1MB"], "--link '0' is no bandwidth"),
-        (["--record", "0"], "a record of 0 bytes is none"),
-        (["--floor", "1"], "--floor says nothing without --link"),
+        (["--link", "0", "--record", "1MB"], "--link '0' is not a bandwidth"),
+        (["--record", "0"], "an expert of 0 bytes is not possible"),
+        (["--floor", "1"], "--floor needs --link"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], words: str, tmp_path: Path) -> None:
@@ -275,7 +274,7 @@ def test_the_command_is_there_and_its_errors_are_one_line() -> None:
 
 @pytest.mark.slow
 def test_the_table_of_the_shared_trace() -> None:
-    """Those of its README, within a point."""
+    """The hit rates in its README, within a percentage point."""
     path = SHARED / "traces/gpt-oss-20b.npz"
     if not path.exists():
         pytest.skip(f"{path} is absent")

@@ -1,4 +1,4 @@
-"""What a report claims: gains and noise, the fit, the replay's verdict, and figures that can be drawn of anything."""
+"""Statements of a report: gains and noise, the fit, agreement with the replay, and figures of unusual data."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from synthetic_traces import synthetic
 from offmoe.cache.ahead import Pace
 from offmoe.cache.trace import Trace
 from offmoe.lab.live.folder import Cell, Folder
-from offmoe.lab.live.measure import Configuration, Measured
+from offmoe.lab.live.results import Configuration, Measured
 from offmoe.lab.report import plots
 from offmoe.lab.report.curves import curves
-from offmoe.lab.report.markdown import as_csv, report, rows, table, truth, verdicts
-from offmoe.lab.report.numbers import Results, drifts, fit, fitted, gains, paired, summaries, t95
+from offmoe.lab.report.markdown import agreement, as_csv, report, rows, table, verdicts
+from offmoe.lab.report.numbers import Results, drifts, fit, fit_summaries, gains, paired_gain, summaries, t95
 from offmoe.lab.report.predictors import (
     GATE,
     ORACLE,
@@ -28,10 +28,10 @@ from offmoe.lab.report.predictors import (
     SHUFFLED,
     Prediction,
     Predictions,
-    judged,
-    keep,
-    kept,
+    comparison,
+    load_predictions,
     predictions,
+    save_predictions,
 )
 from offmoe.lab.report.write import write_report
 
@@ -49,7 +49,7 @@ ABOUT: dict[str, Any] = {
 
 
 def of(times: dict[str, list[tuple[float, ...]]], **changes: Any) -> Results:
-    """Rounds of ms a token: of a budget's baseline twice (first and again), of other methods once.
+    """Return results from ms per token and round: a baseline twice (first and again), other methods once.
 
     "50% lru": [(10, 10.1), …].
     """
@@ -67,23 +67,23 @@ def of(times: dict[str, list[tuple[float, ...]]], **changes: Any) -> Results:
 
 
 def test_a_gain_is_paired_round_by_round() -> None:
-    """Rounds of very different speed, always 10 % faster: the machine's moods cancel."""
-    gain, spread = paired([(10.0, 10.0, 9.0), (30.0, 30.0, 27.0), (5.0, 5.0, 4.5)])
+    """Rounds of very different speed, always 10 % faster: the load of the machine cancels out."""
+    gain, spread = paired_gain([(10.0, 10.0, 9.0), (30.0, 30.0, 27.0), (5.0, 5.0, 4.5)])
     assert gain == pytest.approx(0.1)
     assert spread == pytest.approx(0, abs=1e-12)
 
 
 def test_the_spread_is_the_pairs_scatter() -> None:
     """By hand: gains 0.1, 0.2, 0.3; stdev 0.1; t(2) = 4.30."""
-    gain, spread = paired([(10, 10, 9), (10, 10, 8), (10, 10, 7)])
+    gain, spread = paired_gain([(10, 10, 9), (10, 10, 8), (10, 10, 7)])
     assert gain == pytest.approx(0.2)
     assert spread == pytest.approx(4.30 * 0.1 / math.sqrt(3))
 
 
 def test_a_baseline_that_differs_from_itself_widens_the_spread() -> None:
-    """Both of its runs are the same configuration, so 10 % between them are noise: t(4) = 2.78."""
+    """Both runs of the baseline are the same configuration, so 10 % between them is noise: t(4) = 2.78."""
     same = [(10 / 1.05 * 1.0, 10 / 1.05 * 1.1, 9.0)] * 4
-    gain, spread = paired(same)
+    gain, spread = paired_gain(same)
     assert gain == pytest.approx(0.1)
     assert spread == pytest.approx(2.78 * math.sqrt(0.75 * 0.1**2) / 2)
     assert spread > gain, "noise"
@@ -165,36 +165,36 @@ def test_the_residual_is_in_ms() -> None:
 def test_four_configurations_are_not_fitted() -> None:
     assert fit([(1.0, 1, 1)] * 4) is None
     results = of({"50% lru": [(10, 10)], "50% lfu": [(9,)]})
-    assert fitted(summaries(results)) is None
+    assert fit_summaries(summaries(results)) is None
     assert "Not fitted: 2 configurations, and at least 5 are needed." in report(ABOUT, results, {}, [])
 
 
-# Whether the replay is believed.
+# Agreement of the replay.
 
 
-@pytest.mark.parametrize(("simulated", "believed"), [(0.5, True), (0.509, True), (0.511, False), (0.489, False)])
-def test_the_replay_is_believed_within_a_point(simulated: float, believed: bool) -> None:
+@pytest.mark.parametrize(("simulated", "agrees"), [(0.5, True), (0.509, True), (0.511, False), (0.489, False)])
+def test_the_replay_agrees_within_a_point(simulated: float, agrees: bool) -> None:
     (summary,) = summaries(of({"50% lru": [(10, 10)]}, simulated=simulated))
-    assert summary.believed is believed
-    lines = "\n".join(truth([summary]))
-    assert ("**No number of a replay is to be believed" in lines) is not believed
-    assert ("differ by at most" in lines) is believed
+    assert summary.agrees is agrees
+    lines = "\n".join(agreement([summary]))
+    assert ("**No result of a replay can be trusted" in lines) is not agrees
+    assert ("differ by at most" in lines) is agrees
 
 
 def test_errors_that_cancel_are_seen() -> None:
-    """One round too high, one too low: each counts."""
+    """One round is too high, one too low: both count."""
     results = of({"50% lru": [(10,), (10,)]})
     cells = list(results)
     results[cells[0]] = replace(GOOD, simulated=0.53)
     results[cells[1]] = replace(GOOD, simulated=0.47)
     (summary,) = summaries(results)
     assert summary.simulated == pytest.approx(0.5)
-    assert not summary.believed
+    assert not summary.agrees
 
 
 def test_what_was_not_replayed_is_said() -> None:
     results = of({"50% lru": [(10, 10)]}, simulated=None, same_misses=None)
-    assert "Not replayed, for predictions are not recorded" in "\n".join(truth(summaries(results)))
+    assert "Not replayed, because a live run does not record predictions" in "\n".join(agreement(summaries(results)))
     assert rows(summaries(results), [])[0][6] == "–"
 
 
@@ -240,7 +240,7 @@ def test_belady_is_below_all_curves() -> None:
 
 
 def results_of(kind: str) -> Results:
-    """Runs that figures must survive."""
+    """Runs that figures must be able to draw."""
     many = {
         f"{v}% {p}": [(10.0, 10.5)] * 2 if p == "lru" else [(9.0,)] * 2 for v in (25, 50) for p in ("lru", "crf:h=16")
     }
@@ -253,7 +253,7 @@ def results_of(kind: str) -> Results:
 
 
 def knowing(seed: int, tokens: int = 30) -> Trace:
-    """States that are the next layer's logits, so that a gate knows, or others, so that it does not."""
+    """Return states that are the next layer's logits, so that a gate can predict, or other states."""
     trace = synthetic(tokens, 3, 16, 4, seed=3)
     rng = np.random.default_rng(seed)
     states = rng.normal(0, 1, (tokens, 3, 16)).astype(np.float16)
@@ -284,21 +284,21 @@ def test_every_predictor_stands_beside_its_controls() -> None:
 
 def test_a_gate_that_knows_nothing_is_said_to() -> None:
     knows = Predictions("50%", "lru", 30, tuple(replayed()))
-    assert "The gate covers more than its shuffled control" in judged(knows)[0]
-    blind = [replace(one, coverage=0.1) if one.family in (GATE, SHUFFLED) else one for one in knows.of]
-    assert judged(replace(knows, of=tuple(blind))) == [
-        "**The gate covers no more than its shuffled control: it knows nothing here.**"
+    assert "The gate covers more than its shuffled control" in comparison(knows)[0]
+    blind = [replace(one, coverage=0.1) if one.family in (GATE, SHUFFLED) else one for one in knows.entries]
+    assert comparison(replace(knows, entries=tuple(blind))) == [
+        "**The gate covers no more than its shuffled control: it predicts nothing here.**"
     ]
 
 
 def test_predictions_are_kept(tmp_path: Path) -> None:
     folder, found = Folder(tmp_path, {"a": 1}), Predictions("50%", "lru", 30, tuple(replayed()))
-    assert kept(folder) is None
-    keep(folder, found)
-    assert kept(folder) == found
-    for content in ("", "[]", '{"run": "other"}', '{"run": "' + folder.key + '", "of": [1]}'):
+    assert load_predictions(folder) is None
+    save_predictions(folder, found)
+    assert load_predictions(folder) == found
+    for content in ("", "[]", '{"run": "other"}', '{"run": "' + folder.key + '", "entries": [1]}'):
         (tmp_path / "predictors.json").write_text(content)
-        assert kept(folder) is None
+        assert load_predictions(folder) is None
 
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu", "one"])
@@ -313,7 +313,7 @@ def test_a_report_is_written_whole(tmp_path: Path, kind: str) -> None:
         assert (folder.path / file).read_bytes().startswith(b"\x89PNG")
     assert len(list(csv.reader((folder.path / "latency.csv").open()))) == len(results) + 1
     if kind == "one":
-        assert "there is no room to fetch ahead" in text
+        assert "there is no room for prefetching" in text
         assert "predictors.png" not in text
     else:
         assert "control, `shuffled:gate" in text

@@ -1,4 +1,4 @@
-"""`offmoe trace …`: what is written and printed, Ctrl-C, and every error in one line."""
+"""`offmoe trace …`: files and output, Ctrl-C, and one-line errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def trace(*arguments: Any) -> Result:
 
 
 def error(*arguments: Any) -> str:
-    """The one line that the command line would print."""
+    """Return the line that the command line would print."""
     result = trace(*arguments)
     if result.exit_code == 2:
         return result.output
@@ -45,7 +45,7 @@ def options(**more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 tokens of two prompts of the demo, states included."""
+    """A trace of 60 tokens of two prompts of the demo, with states."""
     folder = tmp_path_factory.mktemp("trace")
     prompts = [
         {"prompt": "Tell me a story about a fox.", "class": "story"},
@@ -84,6 +84,7 @@ def test_a_recording_can_be_repeated_without_the_weights(recorded: Path) -> None
     again.unlink()
 
 
+@pytest.mark.exhaustive
 def test_short_answers_are_asked_for_again_until_there_is_enough(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("What is the capital of France? Answer in one word.\n\nHi!\n")
     out = tmp_path / "t.npz"
@@ -145,15 +146,18 @@ def test_ctrl_c_before_the_first_token_writes_nothing(tmp_path: Path, monkeypatc
         (["record", "--built-in", "--prompts", "x", "-o", "t.npz"], "Give either"),
         (["record", "--built-in"], "Missing option '-o'"),
         (["record", "--built-in", "-o", "t.csv"], "t.csv ends with '.csv': expected .npz"),
-        (["record", "--built-in", "-o", "no/where/t.npz"], "no/where is no directory"),
+        (["record", "--built-in", "-o", "no/where/t.npz"], "no/where is not a directory"),
         (["record", "--built-in", "-o", "t.npz", "--tokens", "0"], "0 is not in the range"),
         (["record", "--prompts", "none.txt", "-o", "t.npz"], "cannot read none.txt: No such file"),
-        (["record", "--prompts", "empty.txt", "-o", "t.npz"], "empty.txt holds no prompt"),
-        (["record", "--prompts", "latin.txt", "-o", "t.npz"], "latin.txt is no UTF-8: byte 0xe4 at offset 1"),
-        (["record", "--prompts", "bad.jsonl", "-o", "t.npz"], "bad.jsonl, line 2 is no prompt"),
+        (["record", "--prompts", "empty.txt", "-o", "t.npz"], "empty.txt has no prompt"),
+        (["record", "--prompts", "latin.txt", "-o", "t.npz"], "latin.txt is not UTF-8: byte 0xe4 at offset 1"),
+        (["record", "--prompts", "bad.jsonl", "-o", "t.npz"], "bad.jsonl, line 2 is not a prompt"),
         (["record", "--prompts", "long.txt", "-o", "t.npz", "--ctx", "16"], "prompt 'one two"),
         (["record", "./nowhere.gguf", "--built-in", "-o", "t.npz"], "give a .gguf file"),
-        (["record", "--built-in", "-o", "there.npz"], "there.npz exists: choose another name, or --force"),
+        (
+            ["record", "--built-in", "-o", "there.npz"],
+            "there.npz exists: choose another name, or overwrite it with --force",
+        ),
         (["info", "none.npz"], "none.npz is no routing trace: [Errno 2] No such file"),
         (["info", "cut.npz"], "cut.npz is no routing trace: "),
         (["info", "there.npz", "--plot", "no/where.png"], "No such file or directory"),

@@ -1,4 +1,4 @@
-"""A map learns what is there to learn, is judged on what it did not see, and replay reads it."""
+"""A linear map is fitted, evaluated on held-out sequences, and read by replay."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from synthetic_traces import synthetic
 
 from offmoe.cache.predictor import make_predictor
 from offmoe.cache.trace import Trace
-from offmoe.lab.trace.fit import LinearMap, fit_map, judge, recalls, top
+from offmoe.lab.trace.fit import LinearMap, evaluate, fit_map, recalls, top
 
 TOKENS, LAYERS, HIDDEN, EXPERTS, K = 400, 4, 24, 16, 3
 
 
 def with_states(noise: float = 0.0, seed: int = 0, sequences: int = 8) -> Trace:
-    """A stream that each layer turns a little, linearly; routers see it. The gates look at it one layer late."""
+    """Return a trace whose hidden state each layer rotates a little; the gates are one layer late."""
     rng = np.random.default_rng(seed)
     model = np.random.default_rng(99)
     stream = rng.normal(size=(TOKENS, HIDDEN))
@@ -48,7 +48,7 @@ def test_a_linear_stream_is_learned() -> None:
 
 
 def test_noise_is_not_learned() -> None:
-    """Judged on tokens that it saw, a map of noise would look good."""
+    """Evaluated on its own training tokens, a map of noise would look good."""
     trace = with_states()
     rng = np.random.default_rng(5)
     logits = rng.normal(size=(*trace.experts.shape[:2], EXPERTS))
@@ -57,7 +57,7 @@ def test_noise_is_not_learned() -> None:
 
 
 def test_sequences_that_judge_are_not_trained_on() -> None:
-    """Spoiling them leaves the map as it is."""
+    """Damaging the held-out sequences does not change the map."""
     trace = with_states(sequences=8)
     assert trace.states is not None
     spoilt = trace.states.copy()
@@ -76,24 +76,24 @@ def test_another_trace_may_judge() -> None:
 
 
 def test_recall_by_hand() -> None:
-    """Two of the first three are right in the one layer that has a layer before it."""
+    """Two of the first three are right, in the one layer that has a previous layer."""
     ids = np.array([[[0, 1, 2], [0, 1, 2]]], np.uint8)
     trace = Trace(ids, np.array([0, 1]), {"model": "m", "layers": 2, "experts": 5, "top_k": 3},
                   states=np.ones((1, 2, 1), np.float16), logits=np.zeros((1, 2, 5), np.float16))  # fmt: skip
     weights = np.array([[[0] * 5], [[9, 8, 0, 7, 0]]], np.float16)
     linear = LinearMap(weights, np.zeros((2, 5), np.float16), 1, {})
     assert recalls(linear, trace) == [pytest.approx(2 / 3)]
-    row = judge(linear, trace, trace)["map"]
+    row = evaluate(linear, trace, trace)["map"]
     assert row["recall_at_k"] == pytest.approx(2 / 3)
     assert (row["precision_likely"], row["recall_likely"]) == (pytest.approx(2 / 3), pytest.approx(2 / 3))
 
 
 def test_the_first_token_of_a_sequence_has_none_before_it() -> None:
-    """So nothing of it is new."""
+    """So none of its experts is new."""
     trace = with_states(sequences=TOKENS)
     linear = fit_map(trace, None, 1, 0.1)
-    assert judge(linear, trace, trace)["map"]["recall_of_new"] == 0
-    assert judge(linear, trace, with_states(sequences=8))["map"]["recall_of_new"] > 0.9
+    assert evaluate(linear, trace, trace)["map"]["recall_of_new"] == 0
+    assert evaluate(linear, trace, with_states(sequences=8))["map"]["recall_of_new"] > 0.9
 
 
 @pytest.mark.parametrize("ahead", [1, 2])
@@ -123,7 +123,7 @@ def test_what_cannot_be_learned_is_refused() -> None:
         ((trace, other, 1, None), "no states"),
         ((trace, replace(trace, meta={**trace.meta, "top_k": 2}, experts=trace.experts[..., :2]), 1, None),
          "the trace is of made, 4 layers of 16 experts, top 2, and made has 4 layers of 16 experts, top 3"),
-        ((trace, narrow, 1, None), "states of 5 numbers cannot judge a map of 24"),
+        ((trace, narrow, 1, None), "states of 5 numbers cannot evaluate a map of 24"),
         ((trace, None, 4, None), "4 layers ahead are too many: the model has 4"),
         ((few, None, 1, 0.1), "3 sequences are too few"),
         ((trace, None, 1, 0.0), "ridge is 0: expected a number above 0"),

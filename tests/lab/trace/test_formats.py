@@ -1,4 +1,4 @@
-"""What goes out to CSV or JSON lines comes back equal; other recorders' files are read; lies are one line."""
+"""CSV and JSON lines round-trip; files of other recorders are read; invalid files give one-line errors."""
 
 from __future__ import annotations
 
@@ -95,30 +95,38 @@ HEAD = "sequence,token,layer,phase,experts,weights\n"
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("t.csv", "", "it holds no decoded token"),
+        ("t.csv", "", "it has no decoded token"),
         ("t.csv", "a,b\n1,2\n", "there is no column 'token' in 'a,b': expected sequence,token,layer"),
         ("t.csv", HEAD + "0,0,zero,decode,1,\n", "line 2: invalid literal"),
         ("t.csv", HEAD + "0,0\n", "line 2: list index out of range"),
-        ("t.csv", HEAD + "0,0,0,decode,1 2,0.5\n", "line 2: 1 weights of 2 experts"),
+        ("t.csv", HEAD + "0,0,0,decode,1 2,0.5\n", "line 2: 1 weights for 2 experts"),
         ("t.csv", HEAD + "0,0,0,decode,-4,\n", "line 2: a number is below 0"),
         ("t.csv", HEAD + "0,0,0,decode,70000,\n", "an expert or layer above 65534"),
         ("t.csv", HEAD + "0,0,65000,decode,1,\n", "holds no expert at token 0, layer 0"),
         ("t.csv", HEAD + "0,0,0,decode,1,\n0,1,1,decode,1,\n", "holds no expert at token 0, layer 1"),
         ("t.csv", HEAD + "0,0,0,decode,1,\n0,0,0,decode,1,\n", "one expert twice"),
-        ("t.csv", HEAD + "0,0,0,prefill,1,\n", "it holds no decoded token"),
-        ("t.csv", HEAD + "0,0,0,decode,1,\n0,0,3,prefill,1,\n", "a prompt has layer 3 and no decoded token has"),
-        ("t.csv", '# {"layers": 9}\n' + HEAD + "0,0,0,decode,1,\n", "it says layers 9, top_k 1 and holds 1, 1"),
+        ("t.csv", HEAD + "0,0,0,prefill,1,\n", "it has no decoded token"),
+        ("t.csv", HEAD + "0,0,0,decode,1,\n0,0,3,prefill,1,\n", "a prompt has layer 3, which no decoded token has"),
+        (
+            "t.csv",
+            '# {"layers": 9}\n' + HEAD + "0,0,0,decode,1,\n",
+            "its header says layers 9, top_k 1, but it has 1, 1",
+        ),
         ("t.csv", '# {"experts": 1}\n' + HEAD + "0,0,0,decode,1,\n", "an id above 0"),
         ("t.csv", '# {"experts": "x"}\n' + HEAD + "0,0,0,decode,1,\n", ""),
-        ("t.csv", HEAD + "0,0,65000,decode,1,\n0,1,65000,decode,1,\n", "2 ids do not fill 2 tokens of 65001 layers"),
-        ("t.csv", HEAD + "0,0,0,decode,1,nan\n", "line 2: a weight is no finite number"),
+        (
+            "t.csv",
+            HEAD + "0,0,65000,decode,1,\n0,1,65000,decode,1,\n",
+            "2 ids are too few for 2 tokens of 65001 layers",
+        ),
+        ("t.csv", HEAD + "0,0,0,decode,1,nan\n", "line 2: a weight is not a finite number"),
         ("t.csv", HEAD + "0,0,0,decode,1,1e9\n", "probs must be finite float16"),
         ("t.csv", HEAD + "0,9999999999999999999999,0,decode,1,\n", "line 2: int too big"),
-        ("t.jsonl", "{\n", "line 1 is no token"),
-        ("t.jsonl", "[]\n", "line 1 is no token"),
-        ("t.jsonl", '{"experts": [["a"]]}\n', "line 1 is no token"),
-        ("t.jsonl", '{"experts": [[1]], "weights": [[1], [2]]}\n', "line 1 is no token"),
-        ("t.jsonl", '{"experts": [[1.5]]}\n', "line 1 is no token"),
+        ("t.jsonl", "{\n", "line 1 is not a token"),
+        ("t.jsonl", "[]\n", "line 1 is not a token"),
+        ("t.jsonl", '{"experts": [["a"]]}\n', "line 1 is not a token"),
+        ("t.jsonl", '{"experts": [[1]], "weights": [[1], [2]]}\n', "line 1 is not a token"),
+        ("t.jsonl", '{"experts": [[1.5]]}\n', "line 1 is not a token"),
         ("t.npz", "text", "File is not a zip file"),
         ("t.parquet", "", "ends with '.parquet': expected .npz, .csv or .jsonl"),
     ],
@@ -130,10 +138,10 @@ def test_what_is_no_routing_is_refused(name: str, content: str, words: str, tmp_
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"a": np.zeros(3)}, "it has no ids: expected whole numbers [tokens, layers, k] under experts, expert_ids"),
+        ({"a": np.zeros(3)}, "it has no ids: expected integers [tokens, layers, k] named experts, expert_ids"),
         ({"ids": np.zeros((2, 2, 2))}, "it has no ids"),
         ({"ids": np.zeros((2, 0, 2), int)}, "it has no ids"),
-        ({"ids": np.full((1, 1, 1), -2)}, "its ids reach from -2 to -2"),
+        ({"ids": np.full((1, 1, 1), -2)}, "its ids range from -2 to -2"),
         ({"ids": np.full((1, 1, 1), 70000)}, "to 70000"),
         ({"ids": np.zeros((2, 1, 1), int), "offsets": np.array([0, 9])}, "rise from 0 to 2"),
         ({"ids": np.zeros((2, 1, 1), int), "probs": np.array(["x"])}, ""),

@@ -1,4 +1,4 @@
-"""Figures of a trace against hand-computed ones, and what is known of traces made on purpose."""
+"""Statistics of traces, compared with hand-computed ones and with the construction of synthetic traces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from synthetic_traces import of, synthetic
 
 from offmoe.cache.trace import Trace
-from offmoe.lab.trace.info import LAGS, WINDOWS, as_dict, examine, kind_of
+from offmoe.lab.trace.info import LAGS, WINDOWS, as_dict, examine, token_kind
 from offmoe.lab.trace.plot import draw
 from offmoe.lab.trace.table import tables
 
@@ -44,7 +44,7 @@ def test_reuse_and_working_sets_by_hand() -> None:
 
 
 def test_nothing_reaches_over_a_sequence() -> None:
-    """Two sequences, each true to its own expert."""
+    """Two sequences, each with an expert of its own."""
     trace = replace(of([[0], [0], [1], [1]], 2), offsets=np.array([0, 2, 4]))
     facts = examine(trace)
     assert facts.reuse[0, 0] == 1
@@ -67,7 +67,7 @@ def labelled(experts: list[list[int]], count: int, pieces: list[str]) -> Trace:
 
 
 def test_an_expert_for_every_kind_of_token_tells_all_of_it() -> None:
-    way = examine(labelled([[0], [1]] * 100, 2, [" word", "7"] * 100)).classings[1]
+    way = examine(labelled([[0], [1]] * 100, 2, [" word", "7"] * 100)).classifications[1]
     assert way.name == "token"
     assert way.labels == ["digits", "word"]
     assert way.information[0] == pytest.approx(1)
@@ -78,20 +78,20 @@ def test_an_expert_for_every_kind_of_token_tells_all_of_it() -> None:
 
 
 def test_chance_is_known_by_the_shuffled_control() -> None:
-    """Few tokens of many classes seem to tell much."""
+    """A few tokens of many classes seem to give much information."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 16, (120, 1)).tolist()
     pieces = rng.choice([" a", "1", ".", "\n", "é", "x"], 120).tolist()
-    way = examine(labelled(ids, 16, pieces)).classings[1]
+    way = examine(labelled(ids, 16, pieces)).classifications[1]
     assert way.information[0] > 0.2
     assert abs(way.known[0]) < 0.05
 
 
 def test_prompts_are_shuffled_whole() -> None:
-    """Each of two sequences has its expert, and its class by accident: nothing is known beyond that."""
+    """Each of two sequences has its expert, and its class by chance: there is no information beyond that."""
     trace = of([[0]] * 50 + [[1]] * 50, 2)
     trace = replace(trace, offsets=np.array([0, 50, 100]), meta={**trace.meta, "classes": ["a", "b"]})
-    way = examine(trace).classings[-1]
+    way = examine(trace).classifications[-1]
     assert way.name == "prompt"
     assert way.information[0] == pytest.approx(1)
     assert way.known[0] == pytest.approx(0)
@@ -104,7 +104,7 @@ def test_prompts_are_shuffled_whole() -> None:
      ("猫", "other script"), ("x1", "inside a word"), ("₂", "digits"), ("→", "punctuation")],
 )  # fmt: skip
 def test_kinds_of_tokens(piece: str, kind: str) -> None:
-    assert kind_of(piece) == kind
+    assert token_kind(piece) == kind
 
 
 def test_everything_can_be_written_as_json() -> None:
@@ -142,6 +142,6 @@ def test_the_trace_of_the_demo_is_what_the_documentation_says() -> None:
     assert facts.reuse[0].mean() == pytest.approx(0.462, abs=5e-4)
     assert facts.popular.mean() == pytest.approx(0.326, abs=5e-4)
     assert facts.hottest.mean() == pytest.approx(0.315, abs=5e-4)
-    assert [way.name for way in facts.classings] == ["position", "token", "prompt"]
-    assert 0.1 < facts.classings[1].known.mean() < 0.13, "what kind of token it is"
-    assert facts.classings[2].control.mean() > 0.05, "sequences differ, whatever they are called"
+    assert [way.name for way in facts.classifications] == ["position", "token", "prompt"]
+    assert 0.1 < facts.classifications[1].known.mean() < 0.13, "what kind of token it is"
+    assert facts.classifications[2].control.mean() > 0.05, "sequences differ, whatever they are called"

@@ -1,4 +1,4 @@
-"""Tuning: what is faster beyond the noise is kept, nothing else; and the profile that chat and run use."""
+"""Tuning keeps only what is faster beyond the noise; chat and run use the profile."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ import pytest
 from synthetic_traces import synthetic
 
 from offmoe.app import cli
-from offmoe.app.profile import Profile, model_key, profile_path, read_profile, use_profile
+from offmoe.app.profile import Profile, apply_profile, model_key, profile_path, read_profile
 from offmoe.cache.trace import Trace
 from offmoe.checkpoint.find_model import DEMO
 from offmoe.errors import OffmoeError
 from offmoe.lab.live.folder import write_file
-from offmoe.lab.live.measure import Bench, Configuration
+from offmoe.lab.live.measure import Bench
+from offmoe.lab.live.results import Configuration
 from offmoe.lab.trace.prompts import Prompt
 from offmoe.lab.tune import halving as lab
 from offmoe.lab.tune.halving import Tuner, Verdict, profile_text
-from offmoe.settings import Settings
+from offmoe.settings import Settings, parse_budget, parse_policy, parse_prefetch
 
 DEFAULT = Configuration("50%", "crf:h=16")
 
@@ -36,7 +37,7 @@ DEFAULT = Configuration("50%", "crf:h=16")
 
 
 class FakeBench:
-    """Times out of a function instead of an engine; a visit takes a second of a clock of its own."""
+    """A bench whose times come from a function; a visit takes one second of its own clock."""
 
     def __init__(self, ms: Callable[[Configuration, int], float], device: str = "cpu", whole: bool = False) -> None:
         self.ms, self.visits, self.clock = ms, list[Configuration](), 0.0
@@ -74,8 +75,8 @@ def prompted() -> Trace:
 def tuned(monkeypatch: pytest.MonkeyPatch, bench: FakeBench, minutes: float = 5) -> tuple[Verdict, FakeBench]:
     monkeypatch.setattr(lab.time, "perf_counter", lambda: bench.clock)
     monkeypatch.setattr(lab, "replace", replaced)
-    monkeypatch.setattr(lab, "MOST", 99)
-    monkeypatch.setattr(lab, "PROMISING", 2.0)  # the synthetic trace shall not choose
+    monkeypatch.setattr(lab, "MAX_POLICIES", 99)
+    monkeypatch.setattr(lab, "MISS_RATIO", 2.0)  # the synthetic trace shall not choose
     return Tuner(bench, "50%", minutes, lambda *_: None).run(), bench  # type: ignore[arg-type]
 
 
@@ -86,7 +87,7 @@ def replaced(value: Any, **changes: Any) -> Any:
 
 
 def shaken(visit: int, size: float) -> float:
-    """Deterministic noise of a few percent."""
+    """Return deterministic noise of a few percent."""
     return 1 + size * float(np.sin(visit * 12.9898))
 
 
@@ -106,7 +107,7 @@ def test_the_default_stays_where_all_are_alike(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_luck_in_the_rounds_that_choose_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fast while candidates are many, slow when it is alone: what decides are fresh rounds."""
+    """A candidate that is fast among many and slow alone: only the final rounds decide."""
     lucky = "lru"
 
     def ms(configuration: Configuration, visit: int) -> float:
@@ -133,14 +134,14 @@ def test_the_time_is_kept(monkeypatch: pytest.MonkeyPatch, minutes: float) -> No
 
 
 def test_too_little_time_is_an_error_that_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OffmoeError, match=r"--minutes 0.1 are too few here: give at least 0.4"):
+    with pytest.raises(OffmoeError, match=r"--minutes 0.1 is too short on this machine: give at least 0.4"):
         tuned(monkeypatch, FakeBench(lambda *_: 10.0), 0.1)
 
 
 def test_nothing_is_tried_where_everything_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     verdict, bench = tuned(monkeypatch, FakeBench(lambda *_: 10.0, whole=True))
     assert verdict.chosen is None
-    assert "every record has a slot" in verdict.why
+    assert "every expert has a slot" in verdict.why
     assert bench.visits == []
 
 
@@ -161,15 +162,15 @@ def test_a_candidate_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPat
 
     verdict, _ = tuned(monkeypatch, FakeBench(ms))
     assert verdict.chosen is None
-    assert "does not run here" in verdict.why
+    assert "cannot run on this machine" in verdict.why
 
 
 def test_the_demo_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real engine, so short that nothing can be proven."""
+    """The real engine, in a run too short to prove anything."""
     monkeypatch.setattr(lab, "STEPS", 2)
     monkeypatch.setattr(lab, "TOKENS", 10)
     monkeypatch.setattr(lab, "POLICIES", ("lru",))
-    monkeypatch.setattr(lab, "PROMISING", 2.0)
+    monkeypatch.setattr(lab, "MISS_RATIO", 2.0)
     monkeypatch.setattr(lab, "FINAL_ROUNDS", (1, 1))
     verdict = lab.tune(
         DEMO, Settings.of(device="cpu"), "50%", [Prompt("", "Hello!"), Prompt("", "Good bye!")], 60, lambda *_: None
@@ -216,47 +217,48 @@ def keep(model: Path, **changes: Any) -> Path:
 
 def test_a_profile_comes_back(model: Path) -> None:
     path = keep(model)
-    assert read_profile(model) == Profile(path, "50%", "cpu", "lfru", None, 0.08, 0.02)
+    assert read_profile(model) == Profile(path, parse_budget("50%"), "cpu", parse_policy("lfru"), None, 0.08, 0.02)
     gate = Configuration("50%", "lru", "gate:d=1,p=0.05,n=2")
-    keep(model, chosen=gate, given_vram=None, device="cuda")
-    assert read_profile(model) == Profile(path, None, "cuda", "lru", gate.prefetch, 0.08, 0.02)
+    keep(model, chosen=gate, vram=None, device="cuda")
+    prefetch = parse_prefetch(gate.prefetch)
+    assert read_profile(model) == Profile(path, None, "cuda", parse_policy("lru"), prefetch, 0.08, 0.02)
     assert stat.S_ISREG(path.stat().st_mode)
     assert path.parent == Path(os.environ["XDG_CONFIG_HOME"]) / "offmoe" / "profiles"
 
 
 def test_without_a_profile_nothing_changes(model: Path) -> None:
-    assert use_profile(model, Settings.of(vram="50%")) == (Settings.of(vram="50%"), None)
+    assert apply_profile(model, Settings.of(vram="50%")) == (Settings.of(vram="50%"), None)
 
 
 def test_a_profile_is_used_and_says_so(model: Path) -> None:
     keep(model)
     for asked in (Settings.of(vram="50%"), Settings.of(), Settings.of(device="cpu")):
-        settings, line = use_profile(model, asked)
-        assert settings == replace(asked, policy="lfru")
-        assert line == ("profile: lfru, 8.0% ± 2.0% less time a token (tuned at --vram 50%); --no-profile: without")
+        settings, line = apply_profile(model, asked)
+        assert settings == replace(asked, policy=parse_policy("lfru"))
+        assert line == ("profile: lfru, 8.0% ± 2.0% less time per token (tuned at --vram 50%); --no-profile ignores it")
 
 
 @pytest.mark.parametrize("explicit", [{"policy": "lru"}, {"prefetch": "none"}])
 def test_explicit_options_win(model: Path, explicit: dict[str, str]) -> None:
     keep(model)
-    settings, line = use_profile(model, Settings.of(vram="50%", **explicit))
+    settings, line = apply_profile(model, Settings.of(vram="50%", **explicit))
     assert settings == Settings.of(vram="50%", **explicit)
-    assert line == "profile: left out, --policy or --prefetch was given"
+    assert line == "profile: ignored, because --policy or --prefetch is given"
 
 
 def test_a_profile_holds_for_its_budget_and_device(model: Path) -> None:
     keep(model)
-    settings, line = use_profile(model, Settings.of(vram="25%"))
+    settings, line = apply_profile(model, Settings.of(vram="25%"))
     assert settings == Settings.of(vram="25%")
-    assert line == "profile: tuned at --vram 50%, not used at 25%"
-    assert use_profile(model, Settings.of(device="cuda")) == (Settings.of(device="cuda"), None)
+    assert line == "profile: ignored, it was tuned at --vram 50% and not at 25%"
+    assert apply_profile(model, Settings.of(device="cuda")) == (Settings.of(device="cuda"), None)
 
 
 def test_a_default_that_stayed_says_so(model: Path) -> None:
     keep(model, chosen=None)
-    settings, line = use_profile(model, Settings.of(vram="50%"))
+    settings, line = apply_profile(model, Settings.of(vram="50%"))
     assert settings == Settings.of(vram="50%")
-    assert line == "profile: the default stays, nothing was faster (tuned at --vram 50%)"
+    assert line == "profile: the defaults, nothing was faster (tuned at --vram 50%)"
 
 
 def test_another_model_of_the_same_name_has_no_profile(model: Path) -> None:
@@ -305,10 +307,10 @@ def test_a_broken_profile_is_one_line_with_its_name_and_not_used(model: Path, co
     path = profile_path(model)
     path.parent.mkdir(parents=True)
     path.write_bytes(content.encode("latin1"))
-    settings, line = use_profile(model, Settings.of())
+    settings, line = apply_profile(model, Settings.of())
     assert settings == Settings.of()
     assert line is not None
-    assert line.startswith(f"the profile {path} is damaged and not used (")
+    assert line.startswith(f"the profile {path} is damaged and ignored (")
     assert what in line
     assert "\n" not in line
 
@@ -329,7 +331,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
-    """With what settings engines were loaded; a fake one answers."""
+    """Record the settings with which engines are loaded; a fake engine answers."""
     seen: list[Settings] = []
 
     @contextmanager
@@ -347,10 +349,10 @@ Run = Callable[..., tuple[int, str, str]]
 def test_run_uses_the_profile_and_says_so(command: Run, loaded: list[Settings]) -> None:
     keep(DEMO)
     assert command("run", "demo", "hi", "--vram", "50%", "--device", "cpu") == (
-        0, "hi \n", "profile: lfru, 8.0% ± 2.0% less time a token (tuned at --vram 50%); --no-profile: without\n",
+        0, "hi \n", "profile: lfru, 8.0% ± 2.0% less time per token (tuned at --vram 50%); --no-profile ignores it\n",
     )  # fmt: skip
     assert command("run", "demo", "hi", "--vram", "50%", "--device", "cpu", "--no-profile")[2] == ""
-    assert [settings.policy for settings in loaded] == ["lfru", None]
+    assert [settings.policy for settings in loaded] == [parse_policy("lfru"), None]
 
 
 def test_chat_uses_the_profile_and_says_so(
@@ -360,9 +362,9 @@ def test_chat_uses_the_profile_and_says_so(
     monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
     status, _, err = command("chat", "demo", "--device", "cpu")
     assert status == 0
-    assert "\nprofile: lfru, 8.0% ± 2.0% less time a token" in err
+    assert "\nprofile: lfru, 8.0% ± 2.0% less time per token" in err
     assert command("chat", "demo", "--device", "cpu", "--no-profile")[2].count("profile") == 0
-    assert [settings.policy for settings in loaded] == ["lfru", None]
+    assert [settings.policy for settings in loaded] == [parse_policy("lfru"), None]
 
 
 def test_tune_writes_the_profile_and_forgets_it(command: Run, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,7 +375,7 @@ def test_tune_writes_the_profile_and_forgets_it(command: Run, config: Path, monk
     assert out == f'it is "faster"\nprofile: {path}\n'
     found = read_profile(DEMO)
     assert found is not None
-    assert found.policy == "lfru"
+    assert found.policy == parse_policy("lfru")
     assert [file.name for file in path.parent.iterdir()] == [path.name], "no draft is left"
     assert command("tune", "demo", "--forget") == (0, f"deleted {path}\n", "")
     assert read_profile(DEMO) is None

@@ -1,0 +1,185 @@
+"""Recurrent layers: the base of their configs, and the state that they carry instead of keys and values.
+
+A state is the newest inputs of a convolution and, of a DeltaNet, a memory a head. It cannot be rolled back: it is exact
+for one number of tokens, `States.at`. A conversation usually diverges a little before the end of a prompt (a chat
+template leaves out the reasoning of earlier answers), so snapshots are kept from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offmoe.checkpoint.base import quote
+from offmoe.errors import OffmoeError
+from offmoe.mixers.base import MixerConfig
+
+Rule = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # projected, memory, recent, first position → mixed
+
+FULL = "full_attention"  # in layer_types, the kind of all other layers
+SNAPSHOTS = 2
+STATES = 1 + SNAPSHOTS
+BEFORE_END = 32  # tokens of a prompt behind its snapshot
+SEGMENT = 512  # tokens that are mixed at once, in float32
+NOWHERE = -1
+
+
+@dataclass(frozen=True)
+class RecurrentConfig(MixerConfig):
+    """A mixer with a state: shapes of its two parts, float32."""
+
+    @property
+    def memory(self) -> tuple[int, ...]:
+        """Shape of what all heads carry along; (0,): nothing."""
+        raise NotImplementedError
+
+    @property
+    def recent(self) -> tuple[int, int]:
+        """[taps, channels] of the convolution's newest inputs; the input of position p is in row p % taps."""
+        raise NotImplementedError
+
+    @property
+    def state_nbytes(self) -> int:
+        return 4 * (prod(self.memory) + prod(self.recent))
+
+    @property
+    def activations(self) -> int:
+        return self.projected + self.mixed
+
+    def chunk_nbytes(self, ctx: int, itemsize: int) -> int:
+        """A segment's convolved inputs and its output, in float32."""
+        return SEGMENT * 4 * (self.recent[1] + self.mixed)
+
+
+def layers_of_kind(kinds: Any, layers: int, kind: str) -> tuple[int, ...]:
+    """Layers of `kind` in a config's layer_types; all others must be full_attention. Raises OffmoeError."""
+    if not isinstance(kinds, list) or len(kinds) != layers or not all(each in (FULL, kind) for each in kinds):
+        raise OffmoeError(f"layer_types is {quote(kinds)}: expected {layers} times {kind} or {FULL}")
+    if FULL not in kinds:
+        raise OffmoeError(f"layer_types has no {FULL}: offmoe needs one")
+    return tuple(layer for layer, each in enumerate(kinds) if each == kind)
+
+
+@dataclass(eq=False)
+class Snapshot:
+    """State of all recurrent layers after `at` tokens."""
+
+    memory: Tensor
+    recent: Tensor
+    at: int = NOWHERE
+
+
+class States:
+    """State of all recurrent layers, float32: memory [layers, heads, K, V] or [layers, 0], recent [layers, taps, C]."""
+
+    def __init__(self, configs: Sequence[RecurrentConfig], device: torch.device) -> None:
+        shapes = {(config.memory, config.recent) for config in configs}
+        assert len(shapes) == 1, "recurrent layers of one model are alike"
+        ((memory, recent),) = shapes
+
+        def zeros() -> tuple[Tensor, Tensor]:
+            layers = len(configs)
+            return torch.zeros((layers, *memory), device=device), torch.zeros((layers, *recent), device=device)
+
+        self.memory, self.recent = zeros()
+        self.at = 0  # tokens that it covers; NOWHERE: not all layers cover the same
+        self._snapshots = [Snapshot(*zeros()) for _ in range(SNAPSHOTS)]  # the one used last is the last
+        self._snapshot_at = NOWHERE  # tokens after which the running chunk takes a snapshot
+        self._segment = SEGMENT
+
+    def begin(self, start: int, count: int) -> None:
+        """Prepare for `count` tokens from position `start` on, which all layers run next."""
+        self.at = NOWHERE
+        self._snapshot_at = start + max(0, count - BEFORE_END) if count > 1 else NOWHERE
+        if self._snapshot_at <= 0 or any(snapshot.at == self._snapshot_at for snapshot in self._snapshots):
+            self._snapshot_at = NOWHERE
+        else:
+            self._snapshots.append(self._snapshots.pop(0))
+            self._snapshots[-1].at = NOWHERE
+
+    def end(self, at: int) -> None:
+        """Note that all layers cover `at` tokens."""
+        self.at = at
+        if self._snapshot_at != NOWHERE:
+            self._snapshots[-1].at, self._snapshot_at = self._snapshot_at, NOWHERE
+
+    def mix(self, index: int, projected: Tensor, mixed: int, start: int, rule: Rule) -> Tensor:
+        """Run a chunk [T, P] through recurrent layer `index`, a segment at a time: [T, mixed] in its type."""
+        out = projected.new_empty((len(projected), mixed))
+        end = start + len(projected)
+        snapshot = {self._snapshot_at} if start <= self._snapshot_at < end else set()
+        at = start
+        for stop in sorted({*range(start, end, self._segment), end} | snapshot):
+            if stop > at:
+                part = slice(at - start, stop - start)
+                out[part] = rule(projected[part], self.memory[index], self.recent[index], at)
+            at = stop
+            if at == self._snapshot_at:
+                self._snapshots[-1].memory[index].copy_(self.memory[index])
+                self._snapshots[-1].recent[index].copy_(self.recent[index])
+        return out
+
+    def resume(self, same: int) -> int:
+        """Restore the newest state that covers at most `same` tokens; return how many it covers."""
+        for snapshot in self._snapshots:
+            if snapshot.at > same:
+                snapshot.at = NOWHERE
+        if NOWHERE < self.at <= same:
+            return self.at
+        best = max(self._snapshots, key=lambda snapshot: snapshot.at)
+        if best.at == NOWHERE:
+            self.memory.zero_()
+            self.recent.zero_()
+            self.at = 0
+            return 0
+        self._snapshots.remove(best)
+        self._snapshots.append(best)
+        self.memory.copy_(best.memory)
+        self.recent.copy_(best.recent)
+        self.at = best.at
+        return self.at
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Restore the state on exit; meanwhile a copy waits in the host's memory."""
+        memory, recent = (tensor.to("cpu", copy=True) for tensor in (self.memory, self.recent))
+        at = self.at
+        try:
+            yield
+        finally:
+            self.memory.copy_(memory)
+            self.recent.copy_(recent)
+            self.at = at
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """One layer's part of `States`: its cache, as far as a mixer sees."""
+
+    states: States
+    index: int  # among the recurrent layers
+
+    @property
+    def memory(self) -> Tensor:
+        return self.states.memory[self.index]
+
+    @property
+    def recent(self) -> Tensor:
+        return self.states.recent[self.index]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.memory, self.recent]
+
+    def mix(self, projected: Tensor, mixed: int, start: int, rule: Rule) -> Tensor:
+        """See States.mix."""
+        return self.states.mix(self.index, projected, mixed, start, rule)
+
+    def lost(self, position: int, written: int) -> bool:
+        """False: `States.resume` decides what can be continued."""
+        return False
