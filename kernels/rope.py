@@ -1,4 +1,8 @@
-"""Rotary embedding: angle per position of each pair, and its scalings for contexts longer than trained."""
+"""Rotary embedding: angle per position of each pair, and its scalings for contexts longer than trained.
+
+Sources: RoPE arXiv 2104.09864, position interpolation 2306.15595, YaRN 2309.00071, LongRoPE 2402.13753; `dynamic` and
+`llama3` as transformers computes them.
+"""
 
 from __future__ import annotations
 
