@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pytest
+from exhaustive import where_present
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import DATA, SHARED
@@ -20,6 +21,7 @@ from offmoe.cache.replay import replay
 from offmoe.cache.trace import Trace
 
 GPT_OSS = SHARED / "traces/gpt-oss-20b.npz"
+SHARED_TRACES = ("gpt-oss-20b", "qwen3-30b-a3b-top6")
 FORCED = ("lru", "lfu", "lfru", "crf:h=8")  # these have a compiled twin, the others not
 SLOW = [name for name, kind in POLICIES.items() if kind not in fast.KINDS]
 BYPASS = [name for name in REPLAY_ONLY if name not in ("belady", "belady-bypass")]
@@ -200,13 +202,12 @@ def test_numba_may_be_absent_or_without_a_place_for_its_file(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", TWINS)
-@pytest.mark.parametrize("name", ["gpt-oss-20b", "qwen3-30b-a3b-top6"])
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    where_present(product(SHARED_TRACES, TWINS), GPT_OSS.exists(), f"{GPT_OSS.parent} is absent"),
+)
 def test_the_twin_chooses_as_the_table_does_on_shared_traces(name: str, policy: str) -> None:
-    path = SHARED / "traces" / f"{name}.npz"
-    if not path.exists():
-        pytest.skip(f"{path} is absent")
-    whole = load(path)
+    whole = load(SHARED / "traces" / f"{name}.npz")
     trace = Trace(whole.experts[:1500], np.array([0, len(whole.experts[:1500])]), whole.meta)
     one, other = (replay(trace, policy, 8, fast=fast) for fast in (True, False))
     assert (one.hit == other.hit).all()
@@ -310,18 +311,20 @@ def test_a_wrong_request_is_one_line(run: Callable[[Trace], object], words: str)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "figures"),
-    [
-        ("lru", {4: 43.7, 8: 64.8, 16: 90.0}),
-        ("crf:h=16", {8: 69.2, 16: 91.7}),
-        ("lfu", {8: 63.5, 16: 86.8}),
-        ("belady", {4: 43.7, 8: 77.2, 16: 95.1}),
-        ("belady-bypass", {4: 60.8, 8: 80.9, 16: 95.6}),
-    ],
+    where_present(
+        [
+            ("lru", {4: 43.7, 8: 64.8, 16: 90.0}),
+            ("crf:h=16", {8: 69.2, 16: 91.7}),
+            ("lfu", {8: 63.5, 16: 86.8}),
+            ("belady", {4: 43.7, 8: 77.2, 16: 95.1}),
+            ("belady-bypass", {4: 60.8, 8: 80.9, 16: 95.6}),
+        ],
+        GPT_OSS.exists(),
+        f"{GPT_OSS} is absent",
+    ),
 )
 def test_the_published_figures_of_gpt_oss(policy: str, figures: dict[int, float]) -> None:
     """Published for five times the tokens. LFU swings by 10 points over this part of them: 1.1 off at 8."""
-    if not GPT_OSS.exists():
-        pytest.skip(f"{GPT_OSS} is absent")
     for slots, figure in figures.items():
         found = 100 * replay(load(GPT_OSS), policy, slots).hit_rate
         assert found == pytest.approx(figure, abs=1.1 if policy == "lfu" else 1), f"{policy} at {slots} slots"

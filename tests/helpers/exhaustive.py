@@ -18,3 +18,12 @@ def cases(values: Iterable[Any], default: Collection[Any]) -> list[Any]:
         pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=marks[value in default])
         for value in values
     ]
+
+
+def where_present(values: Iterable[Any], present: bool, reason: str) -> list[Any]:
+    """Return parameters for `values`, or a single one that is skipped where what all of them need is absent."""
+    values = list(values)
+    if present:
+        return values
+    count = len(values[0]) if isinstance(values[0], tuple) else 1
+    return [pytest.param(*[None] * count, marks=pytest.mark.skip(reason), id="absent")]

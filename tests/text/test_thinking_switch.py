@@ -5,6 +5,7 @@ accept.
 from __future__ import annotations
 
 import pytest
+from exhaustive import where_present
 from llama_cpp_sources import LLAMA_CPP
 
 from offmoe.engine import Engine
@@ -78,15 +79,14 @@ def test_a_template_that_does_not_compile_has_no_variables() -> None:
     template.close()
 
 
-@pytest.mark.skipif(not LLAMA_CPP.is_dir(), reason="LLAMA_CPP_SOURCE names no llama.cpp sources")
 @pytest.mark.parametrize(
     ("file", "value"),
-    [
+    where_present([
         ("Qwen-Qwen3-0.6B", "off"), ("Qwen3.5-4B", "off"), ("GLM-4.6", "off"), ("GLM-4.7-Flash", "off"),
         ("deepseek-ai-DeepSeek-V3.1", "on"), ("openai-gpt-oss-120b", "high"), ("MiniMax-M3", "off"),
         ("google-gemma-4-31B-it", "on"), ("ibm-granite-granite-3.3-2B-Instruct", "on"), ("Kimi-K3", "low"),
         ("tencent-Hy3", "high"),
-    ],
+    ], LLAMA_CPP.is_dir(), "LLAMA_CPP_SOURCE names no llama.cpp sources"),
 )  # fmt: skip
 def test_published_templates_say_something_else(file: str, value: str) -> None:
     template = ChatTemplate((LLAMA_CPP / f"models/templates/{file}.jinja").read_text("utf-8"), {"bos_token": "<s>"})
