@@ -32,7 +32,7 @@ from offmoe.kernels.gpu.gemv import dense
 from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 from offmoe.kernels.gpu.resolve import candidates
-from offmoe.kernels.gpu.route import route
+from offmoe.kernels.gpu.route import Choice, Router, RouterScratch, TokenState, route
 from offmoe.kernels.gpu.table import Table
 from offmoe.kernels.mla import Latent
 from offmoe.kernels.planes import PLANES, SlotLayout, matrix, slot_layout
@@ -210,11 +210,11 @@ def routes(b: Bench, t: Table) -> None:
     ids, slots, hit, missing, places = (b.ints(K) for _ in range(5))
     count, ticket, status, step = (b.ints(1) for _ in range(4))
     counters, log = b.ints(COUNTED), b.ints(LAYERS * K)
+    choice = Choice(ids, weights, slots, hit, count, missing, places)
+    token, scratch = TokenState(status, counters, log, step), RouterScratch(logits, ticket)
+    by = Router(norm, 1e-6, router, Rule(top_k=K, renormalise=True))
     b.measure("route", f"{EXPERTS} experts, top-{K}, bf16", router.nbytes, lambda layer: route(
-        x, norm, 1e-6, router, t, layer, layers=LAYERS, rule=Rule(top_k=K, renormalise=True), logits=logits,
-        normed=normed, ticket=ticket, ids=ids, weights=weights, slots=slots, hit=hit, miss_count=count,
-        miss_records=missing, miss_slots=places, status=status, counters=counters, log=log, step=step, units=1,
-        pdl=b.pdl,
+        x, by, t, layer, choice, token, scratch, layers=LAYERS, normed=normed, units=1, pdl=b.pdl
     ), [layer for layer in range(2, LAYERS) if layer % 16])  # fmt: skip
 
 

@@ -7,6 +7,8 @@ weights before the preceding kernel has ended, the table before the logits are c
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,6 +21,68 @@ from offmoe.kernels.route import TINY, Rule
 
 PROGRAMS = 128  # at most
 LEAST = tl.constexpr(TINY)
+
+
+@dataclass(frozen=True)
+class Router:
+    """A layer's router: the norm before it, its matrix, and how it chooses.
+
+    `matrix` [E, H] in a float type; for a gated shared expert it has one more row, whose logit's sigmoid becomes
+    weights[k]. `bias` [E] float32 for rule.biased, `factors` [E] float32 for rule.scaled. `shift` [H] float32: the norm
+    is a LayerNorm with this bias. `offset` float32, as long as the matrix, is added to the logits. `apart`: the norm's
+    weights are for the experts only, the router takes x normed without them.
+    """
+
+    norm: Tensor  # [H]
+    eps: float
+    matrix: Tensor
+    rule: Rule
+    bias: Tensor | None = None
+    shift: Tensor | None = None
+    offset: Tensor | None = None
+    factors: Tensor | None = None
+    apart: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Outputs of `route`, int32 [k] but for the weights (float32) and the count [1]: experts, slots and misses."""
+
+    ids: Tensor
+    weights: Tensor
+    slots: Tensor
+    hit: Tensor  # 1: the record can be read at once
+    miss_count: Tensor
+    miss_records: Tensor
+    miss_slots: Tensor
+
+
+@dataclass(frozen=True)
+class Fetches:
+    """Records that `predict` admitted for a layer: count [1], records and slots [k], int32."""
+
+    count: Tensor
+    records: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class TokenState:
+    """State of the token: status [1] (not 0: the table does not change and nothing is missing), counters, log of ids
+    [layers · k], and the step's number [1], which counts from 1; int32."""
+
+    status: Tensor
+    counters: Tensor
+    log: Tensor
+    step: Tensor
+
+
+@dataclass(frozen=True)
+class RouterScratch:
+    """Memory between the programs of one launch: logits, as long as the router, float32, and a ticket [1] int32."""
+
+    logits: Tensor
+    ticket: Tensor
 
 
 @triton.jit
@@ -93,16 +157,22 @@ def last_arriver(ticket):
     ],
 )
 def _route(
+    # router: input, weights, scratch, rule
     x, norm, shift, router, offset, bias, factors, logits, normed, raw, ticket, eps, experts, k: tl.constexpr, top_p,
-    scale,
-    jitter, layer, layers, forced, forced_rows, step, ids, weights,
+    scale, jitter, layer, layers, forced, forced_rows, step,
+    # output: experts and their weights
+    ids, weights,
+    # table: records and slots, the policy's state, candidates to be evicted
     slot_of, owner, arriving, fresh, landed, a, b, decay, decays, clock, candidate_row,
+    # output: slots and misses; prefetched records; counters
     status, slots, hit, miss_count, miss_records, miss_slots, fetch_count, fetch_slots, counters, log, units,
-    H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
+    # sizes
+    H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
+    CP: tl.constexpr,
+    # rule and policy
     SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, GP: tl.constexpr,
     VARIES: tl.constexpr, APART: tl.constexpr, RENORMALISE: tl.constexpr, SHARED: tl.constexpr, FORCED: tl.constexpr,
-    C: tl.constexpr,
-    CP: tl.constexpr, KIND: tl.constexpr, USE: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
+    KIND: tl.constexpr, USE: tl.constexpr, PREFETCHED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = experts + SHARED
     weight, gain = router_weights(router, norm, rows, H, WIDE, EACH)
@@ -160,16 +230,20 @@ def _route(
     ],
 )
 def _predict(
-    x, norm, shift, router, offset, bias, logits, ticket, eps, experts, k: tl.constexpr, top_p, layer, layers, least,
-    most,
-    emulated, emulated_rows, step, M: tl.constexpr,
+    # router: input, weights, scratch, rule
+    x, norm, shift, router, offset, bias, logits, ticket, eps, experts, k: tl.constexpr, top_p, layer, layers,
+    # limits; predictions to replay
+    least, most, emulated, emulated_rows, step, M: tl.constexpr,
+    # table: records and slots, candidates to be evicted, slots that must stay
     slot_of, owner, arriving, fresh, landed, candidate_row, held, held_count, status,
+    # output: records to fetch; counters
     fetch_count, fetch_records, fetch_slots, counters, units,
-    H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
+    # sizes
+    H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
+    CP: tl.constexpr, HELD: tl.constexpr,
+    # rule
     SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, GP: tl.constexpr,
-    VARIES: tl.constexpr, APART: tl.constexpr, EMULATED: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-    HELD: tl.constexpr,
-    PDL: tl.constexpr,
+    VARIES: tl.constexpr, APART: tl.constexpr, EMULATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     weight, gain = router_weights(router, norm, experts, H, WIDE, EACH)
     if PDL:
@@ -198,76 +272,86 @@ def _predict(
 
 
 def route(
-    x: Tensor, norm: Tensor, eps: float, router: Tensor, table: Table, layer: int, *,
-    layers: int, rule: Rule, logits: Tensor, normed: Tensor, ticket: Tensor,
-    ids: Tensor, weights: Tensor, slots: Tensor, hit: Tensor,
-    miss_count: Tensor, miss_records: Tensor, miss_slots: Tensor,
-    status: Tensor, counters: Tensor, log: Tensor, step: Tensor,
-    units: int = 0, forced: Tensor | None = None,
-    fetched: tuple[Tensor, Tensor] | None = None, raw: Tensor | None = None, bias: Tensor | None = None,
-    shift: Tensor | None = None, offset: Tensor | None = None, factors: Tensor | None = None, apart: bool = False,
+    x: Tensor,
+    router: Router,
+    table: Table,
+    layer: int,
+    choice: Choice,
+    token: TokenState,
+    scratch: RouterScratch,
+    *,
+    layers: int,
+    normed: Tensor,
+    raw: Tensor | None = None,
+    fetched: Fetches | None = None,
+    forced: Tensor | None = None,
+    units: int = 0,
     pdl: bool = False,
-) -> None:  # fmt: skip
-    """Norm x [H] float32 and route it: write normed [H], ids, weights (float32), slots, hit [k], and the list of
-    misses.
+) -> None:
+    """Norm x [H] float32 into normed [H] and route it: write `choice`, with slots for the misses.
 
-    router [E, H] in a float type; for a gated shared expert it has one more row, whose logit's sigmoid becomes
-    weights[k]. `logits` is as long as the router. `bias` [E] float32 for rule.biased, `factors` [E] float32 for
-    rule.scaled. `shift` [H] float32: the norm is a LayerNorm with this bias. `apart`: the norm's weights are for the
-    experts only, the router takes x normed without them. `offset` float32, as long as the router, is added to the
-    logits.
-
-    hit is 1 where the record can be read at once; missing records must be paged in, late ones waited for. `forced`
-    [steps, layers, k] int16 replaces the router's ids (-1, with top-p: none); its row is chosen by `step` [1], which
-    counts from 1. `fetched`: count [1] and slots of what `predict` fetched for this layer. `raw` [H] receives x.
-    `units`: a record's bytes / 16, for the counters. While status [1] is not 0 the table does not change and nothing is
-    missing.
+    Missing records must be paged in, late ones waited for. `fetched`: what `predict` fetched for this layer. `raw` [H]
+    receives x. `forced` [steps, layers, k] int16 replaces the router's ids (-1, with top-p: none), by the token's step.
+    `units`: a record's bytes / 16, for the counters.
     """
-    experts = table.slot_of.numel() // layers
-    assert router.is_contiguous()
-    assert x.numel() == router.shape[1]
-    assert rule.biased == (bias is not None)
-    assert rule.scaled == (factors is not None)
-    assert offset is None or len(offset) == len(router)
-    _route[(triton.cdiv(len(router), each(experts)),)](
-        x, norm, shift, router, offset, bias, factors, logits, normed, raw, ticket, eps, experts, rule.top_k,
-        rule.top_p,
-        rule.scale, rule.jitter, layer, layers, forced, 1 if forced is None else forced.shape[0], step, ids, weights,
+    rule, matrix, experts = router.rule, router.matrix, table.slot_of.numel() // layers
+    assert matrix.is_contiguous()
+    assert x.numel() == matrix.shape[1]
+    assert rule.biased == (router.bias is not None)
+    assert rule.scaled == (router.factors is not None)
+    assert router.offset is None or len(router.offset) == len(matrix)
+    _route[(triton.cdiv(len(matrix), each(experts)),)](
+        x, router.norm, router.shift, matrix, router.offset, router.bias, router.factors, scratch.logits, normed, raw,
+        scratch.ticket, router.eps, experts, rule.top_k, rule.top_p, rule.scale, rule.jitter, layer, layers,
+        forced, 1 if forced is None else forced.shape[0], token.step,
+        choice.ids, choice.weights,
         table.slot_of, table.owner, table.arriving, table.fresh, table.landed, table.a, table.b,
         table.decay, table.decay.numel(), table.clock, table.candidate_row(layer),
-        status, slots, hit, miss_count, miss_records, miss_slots, *(fetched or (None, None)), counters, log, units,
-        KP=triton.next_power_of_2(rule.top_k), RENORMALISE=rule.renormalise, SHARED=len(router) - experts,
-        FORCED=forced is not None, APART=apart, **steps(rule),
+        token.status, choice.slots, choice.hit, choice.miss_count, choice.miss_records, choice.miss_slots,
+        fetched and fetched.count, fetched and fetched.slots, token.counters, token.log, units,
+        KP=triton.next_power_of_2(rule.top_k), RENORMALISE=rule.renormalise, SHARED=len(matrix) - experts,
+        FORCED=forced is not None, APART=router.apart, **steps(rule),
         C=table.candidates.shape[1], CP=triton.next_power_of_2(table.candidates.shape[1]), KIND=KINDS[table.kind],
-        USE=table.use, PREFETCHED=fetched is not None, enable_fp_fusion=False, **sizes(router, experts),
+        USE=table.use, PREFETCHED=fetched is not None, enable_fp_fusion=False, **sizes(matrix, experts),
         **dependent(pdl),
     )  # fmt: skip
 
 
 def predict(
-    x: Tensor, norm: Tensor, eps: float, router: Tensor, table: Table, layer: int, *,
-    layers: int, rule: Rule, least: float, most: int, logits: Tensor, ticket: Tensor, held: Tensor,
-    fetch_count: Tensor, fetch_records: Tensor, fetch_slots: Tensor, status: Tensor, counters: Tensor, step: Tensor,
-    units: int = 0, emulated: Tensor | None = None, bias: Tensor | None = None, shift: Tensor | None = None,
-    offset: Tensor | None = None, apart: bool = False, pdl: bool = False,
-) -> None:  # fmt: skip
-    """Predict the experts of `layer` by its norm and router on the residual stream of an earlier layer (gate-ahead).
+    x: Tensor,
+    router: Router,
+    table: Table,
+    layer: int,
+    fetches: Fetches,
+    token: TokenState,
+    scratch: RouterScratch,
+    *,
+    layers: int,
+    least: float,
+    most: int,
+    held: Tensor,
+    emulated: Tensor | None = None,
+    units: int = 0,
+    pdl: bool = False,
+) -> None:
+    """Predict the experts of `layer` by its router on the residual stream of an earlier layer (gate-ahead).
 
     Of its top-k, records with a score (a probability for a softmax) of at least `least` that are absent are admitted,
-    at most `most`, and listed to be fetched. The slots `held` [n] int32 are not evicted for them. `emulated` [steps,
+    at most `most`, and listed in `fetches`. The slots `held` [n] int32 are not evicted for them. `emulated` [steps,
     layers, m] int16, -1 padded, replaces the prediction.
     """
-    experts = table.slot_of.numel() // layers
+    rule, matrix, experts = router.rule, router.matrix, table.slot_of.numel() // layers
     m = 1 if emulated is None else emulated.shape[2]
     _predict[(triton.cdiv(experts, each(experts)),)](
-        x, norm, shift, router, offset, bias, logits, ticket, eps, experts, rule.top_k, rule.top_p, layer, layers,
-        least, most,
-        emulated, 1 if emulated is None else emulated.shape[0], step, m,
+        x, router.norm, router.shift, matrix, router.offset, router.bias, scratch.logits, scratch.ticket, router.eps,
+        experts, rule.top_k, rule.top_p, layer, layers,
+        least, most, emulated, 1 if emulated is None else emulated.shape[0], token.step, m,
         table.slot_of, table.owner, table.arriving, table.fresh, table.landed, table.candidate_row(layer),
-        held, held.numel(), status, fetch_count, fetch_records, fetch_slots, counters, units,
-        KP=triton.next_power_of_2(max(rule.top_k, m)), EMULATED=emulated is not None, APART=apart, **steps(rule),
+        held, held.numel(), token.status,
+        fetches.count, fetches.records, fetches.slots, token.counters, units,
+        KP=triton.next_power_of_2(max(rule.top_k, m)), EMULATED=emulated is not None, APART=router.apart, **steps(rule),
         C=table.candidates.shape[1], CP=triton.next_power_of_2(table.candidates.shape[1]),
-        HELD=triton.next_power_of_2(held.numel()), **sizes(router, experts), **dependent(pdl),
+        HELD=triton.next_power_of_2(held.numel()), **sizes(matrix, experts), **dependent(pdl),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import secrets
 import torch
 from torch import Tensor
 
+from offmoe.kernels.gpu.route import Choice, Fetches, RouterScratch, TokenState
 from offmoe.kernels.gpu.sample import variant
 from offmoe.kernels.ring import COUNTED
 from offmoe.models.config import ModelConfig
@@ -44,13 +45,21 @@ class StepBuffers:
         self.counters = ints(COUNTED)
         self.chosen, self.token, self.position, self.status = ints(1), ints(1), ints(1), ints(1)
         self.steps, self.remaining = ints(1), ints(1)
-        self.route_ticket, self.predict_ticket = ints(1), ints(1)
-        self.predict_logits = floats(c.experts)
         self.fetch_count = ints(c.moe_layers, 1)
         self.fetch_records, self.fetch_slots = ints(c.moe_layers, c.top_k), ints(c.moe_layers, c.top_k)
+        self.choice = Choice(
+            self.ids, self.weights, self.slots, self.hit, self.miss_count, self.miss_records, self.miss_slots
+        )
+        self.token_state = TokenState(self.status, self.counters, self.log, self.steps)
+        self.route_scratch = RouterScratch(self.router_logits, ints(1))
+        self.predict_scratch = RouterScratch(floats(c.experts), ints(1))
         self.params, self.seed = floats(5), torch.zeros(1, dtype=torch.int64, device=device)
         self.seen = torch.zeros(c.vocab, dtype=torch.uint8, device=device)
         self.eos = torch.full((MOST_EOS,), -2, dtype=torch.int32, device=device)
+
+    def fetches(self, moe_layer: int) -> Fetches:
+        """Return the list of records that prefetching brings for a MoE layer."""
+        return Fetches(self.fetch_count[moe_layer], self.fetch_records[moe_layer], self.fetch_slots[moe_layer])
 
     def set_sampling(self, sampling: Sampling, ids: list[int], eos: frozenset[int], most: int) -> str:
         """Write the sampling parameters of an answer of at most `most` tokens; return the sampler's variant."""

@@ -35,7 +35,7 @@ from offmoe.kernels.gpu.norm_rope import rms_norm
 from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
-from offmoe.kernels.gpu.route import predict, route
+from offmoe.kernels.gpu.route import Router, predict, route
 from offmoe.kernels.gpu.table import Table
 from offmoe.machine.streams import Event, Stream
 from offmoe.plan import Plan
@@ -126,13 +126,27 @@ class ExpertsStep:
         """Return the weights of the `moe_layer`-th MoE layer."""
         return self.trunk.layers[self.config.routed[moe_layer]]
 
+    def _router(self, w: DeviceLayer) -> Router:
+        """Return the router of a layer with the norm before it."""
+        assert w.router is not None, "the layer has experts"
+        return Router(
+            w.ffn_norm_striped,
+            self.config.stream_eps,
+            w.router,
+            self.config.moe.rule,
+            bias=w.router_bias,
+            shift=w.ffn_norm_bias_striped,
+            offset=w.router_offset,
+            factors=w.router_factors,
+            apart=self.config.norm.sandwich,
+        )
+
     def _route(self, moe_layer: int, variant: Variant) -> None:
         """Launch the router; then, on other streams, prediction, candidates and foretelling.
 
         Where it first waits for another stream, programmatic dependent launch is off: the wait is a full dependency.
         """
         b, c, w = self.buffers, self.config, self._layer(moe_layer)
-        assert w.router is not None
         waits = False
         if not self.plan.all_in_slots and (moe_layer == 0 or self.store.table.scope == "global"):
             self._listed.wait()
@@ -142,36 +156,18 @@ class ExpertsStep:
             waits = True
         route(
             b.x[0],
-            w.ffn_norm_striped,
-            c.stream_eps,
-            w.router,
+            self._router(w),
             self.table,
             moe_layer,
+            b.choice,
+            b.token_state,
+            b.route_scratch,
             layers=c.moe_layers,
-            rule=c.moe.rule,
-            bias=w.router_bias,
-            offset=w.router_offset,
-            shift=w.ffn_norm_bias_striped,
-            factors=w.router_factors,
-            apart=c.norm.sandwich,
-            logits=b.router_logits,
             normed=b.normed[0],
-            ticket=b.route_ticket,
-            ids=b.ids,
-            weights=b.weights,
-            slots=b.slots,
-            hit=b.hit,
-            miss_count=b.miss_count,
-            miss_records=b.miss_records,
-            miss_slots=b.miss_slots,
-            status=b.status,
-            counters=b.counters,
-            log=b.log,
-            step=b.steps,
-            units=self._units[moe_layer],
-            forced=self._forced if variant.forced else None,
-            fetched=(b.fetch_count[moe_layer], b.fetch_slots[moe_layer]) if variant.prefetch else None,
             raw=b.raw if variant.prefetch else None,  # expert_down changes x while the prediction reads it
+            fetched=b.fetches(moe_layer) if variant.prefetch else None,
+            forced=self._forced if variant.forced else None,
+            units=self._units[moe_layer],
             pdl=self.pdl and not waits,
         )
         self._routed.set()
@@ -213,35 +209,22 @@ class ExpertsStep:
     def _prefetch(self, moe_layer: int, variant: Variant) -> None:
         """Predict the experts of `moe_layer` from the current residual stream, and fetch those that are absent."""
         b, c, w = self.buffers, self.config, self._layer(moe_layer)
-        assert w.router is not None
         with self._predict_stream():
             self._routed.wait()
             predict(
                 b.raw,
-                w.ffn_norm_striped,
-                c.stream_eps,
-                w.router,
+                self._router(w),
                 self.table,
                 moe_layer,
+                b.fetches(moe_layer),
+                b.token_state,
+                b.predict_scratch,
                 layers=c.moe_layers,
-                rule=c.moe.rule,
-                bias=w.router_bias,
-                offset=w.router_offset,
-                shift=w.ffn_norm_bias_striped,
-                apart=c.norm.sandwich,
                 least=self.gate.least,
                 most=self.gate.most,
-                logits=b.predict_logits,
-                ticket=b.predict_ticket,
                 held=b.slots,
-                fetch_count=b.fetch_count[moe_layer],
-                fetch_records=b.fetch_records[moe_layer],
-                fetch_slots=b.fetch_slots[moe_layer],
-                status=b.status,
-                counters=b.counters,
-                step=b.steps,
-                units=self._units[moe_layer],
                 emulated=self._predicted if variant.emulated else None,
+                units=self._units[moe_layer],
             )
             self._predicted_event.set()
         with self._fetch_stream():  # not the predict stream: the next prediction must not wait for these copies

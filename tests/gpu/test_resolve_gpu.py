@@ -23,7 +23,7 @@ from offmoe.decode.device_table import device_table, pull, push, reach
 from offmoe.kernels.gpu.foretell import foretell
 from offmoe.kernels.gpu.launch import pdl_supported
 from offmoe.kernels.gpu.resolve import candidates
-from offmoe.kernels.gpu.route import predict, route
+from offmoe.kernels.gpu.route import Choice, Fetches, Router, RouterScratch, TokenState, predict, route
 from offmoe.kernels.ring import COUNTED, COUNTERS
 from offmoe.kernels.route import Rule
 
@@ -97,26 +97,54 @@ class Replayer:
         self.table.clock[:1] += 1
 
     def route(self, layer: int) -> None:
-        fetched = (self.fetch_count[layer], self.fetch_slots[layer])
+        choice = Choice(
+            self.ids,
+            self.weights,
+            self.slots,
+            self.hit,
+            self.miss_count[layer : layer + 1],
+            self.miss_records,
+            self.miss_slots,
+        )
         route(
-            self.x, self.norm, 1e-6, self.router, self.table, layer, layers=self.layers,
-            rule=Rule(top_k=self.k, renormalise=True), logits=self.logits, normed=self.normed, ticket=self.ticket,
-            ids=self.ids, weights=self.weights, slots=self.slots, hit=self.hit, miss_count=self.miss_count[layer : layer
-            + 1], miss_records=self.miss_records, miss_slots=self.miss_slots, status=self.status,
-            counters=self.counters,
-            log=self.log, step=self.step, forced=self.forced, fetched=None if self.guesses is None else fetched,
+            self.x,
+            self.chosen_by(),
+            self.table,
+            layer,
+            choice,
+            self.state(),
+            RouterScratch(self.logits, self.ticket),
+            layers=self.layers,
+            normed=self.normed,
+            fetched=None if self.guesses is None else self.fetches(layer),
+            forced=self.forced,
             pdl=layer > 0 and self.scope == "layer" and self.guesses is None and pdl_supported(self.device()),
-        )  # fmt: skip
+        )
 
     def predict(self, layer: int) -> None:
         predict(
-            self.x, self.norm, 1e-6, self.router, self.table, layer, layers=self.layers,
-            rule=Rule(top_k=self.k, renormalise=True), least=0.0,
-            most=MOST, logits=self.logits, ticket=self.ahead_ticket, held=self.slots,
-            fetch_count=self.fetch_count[layer], fetch_records=self.fetch_records[layer],
-            fetch_slots=self.fetch_slots[layer], status=self.status, counters=self.counters, step=self.step,
+            self.x,
+            self.chosen_by(),
+            self.table,
+            layer,
+            self.fetches(layer),
+            self.state(),
+            RouterScratch(self.logits, self.ahead_ticket),
+            layers=self.layers,
+            least=0.0,
+            most=MOST,
+            held=self.slots,
             emulated=self.guesses,
-        )  # fmt: skip
+        )
+
+    def chosen_by(self) -> Router:
+        return Router(self.norm, 1e-6, self.router, Rule(top_k=self.k, renormalise=True))
+
+    def state(self) -> TokenState:
+        return TokenState(self.status, self.counters, self.log, self.step)
+
+    def fetches(self, layer: int) -> Fetches:
+        return Fetches(self.fetch_count[layer], self.fetch_records[layer], self.fetch_slots[layer])
 
     def device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())

@@ -27,7 +27,7 @@ from offmoe.decode.device_table import device_table, lose, pull, push, reach
 from offmoe.errors import OffmoeError
 from offmoe.kernels.gpu.foretell import foretell, popcount
 from offmoe.kernels.gpu.resolve import candidates, evaluate
-from offmoe.kernels.gpu.route import predict, route
+from offmoe.kernels.gpu.route import Choice, Fetches, Router, RouterScratch, TokenState, predict, route
 from offmoe.kernels.gpu.table import Table
 from offmoe.kernels.ring import COUNTED, COUNTERS
 from offmoe.kernels.route import Rule, select
@@ -78,27 +78,31 @@ class Device:
             foretell(self.table.past, self.log, self.status, k=self.k, experts=self.experts)
 
     def route(self, layer: int, **more: Any) -> None:
-        route(
-            self.x, self.norm, 1e-6, self.router, self.table, layer, layers=self.layers,
-            logits=self.logits, normed=self.normed, ticket=self.ticket, ids=self.ids,
-            weights=self.weights, slots=self.slots, hit=self.hit, miss_count=self.miss_count,
-            miss_records=self.miss_records, miss_slots=self.miss_slots, status=self.status, counters=self.counters,
-            log=self.log, step=self.step,
-            **{"rule": Rule(top_k=self.k, renormalise=True), "forced": self.forced, "units": 2, **more},
-        )  # fmt: skip
+        choice = Choice(
+            self.ids, self.weights, self.slots, self.hit, self.miss_count, self.miss_records, self.miss_slots
+        )
+        router, more = self.router_of(more), {"forced": self.forced, "units": 2, **more}
+        route(self.x, router, self.table, layer, choice, self.token(), RouterScratch(self.logits, self.ticket),
+              layers=self.layers, normed=self.normed, **more)  # fmt: skip
 
     def predict(
         self, layer: int, predicted: torch.Tensor | None, most: int, held: torch.Tensor, least: float = 0.0,
         **more: Any,
     ) -> None:  # fmt: skip
-        predict(
-            self.x, self.norm, 1e-6, self.router, self.table, layer, layers=self.layers,
-            least=least,
-            most=most, logits=self.logits, ticket=self.ticket, held=held, fetch_count=self.fetch_count[layer],
-            fetch_records=self.fetch_records[layer], fetch_slots=self.fetch_slots[layer], status=self.status,
-            counters=self.counters, step=self.step, units=2, emulated=predicted,
-            **{"rule": Rule(top_k=self.k, renormalise=True), **more},
-        )  # fmt: skip
+        predict(self.x, self.router_of(more), self.table, layer, self.fetches(layer), self.token(),
+                RouterScratch(self.logits, self.ticket), layers=self.layers, least=least, most=most, held=held,
+                emulated=predicted, units=2, **more)  # fmt: skip
+
+    def router_of(self, more: dict[str, Any]) -> Router:
+        """Take the router's part out of `more`."""
+        given = {name: more.pop(name) for name in ("bias", "shift", "offset", "factors") if name in more}
+        return Router(self.norm, 1e-6, self.router, more.pop("rule", Rule(top_k=self.k, renormalise=True)), **given)
+
+    def token(self) -> TokenState:
+        return TokenState(self.status, self.counters, self.log, self.step)
+
+    def fetches(self, layer: int) -> Fetches:
+        return Fetches(self.fetch_count[layer], self.fetch_records[layer], self.fetch_slots[layer])
 
     def count(self, name: str) -> int:
         return int(self.counters[COUNTERS.index(name)])
@@ -228,7 +232,7 @@ def test_the_same_prefetches(policy: str, scope: str, ahead: int, most: int, see
         for layer, experts in enumerate(layers):
             if scope == "global":
                 device.find()
-            device.route(layer, fetched=(device.fetch_count[layer], device.fetch_slots[layer]))
+            device.route(layer, fetched=device.fetches(layer))
             access = residency.access(layer, experts, token + 1)
             covered, late = covered + access.covered.sum(), late + access.late.sum()
             residency.landed(np.flatnonzero(residency.arriving & (residency.owner // 16 == layer)))  # the join

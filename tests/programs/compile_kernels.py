@@ -42,7 +42,7 @@ from offmoe.kernels.gpu.page_in import Copies, page_in, scratch_for
 from offmoe.kernels.gpu.prefill import prefill_attention
 from offmoe.kernels.gpu.request import request
 from offmoe.kernels.gpu.resolve import candidates
-from offmoe.kernels.gpu.route import predict, route
+from offmoe.kernels.gpu.route import Choice, Fetches, Router, RouterScratch, TokenState, predict, route
 from offmoe.kernels.gpu.sample import FULL, GREEDY, TOPK, Scratch, sample_step
 from offmoe.kernels.gpu.shortconv import conv_chunk, conv_step
 from offmoe.kernels.mla import Latent
@@ -240,19 +240,18 @@ def residency(policy: str, pdl: bool, rule: Rule = RULE) -> None:
                scratch=pool.scratch, foretold=pool.past and pool.past.foretold, worth=pool.worth)  # fmt: skip
     if t.past:
         foretell(t.past, ints(LAYERS * K), ints(1), k=K, experts=EXPERTS)
+    factors = floats(EXPERTS) if rule.scaled else None
+    by = Router(floats(H), 1e-6, floats(rows, H).bfloat16(), rule, bias, shift, factors=factors, apart=rule.scaled)
+    choice = Choice(ints(K), floats(K + 1), ints(K), ints(K), ints(1), ints(K), ints(K))
+    token, fetches = TokenState(ints(1), ints(COUNTED), ints(LAYERS * K), ints(1)), Fetches(ints(1), ints(K), ints(K))
+    replayed = ids if policy == "lru" else None
     route(
-        floats(H), floats(H), 1e-6, floats(rows, H).bfloat16(), table, 1, layers=LAYERS, rule=rule, bias=bias,
-        shift=shift, logits=floats(rows), normed=floats(H), ticket=ints(1), ids=ints(K), weights=floats(K + 1),
-        slots=ints(K), hit=ints(K), miss_count=ints(1), miss_records=ints(K), miss_slots=ints(K), status=ints(1),
-        counters=ints(COUNTED), log=ints(LAYERS * K), step=ints(1), units=1 << 17, raw=floats(H), pdl=pdl,
-        fetched=(ints(1), ints(K)), forced=ids if policy == "lru" else None,
-        factors=floats(EXPERTS) if rule.scaled else None, apart=rule.scaled,
+        floats(H), by, table, 1, choice, token, RouterScratch(floats(rows), ints(1)), layers=LAYERS, normed=floats(H),
+        raw=floats(H), fetched=fetches, forced=replayed, units=1 << 17, pdl=pdl,
     )  # fmt: skip
     predict(
-        floats(H), floats(H), 1e-6, floats(rows, H).bfloat16(), table, 1, layers=LAYERS, rule=rule, least=0.05,
-        most=2, bias=bias, shift=shift, logits=floats(EXPERTS), ticket=ints(1), held=ints(K), fetch_count=ints(1),
-        fetch_records=ints(K), fetch_slots=ints(K), status=ints(1), counters=ints(COUNTED), step=ints(1), units=1 << 17,
-        pdl=pdl, emulated=ids if policy == "lru" else None, apart=rule.scaled,
+        floats(H), by, table, 1, fetches, token, RouterScratch(floats(EXPERTS), ints(1)), layers=LAYERS, least=0.05,
+        most=2, held=ints(K), emulated=replayed, units=1 << 17, pdl=pdl,
     )  # fmt: skip
 
 
