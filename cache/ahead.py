@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offmoe.cache.policies.base import Ints
+from offmoe.cache.arrays import Flags, Ints
 from offmoe.cache.policy import policy_for
 from offmoe.cache.predictor import make_predictor
 from offmoe.cache.predictors.base import Predictor
-from offmoe.cache.replay import Flags, Outcome, check_pool, replay, shape
+from offmoe.cache.replay import Outcome, check_pool, replay, shape
 from offmoe.cache.residency import Access, Residency
 from offmoe.cache.trace import Trace
 
@@ -33,7 +33,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Foresight(Outcome):
-    """What became of every routed record where a predictor fetched some of them ahead. Late ones are no misses."""
+    """Outcome of every routed record when a predictor fetched some of them ahead. Late ones do not count as misses."""
 
     prefetch: str
     late: Flags  # on its way when asked for

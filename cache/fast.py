@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offmoe.cache.policies.base import Ints, Policy
+from offmoe.cache.arrays import Flags, Ints
+from offmoe.cache.policies.base import Policy
 from offmoe.cache.policies.belady import Belady, BeladyBypass, records_of
 from offmoe.cache.policies.crf import CRF, decay_table
 from offmoe.cache.policies.lfru import LFRU
@@ -21,7 +22,6 @@ from offmoe.cache.policies.lru import LRU
 from offmoe.cache.policies.tinylfu import TinyLFU
 from offmoe.cache.trace import Trace
 
-Flags = NDArray[np.bool_]
 KINDS: dict[type[Policy], int] = {LRU: 0, LFU: 1, LFRU: 2, CRF: 3, TinyLFU: 3, Belady: 4, BeladyBypass: 4}
 KNOWING = 4
 

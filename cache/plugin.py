@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from offmoe.cache.policies.base import Ints, Numbers, Policy
+from offmoe.cache.arrays import Ints, Numbers
+from offmoe.cache.policies.base import Policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,7 +72,7 @@ def module_of(path: Path, stamp: int) -> object:
 
 @contextmanager
 def failing_in(where: str) -> Iterator[None]:
-    """What is raised inside becomes one line that says where."""
+    """Turn an exception inside into a PluginError of one line that says where it was raised."""
     try:
         yield
     except PluginError:
@@ -108,6 +109,6 @@ def guarded(kind: type[Policy]) -> type[Policy]:
 
 
 def built(make: Callable[[], T], name: str) -> T:
-    """What `make` makes of a plug-in's class."""
+    """Return `make()`, an instance of a plug-in's class; mistakes become PluginErrors."""
     with failing_in(name):
         return make()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from offmoe.cache.arrays import Ints
 from offmoe.cache.plugin import PluginError, built, failing_in, is_plugin, load_plugin
-from offmoe.cache.policies.base import Ints
 from offmoe.cache.predictors import PREDICTORS
 from offmoe.cache.predictors.base import Predictor, Shares
 from offmoe.cache.predictors.shuffled import Shuffled

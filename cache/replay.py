@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from offmoe.cache.arrays import Flags
 from offmoe.cache.fast import replay_fast
 from offmoe.cache.policy import policy_for
 from offmoe.cache.residency import Access, Residency
 from offmoe.cache.trace import Trace
 
 SCOPES = ("layer", "global")
-Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of every routed record, [tokens, layers, k] as in the trace."""
+    """Outcome of every routed record, [tokens, layers, k] as in the trace."""
 
     policy: str
     scope: str
@@ -58,7 +58,7 @@ class Outcome:
         return int(np.count_nonzero(self.uploaded)) / len(self.hit)
 
     def between(self, start: int, stop: int | None = None) -> Outcome:
-        """Of these tokens alone."""
+        """Return the outcome of these tokens alone."""
         some = slice(start, stop)
         return replace(self, asked=self.asked[some], hit=self.hit[some], uploaded=self.uploaded[some])
 

@@ -5,27 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from offmoe.cache.policies.base import Ints, Numbers, Policy
+from offmoe.cache.arrays import Flags, Ints, Numbers, SlotIds
+from offmoe.cache.policies.base import Policy
 
-Slots = NDArray[np.int32]
 NONE = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What became of the n records asked for. Neither hit nor late: missed, and arriving from now on."""
+    """Outcome of a request for n records. Neither hit nor late: a miss, which is arriving from now on."""
 
-    slots: Slots  # [n]; -1: missed and bypassed
-    hit: NDArray[np.bool_]  # [n] in its slot when asked for
-    late: NDArray[np.bool_]  # [n] on its way when asked for
-    covered: NDArray[np.bool_]  # [n] of the hits, those that prefetching brought and nobody had used
-    evicted: Slots  # [m] records that left
+    slots: SlotIds  # [n]; -1: missed and bypassed
+    hit: Flags  # [n] in its slot when asked for
+    late: Flags  # [n] on its way when asked for
+    covered: Flags  # [n] of the hits, those that prefetching brought and nobody had used
+    evicted: SlotIds  # [m] records that left
 
 
 class Residency:
-    """Slots over all layers, in pools: one a layer (scope "layer") or one for all ("global").
+    """SlotIds over all layers, in pools: one a layer (scope "layer") or one for all ("global").
 
     Under layer scope, layer l owns slots [l·capacity, (l + 1)·capacity), capacity = slots // layers, and
     the remainder is left out: `slots` counts those in use. Record id = layer · experts + expert.
@@ -45,7 +44,7 @@ class Residency:
         self.slot_of = np.full(layers * experts, -1, np.int32)  # [records], -1: absent
         self.arriving = np.zeros(self.slots, np.bool_)  # [slots] owned, its bytes not there yet
         self.prefetched = np.zeros(self.slots, np.bool_)  # [slots] owned by a prefetch, not used yet
-        self.guarded: dict[int, Slots] = {}  # layer → slots that were prefetched for its next event
+        self.guarded: dict[int, SlotIds] = {}  # layer → slots that were prefetched for its next event
         self.leaving = NONE  # those of the last event: guarded until the next one
         self.wasted = 0  # prefetched records that were evicted unused
         policy.attach(self)
@@ -72,7 +71,7 @@ class Residency:
         records = experts + np.arange(self.layers)[:, None] * self.experts
         return self._event(0, self.pools, records.reshape(-1), now, 1)
 
-    def prefetch(self, layer: int, experts: Ints, now: int, most: int, held: Ints = NONE) -> tuple[Ints, Slots]:
+    def prefetch(self, layer: int, experts: Ints, now: int, most: int, held: Ints = NONE) -> tuple[Ints, SlotIds]:
         """Admit what is absent of predicted `experts`, in their order, at most `most`: (records, their slots).
 
         Policies are not told. Neither what the prediction names nor the slots `held` leave for it, nor what arrives;
@@ -136,7 +135,7 @@ class Residency:
         late[missed] = hit[missed] = False
         return Access(slots, hit, late, covered, self._admit(pool, pools, records, slots, missed, now))
 
-    def _admit(self, pool: int, pools: int, records: Ints, slots: Slots, missed: Ints, now: int) -> Slots:
+    def _admit(self, pool: int, pools: int, records: Ints, slots: SlotIds, missed: Ints, now: int) -> SlotIds:
         """Give the records[missed] slots, written into `slots`; returns the records evicted."""
         start = pool * self.capacity
         held = NONE if self.policy.bypass else slots[slots >= 0] - start
@@ -166,7 +165,7 @@ class Residency:
         keys[held] = np.inf
         return keys
 
-    def _fill(self, slots: Slots, records: Ints) -> Slots:
+    def _fill(self, slots: SlotIds, records: Ints) -> SlotIds:
         """`records` own `slots` from now on, arriving; returns those that did."""
         evicted = self.owner[slots]
         evicted = evicted[evicted >= 0]

@@ -1,4 +1,4 @@
-"""What a person writes behind a name: `h=64,profile=FILE`."""
+"""Parameters after a name, as a user writes them: `h=64,profile=FILE`."""
 
 from __future__ import annotations
 

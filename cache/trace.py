@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from offmoe.cache.arrays import Ints
 from offmoe.cache.files import whole_file
-from offmoe.cache.policies.base import Ints
 
 # What np.load meets in a broken file; MemoryError: a header that claims an absurd shape.
 BROKEN = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -24,7 +24,7 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Decoded tokens of one or more sequences, with their prompts beside them; ValueError unless sound.
+    """Routing of the decoded tokens of one or more sequences, and of their prompts. ValueError if inconsistent.
 
     Where a router chose fewer than top_k experts, an event's last ids are the type's highest value (`pad`).
     """
@@ -61,7 +61,7 @@ class Trace:
         self._check_companions()
 
     def _check_companions(self) -> None:
-        """What stands beside the ids has their shape."""
+        """Check that the arrays that accompany the ids have their shape."""
         tokens, layers, k = self.experts.shape
         prompt = 0 if self.prefill is None else len(self.prefill)
         experts = self.meta["experts"]

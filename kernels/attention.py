@@ -1,4 +1,4 @@
-"""Attention over a KV cache whose length lives on the device, naive."""
+"""Naive attention over a KV cache whose length is on the device."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ def attention(
 
 
 def oldest_seen(positions: Tensor, window: int, chunked: bool) -> Tensor:
-    """The first position that a query at each of `positions` sees; below 0: all."""
+    """Return the first position that a query at each of `positions` sees; below 0: all."""
     return positions // window * window if chunked else positions - (window - 1)

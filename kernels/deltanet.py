@@ -22,7 +22,7 @@ UNIT_EPS = 1e-6  # under the root of a key's or query's length
 
 @dataclass(frozen=True)
 class Delta:
-    """The numbers of such a layer; a key head serves value_heads / key_heads value heads."""
+    """Shape of a Gated DeltaNet layer; a key head serves value_heads / key_heads value heads."""
 
     key_heads: int
     value_heads: int
@@ -40,7 +40,7 @@ class Delta:
 
     @property
     def channels(self) -> int:
-        """Of the convolution: q, k and v."""
+        """Channels of the convolution: q, k and v."""
         return 2 * self.keys + self.values
 
     @property
@@ -50,13 +50,13 @@ class Delta:
 
     @property
     def projected(self) -> tuple[int, int, int, int]:
-        """Rows of the projections: q, k and v; the output's gate z; b, of β; a, of the decay."""
+        """Rows of the projections: q, k and v; the output gate z; b for β; a for the decay."""
         return self.channels, self.values, self.value_heads, self.value_heads
 
 
 @dataclass(frozen=True)
 class DeltaWeights:
-    """What a layer has beside its projections, float32."""
+    """Weights of a layer besides its projections, float32."""
 
     shape: Delta
     conv: Tensor  # [taps, channels]: the last tap is the present token's
@@ -137,6 +137,6 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, memory: Te
 
 
 def in_blocks(x: Tensor) -> Tensor:
-    """[T, heads, …] → [heads, blocks, BLOCK, …]; tokens that only fill up are 0 and change nothing."""
+    """Reshape [T, heads, …] to [heads, blocks, BLOCK, …]; padding tokens are 0 and change nothing."""
     short = -len(x) % BLOCK
     return F.pad(x.transpose(0, 1), (0, 0) * (x.ndim - 2) + (0, short)).unflatten(1, (-1, BLOCK))

@@ -19,10 +19,10 @@ def expert_gate_up(
     records: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, x: Tensor, out: Tensor, *,
     glu: Glu = SILU, ids: Tensor | None = None, bias: Tensor | None = None, before: bool = False,
 ) -> None:  # fmt: skip
-    """weight · glu(gate x, up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P],
-    x [T, H] striped → out [P, F] striped. `bias` [E, 2F], of gate beside up, of experts `ids` [P].
+    """Compute weight · glu(gate x, up x) of every (token, expert) pair into out [P, F], striped.
 
-    Pair p is of token p // (P / T); one in slot -1 is none. before: glu(weight · gate x, weight · up x) instead.
+    records [S, stride] uint8, slots [P] int32, weights [P], x [T, H] striped. `bias` [E, 2F] holds gate's and up's
+    biases concatenated; `ids` [P] are the experts. Nothing is computed for a pair in slot -1.
     """
     of_token = unstripe(x).to(out.dtype).repeat_interleave(len(slots) // len(x), dim=0)
     for pair, slot in enumerate(slots.tolist()):

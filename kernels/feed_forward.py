@@ -1,4 +1,4 @@
-"""The products of routed experts: the naive twin of the GEMV and the grouped GEMM."""
+"""Feed-forward of routed experts: the naive twin of the GEMV and the grouped GEMM."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Glu:
 SILU = Glu()
 GELU = Glu(alpha=(8 / math.pi) ** 0.5, cubic=0.044715)  # by tanh (arXiv 1606.08415): 1 + tanh(y) = 2 sigmoid(2 y)
 
-Biases = Sequence[tuple[Tensor, Tensor]]  # of every expert: of gate beside up [2F], of down [H]
+Biases = Sequence[tuple[Tensor, Tensor]]  # for every expert: of gate and up concatenated [2F], of down [H]
 
 
 def swiglu_experts(
     inputs: Sequence[Tensor], weights: Sequence[tuple[Tensor, Tensor]], glu: Glu = SILU, biases: Biases | None = None
 ) -> Sequence[Tensor]:
-    """down glu(x gate, x up) of every expert: inputs [n, H], gate beside up [H, 2F], down [F, H] → [n, H].
+    """down glu(x gate, x up) of every expert: inputs [n, H], gate and up concatenated [H, 2F], down [F, H] → [n, H].
 
     Each expert is multiplied alone, so that its result does not depend on its neighbours; only the elementwise
     part is done for all at once, which saves a third of a decoded token's calls.

@@ -1,4 +1,4 @@
-"""Weight formats as they lie in files, and naive dequantisers, bit-exact against `gguf.quants`."""
+"""Weight formats of model files, and naive dequantisers, bit-exact against `gguf.quants`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ NIBBLES, CRUMBS, BITS = (0x0101010101010101 * ones for ones in (0xF, 0x3, 0x1))
 
 @dataclass(frozen=True)
 class Scales:
-    """What stands before all blocks of a matrix: scales, row by row, each of so many rows and columns of weights."""
+    """Scales that precede all blocks of a matrix, row by row, each for `rows` × `cols` weights."""
 
     rows: int
     cols: int  # 0: all of a row
     dtype: torch.dtype = torch.float32
 
     def count(self, rows: int, cols: int) -> tuple[int, int]:
-        """Of a [rows, cols] matrix: how many below one another, and beside."""
+        """Return the number of tiles of a [rows, cols] matrix, down and across."""
         return -(-rows // self.rows), -(-cols // self.cols) if self.cols else 1
 
 
@@ -40,23 +40,23 @@ class Format:
     scales: Scales | None = None
 
     def nbytes(self, rows: int, cols: int) -> int:
-        """Bytes of a [rows, cols] matrix. Raises ValueError where cols is no multiple of `block`."""
+        """Return the bytes of a [rows, cols] matrix; ValueError if cols is not a multiple of `block`."""
         if cols % self.block:
             raise ValueError(f"a row of {cols} weights is no whole number of {self.name} blocks of {self.block}")
         return rows * (cols // self.block) * self.bytes + self.scales_nbytes(rows, cols)
 
     def scales_nbytes(self, rows: int, cols: int) -> int:
-        """Of what stands before the blocks."""
+        """Return the bytes of the scales that precede the blocks."""
         return self.scales.dtype.itemsize * math.prod(self.scales.count(rows, cols)) if self.scales else 0
 
     def lines(self, cols: int) -> tuple[int, ...]:
         """Bytes of a row of `cols` weights in each of the pieces that a matrix is taken apart into."""
-        beside = (self.scales_nbytes(1, cols),) if self.scales else ()
-        return (*beside, *(cols // self.block * size for size in self.apart or (self.bytes,)))
+        scales = (self.scales_nbytes(1, cols),) if self.scales else ()
+        return (*scales, *(cols // self.block * size for size in self.apart or (self.bytes,)))
 
     @property
     def tiled(self) -> bool:
-        """Rows share scales, and cannot be moved alone."""
+        """Whether rows share scales, so that a row cannot be moved alone."""
         return self.scales is not None and self.scales.rows > 1
 
 
@@ -72,8 +72,8 @@ def dequantise(raw: Tensor, fmt: str | Format, rows: int, cols: int, dtype: torc
     start = form.scales_nbytes(rows, cols)
     rest = raw[..., start:]
     blocks = together(rest, form) if form.apart else split(rest, rows * cols // form.block, form.bytes)
-    beside = (scales_of(raw[..., :start], form, form.scales, rows, cols),) if form.scales else ()
-    return form.unpack(blocks, *beside).to(dtype).reshape(*raw.shape[:-1], rows, cols)
+    scales = (scales_of(raw[..., :start], form, form.scales, rows, cols),) if form.scales else ()
+    return form.unpack(blocks, *scales).to(dtype).reshape(*raw.shape[:-1], rows, cols)
 
 
 def scales_of(raw: Tensor, form: Format, scales: Scales, rows: int, cols: int) -> Tensor:
@@ -84,14 +84,14 @@ def scales_of(raw: Tensor, form: Format, scales: Scales, rows: int, cols: int) -
 
 
 def together(raw: Tensor, form: Format) -> Tensor:
-    """Bytes [..., n * form.bytes] of a format that lies apart → blocks [..., n, form.bytes]."""
+    """Join planes [..., n * form.bytes] of a format that stores them apart into blocks [..., n, form.bytes]."""
     n = raw.shape[-1] // form.bytes
     planes = raw.split([n * size for size in form.apart], -1)
     return torch.cat([plane.unflatten(-1, (n, -1)) for plane in planes], -1)
 
 
 def taken_apart(blocks: Tensor, form: Format) -> Tensor:
-    """The way back."""
+    """Split blocks into planes, the inverse of `together`."""
     return torch.cat([plane.flatten(-2) for plane in blocks.split(form.apart, -1)], -1)
 
 
@@ -106,8 +106,8 @@ def as_it_lies(rows: Tensor, form: Format) -> Tensor:
     """The way back, [bytes]."""
     start = form.scales.dtype.itemsize if form.scales else 0
     scales, blocks = rows[:, :start].flatten(), rows[:, start:]
-    lying = taken_apart(blocks.reshape(-1, form.bytes), form) if form.apart else blocks.flatten()
-    return torch.cat((scales, lying)) if start else lying
+    planes = taken_apart(blocks.reshape(-1, form.bytes), form) if form.apart else blocks.flatten()
+    return torch.cat((scales, planes)) if start else planes
 
 
 def reinterpret(raw: Tensor, dtype: torch.dtype) -> Tensor:
@@ -119,7 +119,7 @@ def reinterpret(raw: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def split(raw: Tensor, *sizes: int) -> Tensor:
-    """The last dimension as several."""
+    """Split the last dimension into several."""
     return raw.view(*raw.shape[:-1], *sizes)
 
 
@@ -212,7 +212,7 @@ def q3_k(blocks: Tensor) -> Tensor:
 def k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Q4_K and Q5_K: scales and minima [..., 8, 1] of the 32-weight groups, 6 bits each in 12 bytes.
 
-    Bytes 0–3 hold scales 0–3 (their top bits: those of scales 4–7), bytes 4–7 the minima likewise,
+    Bytes 0–3 hold scales 0–3 (their top bits: those of scales 4–7), bytes 4–7 the same for the minima,
     bytes 8–11 the low nibbles of scales 4–7 and of minima 4–7.
     """
     low, mins, rest = split(blocks[..., 4:16], 3, 4).unbind(-2)
@@ -307,7 +307,7 @@ def int4(scale: torch.dtype, zeros: bool, blocks: Tensor) -> Tensor:
 
 
 def int4_groups() -> Iterator[Format]:
-    """Of compressed-tensors' pack-quantized, AWQ and GPTQ, upright (checkpoint.upright), by group and type of scale."""
+    """Yield the formats of compressed-tensors, AWQ and GPTQ (row-major), by group size and type of scale."""
     for group in (32, 64, 128):
         for kind, scale in (("F16", torch.float16), ("BF16", torch.bfloat16)):
             for zeros in (False, True):

@@ -1,4 +1,4 @@
-"""Products of many tokens with routed experts out of slots, naive: unpack each expert, then multiply its tokens."""
+"""Products of many tokens with routed experts, naive: unpack each expert, then multiply its tokens."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def expert_mlp(
 ) -> None:  # fmt: skip
     """down glu(gate x, up x) of every pair whose expert is in `slots`, unweighted: out [T · k, H]; the others stay.
 
-    x [T, H], ids [T, k], slots: expert → uint8 [≥ layout.nbytes]; computed in the type of `out`. biases: of gate beside
-    up [E, 2F], of down [E, H].
+    x [T, H], ids [T, k], slots: expert → uint8 [≥ layout.nbytes]; computed in the type of `out`. biases: of gate and up
+    concatenated [E, 2F], of down [E, H].
     """
     k, flat = ids.shape[1], ids.reshape(-1)
     for expert, slot in slots.items():

@@ -1,4 +1,4 @@
-"""Keys and values in int8, a float32 scale for every position and head, naive."""
+"""KV cache in int8 with a float32 scale per position and head, naive."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ ERROR, ADDRESSES = 1, 2  # from answer_word on
 
 
 def answer_word(k: int) -> int:
-    """Where the host's half begins: in a line of 64 bytes of its own."""
+    """Return the word at which the host's half begins: in a 64-byte line of its own."""
     return -(-(RECORDS + k) // 16) * 16
 
 

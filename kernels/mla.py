@@ -1,7 +1,5 @@
-"""Multi-head latent attention (arXiv 2405.04434): every head's keys and values are made of one latent a position.
-
-The cache holds the normed latent and one rotated key, of all heads. Decoding never expands it: a head's query is
-multiplied into the latent's space (`absorb`), and what it gathers there back out of it (`values_of`).
+"""Multi-head latent attention (arXiv 2405.04434), naive: keys and values of all heads come from one latent per
+position.
 """
 
 from __future__ import annotations
@@ -30,18 +28,18 @@ class Latent:
 
     @property
     def width(self) -> int:
-        """Of a position in the cache."""
+        """Values per position in the cache."""
         return self.kv_rank + self.qk_rope
 
     @property
     def key(self) -> int:
-        """Of a head's key or query."""
+        """Values of a head's key or query."""
         return self.qk_nope + self.qk_rope
 
 
-def absorb(plain: Tensor, k_b: Tensor) -> Tensor:
-    """Queries [T, heads, N] in the latent's space [T, heads, L]; k_b [heads, L, N]."""
-    return torch.einsum("thn,hln->thl", plain, k_b)
+def absorb(qk_nope: Tensor, k_b: Tensor) -> Tensor:
+    """Project queries [T, heads, N] into the latent space [T, heads, L]; k_b [heads, L, N]."""
+    return torch.einsum("thn,hln->thl", qk_nope, k_b)
 
 
 def values_of(mixed: Tensor, v_b: Tensor) -> Tensor:
@@ -50,20 +48,20 @@ def values_of(mixed: Tensor, v_b: Tensor) -> Tensor:
 
 
 def latent_attention(
-    plain: Tensor, turned: Tensor, cache: Tensor, k_b: Tensor, v_b: Tensor, positions: Tensor, scale: float
+    qk_nope: Tensor, qk_rope: Tensor, cache: Tensor, k_b: Tensor, v_b: Tensor, positions: Tensor, scale: float
 ) -> Tensor:
     """Causal; queries [T, heads, N] and, rotated, [T, heads, R]; cache [S, L + R] → [T, heads, V].
 
     As attention over one key-value head, whose value is the front of its key. See `attention` for S and positions.
     """
-    query = torch.cat((absorb(plain, k_b), turned), dim=-1)
+    query = torch.cat((absorb(qk_nope, k_b), qk_rope), dim=-1)
     mixed = attention(query, cache[None], cache[None, :, : k_b.shape[1]], positions, scale=scale)
     return values_of(mixed, v_b)
 
 
 def expand(cache: Tensor, k_b: Tensor, v_b: Tensor) -> tuple[Tensor, Tensor]:
-    """What the latents [S, L + R] stand for: keys [heads, S, N + R] and values [heads, S, V] of the heads in k_b
+    """Expand latents [S, L + R] to keys [heads, S, N + R] and values [heads, S, V] of the heads in k_b
     [heads, L, N] and v_b [heads, V, L]."""
-    latent, turned = cache.split((k_b.shape[1], cache.shape[1] - k_b.shape[1]), dim=1)
-    keys = torch.cat((latent @ k_b, turned.expand(len(k_b), -1, -1)), dim=2)
+    latent, qk_rope = cache.split((k_b.shape[1], cache.shape[1] - k_b.shape[1]), dim=1)
+    keys = torch.cat((latent @ k_b, qk_rope.expand(len(k_b), -1, -1)), dim=2)
     return keys, latent @ v_b.transpose(1, 2)

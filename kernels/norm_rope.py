@@ -20,7 +20,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None =
 def rope(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
     """Rotate x [T, heads, D] by its positions [T] (arXiv 2104.09864); table [2, ctx, R ≤ D]: the first R values."""
     cos, sin = table.index_select(1, positions).to(x.dtype).unsqueeze(2)
-    if (turned := cos.shape[-1]) < x.shape[-1]:
-        return torch.cat((rope(x[..., :turned], table, positions), x[..., turned:]), dim=-1)
+    if (rotary := cos.shape[-1]) < x.shape[-1]:
+        return torch.cat((rope(x[..., :rotary], table, positions), x[..., rotary:]), dim=-1)
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-right, left), dim=-1) * sin

@@ -1,4 +1,4 @@
-"""Records into slots, naive: the rows that lie in RAM are rearranged, then put in their place."""
+"""Copies of records into slots, naive: rows in RAM are rearranged and stored."""
 
 from __future__ import annotations
 

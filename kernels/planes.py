@@ -1,7 +1,7 @@
-"""How a record lies in a slot: blocks that a GPU cannot read in 16-byte words are taken apart into planes.
+"""Layout of a record in a slot: blocks that a GPU cannot read in 16-byte words are split into planes.
 
 A block of Q4_0 is a 2-byte scale and 16 bytes of nibbles: in a slot all scales of a matrix come first, then all
-nibbles, both aligned. Formats whose blocks are aligned as they are stay as they lie in the file.
+nibbles, both aligned. Formats whose blocks are aligned keep the file's layout.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PLANES: dict[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class Matrix:
-    """[rows, cols] in `format`; `planes`: the byte at which each of its planes starts in a slot or buffer."""
+    """Matrix [rows, cols] in `format`; `planes`: the byte at which each of its planes starts in a slot or buffer."""
 
     format: str
     rows: int
@@ -61,17 +61,19 @@ class Matrix:
 
     @property
     def constants(self) -> tuple[int, ...]:
-        """What kernels take as P0 … P3: the planes; with scales before all, the units of 32 weights a row too."""
+        """Constexpr arguments P0 … P3 of kernels: the planes; with scales before all, the units of 32 weights per row
+        too.
+        """
         known = (*self.planes, self.cols // 32) if FORMATS[self.format].scales else self.planes
         return (*known, 0, 0, 0)[:4]
 
     @property
     def nbytes(self) -> int:
-        """Up to the end of the last plane, from the start of the first; alone in a buffer, the buffer's size."""
+        """Bytes from the start of the first plane to the end of the last; alone in a buffer, the buffer's size."""
         return self.planes[-1] - self.planes[0] + aligned(self.blocks * PLANES[self.format][-1])
 
     def rows_from(self, start: int, rows: int, pitch: int = 1) -> Matrix:
-        """Some of its rows, every `pitch`-th, in the same planes."""
+        """Return every `pitch`-th row from `start`, in the same planes."""
         form = FORMATS[self.format]
         if form.scales and form.tiled:
             assert (start % form.scales.rows, pitch) == (0, 1), f"row {start} lies within a tile of {self.format}"
@@ -82,7 +84,9 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Run:
-    """`blocks` blocks of one format that lie together at byte `source` of a record, and where their planes start."""
+    """Contiguous run of `blocks` blocks of one format at byte `source` of a record, and where their planes start in a
+    slot.
+    """
 
     format: str
     source: int
@@ -91,13 +95,13 @@ class Run:
 
     @property
     def nbytes(self) -> int:
-        """In the record."""
+        """Bytes in the record."""
         return self.blocks * FORMATS[self.format].bytes
 
 
 @dataclass(frozen=True)
 class SlotLayout:
-    """A record in its slot: gate and up [F, H], down [H, F]."""
+    """Layout of a record in its slot: gate and up [F, H], down [H, F]."""
 
     gate: Matrix
     up: Matrix
@@ -119,26 +123,28 @@ def aligned(nbytes: int) -> int:
 
 
 def plane_sizes(fmt: str, rows: int, cols: int) -> tuple[int, ...]:
-    """Bytes of the planes of a matrix; scales before all blocks come first."""
+    """Return the bytes of a matrix's planes; scales that precede all blocks come first."""
     form, blocks = FORMATS[fmt], rows * cols // FORMATS[fmt].block
     scales = (form.scales_nbytes(rows, cols),) if form.scales else ()
     return (*scales, *(blocks * size for size in PLANES[fmt]))
 
 
 def planes_from(fmt: str, rows: int, cols: int, start: int) -> tuple[tuple[int, ...], int]:
-    """Where the planes of a matrix begin when the first does at `start`, and where the last ends."""
+    """Return where a matrix's planes begin when the first begins at `start`, and where the last ends."""
     ends = list(accumulate((aligned(size) for size in plane_sizes(fmt, rows, cols)), initial=start))
     return tuple(ends[:-1]), ends[-1]
 
 
 def matrix(fmt: str, rows: int, cols: int, start: int = 0) -> Matrix:
-    """Alone in a buffer, or from byte `start` of one."""
+    """Return a matrix alone in a buffer, or from byte `start` of one."""
     FORMATS[fmt].nbytes(rows, cols)  # raises where rows are no whole blocks
     return Matrix(fmt, rows, cols, planes_from(fmt, rows, cols, start)[0])
 
 
 def slot_layout(layout: RecordLayout) -> SlotLayout:
-    """The parts one after another, each in its planes; of a stacked gate_up, gate and up are views."""
+    """Return the slot layout of a record: its parts in order, each in planes; gate and up of a stacked gate_up are
+    views.
+    """
     matrices, runs, at = {}, [], 0
     for part in layout.parts:
         form = matrix(part.format, part.rows, part.cols, at)
@@ -154,7 +160,7 @@ def slot_layout(layout: RecordLayout) -> SlotLayout:
 
 
 def runs_of(fmt: str, source: int, form: Matrix) -> list[Run]:
-    """What a matrix is moved in; planes that are apart in the file already, word by word."""
+    """Return the runs in which a matrix is copied; planes that are separate in the file are copied word by word."""
     if not FORMATS[fmt].apart and not FORMATS[fmt].scales:
         return [Run(fmt, source, form.blocks, form.planes)]
     runs = []
@@ -166,7 +172,7 @@ def runs_of(fmt: str, source: int, form: Matrix) -> list[Run]:
 
 
 def rearrange(raw: Tensor, layout: SlotLayout) -> Tensor:
-    """Records uint8 [n, ≥ record bytes] → slots uint8 [n, layout.nbytes]; what aligning leaves free is 0."""
+    """Rearrange records uint8 [n, ≥ record bytes] into slots uint8 [n, layout.nbytes]; padding is 0."""
     slots = torch.zeros((len(raw), layout.nbytes), dtype=torch.uint8, device=raw.device)
     for run in layout.runs:
         into_planes(raw[:, run.source : run.source + run.nbytes], run.format, run.planes, slots)
@@ -174,7 +180,7 @@ def rearrange(raw: Tensor, layout: SlotLayout) -> Tensor:
 
 
 def rearrange_matrix(raw: Tensor, form: Matrix) -> Tensor:
-    """One matrix as it lies in the file, uint8 [bytes] → a buffer of its own [form.nbytes]."""
+    """Rearrange one matrix from the file's layout, uint8 [bytes], into a buffer of its own [form.nbytes]."""
     buffer = torch.zeros((1, form.nbytes), dtype=torch.uint8, device=raw.device)
     if not FORMATS[form.format].scales:
         into_planes(raw.view(1, -1), form.format, form.planes, buffer)
@@ -186,7 +192,7 @@ def rearrange_matrix(raw: Tensor, form: Matrix) -> Tensor:
 
 
 def into_planes(raw: Tensor, fmt: str, planes: tuple[int, ...], target: Tensor) -> None:
-    """Blocks uint8 [n, blocks · bytes] → their planes in `target` [n, …]."""
+    """Split blocks uint8 [n, blocks · bytes] into their planes in `target` [n, …]."""
     form = FORMATS[fmt]
     blocks = together(raw, form) if form.apart else raw.unflatten(1, (-1, form.bytes))
     for at, part in zip(planes, blocks.split(PLANES[fmt], dim=2), strict=True):
@@ -194,7 +200,7 @@ def into_planes(raw: Tensor, fmt: str, planes: tuple[int, ...], target: Tensor) 
 
 
 def unplane(slots: Tensor, form: Matrix) -> Tensor:
-    """A matrix out of slots uint8 [n, …], back in the file's order: uint8 [n, rows · row bytes]."""
+    """Return a matrix out of slots uint8 [n, …] in the file's layout: uint8 [n, rows · row bytes]."""
     fmt, parts, lines = FORMATS[form.format], [], (form.rows - 1) * form.pitch + 1
     if fmt.tiled:
         sizes = plane_sizes(form.format, form.rows, form.cols)

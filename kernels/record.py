@@ -1,4 +1,4 @@
-"""The record of one routed expert: its projections one after another, each as it lies in the file."""
+"""Record of one routed expert: its projections one after another, in the file's layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from offmoe.kernels.formats import FORMATS, dequantise
 
 @dataclass(frozen=True)
 class Part:
-    """One matrix of a record: [rows, cols] in `format`, at `offset` bytes."""
+    """One matrix of a record: [rows, cols] in `format`, at byte `offset`."""
 
     name: str  # gate, up, down; gate_up where the file stacks the two
     format: str
@@ -28,14 +28,14 @@ class Part:
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """The parts of a record: gate and up [F, H] (or gate_up [2F, H]), then down [H, F]."""
+    """Parts of a record: gate and up [F, H] (or gate_up [2F, H]), then down [H, F]."""
 
     parts: tuple[Part, ...]
     interleaved: bool = False  # of gate_up: the rows of gate and up take turns
 
     @classmethod
     def of(cls, *parts: tuple[str, str, int, int], interleaved: bool = False) -> RecordLayout:
-        """From (name, format, rows, cols) in the order of the file."""
+        """Create a layout from (name, format, rows, cols) in the order of the file."""
         laid, offset = [], 0
         for name, fmt, rows, cols in parts:
             laid.append(Part(name, fmt, rows, cols, offset))
@@ -56,7 +56,9 @@ class RecordLayout:
 
 
 def unpack(raw: Tensor, layout: RecordLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Records [n, ≥ nbytes] uint8 → gate over up [n, 2F, H] and down [n, H, F] in `dtype`, as views of one tensor."""
+    """Dequantise records [n, ≥ nbytes] uint8: concatenated gate and up [n, 2F, H], and down [n, H, F], views of one
+    tensor.
+    """
     runs = []
     for (fmt, _), parts in groupby(layout.parts, key=together):
         run = list(parts)
@@ -75,6 +77,6 @@ def unpack(raw: Tensor, layout: RecordLayout, dtype: torch.dtype) -> tuple[Tenso
 
 
 def together(part: Part) -> tuple[str, int]:
-    """What parts have in common that are unpacked in one call: neighbours of one format, whose blocks follow."""
+    """Key of parts that are unpacked in one call: neighbours of one format, whose blocks are contiguous."""
     form = FORMATS[part.format]
     return part.format, part.offset if form.apart or form.scales else 0

@@ -1,4 +1,4 @@
-"""What a decoded step tells the host: rows of int32 in pinned memory, written by the GPU, read behind it.
+"""The ring: rows of int32 in pinned memory by which a decoded step reports to the host.
 
 Step s (from 0) owns row s % rows. Its sequence number s + 1 is stored last, after a fence that reaches the host, so
 a row with it is whole. The host must have read step s before step s + rows is launched.
@@ -52,7 +52,7 @@ class Row:
 
 
 def row_words(ids: int) -> int:
-    """int32 words of a row with so many ids: whole lines of 64 bytes."""
+    """Return the int32 words of a row with `ids` ids: a multiple of 64 bytes."""
     return -(-(IDS + ids) // 16) * 16
 
 

@@ -1,8 +1,4 @@
-"""How far each pair of a head is turned a position: frequencies, and their scalings for contexts longer than trained.
-
-Sources: RoPE arXiv 2104.09864, position interpolation 2306.15595, YaRN 2309.00071, LongRoPE 2402.13753; `dynamic`
-and `llama3` as transformers computes them.
-"""
+"""Rotary embedding: angle per position of each pair, and its scalings for contexts longer than trained."""
 
 from __future__ import annotations
 
@@ -24,13 +20,15 @@ class Scaling:
     factor: float = 1.0
     original: int = 0  # positions trained before scaling
     attention: float = 1.0  # cos and sin are multiplied by it (yarn, longrope)
-    scores: float = 1.0  # q · k is multiplied by it, beside 1 / √D: DeepSeek's mscale_all_dim
+    scores: float = 1.0  # factor of q · k in addition to 1 / √D: DeepSeek's mscale_all_dim
     fast: float = 32.0  # yarn: pairs that turn more often than this within `original` stay …
-    slow: float = 1.0  # … those that turn less often are interpolated; llama3's high and low factor likewise
+    slow: float = 1.0  # … those that turn less often are interpolated; also llama3's high and low factors
     truncate: bool = True  # yarn: the bounds of the ramp between are whole numbers
     short: tuple[float, ...] = ()  # longrope, a factor a pair: for contexts up to `original` …
     long: tuple[float, ...] = ()  # … and for longer ones
-    share: float = 1.0  # proportional: of a head's pairs so many are turned, as if all were, and the others stay
+    share: float = (
+        1.0  # proportional: share of the pairs that are rotated, with the frequencies that all pairs would have
+    )
 
 
 PLAIN = Scaling()
@@ -45,7 +43,7 @@ class AttentionTemperature:
     scale: float
 
     def table(self, ctx: int, device: torch.device) -> Tensor:
-        """Of every position [ctx] float32."""
+        """Return the temperature of every position, [ctx] float32."""
         steps = torch.floor((torch.arange(ctx).float() + 1) / self.floor)
         return (1 + self.scale * torch.log1p(steps)).to(device)
 
@@ -81,9 +79,9 @@ def inverse_frequencies(dim: int, theta: float, ctx: int, scaling: Scaling = PLA
 
 
 def frequency_factors(dim: int, theta: float, scaling: Scaling) -> Tensor:
-    """What scaling divides every pair's frequency by, as llama.cpp wants it [dim / 2]: 1e30 for a pair that rests."""
-    turned = inverse_frequencies(dim, theta, 1, scaling)
-    return torch.where(turned > 0, inverse_frequencies(dim, theta, 1) / turned, 1e30)
+    """Return the divisors of every pair's frequency [dim / 2], as llama.cpp stores them: 1e30 for a pair not rotated."""
+    scaled = inverse_frequencies(dim, theta, 1, scaling)
+    return torch.where(scaled > 0, inverse_frequencies(dim, theta, 1) / scaled, 1e30)
 
 
 def yarn_bounds(dim: int, theta: float, s: Scaling) -> tuple[float, float]:
@@ -102,7 +100,7 @@ def ramp(low: float, high: float, count: int) -> Tensor:
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """What keeps the entropy of attention over a context `factor` times as long."""
+    """Return the factor that keeps the entropy of attention over a context `factor` times as long."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

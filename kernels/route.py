@@ -12,7 +12,7 @@ TINY = 1e-20  # added to what renormalising divides by, as the published code do
 
 @dataclass(frozen=True)
 class Rule:
-    """How router logits become experts and weights; the steps in the order of the fields."""
+    """Routing rule from router logits to experts and weights; its steps are in the order of the fields."""
 
     scores: str = "softmax"  # over all experts; sigmoid, none: the logits themselves, or mixer: see `mixed`
     biased: bool = False  # a bias is added to the scores to choose by, and not to the weights (arXiv 2408.15664)

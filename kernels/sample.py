@@ -1,4 +1,4 @@
-"""The next token from logits. Reference: torch only, any device, no host sync."""
+"""Sampling of the next token from logits: naive, torch only, any device, no host sync."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def kept(probabilities: Tensor, top_p: float, min_p: float) -> Tensor:
 
 
 def uniforms(seed: int, step: int | Tensor, ids: Tensor) -> Tensor:
-    """What the GPU's sampler draws for `ids` [n] at a step, or steps [m, 1]: float32 in (0, 1).
+    """Return the uniforms that the GPU's sampler draws for `ids` [n] at a step, or steps [m, 1]: float32 in (0, 1).
 
     The first word of Philox 4x32-10 (Salmon et al., SC 2011), key `seed` (64 bits), counter (id, step, 0, 0).
     """

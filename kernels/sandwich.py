@@ -1,4 +1,4 @@
-"""Norms around each part of a layer, and a part for every token beside the experts (Gemma 4), naive."""
+"""Sandwich norms around each part of a layer (Gemma 4), which has a dense FFN next to the routed experts, naive."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from offmoe.kernels.norm_rope import rms_norm
 
 @dataclass(frozen=True)
 class Sandwich:
-    """Weights [H] of a layer's norms beyond those that every family has."""
+    """Weights [H] of a layer's additional norms."""
 
     attention: Tensor  # of what attention gives
     shared_expert_in: Tensor  # of what the part for every token takes in
@@ -25,6 +25,8 @@ class Sandwich:
 
 
 def fed(x: Tensor, shared_expert: Tensor, routed: Tensor, s: Sandwich, eps: float) -> Tensor:
-    """The residual stream [T, H] behind a layer, from that behind its attention and what its two parts make of it."""
+    """Return the residual stream [T, H] after a layer, from that after its attention and the outputs of FFN and
+    experts.
+    """
     both = rms_norm(shared_expert.float(), s.shared_expert, eps) + rms_norm(routed.float(), s.routed, eps)
     return (x + rms_norm(both, s.both, eps)) * s.scale

@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ShortConv:
-    """The numbers of such a layer."""
+    """Shape of a short-convolution layer."""
 
     channels: int
     taps: int
@@ -24,18 +24,18 @@ class ShortConv:
 
     @property
     def memory(self) -> tuple[int, ...]:
-        """None beside the newest inputs."""
+        """No memory in addition to the newest inputs."""
         return (0,)
 
     @property
     def projected(self) -> tuple[int, int, int]:
-        """Rows of the projections: the gates before and behind the convolution, and what it is taken of."""
+        """Rows of the projections: the gates before and after the convolution, and its input."""
         return self.channels, self.channels, self.channels
 
 
 @dataclass(frozen=True)
 class ConvWeights:
-    """What a layer has beside its projections, float32."""
+    """Weights of a layer besides its projections, float32."""
 
     shape: ShortConv
     conv: Tensor  # [taps, channels]: the last tap is the present token's
@@ -45,10 +45,9 @@ class ConvWeights:
 
 
 def conv_mix(projected: Tensor, w: ConvWeights, memory: Tensor, recent: Tensor, start: int) -> Tensor:
-    """The T tokens from position `start` on: projected [T, sum of ShortConv.projected] → [T, channels] float32.
+    """Mix the T tokens from position `start` on: projected [T, sum of ShortConv.projected] → [T, channels] float32.
 
-    recent [taps, channels] float32 (the inputs of the convolution, that of position p in row p % taps) is carried on
-    in place; `memory` is empty.
+    recent [taps, channels] float32 is updated in place; `memory` is empty.
     """
     before, behind, x = projected.float().split(w.shape.projected, dim=-1)
     return behind * short_convolution(before * x, w.conv, recent, start)
@@ -64,7 +63,7 @@ def short_convolution(x: Tensor, weight: Tensor, recent: Tensor, start: int) -> 
 
 
 def newest(x: Tensor, recent: Tensor, start: int) -> None:
-    """Of the inputs x [T, C] from position `start` on, keep the last in `recent` [taps, C]."""
+    """Keep the last of the inputs x [T, C], from position `start` on, in `recent` [taps, C]."""
     end, taps = start + len(x), len(recent)
     last = x[-taps:]
     recent[torch.arange(end - len(last), end, device=x.device) % taps] = last.to(recent.dtype)

@@ -1,9 +1,9 @@
-"""The order of activations in the decode step: lane by lane.
+"""Striped order of activations in the decode step: each thread's values are contiguous.
 
-A GEMV's lane multiplies 64 neighbouring weights of a row; a word of quants holds four neighbours, or the first four of
-16. So value i of a vector of K, p = i % 64, stands at ((p // 16 · 4 + p % 4) · K/64 + i // 64) · 4 + p % 16 // 4, where
-K is a multiple of 64, and at i elsewhere: a lane reads 16 bytes, and 32 lanes 32 neighbours of them. In any other order
-Triton takes x through shared memory, 16 times a program.
+A GEMV thread multiplies 64 neighbouring weights of a row; a word of quants holds four neighbours, or the first four of
+16. So value i of a vector of K, p = i % 64, is at ((p // 16 · 4 + p % 4) · K/64 + i // 64) · 4 + p % 16 // 4 if K is a
+multiple of 64, else at i: a thread reads 16 bytes, and 32 threads 32 neighbours of them. In any other order Triton
+moves x through shared memory, 16 times per program.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ LANE = 64
 
 
 def stripe(x: Tensor) -> Tensor:
-    """[…, K] in natural order → in the order of the lanes."""
+    """Reorder […, K] from natural to striped order."""
     k = x.shape[-1]
     if k % LANE:
         return x
@@ -22,7 +22,7 @@ def stripe(x: Tensor) -> Tensor:
 
 
 def unstripe(x: Tensor) -> Tensor:
-    """The way back."""
+    """Reorder […, K] from striped to natural order."""
     k = x.shape[-1]
     if k % LANE:
         return x

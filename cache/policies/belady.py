@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from offmoe.cache.policies.base import Ints, Numbers, Policy
+from offmoe.cache.arrays import Ints, Numbers
+from offmoe.cache.policies.base import Policy
 
 if TYPE_CHECKING:
     from offmoe.cache.trace import Trace

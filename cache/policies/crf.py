@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from offmoe.cache.policies.base import Ints, Numbers, Parameter, Policy
+from offmoe.cache.arrays import Ints, Numbers
+from offmoe.cache.policies.base import Parameter, Policy
 
 HALF_LIVES = 64  # kept of a use; beyond, it counts 0. Every product stays ≥ 2^-64: never subnormal
 

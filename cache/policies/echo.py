@@ -1,4 +1,4 @@
-"""What followed the last time routing looked like this: that stays, on top of recency and frequency."""
+"""Echo: recency and frequency, plus the experts that followed when routing looked like the last token's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from offmoe.cache.policies.base import Ints, Numbers, Parameter
+from offmoe.cache.arrays import Ints, Numbers
+from offmoe.cache.policies.base import Parameter
 from offmoe.cache.policies.crf import CRF
 
 NEAREST, AHEAD = 8, 8  # earlier tokens that are listened to, and how many that came after each
@@ -27,7 +28,7 @@ class Echo(CRF):
     Every token leaves a row of bits, the records that it used in all layers; the last w rows are kept. At a token's
     first event the row before it is compared with all older ones: the NEAREST by Hamming distance (ties: the
     youngest) are where routing was like now. The tokens 2 to AHEAD + 1 after each stand for those after this one.
-    All of it is known before the token begins, so a device can compute it beside the token before.
+    All of it is known before the token begins, so a device can compute it while the previous token decodes.
     """
 
     parameters: ClassVar[Mapping[str, Parameter]] = {
@@ -63,7 +64,7 @@ class Echo(CRF):
         self.foretold = self.foretell()
 
     def foretell(self) -> NDArray[np.float32]:
-        """What the rows say of the tokens after the next one, [records]; nothing while fewer than three are there."""
+        """Return the foretold score of each record [records] for the tokens after the next; 0 with fewer than 3 rows."""
         ages = self.nearest()
         if not ages.size:
             return np.zeros(self.records, np.float32)
@@ -75,10 +76,12 @@ class Echo(CRF):
         return said * UNIT
 
     def nearest(self) -> Ints:
-        """How many tokens before the last one were those most like it, the most alike first: at least 2 each."""
-        far = np.bitwise_count(self.rows.view(np.uint64) ^ self._last_row().view(np.uint64)).sum(axis=1, dtype=np.int64)
+        """Return the ages (≥ 2, counted back from the last token) of the tokens most like it, most similar first."""
+        distance = np.bitwise_count(self.rows.view(np.uint64) ^ self._last_row().view(np.uint64)).sum(
+            axis=1, dtype=np.int64
+        )
         ages = np.arange(2, min(self.filled, len(self.rows)))
-        keys = far[(self.filled - 1 - ages) % len(self.rows)] * len(self.rows) + ages
+        keys = distance[(self.filled - 1 - ages) % len(self.rows)] * len(self.rows) + ages
         best: Ints = np.sort(np.partition(keys, NEAREST)[:NEAREST] if len(keys) > NEAREST else keys)
         return best % len(self.rows)
 

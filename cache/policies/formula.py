@@ -7,14 +7,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from offmoe.cache.policies.base import Ints, Numbers, Policy
+from offmoe.cache.arrays import Ints, Numbers
+from offmoe.cache.policies.base import Policy
 
 # What an expression may use besides + - * / and comparisons: a kernel has all of them.
 exp2, log2, sqrt, minimum, maximum = np.exp2, np.log2, np.sqrt, np.minimum, np.maximum
 
 
 def where(condition: Any, yes: Any, no: Any) -> Any:
-    """Of two numbers written in the text NumPy would make float64."""
+    """Choose elementwise, in float32: of two literals NumPy would make float64."""
     return np.where(condition, np.float32(yes), np.float32(no))
 
 

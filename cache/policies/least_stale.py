@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from offmoe.cache.policies.base import Ints, Numbers, Policy
-
-if TYPE_CHECKING:
-    from offmoe.cache.residency import Residency
+from offmoe.cache.arrays import Ints, Numbers
+from offmoe.cache.policies.base import Policy, Slots
 
 CLASS = 1 << 40  # more events than any run has
 
@@ -28,7 +24,7 @@ class LeastStale(Policy):
         self.token = np.full(records, -1, np.int64)  # of the last use
         self.reached = 0  # records below it are of layers where this pass has been
 
-    def attach(self, table: Residency) -> None:
+    def attach(self, table: Slots) -> None:
         self.experts = table.experts
 
     def touch(self, records: Ints, now: int, uses: Ints | int = 1) -> None:

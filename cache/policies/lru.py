@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from offmoe.cache.policies.base import Ints, Numbers, Policy
+from offmoe.cache.arrays import Ints, Numbers
+from offmoe.cache.policies.base import Policy
 
 
 class LRU(Policy):

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from offmoe.cache.policies.base import Ints, Numbers, Parameter, Policy
+from offmoe.cache.arrays import Ints, Numbers
+from offmoe.cache.policies.base import Parameter, Policy
 
 
 class Random(Policy):

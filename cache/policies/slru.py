@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from offmoe.cache.policies.base import Ints, Numbers, Parameter, Policy
-
-if TYPE_CHECKING:
-    from offmoe.cache.residency import Residency
+from offmoe.cache.arrays import Ints, Numbers
+from offmoe.cache.policies.base import Parameter, Policy, Slots
 
 ABOVE = 1 << 40  # more events than any run has
 
@@ -30,7 +28,7 @@ class SLRU(Policy):
         self.last = np.zeros(records, np.int64)  # event
         self.protected = np.zeros(records, np.int32)
 
-    def attach(self, table: Residency) -> None:
+    def attach(self, table: Slots) -> None:
         self.table = table
         self.most = table.capacity * self.percent // 100
 

@@ -1,17 +1,15 @@
-"""What a profile found hottest stays for good: a control, and a warm start."""
+"""Static: the hottest records of a profile stay for good. A control, and a warm start."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from offmoe.cache.policies.base import File, Ints, Numbers, Parameter, Policy, Setting
-
-if TYPE_CHECKING:
-    from offmoe.cache.residency import Residency
-    from offmoe.cache.trace import Trace
+from offmoe.cache.arrays import Ints, Numbers
+from offmoe.cache.policies.base import File, Parameter, Policy, Setting, Slots
+from offmoe.cache.trace import Trace
 
 ABOVE = 1 << 40  # more events than any run has
 
@@ -36,10 +34,10 @@ class Static(Policy):
             return cls(trace.records, name, **values)
         return cls(trace.records, name, **values, uses=uses_of(trace, max(1, len(trace.experts) // 2)))
 
-    def attach(self, table: Residency) -> None:
+    def attach(self, table: Slots) -> None:
         self.pin(table, table.capacity)
 
-    def pin(self, table: Residency, each: int) -> None:
+    def pin(self, table: Slots, each: int) -> None:
         """The `each` hottest of every pool, the lowest record of equals first."""
         uses = self.uses.reshape(table.pools, -1)
         hottest = (-uses).argsort(axis=1, kind="stable")[:, :each]
@@ -47,7 +45,7 @@ class Static(Policy):
         self.pinned[hottest + np.arange(table.pools)[:, None] * uses.shape[1]] = 1
 
     def touch(self, records: Ints, now: int, uses: Ints | int = 1) -> None:
-        """What is pinned was decided before."""
+        """Do nothing: the pinned records were chosen before."""
 
     def score(self, records: Ints, now: int) -> Numbers:
         return np.where(self.pinned[records] > 0, 1.0, -np.inf)  # -inf: not above a free slot's
@@ -69,7 +67,7 @@ class StaticLRU(Static):
         self.percent = pin
         self.last = np.zeros(records, np.int64)  # event
 
-    def attach(self, table: Residency) -> None:
+    def attach(self, table: Slots) -> None:
         self.pin(table, table.capacity * self.percent // 100)
 
     def touch(self, records: Ints, now: int, uses: Ints | int = 1) -> None:
@@ -82,8 +80,6 @@ class StaticLRU(Static):
 
 def profiled(path: str, records: int) -> Ints:
     """Uses [records] of the trace in a file; ValueError where that is none, or another model's."""
-    from offmoe.cache.trace import Trace  # which imports this package
-
     trace = Trace.load(path)
     if trace.records != records:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a predictor is: which experts a layer will ask for, said some layers before it does."""
+"""Predictors: which experts a layer will request, predicted some layers earlier."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from offmoe.cache.policies.base import Ints, Parameter, Setting, Share
+from offmoe.cache.arrays import Ints
+from offmoe.cache.policies.base import Parameter, Setting, Share
 from offmoe.cache.trace import Trace
 
 Shares = NDArray[np.floating]

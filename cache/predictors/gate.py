@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offmoe.cache.policies.base import Ints
+from offmoe.cache.arrays import Ints
 from offmoe.cache.predictors.base import Predictor, Shares
 from offmoe.cache.trace import Trace
 

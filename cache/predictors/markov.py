@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from offmoe.cache.policies.base import Ints
+from offmoe.cache.arrays import Ints
 from offmoe.cache.predictors.base import NOBODY, Predictor, Shares, first_of
 from offmoe.cache.trace import Trace
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from offmoe.cache.policies.base import Ints
+from offmoe.cache.arrays import Ints
 from offmoe.cache.predictors.base import Predictor, Shares
 
 
 class Oracle(Predictor):
-    """What the layer will ask for, in the router's order, without doubt; copies take as long as anybody's."""
+    """Predict the experts that the layer will request, in the router's order; copies take their usual time."""
 
     def predict(self, token: int, layer: int) -> tuple[Ints, Shares]:
         experts = self.trace.experts[token, layer]

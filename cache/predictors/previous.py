@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from offmoe.cache.policies.base import Ints
+from offmoe.cache.arrays import Ints
 from offmoe.cache.predictors.base import NOBODY, Predictor, Shares
 
 
 class Previous(Predictor):
-    """What the layer asked for at the sequence's last token, in the router's order, without doubt."""
+    """Predict the experts of the layer at the sequence's last token, in the router's order, with confidence 1."""
 
     def predict(self, token: int, layer: int) -> tuple[Ints, Shares]:
         if token in self.trace.offsets:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from offmoe.cache.policies.base import Ints
+from offmoe.cache.arrays import Ints
 from offmoe.cache.predictors.base import NOBODY, Predictor, Shares
 
 KEPT = 256  # predictions a layer

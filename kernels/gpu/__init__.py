@@ -1,1 +1,1 @@
-"""The fast twins, in Triton: each file beside the naive one of its name in offmoe.kernels. Needs triton to import."""
+"""Triton kernels; each file is the fast twin of the naive one of its name in offmoe.kernels. Importing needs triton."""

@@ -1,4 +1,4 @@
-"""The last node of a step: the token is taken, clocks advance, and the host is told through the ring."""
+"""Last node of a step: it takes the token, advances the clocks, and tells the host through the ring."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def _advance(
 
 @triton.jit
 def fence():
+    """Order all memory accesses before and after, system-wide."""
     tl.inline_asm_elementwise("fence.acq_rel.sys; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
@@ -60,11 +61,11 @@ def advance(
     chosen: Tensor, *, token: Tensor, position: Tensor, clock: Tensor, steps: Tensor, status: Tensor,
     remaining: Tensor, eos: Tensor, counters: Tensor, ids: Tensor, ring: int, rows: int, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """Take `chosen` [1] (-1: NaN), where status [1] is RUN; otherwise nothing happens.
+    """Take the token `chosen` [1] (-1: NaN) if status [1] is RUN; otherwise do nothing.
 
-    token = chosen; position, clock and steps go up by one, remaining down; status becomes DONE at an id in eos [n],
-    where none remain, or at NaN. The row of the step is written at address `ring` (kernels.ring): the counters
-    [COUNTED] int32, which start again at 0, and ids [layers, k] int32. All state is [1], int32 or int64.
+    token = chosen; position, clock and steps increase by one, remaining decreases; status becomes DONE at an id in eos
+    [n], when none remain, or at NaN. The step's row is written at address `ring` (kernels.ring): the counters [COUNTED]
+    int32, which are reset to 0, and ids [layers, k] int32. All state is [1], int32 or int64.
     """
     assert counters.numel() == COUNTED
     _advance[(1,)](

@@ -1,8 +1,9 @@
-"""Attention of one token over the KV cache, in one launch (split-KV); a prompt's chunk: `prefill.py`.
+"""Attention of one token over the KV cache in one launch (split-KV); for a prompt's chunk see prefill.py.
 
-The kernel is launched alike for every length: the length is a tensor on the device, and each KV head's
-positions are divided among `splits` programs there. What it reads before it waits for the kernel before it (position,
-rope row, norm weights, old keys and values) was written by an earlier graph launch: one graph holds one token.
+The kernel is launched with the same arguments for every length: the length is a tensor on the device, and each KV
+head's positions are divided among `splits` programs there. What it reads before it waits for the preceding kernel
+(position, rope row, norm weights, old keys and values) was written by an earlier graph launch: one graph holds one
+token.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.norm_rope import clipped, full_factor, in_int8, norm_factor, norm_kind
-from offmoe.kernels.gpu.striped import place
+from offmoe.kernels.gpu.striped import striped_index
 
 LEAST = 256  # positions that are not worth dividing: joining partial results costs 2 µs
 COMBINE = 8192  # values that the last program reads at once: query heads times splits times a head's width
@@ -27,7 +28,7 @@ LOG_2_E = tl.constexpr(LOG2E)
 
 @triton.jit
 def oldest_seen(here, WINDOW: tl.constexpr, CHUNKED: tl.constexpr):
-    """The first position that a query at `here` sees."""
+    """Return the first position that a query at `here` sees."""
     if WINDOW == 0:
         return here * 0
     elif CHUNKED:
@@ -38,7 +39,7 @@ def oldest_seen(here, WINDOW: tl.constexpr, CHUNKED: tl.constexpr):
 
 @triton.jit
 def around(start, room, COUNT: tl.constexpr, RING: tl.constexpr):
-    """Where positions start … start + COUNT lie; in a ring of at least COUNT they go on at its beginning."""
+    """Return the cache rows of positions start … start + COUNT; a ring of at least COUNT rows wraps around."""
     if RING:
         n = start % room + tl.arange(0, COUNT)
         n = tl.where(n >= room, n - room, n)
@@ -50,7 +51,7 @@ def around(start, room, COUNT: tl.constexpr, RING: tl.constexpr):
 @triton.jit
 def load_block(base, scales, start, end, room, D: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
                INT8: tl.constexpr, RING: tl.constexpr):  # fmt: skip
-    """Positions start … of one head [BLOCK, WIDE], 0 from `end` on, and their scales [BLOCK]."""
+    """Load positions start … of one head [BLOCK, WIDE], 0 from `end` on, and their scales [BLOCK]."""
     n, d = around(start, room, BLOCK, RING), tl.arange(0, WIDE)
     there = start + tl.arange(0, BLOCK) < end
     block = tl.load(base + n[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0)
@@ -60,7 +61,7 @@ def load_block(base, scales, start, end, room, D: tl.constexpr, WIDE: tl.constex
 
 @triton.jit
 def fold(q, k, v, k_scale, v_scale, visible, top, total, mixed, to_log2, INT8: tl.constexpr, DOT: tl.constexpr):
-    """One block more into the running softmax: q [R, W]; k, v [B, W]; top, total [R]; mixed [R, W]."""
+    """Add one block to the running softmax: q [R, W]; k, v [B, W]; top, total [R]; mixed [R, W]."""
     scores = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee") * to_log2
     if INT8:
         scores = scores * k_scale[None, :]
@@ -77,8 +78,10 @@ def fold(q, k, v, k_scale, v_scale, visible, top, total, mixed, to_log2, INT8: t
 
 @triton.jit
 def partial_of(partial, stats, row, n, active, GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr):
-    """What splits n [1, MANY] made of the query heads in rows [J, 1] of the group: values [J, MANY, WIDE], top and
-    total [J, MANY]. L1 may hold old lines: read past it."""
+    """Load the partial results of splits n [1, MANY] for query heads `rows` [J, 1] of the group.
+
+    Returns values [J, MANY, WIDE], top and total [J, MANY]. L1 may hold stale lines, so loads bypass it.
+    """
     d, inside, at = tl.arange(0, WIDE), (n < active) & (row < GROUP), n * GROUP + row
     values = tl.load(partial + at[:, :, None] * D + d[None, None, :], mask=inside[:, :, None] & (d < D)[None, None, :],
                      other=0.0, cache_modifier=".cg")  # fmt: skip
@@ -88,13 +91,13 @@ def partial_of(partial, stats, row, n, active, GROUP: tl.constexpr, D: tl.conste
 
 @triton.jit
 def unjoined(J: tl.constexpr, WIDE: tl.constexpr):
-    """`joined` of no splits."""
+    """Return the state of `joined` before any split."""
     return tl.full((J,), -float("inf"), tl.float32), tl.zeros((J,), tl.float32), tl.zeros((J, WIDE), tl.float32)
 
 
 @triton.jit
 def joined(top, total, result, values, tops, totals):
-    """Some splits more of query heads: top, total [J], result [J, WIDE]; of them values [J, MANY, WIDE] …"""
+    """Add splits of J query heads to the running result: top, total [J], result [J, WIDE], values [J, MANY, WIDE]."""
     higher = tl.maximum(top, tl.max(tops, 1))
     old, weights = tl.exp2(top - higher), tl.exp2(tops - higher[:, None])
     total = total * old + tl.sum(weights * totals, 1)
@@ -107,7 +110,7 @@ def combine(
     GROUP: tl.constexpr, D: tl.constexpr, KV_HEADS: tl.constexpr, WIDE: tl.constexpr, J: tl.constexpr,
     MANY: tl.constexpr,
 ):  # fmt: skip
-    """Join a KV head's partial results: J query heads at a time, MANY splits at once, the next under way meanwhile."""
+    """Join a KV head's partial results, J query heads and MANY splits at a time, the next loads in flight meanwhile."""
     stats = partial + KV_HEADS * splits * GROUP * D + head * splits * GROUP * 2
     partial += head * splits * GROUP * D
     rounds = tl.cdiv(active, MANY)
@@ -126,14 +129,14 @@ def combine(
             result = result / total[:, None]
             if gate is not None:
                 result = result * tl.sigmoid(tl.load(gate + at, mask=inside, other=0.0))
-            tl.store(mixed + place(at, KV_HEADS * GROUP * D), result, mask=inside)
+            tl.store(mixed + striped_index(at, KV_HEADS * GROUP * D), result, mask=inside)
             top, total, result = unjoined(J, WIDE)
         values, tops, totals = following, next_tops, next_totals
 
 
 @triton.jit
 def to_l2(base, start, last, room, ROW: tl.constexpr, COUNT: tl.constexpr, RING: tl.constexpr):
-    """Ask for COUNT rows of ROW bytes at `base` from `start` on, none behind `last`, and do not wait."""
+    """Prefetch COUNT rows of ROW bytes at `base` from row `start` into L2, none after `last`; do not wait."""
     LINES: tl.constexpr = triton.next_power_of_2((ROW + 127) // 128)
     n, line = tl.minimum(start + tl.arange(0, COUNT), last), tl.minimum(tl.arange(0, LINES) * 128, ROW - 1)
     if RING:
@@ -154,10 +157,10 @@ def _decode(
     NORM: tl.constexpr, VNORM: tl.constexpr, CLIP: tl.constexpr, INT8: tl.constexpr, DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (KV_HEADS, splits). The first R values of a head are rotated. A tile's rows: the group's query heads, their
-    key, their value, padding. Position p lies at p % room.
+    """Grid (KV_HEADS, splits). The first R values of a head are rotated. Position p is stored in row p % room.
 
-    Loads stand before what waits for one of them, all of a tile in one layout: each wait in turn costs 0.6 µs.
+    A tile's rows are the group's query heads, their key, their value, padding. Loads are issued before the code that
+    waits for any of them, all of a tile in one layout: each wait in turn costs 0.6 µs.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -181,7 +184,7 @@ def _decode(
     other = tl.where(d < R // 2, d + R // 2, d - R // 2)  # whom d is rotated with
     is_q, is_k, is_v = r < GROUP, r == GROUP, r == GROUP + 1
     row = tl.minimum(here, ctx - 1) * R + r * 0
-    cos = tl.load(table + row + d, mask=(r <= GROUP) & (d < R), other=1.0)  # values are not turned
+    cos = tl.load(table + row + d, mask=(r <= GROUP) & (d < R), other=1.0)  # values are not rotated
     sin = tl.load(table + ctx * R + row + d, mask=(r <= GROUP) & (d < R), other=0.0)
     if NORM != 0:
         q_row = (head * GROUP + r if NORM == 2 else r * 0) * D
@@ -265,7 +268,7 @@ def _decode(
         mixed = mixed / total[:, None]
         if gate is not None:
             mixed = mixed * tl.sigmoid(tl.load(gate + at, mask=is_q & (d < D), other=0.0))
-        tl.store(mixed_out + place(at, HEADS * D), mixed, mask=is_q & (d < D))
+        tl.store(mixed_out + striped_index(at, HEADS * D), mixed, mask=is_q & (d < D))
         return
     part = head * splits + split
     tl.store(partial + (part * GROUP + r) * D + d, mixed, mask=is_q & (d < D))
@@ -279,19 +282,22 @@ def _decode(
 
 
 def pick_splits(bucket: int, kv_heads: int, sms: int = 132) -> tuple[int, int]:
-    """(splits, split_size) for contexts up to `bucket`: about one program a multiprocessor, a power of two a head
-    where that many are needed, for they are joined so many at once.
+    """Return (splits, split_size) for contexts up to `bucket`: about one program per multiprocessor.
 
-    A split is at least `split_size` long; where splits · split_size do not reach, the device makes them longer.
-    So the splits for a model's whole context serve every length, with no second capture.
+    The number per head is a power of two where many are needed, since that many are joined at once. A split is at least
+    `split_size` long; where splits · split_size is shorter than the context, the device makes splits longer. So the
+    splits for a model's whole context serve every length, without another capture.
     """
     most = max(1, sms // kv_heads)
     return min(-(-bucket // LEAST), 1 << most.bit_length() - 1), LEAST
 
 
 def tile_of(keys: Tensor, wide: int) -> int:
-    """Positions a tile. Two of keys and values are under way in the multiprocessor's own memory, of which an H200 has
-    227 KB and a desktop card 99: there 128 positions of 128 bfloat16 do not fit (at 32K 26 µs against 30)."""
+    """Return the positions per tile. Two tiles of keys and values are in flight in shared memory.
+
+    An H200 has 227 KB of it, a desktop card 99 KB: there 128 positions of 128 bfloat16 do not fit (at 32K 26 µs against
+    30).
+    """
     if keys.is_cuda and keys.element_size() == 2:
         most = (own_memory(keys.device) - 8192) // (8 * wide)
         return max(16, min(128, 1 << most.bit_length() - 1))
@@ -300,13 +306,13 @@ def tile_of(keys: Tensor, wide: int) -> int:
 
 @cache
 def own_memory(device: torch.device) -> int:
-    """Bytes that a program may have of a multiprocessor's."""
+    """Return the bytes of shared memory that a program may have."""
     properties = torch.cuda.get_device_properties(device)
     return int(getattr(properties, "shared_memory_per_block_optin", 49152))  # torch's stubs have not heard of it
 
 
 def partial_size(heads: int, head_dim: int, splits: int) -> int:
-    """Float32 values of `partial`."""
+    """Return the float32 values of `partial`."""
     return heads * splits * (head_dim + 2)
 
 
@@ -320,16 +326,15 @@ def decode_attention(
     value_norm: bool = False,
     pdl: bool = False, block: int | None = None, warps: int = 4, stages: int = 3,
 ) -> None:  # fmt: skip
-    """One token at `position` [1]: q, k, v [(heads + 2 kv_heads) · D] float32 → mixed [heads · D] float32, striped.
+    """Attend for one token at `position` [1]: q, k, v [(heads + 2 kv_heads) · D] float32 → mixed [heads · D], striped.
 
-    Norm (`value_norm`: a value is divided by its RMS, beside norms of each head), clip, rotation as in
-    kernels.norm_rope; k and v are written into keys, values [kv_heads, room, D] at `position` % room (int8: with
-    scales [2, kv_heads, room]), unless it is ctx, where nothing fits any more; room is ctx or, with a `window`, at
-    least that. `sinks` [heads] float32, `window` and `chunked` as in kernels.attention. `temper` [ctx] float32: what
-    queries are multiplied by. `gate` [heads · D]: its sigmoid is multiplied with mixed.
-    `partial` [partial_size(…)] float32 is scratch; `tickets` [kv_heads] int32 are 0 before and after.
-    Scores are multiplied by `scale`, D ** -0.5 where it is None.
-    The result depends on splits · split_size, not on the order in which programs run.
+    Norm (`value_norm`: each value head is divided by its RMS as well), clip and rotation as in kernels.norm_rope. k and
+    v are written into keys, values [kv_heads, room, D] at `position` % room (int8: with scales [2, kv_heads, room]),
+    unless the position is ctx, which is out of range. room is ctx or, with a `window`, at least the window. `sinks`
+    [heads] float32, `window` and `chunked` as in kernels.attention. `temperature` [ctx] float32 multiplies queries by
+    position. `gate` [heads · D]: its sigmoid multiplies mixed. `partial` [partial_size(…)] float32 is scratch;
+    `tickets` [kv_heads] int32 are 0 before and after. Scores are multiplied by `scale`, D ** -0.5 if None. The result
+    depends on splits · split_size, not on the order in which programs run.
     """
     ctx, room, wide, group = rope_table.shape[1], keys.shape[1], triton.next_power_of_2(head_dim), heads // kv_heads
     assert qkv.numel() == (heads + 2 * kv_heads) * head_dim
@@ -361,6 +366,6 @@ def decode_attention(
 
 
 def dot_type(keys: Tensor) -> tl.dtype:
-    """What products are taken in. int8 becomes bfloat16, which holds it exactly (the interpreter has it wrong)."""
+    """Return the type of the products. int8 becomes bfloat16, which holds it exactly (the interpreter has it wrong)."""
     names = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
     return names.get(keys.dtype, tl.bfloat16 if keys.is_cuda else tl.float32)

@@ -1,8 +1,8 @@
-"""Gated DeltaNet (see kernels.deltanet): a token in one launch between a layer's two products, a prompt in three.
+"""Gated DeltaNet (kernels.deltanet): one token in one launch between two projections, a prompt in three launches.
 
 A token's programs keep a value head's memory in registers from the first load to the last store. The memory, the newest
-inputs and the weights were written by earlier graph launches or never: they come while the kernel before this one still
-runs. The inputs of the convolution lie in a ring by position, so nobody reads where the present one goes.
+inputs and the weights were written by earlier graph launches or never change, so they are loaded while the preceding
+kernel still runs. The convolution's inputs are kept in a ring by position: no load touches the row of the present one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from offmoe.kernels.deltanet import UNIT_EPS, DeltaWeights
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.shortconv import past
-from offmoe.kernels.gpu.striped import place
+from offmoe.kernels.gpu.striped import striped_index
 from offmoe.kernels.shortconv import newest
 
 TINY = tl.constexpr(UNIT_EPS)
@@ -82,7 +82,7 @@ def _delta_step(
     s = s + k[:, None] * change[None, :]
     y = tl.sum(s * q[:, None], 0)
     y = y * tl.rsqrt(tl.sum(y * y, 0) / V + eps) * gain * z * tl.sigmoid(z)
-    tl.store(out + place(head * V + j, HEADS * V), y, mask=j < V)
+    tl.store(out + striped_index(head * V + j, HEADS * V), y, mask=j < V)
 
     lives = (state == 0) & (here < ctx)  # a step behind the end of an answer leaves everything as it is
     tl.store(cell, s, mask=inside & lives)
@@ -96,10 +96,10 @@ def delta_step(
     projected: Tensor, w: DeltaWeights, memory: Tensor, recent: Tensor, position: Tensor, status: Tensor,
     out: Tensor, *, ctx: int, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """The token at `position` [1]: projected [sum of Delta.projected] float32 → out [values] float32, striped.
+    """Mix the token at `position` [1]: projected [sum of Delta.projected] float32 → out [values] float32, striped.
 
-    memory [value_heads, K, V] and recent [taps, channels] go on in place, as in kernels.deltanet.delta_mix; not where
-    status [1] is other than 0 or the position is `ctx`.
+    memory [value_heads, K, V] and recent [taps, channels] are updated in place, as in kernels.deltanet.delta_mix,
+    unless status [1] is not 0 or the position is `ctx`.
     """
     d = w.shape
     assert projected.numel() == sum(d.projected)
@@ -122,7 +122,7 @@ def _convolve(
     KEY_HEADS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WIDE: tl.constexpr,
     TAPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens / ROWS, heads of q, k and v): convolved, q and k of unit length, q times `scale`."""
+    """Grid (tokens / ROWS, heads of q, k and v): convolve; q and k get unit length, q is multiplied by `scale`."""
     C: tl.constexpr = 2 * KEY_HEADS * K + HEADS * V
     head, d = tl.program_id(1), tl.arange(0, WIDE)
     is_value = head >= 2 * KEY_HEADS
@@ -150,7 +150,7 @@ def inputs_of(
     row, gates, there, head, key_head, j, rate, shift,
     KEY_HEADS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr,
 ):  # fmt: skip
-    """Of the token convolved at `row`, its b at `gates`: q and k [WK], v in columns j, e^g and β."""
+    """Load one token's recurrence inputs: q and k [WK], v in columns j, e^g and β, from `row` and `gates`."""
     i = tl.arange(0, WK)
     q = tl.load(row + key_head * K + i, mask=there & (i < K), other=0.0)
     k = tl.load(row + (KEY_HEADS + key_head) * K + i, mask=there & (i < K), other=0.0)
@@ -166,9 +166,9 @@ def _recur(
     KEY_HEADS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, WK: tl.constexpr,
     COLUMNS: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (HEADS, V / COLUMNS), a warp each: token after token over columns of a head's memory, which need no others.
+    """Grid (HEADS, V / COLUMNS), one warp each: token after token over independent columns of a head's memory.
 
-    The next token's inputs are under way while this one is worked in.
+    The next token's inputs are loaded while the present one is computed.
     """
     C: tl.constexpr = 2 * KEY_HEADS * K + HEADS * V
     head, i = tl.program_id(0), tl.arange(0, WK)
@@ -218,7 +218,7 @@ def _gate(
 
 
 def delta_chunk(projected: Tensor, w: DeltaWeights, memory: Tensor, recent: Tensor, start: int) -> Tensor:
-    """The twin of kernels.deltanet.delta_mix: [T, values] in the type of `projected` [T, …]."""
+    """Mix a prompt's tokens like kernels.deltanet.delta_mix: [T, values] in the type of `projected` [T, …]."""
     d, tokens = w.shape, len(projected)
     assert projected.stride(1) == 1
     assert memory.is_contiguous()

@@ -1,4 +1,4 @@
-"""A row of the embedding matrix, unpacked: the residual stream at the start of a step."""
+"""Embedding lookup in a quantised matrix: the residual stream at the start of a step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.gpu.formats.bits import iq4
 from offmoe.kernels.gpu.launch import dependent
-from offmoe.kernels.gpu.striped import place
+from offmoe.kernels.gpu.striped import striped_index
 from offmoe.kernels.planes import Matrix
 
 COLUMNS = 512  # a program's; loads are byte by byte, which is nothing for one row
@@ -17,25 +17,25 @@ COLUMNS = 512  # a program's; loads are byte by byte, which is nothing for one r
 
 @triton.jit
 def byte(buffer, at, mask):
-    """The byte at `at`, int32."""
+    """Load the byte at `at` as int32."""
     return tl.load(buffer + at, mask=mask, other=0).to(tl.int32)
 
 
 @triton.jit
 def half(buffer, at, mask):
-    """The float16 at the even byte `at`, float32."""
+    """Load the float16 at the even byte `at` as float32."""
     return tl.load((buffer + at).to(tl.pointer_type(tl.float16)), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def signed(x):
-    """A byte as a whole number -128 … 127."""
+    """Return a byte as an integer -128 … 127."""
     return tl.where(x > 127, x - 256, x)
 
 
 @triton.jit
 def whole(buffer, p0, n, mask, FORMAT: tl.constexpr):
-    """The n-th value of a float format."""
+    """Load the n-th value of a float format."""
     if FORMAT == "F32":
         x = tl.load((buffer + p0 + n * 4).to(tl.pointer_type(tl.float32)), mask=mask, other=0.0)
     elif FORMAT == "F16":
@@ -48,7 +48,7 @@ def whole(buffer, p0, n, mask, FORMAT: tl.constexpr):
 
 @triton.jit
 def small(buffer, p0, p1, p2, p3, b, i, mask, FORMAT: tl.constexpr):
-    """Value i of block b of 32, as kernels.formats has it."""
+    """Return value i of block b of 32 weights, as kernels.formats does."""
     if FORMAT == "Q8_0":
         x = signed(byte(buffer, p1 + b * 32 + i, mask)).to(tl.float32) * half(buffer, p0 + b * 2, mask)
     elif FORMAT == "Q4_0":
@@ -84,7 +84,7 @@ def small(buffer, p0, p1, p2, p3, b, i, mask, FORMAT: tl.constexpr):
 
 @triton.jit
 def large(buffer, p0, p1, p2, p3, b, i, mask, FORMAT: tl.constexpr):
-    """Value i of block b of 256, as kernels.formats has it."""
+    """Return value i of block b of 256 weights, as kernels.formats does."""
     if FORMAT == "Q6_K":
         part, r = i // 128, i % 128
         code = byte(buffer, p0 + b * 128 + part * 64 + r % 64, mask) >> (r // 64 * 4) & 15
@@ -147,14 +147,14 @@ def _embed(
         x = small(buffer, p0, p1, p2, p3, b, i, mask, FORMAT)
     else:
         x = large(buffer, p0, p1, p2, p3, b, i, mask, FORMAT)
-    spot = place(col, H) if STRIPED else col
+    spot = striped_index(col, H) if STRIPED else col
     tl.store(out + t.to(tl.int64) * H + spot, x * scale, mask=mask)
 
 
 def embed(
     tokens: Tensor, matrix: tuple[Tensor, Matrix], out: Tensor, *, striped: bool, scale: float = 1.0, pdl: bool = False
 ) -> None:
-    """Ids [T], int32 or int64, of the matrix [V, H] (uint8 in slot layout) → out [T, H] float32, times `scale`.
+    """Look up ids [T], int32 or int64, in the matrix [V, H] (uint8 in slot layout): out [T, H] float32, times `scale`.
 
     striped: in the order of kernels.striped.
     """

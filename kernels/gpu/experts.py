@@ -1,8 +1,8 @@
-"""The experts of one to eight tokens, straight from their slots; what is missing is multiplied as it comes.
+"""Experts of one to eight tokens, read from their slots; missing records are multiplied while they are copied.
 
-A launch for gate and up, one for down. The rows of the first are shared by all programs that run at once; while records
-are missing the first of these are movers (`movers.py`), who bring a few rows of one out of pinned memory and multiply
-them.
+There is one launch for gate and up, one for down. The rows of the first are divided among all programs that run at
+once; while records are missing, the first programs are movers (movers.py), which copy a few rows of a record out of
+pinned memory and multiply them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.movers import bring_rows, chunk_of, movers_of, moving_of
 from offmoe.kernels.gpu.norm_rope import clipped
 from offmoe.kernels.gpu.page_in import Copies, bring, scratch_for, source_of
-from offmoe.kernels.gpu.striped import place
+from offmoe.kernels.gpu.striped import striped_index
 from offmoe.kernels.planes import SlotLayout
 
 # Their gate and up take 158 to 168 registers.
@@ -31,9 +31,11 @@ HEAVY = {"Q3_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F8_E4M3", "F8_E4M3_BF1
 @triton.jit
 def pair_of(pid, programs, slots, weights, ids, targets, missing, pairs, PP: tl.constexpr,
             LISTED: tl.constexpr, KP: tl.constexpr):  # fmt: skip
-    """The pair of this program (-1: there is none for it), its slot, weight and expert (0 where nobody asks for it),
-    how many programs share it, and which of them it is. Pairs in slots that the first `missing` targets fill are left
-    to the movers. All that may be needed is read at once: reading one after another costs 1 µs each."""
+    """Return the program's (pair, slot, weight, expert, programs that share the pair, index among them); pair -1: none.
+
+    Pairs whose slots are among the first `missing` targets are left to the movers. All loads are issued at once:
+    dependent loads cost 1 µs each.
+    """
     if targets is None:
         each = programs // pairs
         pair = tl.where(pid // each < pairs, pid // each, -1)
@@ -57,7 +59,7 @@ def pair_of(pid, programs, slots, weights, ids, targets, missing, pairs, PP: tl.
 
 @triton.jit
 def glu(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, CUBIC: tl.constexpr):
-    """kernels.feed_forward.Glu; NaN stays NaN."""
+    """Compute kernels.feed_forward.Glu; NaN stays NaN."""
     if LIMIT > 0:
         gate, up = tl.where(gate > LIMIT, LIMIT, gate), clipped(up, LIMIT)
     slope = gate if CUBIC == 0 else gate + CUBIC * gate * gate * gate
@@ -75,7 +77,7 @@ def gate_up_rows(
     FU: tl.constexpr, UU: tl.constexpr, WU: tl.constexpr,
     U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, U3: tl.constexpr,
 ):  # fmt: skip
-    """Rows first … end of one pair, each PITCH rows behind the one before; bias [2, INNER] or None."""
+    """Compute rows first … end of one pair; consecutive rows are PITCH rows apart; bias [2, INNER] or None."""
     ROW_G: tl.constexpr = H // WG * PITCH
     ROW_U: tl.constexpr = H // WU * PITCH
     r, g, u = tl.arange(0, R), tl.arange(0, UG), tl.arange(0, UU)
@@ -100,7 +102,7 @@ def gate_up_rows(
             gate, up, after = gate * weight, up * weight, 1.0
         else:
             after = weight
-        tl.store(out + place(row, INNER), glu(gate, up, ALPHA, LIMIT, PLUS, CUBIC) * after, mask=row < end)
+        tl.store(out + striped_index(row, INNER), glu(gate, up, ALPHA, LIMIT, PLUS, CUBIC) * after, mask=row < end)
         gates, ups = next_gates, next_ups
 
 
@@ -118,8 +120,11 @@ def _gate_up(
     FU: tl.constexpr, UU: tl.constexpr, WU: tl.constexpr,
     U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, U3: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Where anything is missing, the first MOVERS programs, which start first, bring it and multiply ROWS rows at a
-    time; the others are divided among the pairs that are there."""
+    """While records are missing, the first MOVERS programs, which start first, copy them and multiply ROWS rows at a
+    time.
+
+    The other programs are divided among the pairs that are resident.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # only now: _down reads the slots before it waits
@@ -165,12 +170,12 @@ def expert_gate_up(
     copies: Copies | None = None, glu: Glu = SILU, ids: Tensor | None = None, bias: Tensor | None = None,
     before: bool = False, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """weight · glu(gate x, up x) of every pair: records [S, stride] uint8, slots [P] int32, weights [P] float32,
-    x [T, H] striped → out [P, F] striped. `bias` [E, 2F] float32, of gate beside up, of experts `ids` [P] int32.
+    """Compute weight · glu(gate x, up x) of every (token, expert) pair into out [P, F], striped.
 
-    Pair p is of token p // (P / T); of one in slot -1 nothing is made, here or by expert_down. With `copies`,
-    for one token: its missing experts are brought into their slots first, whole records, and multiplied as they come.
-    before: glu(weight · gate x, weight · up x) instead.
+    records [S, stride] uint8, slots [P] int32, weights [P] float32, x [T, H] striped. `bias` [E, 2F] float32 holds
+    gate's and up's biases concatenated; `ids` [P] int32 are the experts. Pair p belongs to token p // (P / T); nothing
+    is computed for a pair in slot -1, here or by expert_down. With `copies`, for one token: its missing records are
+    copied into their slots and multiplied as they arrive. `before`: glu(weight · gate x, weight · up x) instead.
     """
     assert x.is_contiguous() and out.is_contiguous() and records.stride(1) == 1
     assert copies is None or len(x) == 1
@@ -190,20 +195,22 @@ def expert_gate_up(
 
 
 def registers(warps: int) -> int:
-    """A lane's, so that so many warps run at once. Movers would like 30 more: what they hold beside the rows they
-    multiply lies on the stack, and is read once for every few rows."""
+    """Return the registers per thread at which `warps` warps run at once.
+
+    Movers would need 30 more: what they keep besides their rows is on the stack, and is read once for every few rows.
+    """
     return 65536 // (32 * warps) // 8 * 8
 
 
 def sharing_of(layout: SlotLayout, device: torch.device) -> tuple[int, bool, int]:
-    """Of a launch of gate and up: a program's warps, whether it takes many registers, how many run at once."""
+    """Return (warps per program, whether many registers are needed, programs at once) of a gate-and-up launch."""
     forms = layout.gate, layout.up
     warps, heavy = max(across(form.format, form.cols)[1] for form in forms), any(form.format in HEAVY for form in forms)
     return warps, heavy, programs(device, warps, heavy)
 
 
 def movers_scratch(layouts: Iterable[SlotLayout], device: torch.device) -> Tensor:
-    """`Copies.scratch` of expert_gate_up for any of `layouts`."""
+    """Return a `Copies.scratch` that is large enough for expert_gate_up with any of `layouts`."""
     launches = ((warps, most) for warps, _, most in (sharing_of(layout, device) for layout in layouts))
     return scratch_for(device, max(movers_of(most) * chunk_of(warps) for warps, most in launches))
 
@@ -216,9 +223,12 @@ def _down(
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, KP: tl.constexpr, LATE: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs, tokens): the K experts of a token as one long row. Slots are older than the launch before this
-    one, and so are the records if nothing was missing: then the first rows come while it runs. LATE: 0 never, 1 if
-    something was missing, 2 always (Triton 3.6 does not compile the choice where units share scales)."""
+    """Grid (programs, tokens): the K experts of a token as one long row.
+
+    Slots were written before the preceding launch, and so were the records if nothing was missing: then the first rows
+    are loaded while it runs. LATE: 0 never wait, 1 wait if something was missing, 2 always (Triton 3.6 does not compile
+    the choice where units share scales).
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     UNITS: tl.constexpr = INNER // WIDTH
@@ -252,11 +262,11 @@ def expert_down(
     ids: Tensor | None = None, weights: Tensor | None = None, bias: Tensor | None = None,
     count: Tensor | None = None, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """x [T, H] += Σ_j down_j inner[t, j], summed in float32 in one fixed order; `inner` is weighted already.
+    """Add Σ_j down_j inner[t, j] to x [T, H], summed in float32 in one fixed order; `inner` is weighted already.
 
     records [S, stride] uint8, slots [T · k] int32, inner [T · k, F] and x float32, striped. `bias` [E, H] float32 of
-    experts `ids` [T · k] int32 is added, times `weights` [T · k] float32. `count` [1] int32: of `Copies` of the launch
-    before this one, if it had any.
+    experts `ids` [T · k] int32 is added, times `weights` [T · k] float32. `count` [1] int32: count of the preceding
+    launch's `Copies`, if it had any.
     """
     assert x.is_contiguous() and inner.is_contiguous() and records.stride(1) == 1
     down, k, rows = layout.down, len(slots) // len(x), tile()

@@ -1,7 +1,8 @@
-"""What policy echo adds to a score, computed beside the main lane: cache.policies.echo's numbers, bit for bit.
+"""Prediction of policy echo on the GPU, computed on the side stream: cache.policies.echo's numbers, bit for bit.
 
-Once a token, when all its layers are routed: its row of bits joins the ring, is compared with all that are there, and
-what followed the nearest is summed for every record. Sums are of whole numbers below 2^24: any order gives the same.
+It runs once per token, when all layers are routed: the token's row of bits enters the ring, is compared with all rows
+there, and what followed the nearest ones is summed for every record. Sums are of integers below 2^24, so that their
+order does not matter.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ NONE = tl.constexpr(1 << 62)
 
 @dataclass(frozen=True)
 class Past:
-    """Echo's own arrays, int32 but for `foretold` and `keys`."""
+    """Arrays of policy echo, int32 except `foretold` and `keys`."""
 
     rows: Tensor  # [w, words] the ring
     filled: Tensor  # [1] tokens that it has taken
@@ -31,7 +32,7 @@ class Past:
 
 @triton.jit
 def popcount(x):
-    """Bits of int32."""
+    """Return the number of set bits of int32 x."""
     x = x.to(tl.uint32, bitcast=True)
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
@@ -40,7 +41,7 @@ def popcount(x):
 
 @triton.jit
 def _remember(log, k, experts, routed, rows, filled, status, words, w, WORDS: tl.constexpr, ROUTED: tl.constexpr):
-    """One program. While status is not 0 there was no token."""
+    """One program. Append the row of the last token; nothing happens while status is not 0."""
     if tl.load(status) == 0:
         count = tl.load(filled)
         row = rows + (count % w).to(tl.int64) * words
@@ -55,7 +56,7 @@ def _remember(log, k, experts, routed, rows, filled, status, words, w, WORDS: tl
 
 @triton.jit
 def least(keys, out, count: tl.constexpr):
-    """The `count` lowest of distinct `keys`, in order, into out."""
+    """Store the `count` lowest of distinct `keys` into out, in ascending order."""
     for n in range(count):
         first = tl.min(keys, 0)
         tl.store(out + n, first)
@@ -67,7 +68,7 @@ def _compare(
     rows, filled, nearest, keys, ticket, words, w, parts,
     NEAREST: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """Each program ranks some ages by the distance of their rows; the last to finish ranks what all found."""
+    """Each program ranks some ages by the Hamming distance of their rows; the last to finish merges the rankings."""
     last = tl.load(filled) - 1
     age = tl.program_id(0) * EACH + tl.arange(0, EACH) + 2
     inside = (age < w) & (age <= last)
@@ -112,9 +113,10 @@ def _foretell(
 
 
 def foretell(past: Past, log: Tensor, status: Tensor, *, k: int, experts: int) -> None:
-    """`log` [layers · k]: the ids of the token that has just been routed, -1: none; then `foretold` is the next one's.
+    """Update `past` with the ids of the last token, `log` [layers · k] (-1: none), so that past.foretold is for the
+    next token.
 
-    While status [1] is not 0 there was none, and all stays as it is.
+    Nothing changes while status [1] is not 0.
     """
     (w, words), (nearest, ahead) = past.rows.shape, past.weights.shape
     parts, records = parts_of(w), past.foretold.numel()
@@ -133,5 +135,5 @@ def foretell(past: Past, log: Tensor, status: Tensor, *, k: int, experts: int) -
 
 
 def parts_of(w: int) -> int:
-    """Programs that share a ring of w rows."""
+    """Return the number of programs that compare a ring of w rows."""
     return triton.cdiv(w, EACH)

@@ -1,7 +1,7 @@
-"""Products of many tokens with routed experts, straight from slots: a grouped GEMM that unpacks weights as it reads.
+"""Products of many tokens with routed experts: a grouped GEMM that dequantises weights from slots as it reads them.
 
-Pairs (token, choice) are sorted by expert and cut into tiles of one expert each. Which experts are in a set, and where
-they lie, changes no tile: a pair's result is the same bit for bit.
+(token, choice) pairs are sorted by expert and cut into tiles of one expert each. Which experts are in a set, and where
+their records are, changes no tile: a pair's result is bit for bit the same.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from offmoe.kernels.planes import Matrix, SlotLayout
 
 @dataclass(frozen=True)
 class Tiles:
-    """`order` int32 [T · k]: pairs sorted by expert. Tile i takes the sorted pairs starts[i] … min(starts[i] + block,
-    ends[i]) of experts[i], int32 [n]; the last tiles may hold none (expert -1)."""
+    """Tiles of pairs. `order` int32 [T · k]: pairs sorted by expert.
+
+    Tile i has the sorted pairs starts[i] … min(starts[i] + block, ends[i]) of experts[i], int32 [n]; the last tiles may
+    be empty (expert -1).
+    """
 
     order: Tensor
     experts: Tensor
@@ -35,8 +38,11 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Rows of a weight tile (so many of gate and as many of up), warps, stages; swap: weights are the left operand, so
-    that few tokens fill an MMA. registers: a lane's at most."""
+    """Tile sizes: rows of a weight tile (the same number of gate and of up), warps, stages, registers per thread at
+    most.
+
+    swap: weights are the left operand, so that few tokens fill an MMA.
+    """
 
     rows: int
     warps: int
@@ -46,12 +52,12 @@ class Tuning:
 
 
 def blocks(dtype: torch.dtype) -> tuple[int, ...]:
-    """Pairs that a tile may have."""
+    """Return the possible numbers of pairs per tile."""
     return (16,) if dtype == torch.float32 else (16, 32, 64, 128)
 
 
 def block_of(pairs: int, experts: int, dtype: torch.dtype) -> int:
-    """Pairs a tile: half as many again as an expert has on average, for a second tile unpacks the weights again."""
+    """Return the pairs per tile: 1.5 times an expert's average, since a second tile unpacks the weights again."""
     return min(triton.next_power_of_2(max(16, 3 * pairs // (2 * experts))), blocks(dtype)[-1])
 
 
@@ -60,7 +66,7 @@ def _plan_tiles(
     ids, order, tile_experts, starts, ends, pairs, experts, tiles,
     M: tl.constexpr, EP: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Grid (experts + 1): a program lists the pairs of one expert; the last one marks the tiles that hold none."""
+    """Grid (experts + 1): a program lists the pairs of one expert; the last one marks the empty tiles."""
     e, index = tl.program_id(0), tl.arange(0, EP)
     counts = tl.zeros((EP,), tl.int32)
     for start in range(0, pairs, B):
@@ -87,7 +93,7 @@ def _plan_tiles(
 
 
 def plan_tiles(ids: Tensor, experts: int, dtype: torch.dtype, block: int | None = None) -> Tiles:
-    """ids int64 [T, k], -1: none → tiles, as many as there can be at most. Nothing is read on the host."""
+    """Return the tiles of ids int64 [T, k] (-1: none), as many as there can be at most. Nothing is read on the host."""
     pairs = ids.numel()
     block = block or block_of(pairs, experts, dtype)
     tiles = min(-(-pairs // block) + experts, pairs)
@@ -100,13 +106,15 @@ def plan_tiles(ids: Tensor, experts: int, dtype: torch.dtype, block: int | None 
 
 @cache
 def wgmma(device: torch.device) -> bool:
-    """Whether sums of an MMA are all that it holds in registers."""
+    """Return whether only the sums of an MMA are held in registers (sm_90)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def tuning_of(block: int, dtype: torch.dtype, device: torch.device, fmt: str, pair: bool) -> Tuning:
-    """pair: for gate and up. Compiled for sm_80 and sm_90, none takes more than 98 KiB of shared memory, and only down
-    in Q6_K spills, 24 bytes."""
+    """Return the tuning; `pair`: for gate and up.
+
+    Compiled for sm_80 and sm_90, none takes more than 98 KiB of shared memory, and only down in Q6_K spills, 24 bytes.
+    """
     if dtype == torch.float32:  # plain FMA: more outputs a thread spill
         return Tuning(16, 8, 1, False)
     stages = 2 if fmt == "F32" else 3
@@ -120,7 +128,7 @@ def tuning_of(block: int, dtype: torch.dtype, device: torch.device, fmt: str, pa
 
 @triton.jit
 def product(a, w, total, SWAP: tl.constexpr):
-    """total [M, N] += a [M, K] times the transpose of w [N, K], of one type; all transposed if SWAP."""
+    """Add a [M, K] times the transpose of w [N, K], of one type, to total [M, N]; all transposed if SWAP."""
     if SWAP:
         total = tl.dot(w, tl.trans(a), total, input_precision="ieee")
     else:
@@ -135,14 +143,14 @@ def one_behind_another(a, b):
 
 @triton.jit
 def biased(total, bias, row, there, SWAP: tl.constexpr):
-    """total [M, N] (if SWAP [N, M]) and the bias of its rows [N]."""
+    """Add the bias of its rows [N] to total [M, N] (if SWAP [N, M])."""
     value = tl.load(bias + row, mask=there, other=0.0)
     return total + (value[:, None] if SWAP else value[None, :])
 
 
 @triton.jit
 def pairs_of(order, starts, ends, t, M: tl.constexpr):
-    """The pairs [M] of tile t, int64, and which of them are there."""
+    """Return the pairs [M] of tile t, int64, and the mask of those that exist."""
     at = tl.load(starts + t) + tl.arange(0, M)
     held = at < tl.load(ends + t)
     return tl.load(order + at, mask=held, other=0).to(tl.int64), held
@@ -162,7 +170,7 @@ def _gate_up(
     FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
     FU: tl.constexpr, U0: tl.constexpr, U1: tl.constexpr, U2: tl.constexpr, U3: tl.constexpr,
 ):  # fmt: skip
-    """Grid (INNER / N, tiles). Both are one product: up lies so many BYTES or ROWS behind gate, or has a format FU."""
+    """Grid (INNER / N, tiles). Gate and up are one product: up is BYTES or ROWS after gate, or has a format FU."""
     t = tl.program_id(1)
     expert = tl.load(experts + t)
     address = tl.load(addresses + tl.maximum(expert, 0))
@@ -232,7 +240,7 @@ def _down(
 
 
 def behind(gate: Matrix, up: Matrix) -> dict[str, int | str | None]:
-    """By how much up's planes lie behind gate's; or its format, if that is another."""
+    """Return the offset of up's planes after gate's; or its format, if that differs."""
     apart = {u - g for g, u in zip(gate.planes, up.planes, strict=False)}
     if gate.format != up.format:
         return {"BYTES": 0, "ROWS": 0, "FU": up.format}
@@ -248,10 +256,10 @@ def expert_mlp(
     glu: Glu = SILU, biases: tuple[Tensor, Tensor] | None = None,
     first: Tuning | None = None, second: Tuning | None = None,
 ) -> None:  # fmt: skip
-    """down glu(gate x, up x) of every pair, unweighted: x [T, H], ids [T, k] → out [T · k, H] in x's type.
+    """Compute down glu(gate x, up x) of every pair, unweighted: x [T, H], ids [T, k] → out [T · k, H] in x's type.
 
-    addresses int64 [E], on the device: where an expert's record lies in `layout`, a multiple of 16; 0: it is not in
-    this set, and what `out` holds for its pairs stays. biases float32: of gate beside up [E, 2F], of down [E, H].
+    addresses int64 [E], on the device: address of an expert's record in `layout`, a multiple of 16; 0: not in this set,
+    and `out` keeps what it holds for the expert's pairs. biases float32: gate and up concatenated [E, 2F], down [E, H].
     """
     h, f, k = layout.hidden, layout.expert_hidden, ids.shape[1]
     assert x.is_contiguous()
@@ -294,9 +302,9 @@ def _combine(out, weights, total, H: tl.constexpr, K: tl.constexpr, B: tl.conste
 
 
 def combine(out: Tensor, weights: Tensor) -> Tensor:
-    """Σ_j weights[t, j] · out[t · k + j], in float32 and in the order of j: out [T · k, H], weights [T, k] → [T, H].
+    """Sum Σ_j weights[t, j] · out[t · k + j] in float32, in the order of j: out [T · k, H], weights [T, k] → [T, H].
 
-    What stands at a weight of 0 may be anything.
+    Values with a weight of 0 may be anything.
     """
     tokens, k = weights.shape
     h = out.shape[1]

@@ -1,9 +1,9 @@
-"""Products of one to eight tokens with quantised matrices as they lie in VRAM: most of a decoded token's time.
+"""Products of one to eight tokens with quantised matrices in VRAM: most of a decoded token's time.
 
-All activations and sums are float32; vectors that are read here are striped (kernels.striped). As many programs as run
-at once share the rows of a launch. A program keeps x in registers, 64 values a lane, and lets its rows stream past: the
-words of the next are under way while these are multiplied. Nothing is shared between programs, so a row's result is the
-same whatever else is launched.
+All activations and sums are float32; vectors that are read here are striped (kernels.striped). The programs that run at
+once divide the rows of a launch among them. A program keeps x in registers, 64 values per thread, and streams its rows
+past: the words of the next rows are in flight while these are multiplied. Programs share nothing, so a row's result
+does not depend on other launches.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from offmoe.kernels.gpu.formats.dot import UNIT, fold, words_of, x_of
 from offmoe.kernels.gpu.launch import dependent
-from offmoe.kernels.gpu.striped import place
+from offmoe.kernels.gpu.striped import striped_index
 from offmoe.kernels.planes import Matrix
 
 LANE, LANE_OF_FLOATS = 64, 32  # values of x that a lane holds; as many weights of a row, and twice as many rows
@@ -39,18 +39,18 @@ def interpreted() -> bool:
 
 
 def programs(device: torch.device, warps: int, heavy: bool = False) -> int:
-    """That run at once; the interpreter pays by the program, whatever it does."""
+    """Return the programs that run at once; in the interpreter, which pays per program, a few."""
     most = FEWER_WARPS if heavy else WARPS
     return 2 if interpreted() else multiprocessors(device) * max(1, most // warps)
 
 
 def tile() -> int:
-    """Rows at once. Of two, Triton 3.6 makes a layout into which x has to be shuffled, at 210 registers."""
+    """Return the rows per tile. For two, Triton 3.6 makes a layout into which x is shuffled, at 210 registers."""
     return 32 if interpreted() else 1
 
 
 def across(fmt: str, weights: int) -> tuple[int, int]:
-    """Units that a row is taken in, and the warps that hold as many."""
+    """Return the units of a row, padded, and the warps that hold them."""
     units = triton.next_power_of_2(weights // UNIT[fmt])
     warps = max(1, units * UNIT[fmt] // (32 * (LANE_OF_FLOATS if fmt in ("F32", "F16", "BF16") else LANE)))
     assert warps <= 32, f"{weights} weights a row in {fmt} take {warps} > 32 warps"
@@ -60,15 +60,18 @@ def across(fmt: str, weights: int) -> tuple[int, int]:
 @triton.jit
 def rows_of(buffer, origin, unit, there, rows, end, UNITS: tl.constexpr, FORMAT: tl.constexpr,
             P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
-    """The words of these rows before `end`, UNITS units a row of which this program takes `unit` where `there`."""
+    """Load the words of `rows` before `end`; a row has UNITS units, of which the program takes `unit` where `there`."""
     mask = (rows < end)[:, None] & there[None, :]
     return words_of(buffer, origin, rows[:, None] * UNITS + unit[None, :], mask, FORMAT, P0, P1, P2, P3)
 
 
 @triton.jit
 def constant_of(bias, ids, shares, at, inside, N: tl.constexpr):
-    """What is added to rows `at` [R]: bias [N], or Σ_j shares[j] · bias [E, N] of expert ids[j]; 0 where `bias` is
-    None. ids and shares [KP], 0 padded."""
+    """Return the term to add to rows `at` [R]: bias [N], or Σ_j shares[j] · bias [E, N] of expert ids[j]; 0 without
+    bias.
+
+    ids and shares [KP] are padded with 0.
+    """
     if bias is None:
         value = tl.zeros(at.shape, tl.float32)
     elif ids is None:
@@ -81,7 +84,7 @@ def constant_of(bias, ids, shares, at, inside, N: tl.constexpr):
 
 @triton.jit
 def capped(x, CAP: tl.constexpr):
-    """CAP · tanh(x / CAP); 0: x."""
+    """Return CAP · tanh(x / CAP); CAP 0: x."""
     return x if CAP == 0 else CAP * (2 * tl.sigmoid(x * (2 / CAP)) - 1)
 
 
@@ -90,9 +93,9 @@ def stream(buffer, origin, unit, there, words, xs, first, end, out, bias, ids, s
            UNITS: tl.constexpr, R: tl.constexpr, N: tl.constexpr, RESIDUAL: tl.constexpr, CAP: tl.constexpr,
            FORMAT: tl.constexpr,
            P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
-    """Rows first … end, of which the first R are in `words`, times x and `scale`, into `out` from row `shift` on.
+    """Multiply rows first … end by x and `scale` into `out` from row `shift` on; `words` holds the first R rows.
 
-    With what `constant_of` says of bias, ids and shares. The residual stream is striped, anything else is not.
+    bias, ids and shares as in `constant_of`. The residual stream is striped, any other output is not.
     """
     r = tl.arange(0, R)
     constant = constant_of(bias, ids, shares, shift + first + r, first + r < end, N)
@@ -102,7 +105,7 @@ def stream(buffer, origin, unit, there, words, xs, first, end, out, bias, ids, s
         next_constant = constant_of(bias, ids, shares, shift + ahead, ahead < end, N)
         at, inside = shift + rows, rows < end
         if RESIDUAL:
-            at = place(at, N)
+            at = striped_index(at, N)
             before = tl.load(out + at, mask=inside, other=0.0)
             if bias is not None:
                 before += constant
@@ -120,7 +123,7 @@ def part(buffer, pid, x, norm, out, bias, shift, eps, each,
          WIDE: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CAP: tl.constexpr,
          FORMAT: tl.constexpr,
          P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Weights never change: the first rows come while the kernel before this one still runs."""
+    """Multiply one part of `_dense`. Weights never change: the first rows load while the preceding kernel runs."""
     UNITS: tl.constexpr = K // WIDTH
     u, first = tl.arange(0, U), pid * each
     end = tl.minimum(first + each, ROWS)
@@ -174,10 +177,10 @@ def dense(
     norm: Tensor | None = None, eps: float = 0.0, bias: Tensor | None = None, residual: bool = False,
     cap: float = 0.0, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """x [T, K] float32, striped, times the transpose of up to three matrices, rows one after another: out [T, N].
+    """Multiply x [T, K] float32, striped, by the transpose of up to three matrices, concatenated by rows: out [T, N].
 
-    norm [K], striped: x is RMS-normed with it first. residual: `out` is the residual stream, striped, and is added
-    to; else it is in natural order. `bias` [N] float32, in natural order, is added. `cap` c: c · tanh(out / c), of a
+    norm [K], striped: x is RMS-normed with it first. residual: `out` is the residual stream, striped, and is added to;
+    else it is in natural order. `bias` [N] float32, in natural order, is added. `cap` c: c · tanh(out / c), for a
     product with neither.
     """
     assert not cap or not (residual or bias is not None)

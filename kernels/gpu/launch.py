@@ -1,4 +1,4 @@
-"""What all launches share."""
+"""Launch options that all kernels share."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ import triton
 
 @cache
 def pdl_supported(device: torch.device) -> bool:
-    """Programmatic dependent launch: a kernel starts while the one before it drains. sm_90 and later."""
+    """Return whether the GPU has programmatic dependent launch (sm_90): a kernel starts while the one before drains."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def dependent(pdl: bool) -> dict[str, Any]:
-    """Launch arguments of a kernel whose `PDL` is `pdl`."""
+    """Return the launch arguments of a kernel whose constexpr `PDL` is `pdl`."""
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
 @contextmanager
 def compiled_at_once() -> Iterator[None]:
-    """Launches inside do not happen: their kernels are compiled, side by side on all cores. A kernel that does not
-    compile says so when it is launched."""
+    """Compile the kernels that are launched inside, in parallel on all cores, without launching them.
+
+    A kernel that does not compile raises its error when it is launched later.
+    """
     run = triton.JITFunction.run
 
     def compile_only(kernel: triton.JITFunction, *values: Any, warmup: bool, **named: Any) -> Any:

@@ -1,9 +1,10 @@
-"""Latent attention of one token (kernels.mla) in three launches: queries into the latents' space, a pass over the
-latents divided like kernels.gpu.attention's, and what was gathered back out of their space.
+"""Latent attention of one token (kernels.mla) in three launches.
 
-The heads share each row of the cache, so a program has up to 16 of them. What the splits made is joined by whoever
-multiplies it next: no program waits for another. Position and rope row are read before the kernel before has ended,
-and old rows of the cache are on their way: an earlier graph launch wrote them.
+Queries are projected into the latent space, one pass over the latents attends (divided as in kernels.gpu.attention),
+and the mixed latents are projected back to values. All heads share each row of the cache, so a program has up to 16
+heads. The partial results of the splits are joined by the programs that multiply them next: no program waits for
+another. Position and rope row are read before the preceding kernel has ended, and old rows of the cache are in flight:
+an earlier graph launch wrote them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from offmoe.kernels.gpu.attention import LOG2E, dot_type, joined, partial_of, to
 from offmoe.kernels.gpu.formats.dot import UNIT, fold, x_of
 from offmoe.kernels.gpu.gemv import Part, interpreted, multiprocessors, planes, rows_of, tile
 from offmoe.kernels.gpu.launch import dependent
-from offmoe.kernels.gpu.striped import place
+from offmoe.kernels.gpu.striped import striped_index
 from offmoe.kernels.mla import LATENT_EPS, Latent
 
 LEAST = 128  # positions of a split, at least: 144 KiB of latents in bfloat16
@@ -28,7 +29,7 @@ AT_ONCE = 4096  # weights of a tile in the products
 
 @triton.jit
 def divided(here, splits, least, BLOCK: tl.constexpr):
-    """Positions of a split, and the splits that have any."""
+    """Return the positions per split, and the number of splits that have any."""
     size = tl.maximum(least, tl.cdiv(tl.cdiv(here + 1, splits), BLOCK) * BLOCK)
     return size, tl.minimum(here // size + 1, splits)
 
@@ -36,14 +37,14 @@ def divided(here, splits, least, BLOCK: tl.constexpr):
 @triton.jit
 def join(partial, mine, head, active, splits, HEADS: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr,
          MANY: tl.constexpr):  # fmt: skip
-    """What the splits made of a head, into the program's own scratch [K], striped."""
+    """Join the splits' partial results of a head into the program's own scratch [K], striped."""
     stats = partial + splits * HEADS * K
     one, n, d = tl.arange(0, 1)[:, None], tl.arange(0, MANY)[None, :], tl.arange(0, WIDE)[None, :]
     top, total, result = unjoined(1, WIDE)
     for first in range(0, active, MANY):
         values, tops, totals = partial_of(partial, stats, head + one, first + n, active, HEADS, K, WIDE)
         top, total, result = joined(top, total, result, values, tops, totals)
-    tl.store(mine + place(d, K), result / total[:, None], mask=d < K)
+    tl.store(mine + striped_index(d, K), result / total[:, None], mask=d < K)
     tl.debug_barrier()  # all warps read it
 
 
@@ -54,8 +55,11 @@ def _heads(
     FORMAT: tl.constexpr, WIDTH: tl.constexpr, JOINED: tl.constexpr, WIDE: tl.constexpr, MANY: tl.constexpr,
     BLOCK: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs, HEADS). Not JOINED: x [HEADS · K] is striped and `out` is not. JOINED: x holds what the splits
-    made, then a scratch of K a program; `out` is striped."""
+    """Grid (programs, HEADS). Multiply every head's matrix by its part of x.
+
+    Not JOINED: x [HEADS · K] is striped and `out` is not. JOINED: x holds the partial results, then a scratch of K per
+    program; `out` is striped.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     UNITS: tl.constexpr = K // WIDTH
@@ -79,17 +83,17 @@ def _heads(
         at, ahead = row + r, row + R + r
         following = rows_of(buffer, none, u, there, ahead, end, UNITS, FORMAT, P0, P1, P2, P3)
         if JOINED:
-            tl.store(out + place(at, HEADS * N), fold(words, xs, FORMAT), mask=at < end)
+            tl.store(out + striped_index(at, HEADS * N), fold(words, xs, FORMAT), mask=at < end)
         else:
             tl.store(out + at, fold(words, xs, FORMAT), mask=at < end)
         words = following
 
 
 @triton.jit
-def load_latents(cache, start, end, L: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr, TURNED: tl.constexpr,
+def load_latents(cache, start, end, L: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr, ROTARY: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
-    """Positions start …: latents [BLOCK, WIDE] and rotated keys [BLOCK, TURNED], 0 from `end` on."""
-    n, d, e = start + tl.arange(0, BLOCK), tl.arange(0, WIDE), tl.arange(0, TURNED)
+    """Load positions start …: latents [BLOCK, WIDE] and rotated keys, 0 from `end` on."""
+    n, d, e = start + tl.arange(0, BLOCK), tl.arange(0, WIDE), tl.arange(0, ROTARY)
     rows = cache + n.to(tl.int64)[:, None] * (L + R)
     seen = (n < end)[:, None]
     latents = tl.load(rows + d[None, :], mask=seen & (d < L)[None, :], other=0)
@@ -97,9 +101,9 @@ def load_latents(cache, start, end, L: tl.constexpr, R: tl.constexpr, WIDE: tl.c
 
 
 @triton.jit
-def turn(base, rows, cos, sin, R: tl.constexpr, TURNED: tl.constexpr, mask):
-    """Rows [N, 1] of R values at `base`, rotated: [N, TURNED]."""
-    e = tl.arange(0, TURNED)[None, :]
+def rotate(base, rows, cos, sin, R: tl.constexpr, ROTARY: tl.constexpr, mask):
+    """Rows [N, 1] of R values at `base`, rotated: [N, ROTARY]."""
+    e = tl.arange(0, ROTARY)[None, :]
     other = tl.where(e < R // 2, e + R // 2, e - R // 2)  # whom e is rotated with
     inside = mask & (e < R)
     x = tl.load(base + rows * R + e, mask=inside, other=0.0)
@@ -109,9 +113,9 @@ def turn(base, rows, cos, sin, R: tl.constexpr, TURNED: tl.constexpr, mask):
 
 @triton.jit
 def _attend(
-    query, turned, fresh, norm, cache, position, table, partial, ctx, splits, least, eps, to_log2,
+    query, rope, fresh, norm, cache, position, table, partial, ctx, splits, least, eps, to_log2,
     HEADS: tl.constexpr, GROUP: tl.constexpr, L: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr,
-    TURNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr,
+    ROTARY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (HEADS / GROUP, splits)."""
@@ -125,7 +129,7 @@ def _attend(
     if PDL:
         BYTES: tl.constexpr = (L + R) * cache.dtype.element_ty.primitive_bitwidth // 8
         to_l2(cache, start, tl.minimum(here, ctx - 1), ctx, BYTES, 4 * BLOCK, False)
-    r, d, e = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, TURNED)
+    r, d, e = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.arange(0, ROTARY)
     line = tl.minimum(here, ctx - 1) * R
     cos = tl.load(table + line + e, mask=e < R, other=1.0)
     sin = tl.load(table + ctx * R + line + e, mask=e < R, other=0.0)
@@ -137,12 +141,12 @@ def _attend(
 
     head, is_q = block * GROUP + r, (r < GROUP)[:, None]
     q = tl.load(query + head[:, None] * L + d[None, :], mask=is_q & (d < L)[None, :], other=0.0).to(DOT)
-    q_turned = turn(turned, head[:, None], cos, sin, R, TURNED, is_q).to(DOT)
+    q_rope = rotate(rope, head[:, None], cos, sin, R, ROTARY, is_q).to(DOT)
     if split == active - 1:  # every group writes the new row, the same bits, and reads its own
         latent = tl.load(fresh + d, mask=d < L, other=0.0)
         latent = latent * tl.rsqrt(tl.sum(latent * latent, 0) / L + eps) * gain
         one = tl.zeros((1, 1), tl.int32)
-        key = turn(fresh + L, one, cos, sin, R, TURNED, one == 0)
+        key = rotate(fresh + L, one, cos, sin, R, ROTARY, one == 0)
         row = cache + here.to(tl.int64) * (L + R)
         tl.store(row + d, latent.to(cache.dtype.element_ty), mask=(here < ctx) & (d < L))
         tl.store(row + L + e[None, :], key.to(cache.dtype.element_ty), mask=(here < ctx) & (e < R)[None, :])
@@ -151,9 +155,9 @@ def _attend(
     top, total = tl.full((ROWS,), -float("inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, WIDE), tl.float32)
     for n in tl.range(start, end, BLOCK, num_stages=STAGES):
-        latents, keys = load_latents(cache, n, end, L, R, WIDE, TURNED, BLOCK)
+        latents, keys = load_latents(cache, n, end, L, R, WIDE, ROTARY, BLOCK)
         seen = n + tl.arange(0, BLOCK) < end
-        top, total, mixed = gather(q, q_turned, latents, keys, seen, top, total, mixed, to_log2, DOT)
+        top, total, mixed = gather(q, q_rope, latents, keys, seen, top, total, mixed, to_log2, DOT)
 
     part = split * HEADS + head
     tl.store(partial + part[:, None] * L + d[None, :], mixed, mask=is_q & (d < L)[None, :])
@@ -163,11 +167,11 @@ def _attend(
 
 
 @triton.jit
-def gather(q, q_turned, latents, keys, visible, top, total, mixed, to_log2, DOT: tl.constexpr):
-    """One block more into the running softmax: q [R, W], q_turned [R, T], latents [B, W], keys [B, T]."""
+def gather(q, q_rope, latents, keys, visible, top, total, mixed, to_log2, DOT: tl.constexpr):
+    """Add one block to the running softmax: q [R, W], rotated q [R, T], latents [B, W], keys [B, T]."""
     latents = latents.to(DOT)
     scores = tl.dot(q, tl.trans(latents), input_precision="ieee")
-    scores = tl.dot(q_turned, tl.trans(keys.to(DOT)), scores, input_precision="ieee") * to_log2
+    scores = tl.dot(q_rope, tl.trans(keys.to(DOT)), scores, input_precision="ieee") * to_log2
     scores = tl.where(visible[None, :], scores, -float("inf"))
     higher = tl.maximum(top, tl.max(scores, 1))
     old = tl.exp2(top - higher)
@@ -177,29 +181,32 @@ def gather(q, q_turned, latents, keys, visible, top, total, mixed, to_log2, DOT:
 
 
 def pick_splits(ctx: int, heads: int, sms: int = 132) -> tuple[int, int]:
-    """(splits, least positions of one) for every context up to `ctx`, as kernels.gpu.attention.pick_splits."""
+    """Return (splits, least positions per split) for every context up to `ctx`, like gpu.attention.pick_splits."""
     return max(1, min(-(-ctx // LEAST), sms // (heads // group_of(heads)), MOST_SPLITS)), LEAST
 
 
 def group_of(heads: int) -> int:
-    """Heads a program."""
+    """Return the heads per program."""
     return next(group for group in range(min(HEADS, heads), 0, -1) if heads % group == 0)
 
 
 def programs_of(heads: int, device: torch.device) -> int:
-    """That share a head's product where each has to join what the splits made."""
+    """Return the programs that share a head's product where each has to join the partial results."""
     return 1 if interpreted() else max(1, multiprocessors(device) // heads)
 
 
 def partial_size(heads: int, z: Latent, splits: int, device: torch.device) -> int:
-    """Float32 values of `partial`: what the splits make, and the scratch of those who join it."""
+    """Return the float32 values of `partial`: the splits' results, and the scratch of the programs that join them."""
     return heads * (splits * (z.kv_rank + 2) + programs_of(heads, device) * z.kv_rank)
 
 
 def head_products(x: Tensor, part: Part, out: Tensor, heads: int, splits: tuple[int, int, Tensor, int] | None,
                   pdl: bool) -> None:  # fmt: skip
-    """Every head's matrix of `part`, [heads · N, K], times its part of x. splits: x is joined (see _heads) out of so
-    many, of at least so many positions, up to this one [1], in blocks of so many."""
+    """Multiply every head's matrix of `part`, [heads · N, K], by its part of x.
+
+    `splits`: x is joined (see _heads) out of at most that many splits, of a least number of positions each, up to the
+    position [1], in blocks.
+    """
     buffer, form = part
     k, n = form.cols, form.rows // heads
     assert k % UNIT[form.format] == 0, f"{k} columns are no whole number of {form.format} units"
@@ -221,14 +228,14 @@ def decode_latents(
     heads: int, latent: Latent, scale: float, splits: int, split_size: int = LEAST, pdl: bool = False,
     block: int | None = None, warps: int = 8, stages: int = 3,
 ) -> None:  # fmt: skip
-    """One token at `position` [1]: query [heads · (N + R)] float32, the N of all heads striped, then their R, and fresh
-    [L + R] float32 → mixed [heads · V] float32, striped.
+    """Attend for one token at `position` [1]: query [heads · (N + R)] float32 → mixed [heads · V] float32, striped.
 
-    The latent is normed with `norm` [L] float32, what R is rotated; both are written into cache [ctx, L + R] at
-    `position`, unless it is ctx, where nothing fits any more. k_b [heads · L, N] and v_b [heads · V, L] in slot layout.
-    `absorbed` [heads · L] and `partial` [partial_size(…)] float32 are scratch. Compiled for sm_80 and sm_90, a block of
-    32 in three stages takes 91 KiB of shared memory and 96 registers.
-    The result depends on splits · split_size, not on the order in which programs run.
+    The query holds the N values of all heads, striped, then their R values; `fresh` [L + R] float32 is the token's
+    latent and rope key. The latent is normed with `norm` [L] float32, the R values are rotated; both are written into
+    cache [ctx, L + R] at `position`, unless it is ctx, which is out of range. k_b [heads · L, N] and v_b [heads · V, L]
+    are in slot layout. `absorbed` [heads · L] and `partial` [partial_size(…)] float32 are scratch. Compiled for sm_80
+    and sm_90, a block of 32 in three stages takes 91 KiB of shared memory and 96 registers. The result depends on
+    splits · split_size, not on the order in which programs run.
     """
     z, ctx, group = latent, len(cache), group_of(heads)
     block, stages = block or (16 if cache.dtype == torch.float32 else 32), 2 if cache.dtype == torch.float32 else stages
@@ -244,7 +251,7 @@ def decode_latents(
     _attend[(heads // group, splits)](
         absorbed, query[heads * z.qk_nope :], fresh, norm, cache, position, table, partial, ctx, splits, split_size,
         LATENT_EPS, scale * LOG2E, HEADS=heads, GROUP=group, L=z.kv_rank, R=z.qk_rope,
-        WIDE=triton.next_power_of_2(z.kv_rank), TURNED=max(16, triton.next_power_of_2(z.qk_rope)), ROWS=HEADS,
+        WIDE=triton.next_power_of_2(z.kv_rank), ROTARY=max(16, triton.next_power_of_2(z.qk_rope)), ROWS=HEADS,
         BLOCK=block, STAGES=stages, DOT=dot_type(cache), num_warps=warps, **dependent(pdl),
     )  # fmt: skip
     head_products(partial, v_b, mixed, heads, (splits, split_size, position, block), pdl)

@@ -1,6 +1,6 @@
-"""Movers: the first programs of `expert_gate_up`, where anything is missing.
+"""Movers: the first programs of `expert_gate_up` while records are missing.
 
-Each brings a few rows of a record's gate and up, with the scales that they need, and multiplies them; then they bring
+Each copies a few rows of a record's gate and up, with the scales they need, and multiplies them; then the movers copy
 down, which the next launch multiplies.
 """
 
@@ -15,7 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.formats import FORMATS
-from offmoe.kernels.gpu.page_in import FIELDS, Copies, check, copy_part, described, merged, room_of, step_of
+from offmoe.kernels.gpu.page_in import (
+    BLOCKS,
+    CHUNK_BLOCKS,
+    FIELDS,
+    Copies,
+    check,
+    copy_part,
+    described,
+    merged,
+    room_of,
+    step_of,
+)
 from offmoe.kernels.planes import PLANES, Matrix, Run, SlotLayout
 
 MOVER_CHUNK = 2048  # bytes that a warp brings before it multiplies them
@@ -27,8 +38,10 @@ MOVING = 2
 @triton.jit
 def bring_rows(source, record, stage, first, end, ROWS: tl.constexpr, INNER: tl.constexpr, STRIPS: tl.constexpr,
                TILES: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """ROWS rows of gate and up, first … end, from address `source` into the slot at `record`; with them the scales that
-    they share with rows of other movers."""
+    """Copy rows first … end of gate and up, at most ROWS, from address `source` into the slot at `record`.
+
+    The scales that they share with rows of other movers are copied too.
+    """
     for strip in tl.static_range(len(STRIPS) // FIELDS):
         bring_strip(source, record, stage, first, end, ROWS, INNER, STRIPS, 1 + strip * FIELDS, TILES[strip], CHUNK)
     tl.debug_barrier()  # other threads read them
@@ -37,22 +50,26 @@ def bring_rows(source, record, stage, first, end, ROWS: tl.constexpr, INNER: tl.
 @triton.jit
 def bring_strip(source, record, stage, first, end, ROWS: tl.constexpr, INNER: tl.constexpr, RUNS: tl.constexpr,
                 AT: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    BLOCKS: tl.constexpr = RUNS[AT + 3]
+    """Copy the rows' part of the run at AT; TILE is the number of rows that share one row of its blocks."""
+    TOTAL: tl.constexpr = RUNS[AT + BLOCKS]
     if TILE == 1:
-        EACH: tl.constexpr = BLOCKS * ROWS // INNER
+        EACH: tl.constexpr = TOTAL * ROWS // INNER
         begin, last = first // ROWS * EACH, tl.cdiv(end, ROWS) * EACH
     else:  # whole words of 16 bytes; a row of tiles may begin within a block
-        DEEP: tl.constexpr = triton.cdiv(INNER, TILE)  # of tl.cdiv Triton 3.6 makes no constant
-        begin, last = first // TILE * BLOCKS // DEEP // 4 * 4, tl.cdiv(tl.cdiv(end, TILE) * BLOCKS, DEEP * 4) * 4
-    last = tl.minimum(last, BLOCKS)
-    for block in range(begin, last, RUNS[AT + 5]):
-        copy_part(source, record, stage, block, tl.minimum(RUNS[AT + 5], last - block), RUNS, AT, CHUNK)
+        DEEP: tl.constexpr = triton.cdiv(INNER, TILE)  # tl.cdiv makes no constant in Triton 3.6
+        begin, last = first // TILE * TOTAL // DEEP // 4 * 4, tl.cdiv(tl.cdiv(end, TILE) * TOTAL, DEEP * 4) * 4
+    last = tl.minimum(last, TOTAL)
+    for block in range(begin, last, RUNS[AT + CHUNK_BLOCKS]):
+        copy_part(source, record, stage, block, tl.minimum(RUNS[AT + CHUNK_BLOCKS], last - block), RUNS, AT, CHUNK)
 
 
 @dataclass(frozen=True)
 class Strips:
-    """Gate and up of a layout as runs of their own, how many rows of the matrix a row of each run's blocks is for (1,
-    but where rows share scales), and of how many rows both matrices are brought together."""
+    """Gate and up of a layout as separate runs, for copying a few rows at a time.
+
+    `tiles`: rows of the matrix that one row of each run's blocks serves (1, except where rows share scales). `rows`:
+    rows of both matrices that are copied together. `down`: the remaining runs.
+    """
 
     runs: tuple[Run, ...]
     tiles: tuple[int, ...]
@@ -62,6 +79,7 @@ class Strips:
     @classmethod
     @cache
     def of(cls, layout: SlotLayout, chunk: int) -> Strips:
+        """Return the strips of a layout for movers that stage `chunk` bytes."""
         strips, down, inner = [], [], layout.gate.rows
         for run in layout.runs:
             end = run.planes[0] + run.blocks * PLANES[run.format][0]
@@ -85,7 +103,7 @@ class Strips:
 
 
 def rows_sharing(run: Run, matrices: tuple[Matrix, ...]) -> int:
-    """Rows that share what is in the run, if it is the plane of a matrix's scales; else 1."""
+    """Return the rows that share one entry of the run if it is the scales' plane of a matrix, else 1."""
     for form in matrices:
         scales = FORMATS[form.format].scales
         if scales and run.planes[0] == form.planes[0]:
@@ -94,17 +112,17 @@ def rows_sharing(run: Run, matrices: tuple[Matrix, ...]) -> int:
 
 
 def movers_of(programs: int) -> int:
-    """How many of a launch's programs move."""
+    """Return how many of a launch's `programs` are movers."""
     return max(1, programs // MOVING)
 
 
 def chunk_of(warps: int) -> int:
-    """Bytes that a mover of so many warps stages."""
+    """Return the bytes that a mover of `warps` warps stages."""
     return MOVER_CHUNK * warps
 
 
 def moving_of(copies: Copies | None, records: Tensor, layout: SlotLayout, warps: int, programs: int) -> dict[str, Any]:
-    """How many of a launch's programs move, and what."""
+    """Return the movers' constexpr arguments of a launch."""
     if copies is None:
         return {"MOVERS": 0, "STRIPS": None, "TILES": None, "ROWS": 1, "DOWN": None, "CHUNK": 0, "LISTED": 0, "KP": 1}
     movers, chunk = movers_of(programs), chunk_of(warps)

@@ -12,13 +12,13 @@ ROWS = 8  # heads a program turns
 
 @triton.jit
 def norm_factor(x, count, eps):
-    """x [R, W], zero beyond `count` columns → 1 / RMS of each row [R]."""
+    """Return 1 / RMS of each row [R] of x [R, W], which is zero beyond `count` columns."""
     return tl.rsqrt(tl.sum(x * x, 1) / count + eps)
 
 
 @triton.jit
 def full_factor(base, eps, COUNT: tl.constexpr):
-    """1 / RMS of the COUNT values at `base`."""
+    """Return 1 / RMS of the COUNT values at `base`."""
     PADDED: tl.constexpr = triton.next_power_of_2(COUNT)
     at = tl.arange(0, PADDED)
     x = tl.load(base + at, mask=at < COUNT, other=0.0).to(tl.float32)
@@ -26,15 +26,16 @@ def full_factor(base, eps, COUNT: tl.constexpr):
 
 
 @triton.jit
-def normed_turned(
+def normed_rotated(
     base, weight, cos, sin, first, heads, clip, eps,
     D: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, ALL: tl.constexpr,
     NORM: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
-    """Heads first … first + ROWS of the ALL · D values at `base`: norm, clip, rotate → [ROWS, WIDE] float32.
+    """Return heads first … first + ROWS of the ALL · D values at `base`, normed, clipped and rotated: [ROWS, WIDE]
+    float32.
 
     The first R columns are rotated; from R on cos is 1 and sin 0. Rows from `heads` on and columns from D on are 0.
-    NORM 0: none, 1: each head, 2: all together, 3: each head after it is rotated. cos, sin [WIDE].
+    NORM 0: none, 1: per head, 2: over all heads, 3: per head after rotation. cos, sin [WIDE].
     """
     row, d = first + tl.arange(0, ROWS), tl.arange(0, WIDE)
     inside = (row < heads)[:, None] & (d < D)[None, :]
@@ -51,22 +52,22 @@ def normed_turned(
         y = y * factor * tl.load(weight + row[:, None] * D + other[None, :], mask=inside, other=0.0).to(tl.float32)
     if CLIP:
         x, y = clipped(x, clip), clipped(y, clip)
-    turned = x * cos[None, :] + tl.where(d < R // 2, -1.0, 1.0)[None, :] * y * sin[None, :]
+    rotated = x * cos[None, :] + tl.where(d < R // 2, -1.0, 1.0)[None, :] * y * sin[None, :]
     if NORM == 3:
         gain = tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-        turned = turned * norm_factor(turned, D, eps)[:, None] * gain[None, :]
-    return turned
+        rotated = rotated * norm_factor(rotated, D, eps)[:, None] * gain[None, :]
+    return rotated
 
 
 @triton.jit
 def clipped(x, clip):
-    """NaN stays NaN."""
+    """Clamp to ± limit; NaN stays NaN."""
     return tl.where(x > clip, clip, tl.where(x < -clip, -clip, x))
 
 
 @triton.jit
 def in_int8(x):
-    """x [R, W] → whole numbers -127 … 127 in float32, scales [R], as kernels.kv does it."""
+    """Quantise x [R, W] to integers -127 … 127 (in float32) and scales [R], as kernels.kv does."""
     largest = tl.max(tl.abs(x), 1)
     inverse = tl.where(largest > 0, tl.div_rn(127.0, tl.where(largest > 0, largest, 1.0)), 0.0)
     shift = 12582912.0  # 1.5 · 2 ** 23: adding and taking away rounds to a whole number, half to even
@@ -90,14 +91,14 @@ def _norm_rope_write(
     sin = tl.load(table + (ctx + position) * R + d, mask=d < R, other=0.0)
     if block < Q_BLOCKS:
         row = block * ROWS + tl.arange(0, ROWS)
-        q = normed_turned(
+        q = normed_rotated(
             base, q_norm, cos, sin, block * ROWS, HEADS, clip, eps, D, R, WIDE, ROWS, HEADS, NORM, CLIP
         )  # fmt: skip
         at = (t.to(tl.int64) * HEADS + row)[:, None] * D + d[None, :]
         tl.store(q_out + at, q.to(q_out.dtype.element_ty), mask=(row < HEADS)[:, None] & (d < D)[None, :])
     elif block < Q_BLOCKS + K_BLOCKS:
         first = (block - Q_BLOCKS) * ROWS
-        k = normed_turned(
+        k = normed_rotated(
             base + HEADS * D, k_norm, cos, sin, first, KV_HEADS, clip, eps, D, R, WIDE, ROWS, KV_HEADS, NORM, CLIP
         )  # fmt: skip
         write_rows(k, keys, scales, first, position - first_kept, room, KV_HEADS, D, WIDE, ROWS, INT8)
@@ -119,7 +120,7 @@ def write_rows(
     x, cache, scales, first, place, room,
     KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
-    """x [ROWS, WIDE], of heads first …, → cache [KV_HEADS, room, D] at `place`, scales [KV_HEADS, room]."""
+    """Write x [ROWS, WIDE] of heads from `first` into cache [KV_HEADS, room, D], row `place`, scales [KV_HEADS, room]."""
     row, d = first + tl.arange(0, ROWS), tl.arange(0, WIDE)
     fits = (row < KV_HEADS) & (place < room)
     if INT8:
@@ -131,7 +132,7 @@ def write_rows(
 
 @triton.jit
 def _rms_norm(x, weight, bias, out, eps, H: tl.constexpr, WIDE: tl.constexpr):
-    """One row a program."""
+    """One row per program."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, WIDE)
     row = tl.load(x + t * H + h, mask=h < H, other=0.0).to(tl.float32)
@@ -144,7 +145,7 @@ def _rms_norm(x, weight, bias, out, eps, H: tl.constexpr, WIDE: tl.constexpr):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, H] in any float type → out [T, H], rounded once to its type; with a bias LayerNorm. Returns `out`."""
+    """Norm x [T, H] of any float type into out [T, H], rounded once to its type; with a bias, LayerNorm. Return out."""
     assert x.is_contiguous()
     assert out.is_contiguous()
     assert x.shape == out.shape
@@ -154,7 +155,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, bias: Tensor | 
 
 
 def norm_kind(weight: Tensor | None, full: bool, after: bool) -> int:
-    """NORM of `normed_turned`."""
+    """Return the constexpr NORM of the head norm."""
     return 0 if weight is None else 2 if full else 3 if after else 1
 
 
@@ -164,13 +165,12 @@ def norm_rope_write(
     clip: float | None, eps: float, scales: Tensor | None = None, out: Tensor | None = None, first: int = 0,
     norm_after: bool = False, value_norm: bool = False,
 ) -> Tensor:  # fmt: skip
-    """q, k, v of T tokens [T, (heads + 2 kv_heads) · D]: norm, clip, rotate; k and v go into the cache.
+    """Norm, clip and rotate q, k, v of T tokens [T, (heads + 2 kv_heads) · D]; write k and v into the cache.
 
-    keys, values [kv_heads, room, D] and, in int8, scales [2, kv_heads, room], of which the first is of position
-    `first`, are written at `positions` [T].
-    The norms are as wide as their weights: [D] each head, [heads · D] all together; `norm_after`: of rotated heads.
-    `value_norm`: each head's value is divided by its RMS.
-    Returns q [T, heads, D] in `out`, or in the cache's type and beside int8 in qkv's.
+    keys, values [kv_heads, room, D] and, for int8, scales [2, kv_heads, room], whose row 0 is position `first`, are
+    written at `positions` [T]. The norms are as wide as their weights: [D] per head, [heads · D] over all heads;
+    `norm_after`: after rotation. `value_norm`: each value head is divided by its RMS. Returns q [T, heads, D] in `out`,
+    or in the cache's type (for int8 in qkv's).
     """
     assert qkv.stride(1) == 1
     assert qkv.shape[1] == (heads + 2 * kv_heads) * head_dim

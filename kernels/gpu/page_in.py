@@ -1,13 +1,12 @@
-"""Records into slots, by the GPU itself: pinned host memory (or VRAM) is read through raw addresses.
+"""Copies of records into slots by the GPU itself, which reads pinned host memory (or VRAM) through raw addresses.
 
-A few programs saturate the link: what counts is bytes under way, not threads. Formats whose blocks are aligned are
-copied in 16-byte words; of the others a program stages its chunk in VRAM, then gathers the planes from there (L1 and
-L2), so that the link sees whole lines only. In the decode graph the first programs of `expert_gate_up` are the movers,
-who multiply what they bring, a few rows at a time; `page_in` is a launch of its own.
+A few programs saturate the link: bytes in flight count, not threads. Formats whose blocks are aligned are copied in
+16-byte words. For other formats a program stages its chunk in VRAM and gathers the planes from there (L1 and L2), so
+that the link sees whole lines only. In the decode graph the first programs of `expert_gate_up` are the movers, which
+multiply what they copy, a few rows at a time; `page_in` is a launch of its own.
 
-Triton reads 16 bytes at once where it can prove two things: that the pointer is a multiple of 16, which a cast forgets
-and has to be said of what comes out of it, and that a mask holds for four words at once, so that masks compare words
-with a multiple of 4.
+Triton reads 16 bytes at once only where it can prove two things: the pointer is a multiple of 16 (a cast loses this, so
+it is stated after the cast), and the mask is constant over four words (so masks compare words with a multiple of 4).
 """
 
 from __future__ import annotations
@@ -30,15 +29,22 @@ CHUNK, WARPS = 1024, 8  # bytes that a warp has under way, 32 a lane; warps of a
 # the bytes share a record of 2.65 MB less evenly, in 11 rounds, the last for two of them: 60 µs where these take 55.
 PROGRAMS = 33
 UNDER_WAY = PROGRAMS * WARPS * CHUNK
+# Fields of a run in the flat tuple RUNS that kernels take (`described`): run r begins at AT = 1 + r · FIELDS. Flat,
+# because Triton 3.6 takes an element out of a constexpr tuple, but not an element of an element.
+FIRST_CHUNK, CHUNKS = tl.constexpr(0), tl.constexpr(1)  # the run's chunks, counted over all runs
+SOURCE = tl.constexpr(2)  # byte of the record at which the run begins
+BLOCKS, BLOCK_BYTES, CHUNK_BLOCKS = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)  # CHUNK_BLOCKS: blocks per chunk
+# Of each of up to four planes: its bytes in a block (0: no such plane), and the byte of the slot at which it begins.
+PLANE_BYTES, PLANE_START, PLANE_FIELDS = tl.constexpr(6), tl.constexpr(7), tl.constexpr(2)
 FIELDS = tl.constexpr(14)
 
 
 @dataclass(frozen=True)
 class Copies:
-    """The first `count` [1] of records at addresses `sources` [n] int64 go into `slots` [n]; all else is int32.
+    """Copies of the first `count` [1] records, at addresses `sources` [n] int64, into `slots` [n]; others are int32.
 
-    Without `sources` record i lies at base + records[i] · stride. Each lies as in the file and is rearranged on its
-    way. `scratch` belongs to one launch at a time.
+    Without `sources`, record i is at base + records[i] · stride. Records are in the file's layout and are rearranged on
+    the way. `scratch` must not be shared by concurrent launches.
     """
 
     count: Tensor
@@ -51,38 +57,47 @@ class Copies:
 
     @property
     def arguments(self) -> tuple[Tensor | int | None, ...]:
+        """Return the arguments of a kernel, in its order."""
         return self.sources, self.records, self.base, self.stride, self.count, self.slots, self.scratch
 
 
 @triton.jit
 def words_at(address):
-    """An address that is a multiple of 16, as a pointer to words."""
+    """Return an address that is a multiple of 16 as a pointer to 32-bit words."""
     return tl.multiple_of(address.to(tl.pointer_type(tl.uint32)), 16)
 
 
 @triton.jit
 def whole(nbytes):
-    """Words of so many bytes, up to the next 16: rows and planes have room for them."""
+    """Return the words of `nbytes`, rounded up to 16 bytes: rows and planes are padded to them."""
     return tl.cdiv(nbytes, 16) * 4
 
 
 @triton.jit
 def copy_words(source, target, start, nbytes, CHUNK: tl.constexpr):
-    """Bytes `start` … start + nbytes of an aligned run; addresses are those of the run."""
+    """Copy bytes start … start + nbytes of an aligned run; `source` and `target` are the run's addresses."""
     word = tl.arange(0, CHUNK // 4)
     at, inside = start // 4 + word, word < whole(nbytes)
     tl.store(words_at(target) + at, tl.load(words_at(source) + at, mask=inside, other=0), mask=inside)
 
 
+@triton.constexpr_function
+def plane_offset(runs, at, plane):
+    """Byte of a block at which `plane` begins: the planes before it, in the order of the file."""
+    return sum(runs[at + PLANE_BYTES + before * PLANE_FIELDS] for before in range(plane))
+
+
 @triton.jit
 def gather_plane(stage, skip, target, first, count, RUNS: tl.constexpr, AT: tl.constexpr, PLANE: tl.constexpr,
                  STEP: tl.constexpr):  # fmt: skip
-    """A plane's bytes of `count` staged blocks, of which the run's `first` is the first, into the slot at `target`."""
-    BYTES: tl.constexpr = RUNS[AT + 4]
-    SIZE: tl.constexpr = RUNS[AT + 6 + PLANE * 2]
-    FIRST: tl.constexpr = (PLANE > 0) * RUNS[AT + 6] + (PLANE > 1) * RUNS[AT + 8] + (PLANE > 2) * RUNS[AT + 10]
-    WORDS: tl.constexpr = RUNS[AT + 5] * SIZE // 4
-    place = target + first * SIZE + RUNS[AT + 7 + PLANE * 2]
+    """Gather one plane of `count` staged blocks into the slot at `target`; `first` is the first block's index in the
+    run.
+    """
+    BYTES: tl.constexpr = RUNS[AT + BLOCK_BYTES]
+    SIZE: tl.constexpr = RUNS[AT + PLANE_BYTES + PLANE * PLANE_FIELDS]
+    FIRST: tl.constexpr = plane_offset(RUNS, AT, PLANE)
+    WORDS: tl.constexpr = RUNS[AT + CHUNK_BLOCKS] * SIZE // 4
+    to = target + first * SIZE + RUNS[AT + PLANE_START + PLANE * PLANE_FIELDS]
     for start in tl.static_range(0, WORDS, STEP):
         word = start + tl.arange(0, STEP)
         inside = word < tl.minimum(whole(count * SIZE), WORDS)
@@ -98,13 +113,13 @@ def gather_plane(stage, skip, target, first, count, RUNS: tl.constexpr, AT: tl.c
                 at = word * 4 + b
                 spot = stage + skip + at // SIZE * BYTES + FIRST + at % SIZE
                 value |= tl.load(spot, mask=inside, other=0).to(tl.uint32) << (8 * b)
-        tl.store(words_at(place) + word, value.to(tl.uint32), mask=inside)
+        tl.store(words_at(to) + word, value.to(tl.uint32), mask=inside)
 
 
 @triton.jit
 def copy_blocks(source, target, stage, first, count, RUNS: tl.constexpr, AT: tl.constexpr, CHUNK: tl.constexpr):
-    """`count` blocks of a run that is taken apart, from `first` on; `target` is the slot's address."""
-    BYTES: tl.constexpr = RUNS[AT + 4]
+    """Copy `count` blocks from block `first` of a run that is split into planes; `target` is the slot's address."""
+    BYTES: tl.constexpr = RUNS[AT + BLOCK_BYTES]
     address = source + first * BYTES
     skip = (address % 16).to(tl.int32)
     word = tl.arange(0, CHUNK // 4)
@@ -113,33 +128,45 @@ def copy_blocks(source, target, stage, first, count, RUNS: tl.constexpr, AT: tl.
     tl.store(words_at(stage) + word, words)
     tl.debug_barrier()
     for plane in tl.static_range(4):
-        if RUNS[AT + 6 + plane * 2] > 0:
+        if RUNS[AT + PLANE_BYTES + plane * PLANE_FIELDS] > 0:
             gather_plane(stage, skip, target, first, count, RUNS, AT, plane, CHUNK // 16)
 
 
 @triton.jit
 def copy_part(source, target, stage, first, count, RUNS: tl.constexpr, AT: tl.constexpr, CHUNK: tl.constexpr):
-    """`count` blocks, a chunk's at most, from `first` on of the run whose numbers begin at AT: out of the record at
-    address `source` into the slot at `target`."""
-    if RUNS[AT + 8] > 0:
-        copy_blocks(source + RUNS[AT + 2], target, stage, first, count, RUNS, AT, CHUNK)
+    """Copy `count` blocks, at most one chunk, from block `first` of the run at AT: record at `source`, slot at
+    `target`.
+    """
+    if RUNS[AT + PLANE_BYTES + PLANE_FIELDS] > 0:  # a second plane: blocks are taken apart
+        copy_blocks(source + RUNS[AT + SOURCE], target, stage, first, count, RUNS, AT, CHUNK)
     else:
-        at = source.to(tl.pointer_type(tl.uint8)) + RUNS[AT + 2]
-        copy_words(at, target + RUNS[AT + 7], first * RUNS[AT + 4], count * RUNS[AT + 4], CHUNK)
+        at = source.to(tl.pointer_type(tl.uint8)) + RUNS[AT + SOURCE]
+        copy_words(
+            at, target + RUNS[AT + PLANE_START], first * RUNS[AT + BLOCK_BYTES], count * RUNS[AT + BLOCK_BYTES], CHUNK
+        )
 
 
 @triton.jit
 def copy_chunk(source, target, stage, chunk, RUNS: tl.constexpr, AT: tl.constexpr, CHUNK: tl.constexpr):
-    """One chunk, if it is of the run whose numbers begin at AT."""
-    mine = chunk - RUNS[AT]
-    if (mine >= 0) & (mine < RUNS[AT + 1]):
-        first = mine * RUNS[AT + 5]
-        copy_part(source, target, stage, first, tl.minimum(RUNS[AT + 5], RUNS[AT + 3] - first), RUNS, AT, CHUNK)
+    """Copy one chunk if it belongs to the run at AT."""
+    mine = chunk - RUNS[AT + FIRST_CHUNK]
+    if (mine >= 0) & (mine < RUNS[AT + CHUNKS]):
+        first = mine * RUNS[AT + CHUNK_BLOCKS]
+        copy_part(
+            source,
+            target,
+            stage,
+            first,
+            tl.minimum(RUNS[AT + CHUNK_BLOCKS], RUNS[AT + BLOCKS] - first),
+            RUNS,
+            AT,
+            CHUNK,
+        )
 
 
 @triton.jit
 def source_of(sources, records, base, stride, i):
-    """Address of the i-th record on the list."""
+    """Return the address of the i-th record of the list."""
     source = base + tl.load(records + i).to(tl.int64) * stride if sources is None else tl.load(sources + i)
     return tl.multiple_of(source, 16)
 
@@ -149,7 +176,7 @@ def bring(
     mover, movers, sources, records, base, stride, count, slots, scratch, target, target_stride, landed, progress,
     RUNS: tl.constexpr, CHUNK: tl.constexpr, LANDED: tl.constexpr,
 ):  # fmt: skip
-    """Movers take chunks in turn, record by record. RUNS: `described`."""
+    """Copy records, chunk by chunk, in turn with the other movers. RUNS: see `described`."""
     chunks = RUNS[0]
     stage = scratch + mover * CHUNK
     for work in range(mover, tl.load(count).to(tl.int32) * chunks, movers):
@@ -181,9 +208,9 @@ def page_in(
     copies: Copies, target: Tensor, layout: SlotLayout | None = None, *, landed: Tensor | None = None,
     progress: Tensor | None = None, programs: int = PROGRAMS, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """Make `copies` into slots of target [S, stride] uint8; without a layout, as they are, the whole stride.
+    """Execute `copies` into slots of target [S, stride] uint8; without a layout, records are copied as they are.
 
-    `landed` [S] int32: set to 1 once a slot is whole; `progress` [S] int32 is 0 before and after.
+    `landed` [S] int32 is set to 1 once a slot is complete; `progress` [S] int32 is 0 before and after.
     """
     chunk = CHUNK * WARPS
     check(copies, target, programs, chunk)
@@ -195,7 +222,7 @@ def page_in(
 
 
 def check(copies: Copies, target: Tensor, programs: int, chunk: int) -> None:
-    """There is room, and all is aligned."""
+    """Assert that the scratch is large enough and slots are aligned."""
     assert copies.scratch.numel() >= programs * chunk, f"{programs} programs stage {programs * chunk} bytes"
     assert target.stride(1) == 1
     assert target.stride(0) % 16 == 0, f"slots of {target.stride(0)} bytes are no whole number of 16"
@@ -203,7 +230,7 @@ def check(copies: Copies, target: Tensor, programs: int, chunk: int) -> None:
 
 @cache
 def merged(runs: tuple[Run, ...]) -> tuple[Run, ...]:
-    """Aligned neighbours as one run."""
+    """Return the runs with adjacent aligned runs merged."""
     kept: list[Run] = []
     for run in runs:
         last = kept[-1] if kept else None
@@ -217,11 +244,7 @@ def merged(runs: tuple[Run, ...]) -> tuple[Run, ...]:
 
 @cache
 def described(runs: tuple[Run, ...], chunk: int) -> tuple[int, ...]:
-    """Chunks in all, then FIELDS numbers a run: its first chunk, its chunks, the byte of a record where it begins, its
-    blocks, a block's bytes, blocks a chunk, and size in a block and place in a slot of each of four planes.
-
-    One flat tuple, since Triton takes an element out of a constant, but not an element's element.
-    """
+    """Return the constexpr RUNS of a launch: the number of chunks in all, then the FIELDS numbers of every run."""
     numbers, first = [], 0
     for run in runs:
         size, sizes = FORMATS[run.format].bytes, PLANES[run.format]
@@ -235,15 +258,15 @@ def described(runs: tuple[Run, ...], chunk: int) -> tuple[int, ...]:
 
 
 def room_of(run: Run, chunk: int) -> int:
-    """Bytes of a chunk: what is taken apart begins anywhere in 16 of them."""
+    """Return the usable bytes of a chunk: a run that is split into planes may begin anywhere within 16 bytes."""
     return chunk - (16 if len(PLANES[run.format]) > 1 else 0)
 
 
 def step_of(run: Run) -> int:
-    """Of so many blocks every part of a plane is aligned."""
+    """Return the number of blocks whose part of every plane is a multiple of 16 bytes."""
     return 16 // math.gcd(16, *PLANES[run.format])
 
 
 def scratch_for(device: torch.device, nbytes: int = UNDER_WAY) -> Tensor:
-    """Room in which a launch stages what it rearranges."""
+    """Return the scratch in which a launch stages what it rearranges."""
     return torch.empty(nbytes, dtype=torch.uint8, device=device)

@@ -1,4 +1,4 @@
-"""Attention of a prompt's chunk: torch's own kernels, and ours for what they know nothing of, windows and sinks."""
+"""Attention of a prompt's chunk: torch's kernels, and a Triton kernel for windows and sinks, which torch lacks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _prefill(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, WINDOW: tl.constexpr,
     CHUNKED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tokens / M, HEADS): what torch's kernels know nothing of, windows and sinks."""
+    """Grid (tokens / M, HEADS): attention with windows and sinks."""
     head, d = tl.program_id(1), tl.arange(0, WIDE)
     t = tl.program_id(0) * M + tl.arange(0, M)
     here = past + t
@@ -58,10 +58,11 @@ def prefill_attention(
     q: Tensor, keys: Tensor, values: Tensor, start: int, scales: Tensor | None = None, *,
     window: int = 0, chunked: bool = False, sinks: Tensor | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """q [T, heads, D] at places start … over keys, values [kv_heads, room, D] up to their own: [T, heads, D].
+    """Attend from q [T, heads, D] at positions start … over keys, values [kv_heads, room, D]: [T, heads, D].
 
-    No [T, start + T] mask is made on a GPU. int8 keys and values are unpacked first, in q's type. `window`, `chunked`
-    and `sinks` [heads] float32 as in kernels.attention. torch has no flash attention of heads wider than 256.
+    Attention is causal. No [T, start + T] mask is made on a GPU. int8 keys and values are unpacked first, in q's type.
+    `window`, `chunked` and `sinks` [heads] float32 as in kernels.attention. torch has no flash attention for heads
+    wider than 256.
     """
     end = start + len(q)
     k, v = keys[:, :end], values[:, :end]
@@ -80,7 +81,7 @@ def prefill_attention(
 
 
 def flash(q: Tensor) -> bool:
-    """Whether torch has flash attention for q [T, heads, D], whose last row sees the last key."""
+    """Return whether torch has flash attention for q [T, heads, D], whose last row sees the last key."""
     there = q.device.type == "cuda" and torch.backends.cuda.is_flash_attention_available()
     return there and q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0
 
@@ -88,7 +89,7 @@ def flash(q: Tensor) -> bool:
 def seen_through_windows(
     q: Tensor, k: Tensor, v: Tensor, start: int, window: int, chunked: bool, sinks: Tensor | None, scale: float | None
 ) -> Tensor:
-    """The part of `prefill_attention` that is ours."""
+    """Compute `prefill_attention` with the Triton kernel."""
     (tokens, heads, d), out = q.shape, torch.empty_like(q)
     assert q.is_contiguous()
     assert k.stride() == v.stride()

@@ -1,4 +1,4 @@
-"""Which experts a router's logits choose, and their scores: kernels.route, within one program."""
+"""Experts chosen by a router's logits, and their scores, within one program: the twin of kernels.route."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from offmoe.kernels.route import Rule
 
 SCORES = {"softmax": 0, "mixer": 1, "sigmoid": 2, "none": 3}  # up to MIXER exponentials, which are to be summed
 SOFTMAX, MIXER, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-TAKEN = tl.constexpr(-(1 << 31))  # the key of what has its place already, or is no expert
-LAST = tl.constexpr(1 << 30)  # the place of an expert that nobody asks for
+TAKEN = tl.constexpr(-(1 << 31))  # key of an expert that is ranked already, or of padding
+LAST = tl.constexpr(1 << 30)  # rank of an expert that is not chosen
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def judged(
     logits, bias, experts, EP: tl.constexpr, SCORES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
     BEST: tl.constexpr, GP: tl.constexpr,
 ):  # fmt: skip
-    """What experts are ranked by [EP], and their scores [EP]: of a softmax before it is divided by its sum."""
+    """Return the keys that experts are ranked by [EP] and their scores [EP]; a softmax is not divided yet."""
     e = tl.arange(0, EP)
     value = tl.load(logits + e, mask=e < experts, other=-float("inf"), cache_modifier=".cg")
     if SCORES <= MIXER:
@@ -44,7 +44,7 @@ def judged(
 def in_groups(
     order, experts, EP: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr, GP: tl.constexpr,
 ):  # fmt: skip
-    """order [EP], -inf in the groups that are not kept."""
+    """Return `order` [EP] with -inf in the expert groups that are not kept."""
     e = tl.arange(0, EP)
     member = (e // (experts // GROUPS))[None, :] == tl.arange(0, GP)[:, None]
     inside = tl.where(member & (e < experts)[None, :], order[None, :], -float("inf"))
@@ -59,9 +59,9 @@ def in_groups(
 
 @triton.jit
 def ranked(value, experts, k: tl.constexpr, EP: tl.constexpr):
-    """The place of each of value [EP] in falling order, up to k, the lowest of equals first; NaN has one too.
+    """Return the rank of each value [EP] in descending order, up to k; equals by index, NaN is ranked too.
 
-    k short rounds: comparing all with all in one go is so much code, run once, that it costs 22 µs for 256 experts.
+    k short rounds: comparing all pairs at once is so much code, executed once, that it costs 22 µs for 256 experts.
     """
     e = tl.arange(0, EP)
     key = tl.where(e < experts, tl.maximum(ordered(value), TAKEN + 1), TAKEN)
@@ -75,7 +75,7 @@ def ranked(value, experts, k: tl.constexpr, EP: tl.constexpr):
 
 @triton.jit
 def places(ids, EP: tl.constexpr, KP: tl.constexpr):
-    """The place of each expert [EP] among ids [KP], -1 padded."""
+    """Return the position of each expert [EP] in `ids` [KP] (-1 padded), LAST where it is absent."""
     found = ids[:, None] == tl.arange(0, EP)[None, :]
     rank = tl.sum(tl.where(found, tl.arange(0, KP)[:, None] + 1, 0), 0)
     return tl.where(rank > 0, rank - 1, LAST)
@@ -83,7 +83,7 @@ def places(ids, EP: tl.constexpr, KP: tl.constexpr):
 
 @triton.jit
 def enough(score, rank, top_p, K: tl.constexpr, EP: tl.constexpr, SCORES: tl.constexpr):
-    """How many of the first K by rank have scores that sum to top_p: up to the one that reaches it."""
+    """Return how many of the first K by rank have scores that sum to top_p, including the one that reaches it."""
     if SCORES <= MIXER:
         score = score / tl.sum(score, 0)
     count, mass = 1, tl.sum(tl.where(rank == 0, score, 0.0), 0)
@@ -95,7 +95,7 @@ def enough(score, rank, top_p, K: tl.constexpr, EP: tl.constexpr, SCORES: tl.con
 
 @triton.jit
 def mixed(logit, rank, experts, jitter, K: tl.constexpr, EP: tl.constexpr):
-    """Weights of the first K by rank, as kernels.route.mixed has them [EP]."""
+    """Return the weights [EP] of the first K by rank, as kernels.route.mixed computes them."""
     there = tl.arange(0, EP) < experts
     logit = tl.where(there, logit, 1.0)
     weight = tl.zeros((EP,), tl.float32)
@@ -108,6 +108,7 @@ def mixed(logit, rank, experts, jitter, K: tl.constexpr, EP: tl.constexpr):
 
 
 def steps(rule: Rule) -> dict[str, int]:
+    """Return the constexpr arguments for a routing rule."""
     return {"SCORES": SCORES[rule.scores], "VARIES": rule.top_p < 1,
             "GROUPS": rule.groups, "KEPT": rule.kept, "BEST": rule.group_best,
             "GP": triton.next_power_of_2(rule.groups)}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Where a missed record lies in RAM: by the table of rows, or by asking the host through the mailbox."""
+"""Addresses of missed records in RAM: from the table of known rows, or requested from the host through the mailbox."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def request(
     mailbox: int, count: Tensor, records: Tensor, sources: Tensor, row_of: Tensor, base: int, stride: int,
     status: Tensor, seq: Tensor, *, timeout_ns: int = 2_000_000_000,
 ) -> None:  # fmt: skip
-    """sources [k] int64 = addresses of the first `count` [1] of records [k], where status [1] is RUN.
+    """Write into sources [k] int64 the addresses of the first `count` [1] of records [k], while status [1] is RUN.
 
-    Those of rows row_of[record] at `base` where all are known (≥ 0), otherwise those that the host answers at address
-    `mailbox`; meanwhile this spins. Without an answer in time, or with an error, status becomes ABORTED. Where it is
-    not RUN after this, count is 0. `seq` [1] counts requests. Everything else is int32.
+    If all rows row_of[record] are known (≥ 0), the addresses are base + row · stride; otherwise the host answers at
+    address `mailbox`, and the kernel spins meanwhile. Without an answer in time, or with an error, status becomes
+    ABORTED. Where status is not RUN afterwards, count is 0. `seq` [1] counts requests. All other tensors are int32.
     """
     k = records.numel()
     assert sources.numel() >= k, f"sources {sources.numel()} ≥ records {k}"

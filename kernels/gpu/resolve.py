@@ -1,16 +1,16 @@
-"""Residency on the device: which slots a layer's records lie in, who leaves for those that lie in none.
+"""Residency on the GPU: which slots hold a layer's records, and which records are evicted for the missing ones.
 
-The choices are those of cache.residency.Residency, bit for bit: a score is a fraction of two whole numbers (a float32
-orders as its bits, see `ordered`), fractions are compared by cross-multiplication, ties go to the lowest slot.
+The choices are those of cache.residency.Residency, bit for bit: a score is a fraction of two integers (a float32 is
+ordered by its bits, see `ordered`), fractions are compared by cross-multiplication, ties go to the lowest slot.
 
-Scanning a pool is done beside the critical path: `candidates` lists the slots that would leave first. What the table
-says of all experts of the layer is read while the router multiplies (`look`); once it is known who is asked for,
-`resolve` reads nothing more: it works on vectors over the experts, in whose order records ascend.
+Pools are scanned off the critical path: `candidates` lists the slots that would be evicted first. `look` reads the
+table's state of all experts of the layer while the router multiplies; `resolve` then reads nothing more. It works on
+vectors over the experts, in whose order records ascend.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,7 +29,7 @@ PART = 1024  # slots of a pool that one program ranks, where several share a poo
 
 @triton.jit
 def lower(n0, d0, s0, n1, d1, s1):
-    """Of two slots the one that leaves first: the smaller fraction, then the smaller slot."""
+    """Return the slot that is evicted first of two: the one of smaller fraction n / d, then of smaller slot s."""
     left, right = n0 * d1, n1 * d0
     first = (left < right) | ((left == right) & (s0 < s1))
     return tl.where(first, n0, n1), tl.where(first, d0, d1), tl.where(first, s0, s1)
@@ -37,7 +37,7 @@ def lower(n0, d0, s0, n1, d1, s1):
 
 @triton.jit
 def ordered(value):
-    """int32 that orders as float32 `value` does; -0 is 0, and NaN has a place too."""
+    """Return int32 keys ordered as the float32 `value`; -0 equals 0, and NaN has a defined position."""
     bits = (value + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -47,7 +47,7 @@ def list_first(
     slot, inside, owner, arriving, a, b, decay, decays, clock, foretold, out,
     C: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr, WORTH: tl.constexpr,
 ):  # fmt: skip
-    """Of slots [BLOCK] the C that leave first, in that order, into out [C]; -1 where there are no more."""
+    """Write the first C slots to evict out of `slot` [BLOCK] into out [C], in order; -1 pads the list."""
     record = tl.load(owner + slot, mask=inside, other=-1)
     owned = inside & (record >= 0)
     stays = tl.load(arriving + slot, mask=inside, other=1) != 0
@@ -67,21 +67,21 @@ def list_first(
         number = ordered(tl.where(owned, worth, 0.0).to(tl.float32))
     number = tl.where(owned, number.to(tl.int64), FREE)
     number = tl.where(stays, NEVER, number)
-    place = tl.where(inside, slot, 0).to(tl.int64)
+    position = tl.where(inside, slot, 0).to(tl.int64)
     if KIND == LFRU:
         age = tl.where(stays, 1, age.to(tl.int64) + 1)
         for c in range(C):
-            n, _, first = tl.reduce((number, age, place), 0, lower)
+            n, _, first = tl.reduce((number, age, position), 0, lower)
             tl.store(out + c, tl.where(n < NEVER, first, -1).to(tl.int32))
-            number = tl.where(place == first, NEVER, number)
-            age = tl.where(place == first, 1, age)
+            number = tl.where(position == first, NEVER, number)
+            age = tl.where(position == first, 1, age)
     else:
         end: tl.constexpr = NEVER << 20
-        key = number << 20 | place
+        key = number << 20 | position
         for c in range(C):
             first = tl.min(key, 0)
             tl.store(out + c, tl.where(first < end, first & 0xFFFFF, -1).to(tl.int32))
-            key = tl.where(key == first, end | place, key)
+            key = tl.where(key == first, end | position, key)
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def _candidates(
     owner, arriving, a, b, decay, decays, clock, foretold, out, scratch, capacity, parts,
     C: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr, KIND: tl.constexpr, WORTH: tl.constexpr,
 ):  # fmt: skip
-    """Grid (pools, parts): each lists its part; the last to finish ranks what all listed (then there is one pool)."""
+    """Grid (pools, parts): each program lists its part; with several parts, the last to finish merges the lists."""
     pool, part = tl.program_id(0), tl.program_id(1)
     i = part * BLOCK + tl.arange(0, BLOCK)
     target = out + pool * C
@@ -111,10 +111,10 @@ def candidates(
     owner: Tensor, arriving: Tensor, a: Tensor, b: Tensor, decay: Tensor, clock: Tensor, out: Tensor,
     *, kind: str, scratch: Tensor | None = None, foretold: Tensor | None = None, worth: Any = None,
 ) -> None:  # fmt: skip
-    """out [pools, C] int32: of every pool of owner's slots, those that would leave first at token clock[0].
+    """Write into out [pools, C] int32 the slots of every pool that would be evicted first at token clock[0].
 
-    `scratch` int32 of scratch_size(), zero before the first launch: several programs share a large pool. `foretold`
-    [records] float32: what kind echo adds to a score; `worth`: kind formula's function.
+    `scratch` int32 [scratch_size()], zero before the first launch, lets several programs share a large pool. `foretold`
+    [records] float32 is added to the score by policy echo; `worth` is the scoring function of a formula policy.
     """
     pools, count = out.shape
     capacity = owner.numel() // pools
@@ -129,8 +129,24 @@ def candidates(
 
 
 def scratch_size(slots: int, count: int) -> int:
-    """int32 words that `candidates` needs to share a pool of so many slots: a ticket, and a list from every part."""
+    """Return the int32 words of `candidates`' scratch for a pool of `slots`: a ticket, and a list per part."""
     return 1 + triton.cdiv(slots, PART) * count
+
+
+class Seen(NamedTuple):
+    """Result of `look`: vectors over the layer's experts [EP], the candidates [CP] and the fetched slots [KP]."""
+
+    slot: Any  # [EP] of the expert, -1: absent
+    state: Any  # [EP] 0 absent, 1 resident, 2 resident by an unused prefetch, 3 arriving
+    value: Any  # [EP] the policy's value after a use
+    candidate: Any  # [CP] slot, -1: cannot be evicted
+    old: Any  # [CP] record in the candidate's slot, -1: free
+    unused: Any  # [CP] 1 where that record was prefetched and has not been used
+    fetched: Any  # [KP] slots prefetched for this event, -1 padded
+    now: Any  # the token
+    event: Any  # the number of this event
+    counts: Any  # [COUNTED] the step's counters
+    running: Any  # whether status is RUN
 
 
 @triton.jit
@@ -140,12 +156,7 @@ def look(
     EP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, USE: tl.constexpr,
     PREFETCHED: tl.constexpr,
 ):  # fmt: skip
-    """Everything that the event will need of the table, before it is known who is asked for.
-
-    Of the layer's experts [EP]: slot, state and the policy's value after a use; of the candidates [CP]: slot (-1: not
-    to be had), owner, whether it was prefetched and is unused yet; the slots [KP] fetched for this event (-1: no more);
-    clock, event, counters, status. State: 0 absent, 1 there, 2 there by prefetch and unused so far, 3 on its way.
-    """
+    """Read all that an event needs of the table, before the router has chosen."""
     e, c, w = tl.arange(0, EP), tl.arange(0, CP), tl.arange(0, COUNTED)
     there = e < experts
     slot = tl.load(slot_of + first_record + e, mask=there, other=-1)
@@ -178,7 +189,7 @@ def look(
         value = value * 0 + event
     else:
         value += 1
-    return slot, state, value, candidate, old, unused, fetched, now, event, counts, running
+    return Seen(slot, state, value, candidate, old, unused, fetched, now, event, counts, running)
 
 
 @triton.jit
@@ -188,41 +199,41 @@ def resolve(
     EP: tl.constexpr, CP: tl.constexpr, KP: tl.constexpr, KIND: tl.constexpr, PREFETCHED: tl.constexpr,
     VARIES: tl.constexpr,
 ):  # fmt: skip
-    """One event. `seen` is what `look` saw; rank [EP]: an expert's place among the `chosen` ≤ k asked for, or more:
-    none. VARIES: places from `chosen` on have slot, hit and id -1.
+    """Resolve one event from what `look` has `seen`; rank [EP] is an expert's rank among the `chosen` ≤ k, else ≥
+    chosen.
 
-    All are classified before any is admitted. Misses by ascending record take the candidates in turn that nobody asks
-    for. Outputs are in the router's order, the miss list by ascending record.
+    VARIES: ranks from `chosen` to k get slot, hit and id -1. All experts are classified before any is admitted. Misses,
+    by ascending record, take the candidates in order, skipping those that this event asks for. Outputs are in the
+    router's order, the miss list is by ascending record.
     """
-    slot, state, value, candidate, old, unused, fetched, now, event, counts, running = seen
     e, c = tl.arange(0, EP), tl.arange(0, CP)
     record = first_record + e
     asked = rank < chosen
-    touched = asked & running
-    missed = touched & (state == 0)
-    here = asked & ((state == 1) | (state == 2))
+    touched = asked & seen.running
+    missed = touched & (seen.state == 0)
+    here = asked & ((seen.state == 1) | (seen.state == 2))
     # Four counts of at most 16 in one sum, a byte each.
-    word = here.to(tl.int32) | missed.to(tl.int32) << 8 | (state == 2).to(tl.int32) << 16
-    total = tl.sum(tl.where(touched, word | (state == 3).to(tl.int32) << 24, 0), 0)
+    word = here.to(tl.int32) | missed.to(tl.int32) << 8 | (seen.state == 2).to(tl.int32) << 16
+    total = tl.sum(tl.where(touched, word | (seen.state == 3).to(tl.int32) << 24, 0), 0)
     misses = total >> 8 & 255
     miss_rank = tl.cumsum(missed.to(tl.int32), 0) - 1
-    needed = tl.sum(((candidate[None, :] == slot[:, None]) & asked[:, None]).to(tl.int32), 0) > 0
-    usable = (candidate >= 0) & ~needed
+    needed = tl.sum(((seen.candidate[None, :] == seen.slot[:, None]) & asked[:, None]).to(tl.int32), 0) > 0
+    usable = (seen.candidate >= 0) & ~needed
     before = tl.sum((usable[:, None] & (c[:, None] < c[None, :])).to(tl.int32), 0)
     leaves = usable & (before < misses)
     match = leaves[:, None] & (before[:, None] == miss_rank[None, :])
-    new = tl.where(missed, tl.sum(tl.where(match, candidate[:, None], 0), 0), slot)
+    new = tl.where(missed, tl.sum(tl.where(match, seen.candidate[:, None], 0), 0), seen.slot)
 
-    tl.store(slot_of + old, old * 0 - 1, mask=leaves & (old >= 0))
-    tl.store(fresh + candidate, old * 0, mask=leaves)
+    tl.store(slot_of + seen.old, seen.old * 0 - 1, mask=leaves & (seen.old >= 0))
+    tl.store(fresh + seen.candidate, seen.old * 0, mask=leaves)
     tl.store(owner + new, record, mask=missed)
     tl.store(slot_of + record, new, mask=missed)
-    tl.store(a + record, value, mask=touched)
+    tl.store(a + record, seen.value, mask=touched)
     if KIND >= LFRU:
-        tl.store(b + record, record * 0 + now, mask=touched)
-    tl.store(fresh + slot, slot * 0, mask=touched & (state >= 2))
-    if PREFETCHED:  # from now on what was fetched for this event is like any other
-        tl.store(arriving + fetched, fetched * 0, mask=(fetched >= 0) & running)
+        tl.store(b + record, record * 0 + seen.now, mask=touched)
+    tl.store(fresh + seen.slot, seen.slot * 0, mask=touched & (seen.state >= 2))
+    if PREFETCHED:  # what was prefetched for this event is resident from now on
+        tl.store(arriving + seen.fetched, seen.fetched * 0, mask=(seen.fetched >= 0) & seen.running)
     tl.store(slots + rank, tl.maximum(new, 0), mask=asked)
     tl.store(hit + rank, here.to(tl.int32), mask=asked)
     if VARIES:
@@ -230,15 +241,16 @@ def resolve(
         empty = (j >= chosen) & (j < k)
         tl.store(slots + j, j * 0 - 1, mask=empty)
         tl.store(hit + j, j * 0 - 1, mask=empty)
-        tl.store(log + layer * k + j, j * 0 - 1, mask=empty & running)
+        tl.store(log + layer * k + j, j * 0 - 1, mask=empty & seen.running)
     tl.store(miss_count, misses)
     tl.store(miss_records + miss_rank, record, mask=missed)
     tl.store(miss_slots + miss_rank, new, mask=missed)
     tl.store(log + layer * k + rank, e, mask=touched)
-    if running:
-        tl.store(clock + 1, event)
+    if seen.running:
+        tl.store(clock + 1, seen.event)
         w = tl.arange(0, COUNTED)
-        wasted = tl.sum(tl.where(leaves & (old >= 0), unused, 0), 0)
+        wasted = tl.sum(tl.where(leaves & (seen.old >= 0), seen.unused, 0), 0)
+        counts = seen.counts
         counts += tl.where(w == HITS, total & 255, 0) + tl.where(w == COVERED, total >> 16 & 255, 0)
         counts += tl.where(w == LATE, total >> 24, 0) + tl.where(w == MISSES, misses, 0)
         counts += tl.where(w == WASTED, wasted, 0) + tl.where(w == UPLOADED, misses * units, 0)
@@ -247,7 +259,7 @@ def resolve(
 
 @triton.jit
 def pick(candidate, held, present, arriving, wanted, rank, CP: tl.constexpr):
-    """For each wanted [K] the rank-th candidate [CP] that is neither held [H] (where present) nor arriving."""
+    """Return for each wanted [K] the rank-th candidate [CP] that is neither held [H] (where present) nor arriving."""
     there = candidate >= 0
     taken = tl.sum(((candidate[:, None] == held[None, :]) & present[None, :]).to(tl.int32), 1) > 0
     usable = there & ~taken & (tl.load(arriving + candidate, mask=there, other=1) == 0)
@@ -263,10 +275,10 @@ def prefetch(
     fetch_count, fetch_records, fetch_slots, counters, most, units,
     KP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """Of predicted ids [KP], those that are `likely` and absent, at most `most`, take slots and are on their way.
+    """Admit those of the predicted ids [KP] that are `likely` and absent, at most `most`; list them to be fetched.
 
-    Neither what the prediction itself names nor `held` [held_count] leaves for them. They stay at least until the
-    event of their layer: `arriving` falls there, landed or not.
+    Neither the records that the prediction names nor the slots `held` [held_count] are evicted for them. They stay at
+    least until the event of their layer, which clears `arriving`, landed or not.
     """
     record = first_record + ids
     running = tl.load(status) == 0
@@ -313,7 +325,7 @@ def _evaluate(value, age, uses, out, n, BLOCK: tl.constexpr, USE: tl.constexpr, 
 
 
 def evaluate(value: Tensor, age: Tensor, uses: Tensor, *, use: Any, worth: Any) -> Tensor:
-    """[2, n] float32 of float32 [n]: the value after so many uses, and what it is worth before them."""
+    """Return [2, n] float32: a formula's value after `uses` [n], and its worth before, for `value` and `age` [n]."""
     n = value.numel()
     out = torch.empty((2, n), device=value.device)
     _evaluate[(1,)](

@@ -1,8 +1,8 @@
-"""Norm, router, top-k and residency in one launch; and the same a few layers ahead, to predict.
+"""RMS norm, router, top-k and residency in one launch; and the same some layers ahead, to predict.
 
-A few programs each make some of the router's logits; the last to finish has them all and decides. It stands between
-attention and the experts of every layer, so whatever can be read early is: weights before the kernel before this one
-has ended, the table before the logits are there.
+Each of up to PROGRAMS programs computes some of the router's logits; the last to finish reads all of them and decides.
+The launch is on the critical path between attention and the experts of every layer, so it reads early what it can:
+weights before the preceding kernel has ended, the table before the logits are complete.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ def router_logits(
     x, weight, gain, shift, offset, logits, normed, raw, eps, rows, H: tl.constexpr, WIDE: tl.constexpr,
     EACH: tl.constexpr, APART: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
-    """Of the program's rows, weight [EACH, WIDE]; the first leaves the normed x behind, and x as it was. APART: the
-    gain is the experts' alone."""
+    """Store the logits of the program's rows, whose weights are [EACH, WIDE]; program 0 stores the normed x and raw x.
+
+    APART: the gain applies to the experts' input only, not to the router's.
+    """
     i = tl.arange(0, WIDE)
     inside = i < H
     value = tl.load(x + i, mask=inside, other=0.0)
@@ -58,7 +60,7 @@ def router_logits(
 
 @triton.jit
 def router_weights(router, norm, rows, H: tl.constexpr, WIDE: tl.constexpr, EACH: tl.constexpr):
-    """The program's rows [EACH, WIDE], and the norm's weights [WIDE]."""
+    """Load the program's rows of the router [EACH, WIDE] and the norm's weights [WIDE]."""
     i = tl.arange(0, WIDE)
     row = tl.program_id(0) * EACH + tl.arange(0, EACH)
     there = (row < rows)[:, None] & (i < H)[None, :]
@@ -68,7 +70,7 @@ def router_weights(router, norm, rows, H: tl.constexpr, WIDE: tl.constexpr, EACH
 
 @triton.jit
 def last_arriver(ticket):
-    """True in the program that finishes last; the ticket is 0 again."""
+    """Return True in the program that finishes last, and reset the ticket to 0."""
     tl.debug_barrier()  # all threads' stores come before the ticket
     last = tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
     if last:
@@ -206,18 +208,20 @@ def route(
     shift: Tensor | None = None, offset: Tensor | None = None, factors: Tensor | None = None, apart: bool = False,
     pdl: bool = False,
 ) -> None:  # fmt: skip
-    """x [H] float32 → normed [H], ids, weights (float32), slots, hit [k], and the missing records with their slots.
+    """Norm x [H] float32 and route it: write normed [H], ids, weights (float32), slots, hit [k], and the list of
+    misses.
 
-    router [E, H] in a float type, with one row more for a gated shared expert: the sigmoid of its logit becomes
-    weights [k], and `logits` is as long as the router. `bias` [E] float32: of rule.biased. `shift` [H] float32: the
-    norm is a LayerNorm with this bias. `factors` [E] float32: of rule.scaled. `apart`: the norm's weights are for the
-    experts alone, the router takes x normed without. `offset`, as long as the router, float32: added to the logits.
-    hit: 1
-    where the record can be read at once; those that are missing must be paged in and those that are late waited for.
-    `forced` [steps, layers, k] int16: ids to take in place of the router's (of a top-p -1: none), the
-    row by `step` [1], which counts from 1. `fetched`: count [1] and slots of what `predict` fetched for this layer.
-    `raw` [H]: x as it is. `units`: a record's bytes ÷ 16, for the counters. While status [1] is not 0 the table stays
-    as it is, and nothing is missing.
+    router [E, H] in a float type; for a gated shared expert it has one more row, whose logit's sigmoid becomes
+    weights[k]. `logits` is as long as the router. `bias` [E] float32 for rule.biased, `factors` [E] float32 for
+    rule.scaled. `shift` [H] float32: the norm is a LayerNorm with this bias. `apart`: the norm's weights are for the
+    experts only, the router takes x normed without them. `offset` float32, as long as the router, is added to the
+    logits.
+
+    hit is 1 where the record can be read at once; missing records must be paged in, late ones waited for. `forced`
+    [steps, layers, k] int16 replaces the router's ids (-1, with top-p: none); its row is chosen by `step` [1], which
+    counts from 1. `fetched`: count [1] and slots of what `predict` fetched for this layer. `raw` [H] receives x.
+    `units`: a record's bytes / 16, for the counters. While status [1] is not 0 the table does not change and nothing is
+    missing.
     """
     experts = table.slot_of.numel() // layers
     assert router.is_contiguous()
@@ -247,11 +251,11 @@ def predict(
     units: int = 0, emulated: Tensor | None = None, bias: Tensor | None = None, shift: Tensor | None = None,
     offset: Tensor | None = None, apart: bool = False, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """Gate-ahead: the norm and router of `layer` on the residual stream of an earlier one.
+    """Predict the experts of `layer` by its norm and router on the residual stream of an earlier layer (gate-ahead).
 
-    Those of its top-k with a score (a probability, of a softmax) of at least `least` that lie in no slot take
-    slots, at most `most`, and are to be fetched. `held` [n] int32 slots do not leave for them. `emulated` [steps,
-    layers, m] int16, −1 padded: what is predicted instead.
+    Of its top-k, records with a score (a probability for a softmax) of at least `least` that are absent are admitted,
+    at most `most`, and listed to be fetched. The slots `held` [n] int32 are not evicted for them. `emulated` [steps,
+    layers, m] int16, -1 padded, replaces the prediction.
     """
     experts = table.slot_of.numel() // layers
     m = 1 if emulated is None else emulated.shape[2]
@@ -268,11 +272,14 @@ def predict(
 
 
 def each(experts: int) -> int:
-    """Experts a program: a hundred programs, so that every one reads little; the interpreter pays for each of them."""
+    """Return the experts per program: about a hundred programs on a GPU, so that each reads little; 2 in the
+    interpreter.
+    """
     return max(1, triton.next_power_of_2(experts) // (PROGRAMS if isinstance(_route, triton.JITFunction) else 2))
 
 
 def sizes(router: Tensor, experts: int) -> dict[str, int]:
+    """Return the launch's sizes for a router [E, H]."""
     h = router.shape[1]
     wide = triton.next_power_of_2(h)
     warps = 8 if wide * each(experts) > 4096 else 4

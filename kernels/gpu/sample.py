@@ -1,8 +1,8 @@
-"""The next token on the device: what offmoe.kernels.sample does, with parameters that live there too.
+"""Sampling of the next token on the GPU: the twin of kernels.sample, with its parameters in GPU memory too.
 
-greedy and topk are one launch: every program keeps the best of its block as keys, whose order is that of the scores
-and among equals of the ids; the last one joins them. full is a chain of torch's own kernels around a sort, about
-twenty nodes. Random numbers belong to (seed, step, id), so they depend on nothing else (`uniforms`).
+greedy and topk are one launch: every program keeps the best of its block as keys, which are ordered by score and then
+by id; the last program joins them. full is a chain of torch's kernels around a sort, about twenty nodes. Random numbers
+depend only on (seed, step, id): see `uniforms`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _NAN = tl.constexpr(0x7FFFFFFF)  # above the bits of infinity
 
 
 @triton.jit
-def tempered(logits, seen, params, ids, inside):
-    """Scores of `ids`: penalty, then temperature; float32. TEMPERATURE … are the order of `params`.
+def scores_of(logits, seen, params, ids, inside):
+    """Return the scores of `ids` after penalty and temperature; float32. TEMPERATURE … give the order of `params`.
 
     Parameters are loaded as tiles: the interpreter makes a float of a scalar's comparison.
     """
@@ -41,7 +41,7 @@ def tempered(logits, seen, params, ids, inside):
 
 @triton.jit
 def as_keys(x, ids, inside):
-    """int64: the score's order in the high word (NaN above all), the smaller id first in the low one."""
+    """Return int64 keys: the score's order in the high word (NaN above all), the smaller id first in the low word."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
     order = tl.where(x != x, _NAN, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
     return tl.where(inside, (order.to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64), _NOTHING)
@@ -49,7 +49,7 @@ def as_keys(x, ids, inside):
 
 @triton.jit
 def from_keys(keys):
-    """Scores and ids."""
+    """Return the scores and ids of keys."""
     order = (keys >> 32).to(tl.int32)
     bits = tl.where(order < 0, order ^ 0x7FFFFFFF, order)
     return bits.to(tl.float32, bitcast=True), 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
@@ -57,7 +57,7 @@ def from_keys(keys):
 
 @triton.jit
 def uniform(seed, step, ids):
-    """In (0, 1), for each id; offmoe.kernels.sample.uniforms is the twin."""
+    """Return a random number in (0, 1) for each id, as offmoe.kernels.sample.uniforms."""
     zero = (ids * 0).to(tl.uint32)
     word, _, _, _ = tl.philox(seed, ids.to(tl.uint32), zero + step.to(tl.uint32), zero, zero)
     return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
@@ -65,7 +65,7 @@ def uniform(seed, step, ids):
 
 @triton.jit
 def draw(keys, knobs, seed, step, KEEP: tl.constexpr):
-    """One of `keys` [KEEP], largest first: top-k, top-p, min-p, then argmax of p / Exp(1)."""
+    """Draw one of `keys` [KEEP], largest first: top-k, top-p, min-p, then argmax of p / Exp(1)."""
     rank = tl.arange(0, KEEP)
     temperature, top_k = tl.load(knobs + rank * 0), tl.load(knobs + 1 + rank * 0).to(tl.int32)
     top_p, min_p = tl.load(knobs + 2 + rank * 0), tl.load(knobs + 3 + rank * 0)
@@ -85,14 +85,14 @@ def _sample(
     logits, knobs, seed, step, seen, status, best, ticket, out, vocab,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of the vocabulary, at most BLOCKS. KEEP: keys that a block may win, 1 is greedy."""
+    """Grid: blocks of the vocabulary, at most BLOCKS. KEEP: keys that a block contributes; 1 is greedy."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     block, blocks = tl.program_id(0), tl.num_programs(0)
     ids = block * BLOCK + tl.arange(0, BLOCK)
     inside = ids < vocab
-    keys = as_keys(tempered(logits, seen, knobs, ids, inside), ids, inside)
+    keys = as_keys(scores_of(logits, seen, knobs, ids, inside), ids, inside)
     kept = tl.arange(0, KEEP)
     if KEEP == 1:
         tl.store(best + block, tl.max(keys, 0))
@@ -116,19 +116,19 @@ def _sample(
 
 @triton.jit
 def _scores(logits, knobs, seed, step, seen, scores, noise, vocab, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Tempered scores and Exp(1) of every id."""
+    """Store the scores and the Exp(1) noise of every id."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     ids = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = ids < vocab
-    tl.store(scores + ids, tempered(logits, seen, knobs, ids, inside), mask=inside)
+    tl.store(scores + ids, scores_of(logits, seen, knobs, ids, inside), mask=inside)
     tl.store(noise + ids, -tl.log(uniform(tl.load(seed), tl.load(step), ids)), mask=inside)
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """What the sampler needs beside its arguments; `ticket` is 0 between launches."""
+    """Buffers of the sampler; `ticket` is 0 between launches."""
 
     best: Tensor  # [blocks · MOST] int64
     ticket: Tensor  # [1] int32
@@ -148,14 +148,14 @@ class Scratch:
 
 
 def variant(temperature: float, top_k: int) -> str:
-    """What has to be captured for these parameters; all others may change between replays."""
+    """Return the sampling variant to capture for these parameters; other parameters may change between replays."""
     return GREEDY if temperature < COLD else TOPK if 1 <= top_k <= MOST else FULL
 
 
 def params_of(
     temperature: float, top_k: int, top_p: float, min_p: float, repeat_penalty: float, device: torch.device
 ) -> Tensor:
-    """The parameters [5] float32 as `sample_step` reads them."""
+    """Return the parameters [5] float32 in the order that `sample_step` reads them."""
     return torch.tensor([temperature, top_k, top_p, min_p, repeat_penalty], dtype=torch.float32, device=device)
 
 
@@ -163,10 +163,10 @@ def sample_step(
     logits: Tensor, params: Tensor, seed: Tensor, step: Tensor, seen: Tensor, status: Tensor, out: Tensor,
     scratch: Scratch, *, variant: str, pdl: bool = False, block: int = BLOCK,
 ) -> None:  # fmt: skip
-    """logits [V] float32 → out [1]: an id, or -1 where a logit is NaN.
+    """Sample from logits [V] float32 into out [1]: an id, or -1 where a logit is NaN.
 
-    params [5] of `params_of`; seed [1] int64 and step [1] key the random numbers; seen [V] uint8 is 1 for the ids
-    that the penalty weakens, and becomes 1 for the chosen one while status [1] is 0.
+    params [5] from `params_of`; seed [1] int64 and step [1] key the random numbers; seen [V] uint8 is 1 for the ids
+    that the penalty weakens, and becomes 1 for the chosen id while status [1] is 0.
     """
     vocab = logits.numel()
     blocks = triton.cdiv(vocab, block)
@@ -186,9 +186,9 @@ def sample_step(
 
 
 def sample_sorted(params: Tensor, seen: Tensor, status: Tensor, out: Tensor, scratch: Scratch) -> None:
-    """From scores and noise, any parameters. Allocates: in a graph that is the graph's own memory.
+    """Sample from scores and noise with any parameters. Allocations are in the graph's own memory pool.
 
-    Every index is a tensor of one dimension: torch would read one of none on the host.
+    Every index is a tensor of one dimension: torch would read a tensor of none on the host.
     """
     temperature, top_k, top_p, min_p, _ = params.split(1)
     scores, ids = scratch.scores.sort(descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""One token's norms around the parts of a layer, each a program of its own: all vectors are striped."""
+"""One token's norms around the parts of a layer (sandwich norms), one program per launch: all vectors are striped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from offmoe.kernels.sandwich import Sandwich
 
 @triton.jit
 def normed(x, gain, eps, H: tl.constexpr):
-    """x [WIDE], 0 from H on."""
+    """Return the RMS-normed x [WIDE] times `gain`; x is 0 from H on."""
     return x * tl.rsqrt(tl.sum(x * x, 0) / H + eps) * gain
 
 
@@ -62,8 +62,10 @@ def attended(
     x: Tensor, given: Tensor, s: Sandwich, eps: float, shared_expert_in: Tensor, shared_expert: Tensor, routed: Tensor,
     pdl: bool = False,
 ) -> None:  # fmt: skip
-    """x [H] += what attention gave, normed; `beside_in` [H]: what the part for every token takes in. `given`, `beside`
-    and `routed` [H], to which products add, become 0."""
+    """Add the normed attention output `given` to x [H]; norm x into `shared_expert_in` [H].
+
+    `given`, `shared_expert` and `routed` [H], to which products add, become 0.
+    """
     h = x.numel()
     _attended[(1,)](
         x,
@@ -80,12 +82,13 @@ def attended(
 
 
 def fed(x: Tensor, shared_expert: Tensor, routed: Tensor, s: Sandwich, eps: float, pdl: bool = False) -> None:
-    """x [H] as kernels.sandwich.fed has it."""
+    """Update x [H] as kernels.sandwich.fed does."""
     _fed[(1,)](
         x, shared_expert, routed, s.shared_expert, s.routed, s.both, s.scale, eps, **sizes(x.numel()), **dependent(pdl)
     )  # fmt: skip
 
 
 def sizes(h: int) -> dict[str, Any]:
+    """Return the launch's sizes for vectors of h values."""
     wide = triton.next_power_of_2(h)
     return {"H": h, "WIDE": wide, "num_warps": min(16, max(1, wide // 256))}

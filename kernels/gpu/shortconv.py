@@ -1,7 +1,7 @@
-"""Gated short convolutions (see kernels.shortconv): a token in one launch between a layer's two products, or a prompt.
+"""Gated short convolutions (kernels.shortconv): one token in one launch between two projections, or a prompt.
 
-The newest inputs and the weights were written by earlier graph launches or never: they come while the kernel before
-this one still runs. The inputs lie in a ring by position, so nobody reads where the present one goes.
+The newest inputs and the weights were written by earlier graph launches or never change, so they are loaded while the
+preceding kernel still runs. The inputs are kept in a ring by position, so no load touches the row of the present one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.gpu.launch import dependent
-from offmoe.kernels.gpu.striped import place
+from offmoe.kernels.gpu.striped import striped_index
 from offmoe.kernels.shortconv import ConvWeights, newest
 
 ROWS = 16  # tokens of a program
@@ -21,7 +21,7 @@ WIDE = 128  # channels of one
 
 @triton.jit
 def past(recent, conv, c, inside, here, TAPS: tl.constexpr, C: tl.constexpr):
-    """Of channels c: the earlier taps, multiplied and summed, and the present one's weight."""
+    """Return the weighted sum of the earlier taps of channels c, and the present tap's weight."""
     total = tl.zeros(c.shape, tl.float32)
     for i in tl.static_range(TAPS - 1):
         row = (here + i + 1) % TAPS  # of position here - (TAPS - 1 - i)
@@ -46,7 +46,7 @@ def _conv_step(
         tl.extra.cuda.gdc_wait()
     x = tl.load(projected + c, mask=inside, other=0.0) * tl.load(projected + 2 * C + c, mask=inside, other=0.0)
     behind = tl.load(projected + C + c, mask=inside, other=0.0)
-    tl.store(out + place(c, C), behind * (total + x * weight), mask=inside)
+    tl.store(out + striped_index(c, C), behind * (total + x * weight), mask=inside)
     lives = (state == 0) & (here < ctx)  # a step behind the end of an answer leaves everything as it is
     tl.store(recent + here % TAPS * C + c, x, mask=inside & lives)
 
@@ -55,10 +55,10 @@ def conv_step(
     projected: Tensor, w: ConvWeights, recent: Tensor, position: Tensor, status: Tensor, out: Tensor, *,
     ctx: int, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """The token at `position` [1]: projected [3 channels] float32 → out [channels] float32, striped.
+    """Mix the token at `position` [1]: projected [3 channels] float32 → out [channels] float32, striped.
 
-    recent [taps, channels] goes on in place, as in kernels.shortconv.conv_mix; not where status [1] is other than 0 or
-    the position is `ctx`.
+    recent [taps, channels] is updated in place, as in kernels.shortconv.conv_mix, unless status [1] is not 0 or the
+    position is `ctx`.
     """
     c, taps = w.shape.channels, w.shape.taps
     assert projected.numel() == 3 * c
@@ -96,7 +96,7 @@ def _conv_chunk(
 
 
 def conv_chunk(projected: Tensor, w: ConvWeights, recent: Tensor, start: int) -> Tensor:
-    """The twin of kernels.shortconv.conv_mix: [T, channels] in the type of `projected` [T, 3 channels]."""
+    """Mix a prompt's tokens: [T, channels] in the type of `projected` [T, 3 channels]; see kernels.shortconv.conv_mix."""
     (taps, c), tokens = w.conv.shape, len(projected)
     assert projected.stride(1) == 1
     assert recent.is_contiguous()

@@ -1,4 +1,4 @@
-"""Where activations stand (kernels.striped), and how a lane reads its own."""
+"""Positions of activations in the striped order (kernels.striped), and how a thread loads its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def lane_of(i, K: tl.constexpr):
-    """Where value i, a multiple of 16, of an activation of K values stands; the compiler sees a multiple of 4."""
+    """Return the striped position of value i, a multiple of 16, of K values; the compiler sees a multiple of 4."""
     if K % 64 == 0:
         return (i % 64 // 4 * (K // 64) + i // 64) * 4
     else:
@@ -16,8 +16,8 @@ def lane_of(i, K: tl.constexpr):
 
 
 @triton.jit
-def place(i, K: tl.constexpr):
-    """Where any value stands: see kernels.striped."""
+def striped_index(i, K: tl.constexpr):
+    """Return the striped position of value i of K values (kernels.striped)."""
     if K % 64 == 0:
         return lane_of(i // 16 * 16, K) + i % 4 * (K // 16) + i % 16 // 4
     else:
@@ -26,7 +26,7 @@ def place(i, K: tl.constexpr):
 
 @triton.jit
 def load_x(x, norm, base, at, mask, NORM: tl.constexpr):
-    """What stands at `at` of the vector at `base` of x, 0 where it is masked; times the norm's weight."""
+    """Load the values at base + at of x, 0 where masked; with NORM times the norm's weights at `at`."""
     value = tl.load(x + base + at, mask=mask, other=0.0)
     if NORM:
         value = value * tl.load(norm + at, mask=mask, other=0.0)
@@ -35,7 +35,7 @@ def load_x(x, norm, base, at, mask, NORM: tl.constexpr):
 
 @triton.jit
 def load_4(x, norm, base, lane, FROM: tl.constexpr, w, mask, K: tl.constexpr, NORM: tl.constexpr):
-    """Of the sixteen that begin FROM values behind the one at `lane`, the four neighbours in each word w."""
+    """Load the 4 consecutive activations of word w, out of the 16 that start FROM values after the one at `lane`."""
     NEXT: tl.constexpr = K // 16 if K % 64 == 0 else 1
     at = lane + (FROM // 4 * NEXT + w if K % 64 == 0 else FROM + w * 4)
     return (load_x(x, norm, base, at, mask, NORM),
@@ -46,4 +46,5 @@ def load_4(x, norm, base, lane, FROM: tl.constexpr, w, mask, K: tl.constexpr, NO
 
 @triton.jit
 def sum_4(a):
+    """Return the sum of four tensors, in pairs."""
     return (a[0] + a[1]) + (a[2] + a[3])

@@ -1,4 +1,4 @@
-"""Residency on the device: what `offmoe.cache` keeps in arrays on the host."""
+"""Arrays of the residency table on the GPU, the mirror of cache.residency.Residency."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from offmoe.kernels.gpu.foretell import Past
 
 @dataclass(frozen=True)
 class Table:
-    """Residency on the device, all int32: [records], [slots], and the policy's two arrays [records]."""
+    """Residency table on the GPU, int32: arrays over records and slots, and the policy's two arrays [records]."""
 
     slot_of: Tensor
     owner: Tensor
@@ -36,5 +36,7 @@ class Table:
         return self.past.foretold if self.past else None
 
     def candidate_row(self, layer: int) -> Tensor:
-        """Who may leave for a record of `layer` [C]: all layers share one row where they share their slots."""
+        """Return the slots [C] to evict first for a record of MoE layer `layer`; with scope "global" layers share one
+        row.
+        """
         return self.candidates[layer if len(self.candidates) > 1 else 0]

@@ -1,8 +1,21 @@
-"""The experts of a decode step: norm, router, top-k and residency → gate and up, in which some programs bring what is
-missing and multiply it as it comes → down, summed into x.
+"""Feed-forward part of a decode step: RMS norm, router, top-k and residency; gate and up; down, added to x.
 
-Shared experts are two nodes more; a layer without experts has norm and these. Beside the main lane candidates to leave
-are listed, a later layer is predicted and fetched, and a policy foretells.
+A dense layer has only the norm, gate and up, and down; a shared expert adds two launches. Missing experts are copied by
+some programs of the gate-and-up kernel, which multiply each piece as it arrives.
+
+Streams and events of MoE layer m, when layer m + d is predicted at layer m (d = gate.ahead). `set:e` records event e on
+its stream, `wait:e` makes the stream wait for it; time runs to the right:
+
+  main      begin set:forked | wait:listed wait:predicted route(m) set:routed | wait:fetched[m] wait:foretold
+                                           gate_up(m) down(m) | attention of the next layer | route(m + 1) …
+  predict   wait:routed  predict(m + d)  set:predicted
+  fetch     wait:predicted  page_in(m + d)  set:fetched[m + d]
+  side      wait:forked (token begins) or wait:routed or wait:predicted  candidates  set:listed
+            wait:routed (last layer)  foretell (policy echo)  set:foretold
+
+`listed` is waited for before the first route of a token and, with scope "global", before every route; `predicted`
+before a route that follows a prediction, since both write the table; `fetched[m]` where layer m was predicted;
+`foretold` in the last layer. On a CPU, streams and events do nothing and launches run in program order.
 """
 
 from __future__ import annotations
@@ -32,7 +45,7 @@ from offmoe.trunk.device_weights import DeviceLayer
 
 
 class ExpertsStep:
-    """Launches of one token over static buffers."""
+    """Launches of the feed-forward part of one token, over static buffers."""
 
     def __init__(
         self,
@@ -50,9 +63,9 @@ class ExpertsStep:
         self._device = device
         self._forced: Tensor | None = None
         self._predicted: Tensor | None = None
-        self._scratch, self._ahead_scratch = movers_scratch(store.layouts, device), scratch_for(device)
+        self._scratch, self._fetch_scratch = movers_scratch(store.layouts, device), scratch_for(device)
         self._units = [nbytes // 16 for nbytes in store.record_bytes]
-        self._side_stream, self._ahead, self._fetching = (Stream(device) for _ in range(3))
+        self._side_stream, self._predict_stream, self._fetch_stream = (Stream(device) for _ in range(3))
         self._forked, self._listed, self._routed = (Event(device) for _ in range(3))
         self._predicted_event, self._foretold = Event(device), Event(device)
         self._fetched = [Event(device) for _ in range(c.moe_layers)]
@@ -61,13 +74,13 @@ class ExpertsStep:
         self._request_seq = torch.zeros(1, dtype=torch.int32, device=device)
 
     def begin(self) -> None:
-        """What is done beside a token's first layer."""
+        """Start listing the eviction candidates for the first MoE layer on the side stream."""
         if not self.plan.all_in_slots:
             self._forked.set()
             self._list_candidates(self._forked)
 
     def launch(self, layer: int, variant: Variant) -> None:
-        """The feed-forward part of a layer."""
+        """Launch the feed-forward part of the model's `layer`."""
         moe_layer = self.config.moe_layer_of(layer)
         if moe_layer is None:
             self._dense(layer)
@@ -76,30 +89,33 @@ class ExpertsStep:
             self._experts(moe_layer, variant)
 
     def force(self, ids: NDArray[np.int16] | None) -> bool:
-        """Routing to replay; True where a graph that was captured before points to other memory."""
+        """Set the routing to replay; return True if captured graphs must be captured again.
+
+        They must if the ids moved to other memory.
+        """
         self._forced, moved = into(self._forced, ids, self._device)
         return moved
 
     def emulate(self, predicted: NDArray[np.int16] | None) -> bool:
-        """Predictions to replay, likewise."""
+        """Set the predictions to replay; return True if captured graphs must be captured again."""
         self._predicted, moved = into(self._predicted, predicted, self._device)
         return moved
 
     def know_rows(self) -> None:
-        """Tell the device which rows of RAM have been filled since it was told last."""
+        """Copy the table of filled RAM rows to the device if it has changed since the last copy."""
         ram = self.store.ram
         if ram.version != self._rows_version:
             self._rows_version = ram.version
             self._rows.copy_(torch.from_numpy(ram.known_rows()))
 
     def _dense(self, layer: int) -> None:
-        """The feed-forward part of a layer without experts."""
+        """Launch the feed-forward part of a layer without experts."""
         b, w = self.buffers, self.trunk.layers[layer]
         rms_norm(b.x, w.ffn_norm_striped, self.config.stream_eps, b.normed, w.ffn_norm_bias_striped)
         self._resident_ffn(w, b.one, b.normed, b.dense_inner, b.x)
 
     def _resident_ffn(self, w: DeviceLayer, weight: Tensor, given: Tensor, inner: Tensor, out: Tensor) -> None:
-        """out += weight [1] · what every token passes makes of `given`."""
+        """Add weight [1] · FFN(given) to `out`, with the weights of the dense FFN or the shared expert."""
         b = self.buffers
         assert w.resident_ffn is not None
         records, layout = w.resident_ffn.records, w.resident_ffn.layout
@@ -107,132 +123,220 @@ class ExpertsStep:
         expert_down(records, layout, b.only, inner, out, pdl=self.pdl)
 
     def _layer(self, moe_layer: int) -> DeviceLayer:
-        """Of a layer with experts; from here on layers are counted among these."""
+        """Return the weights of the `moe_layer`-th MoE layer."""
         return self.trunk.layers[self.config.routed[moe_layer]]
 
-    def _route(self, layer: int, variant: Variant) -> None:
-        """Whoever lists candidates or predicts beside the main lane is waited for first: a whole edge."""
-        b, c, w = self.buffers, self.config, self._layer(layer)
+    def _route(self, moe_layer: int, variant: Variant) -> None:
+        """Launch the router; then, on other streams, prediction, candidates and foretelling.
+
+        Where it first waits for another stream, programmatic dependent launch is off: the wait is a full dependency.
+        """
+        b, c, w = self.buffers, self.config, self._layer(moe_layer)
         assert w.router is not None
-        joins = False
-        if not self.plan.all_in_slots and (layer == 0 or self.store.table.scope == "global"):
+        waits = False
+        if not self.plan.all_in_slots and (moe_layer == 0 or self.store.table.scope == "global"):
             self._listed.wait()
-            joins = True
-        if variant.prefetch and 0 < layer <= c.moe_layers - self.gate.ahead:
+            waits = True
+        if variant.prefetch and 0 < moe_layer <= c.moe_layers - self.gate.ahead:
             self._predicted_event.wait()
-            joins = True
+            waits = True
         route(
-            b.x[0], w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.moe_layers,
-            rule=c.moe.rule, bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped,
-            factors=w.router_factors, apart=c.norm.sandwich, logits=b.router_logits, normed=b.normed[0],
-            ticket=b.route_ticket, ids=b.ids, weights=b.weights, slots=b.slots, hit=b.hit, miss_count=b.miss_count,
-            miss_records=b.miss_records, miss_slots=b.miss_slots, status=b.status, counters=b.counters, log=b.log,
-            step=b.steps, units=self._units[layer], forced=self._forced if variant.forced else None,
-            fetched=(b.fetch_count[layer], b.fetch_slots[layer]) if variant.prefetch else None,
+            b.x[0],
+            w.ffn_norm_striped,
+            c.stream_eps,
+            w.router,
+            self.table,
+            moe_layer,
+            layers=c.moe_layers,
+            rule=c.moe.rule,
+            bias=w.router_bias,
+            offset=w.router_offset,
+            shift=w.ffn_norm_bias_striped,
+            factors=w.router_factors,
+            apart=c.norm.sandwich,
+            logits=b.router_logits,
+            normed=b.normed[0],
+            ticket=b.route_ticket,
+            ids=b.ids,
+            weights=b.weights,
+            slots=b.slots,
+            hit=b.hit,
+            miss_count=b.miss_count,
+            miss_records=b.miss_records,
+            miss_slots=b.miss_slots,
+            status=b.status,
+            counters=b.counters,
+            log=b.log,
+            step=b.steps,
+            units=self._units[moe_layer],
+            forced=self._forced if variant.forced else None,
+            fetched=(b.fetch_count[moe_layer], b.fetch_slots[moe_layer]) if variant.prefetch else None,
             raw=b.raw if variant.prefetch else None,  # expert_down changes x while the prediction reads it
-            pdl=self.pdl and not joins,
-        )  # fmt: skip
+            pdl=self.pdl and not waits,
+        )
         self._routed.set()
-        predicts = variant.prefetch and layer + self.gate.ahead < c.moe_layers
+        predicts = variant.prefetch and moe_layer + self.gate.ahead < c.moe_layers
         if predicts:
-            self._prefetch(layer + self.gate.ahead, variant)
-        if not self.plan.all_in_slots and self.store.table.scope == "global" and layer + 1 < c.moe_layers:
+            self._prefetch(moe_layer + self.gate.ahead, variant)
+        if not self.plan.all_in_slots and self.store.table.scope == "global" and moe_layer + 1 < c.moe_layers:
             self._list_candidates(self._predicted_event if predicts else self._routed)
-        if past := self._listener(layer):
+        if past := self._past_at(moe_layer):
             with self._side_stream():
                 self._routed.wait()
                 foretell(past, b.log, b.status, k=c.top_k, experts=c.experts)
                 self._foretold.set()
 
-    def _listener(self, layer: int) -> Past | None:
-        """What foretells beside the last layer's experts, if the policy does; done before `choose` ends the answer."""
-        return None if self.plan.all_in_slots or layer < self.config.moe_layers - 1 else self.table.past
+    def _past_at(self, moe_layer: int) -> Past | None:
+        """Return the arrays of policy echo in the last MoE layer, else None: it foretells once per token."""
+        return None if self.plan.all_in_slots or moe_layer < self.config.moe_layers - 1 else self.table.past
 
-    def _list_candidates(self, behind: Event) -> None:
-        """Beside the main lane: behind all that changed the table, before the next event."""
+    def _list_candidates(self, changed: Event) -> None:
+        """List eviction candidates on the side stream once `changed`, the last change of the table, has happened."""
         t = self.table
         with self._side_stream():
-            behind.wait()
+            changed.wait()
             candidates(
-                t.owner, t.arriving, t.a, t.b, t.decay, t.clock, t.candidates, kind=t.kind, scratch=t.scratch,
-                foretold=t.foretold, worth=t.worth,
-            )  # fmt: skip
+                t.owner,
+                t.arriving,
+                t.a,
+                t.b,
+                t.decay,
+                t.clock,
+                t.candidates,
+                kind=t.kind,
+                scratch=t.scratch,
+                foretold=t.foretold,
+                worth=t.worth,
+            )
             self._listed.set()
 
-    def _prefetch(self, layer: int, variant: Variant) -> None:
-        """Predict `layer` from the stream as it is now, and fetch; all beside the main lane."""
-        b, c, w = self.buffers, self.config, self._layer(layer)
+    def _prefetch(self, moe_layer: int, variant: Variant) -> None:
+        """Predict the experts of `moe_layer` from the current residual stream, and fetch those that are absent."""
+        b, c, w = self.buffers, self.config, self._layer(moe_layer)
         assert w.router is not None
-        with self._ahead():
+        with self._predict_stream():
             self._routed.wait()
             predict(
-                b.raw, w.ffn_norm_striped, c.stream_eps, w.router, self.table, layer, layers=c.moe_layers,
-                rule=c.moe.rule, bias=w.router_bias, offset=w.router_offset, shift=w.ffn_norm_bias_striped,
-                apart=c.norm.sandwich, least=self.gate.least,
+                b.raw,
+                w.ffn_norm_striped,
+                c.stream_eps,
+                w.router,
+                self.table,
+                moe_layer,
+                layers=c.moe_layers,
+                rule=c.moe.rule,
+                bias=w.router_bias,
+                offset=w.router_offset,
+                shift=w.ffn_norm_bias_striped,
+                apart=c.norm.sandwich,
+                least=self.gate.least,
                 most=self.gate.most,
-                logits=b.predict_logits, ticket=b.predict_ticket, held=b.slots, fetch_count=b.fetch_count[layer],
-                fetch_records=b.fetch_records[layer], fetch_slots=b.fetch_slots[layer], status=b.status,
-                counters=b.counters, step=b.steps, units=self._units[layer], emulated=self._predicted if
-                variant.emulated else None,
-            )  # fmt: skip
+                logits=b.predict_logits,
+                ticket=b.predict_ticket,
+                held=b.slots,
+                fetch_count=b.fetch_count[moe_layer],
+                fetch_records=b.fetch_records[moe_layer],
+                fetch_slots=b.fetch_slots[moe_layer],
+                status=b.status,
+                counters=b.counters,
+                step=b.steps,
+                units=self._units[moe_layer],
+                emulated=self._predicted if variant.emulated else None,
+            )
             self._predicted_event.set()
-        with self._fetching():  # a lane of its own: the next prediction does not wait for copies
+        with self._fetch_stream():  # not the predict stream: the next prediction must not wait for these copies
             self._predicted_event.wait()
             copies = Copies(
-                b.fetch_count[layer], b.fetch_slots[layer], self._ahead_scratch, None, b.fetch_records[layer],
-                self.store.ram.base, self.plan.stride,
-            )  # fmt: skip
+                b.fetch_count[moe_layer],
+                b.fetch_slots[moe_layer],
+                self._fetch_scratch,
+                None,
+                b.fetch_records[moe_layer],
+                self.store.ram.base,
+                self.plan.stride,
+            )
             page_in(
-                copies, self.store.slot_memory, self.store.layouts[layer], landed=self.table.landed,
+                copies,
+                self.store.slot_memory,
+                self.store.layouts[moe_layer],
+                landed=self.table.landed,
                 progress=self.table.progress,
-            )  # fmt: skip
-            self._fetched[layer].set()
+            )
+            self._fetched[moe_layer].set()
 
-    def _experts(self, layer: int, variant: Variant) -> None:
-        """Multiply what is there while what is missing comes; behind a join, a whole edge, there is no early start."""
-        b, c, store, w = self.buffers, self.config, self.store, self._layer(layer)
-        records, layout = store.slot_memory, store.layouts[layer]
-        gate_up_bias, down_bias = store.biases[layer] if store.biases else (None, None)
+    def _experts(self, moe_layer: int, variant: Variant) -> None:
+        """Launch the shared expert, then gate and up and down of the routed experts.
+
+        After a wait for another stream, programmatic dependent launch is off.
+        """
+        b, c, store, w = self.buffers, self.config, self.store, self._layer(moe_layer)
+        records, layout = store.slot_memory, store.layouts[moe_layer]
+        gate_up_bias, down_bias = store.biases[moe_layer] if store.biases else (None, None)
         if w.resident_ffn:
             given, out = (b.shared_expert_in, b.shared_expert) if w.sandwich else (b.normed, b.x)
             self._resident_ffn(w, b.weights[c.top_k :] if c.moe.shared_gated else b.one, given, b.shared_inner, out)
         copies = None if self.plan.all_in_slots else self._copies(variant)
-        joins = self._join(layer, variant)
+        waits = self._wait_for_streams(moe_layer, variant)
         expert_gate_up(
-            records, layout, b.slots, b.weights, b.normed, b.inner, copies=copies, glu=c.moe.glu, ids=b.ids,
-            bias=gate_up_bias, before=c.moe.weighted_input, pdl=self.pdl and not joins,
-        )  # fmt: skip
+            records,
+            layout,
+            b.slots,
+            b.weights,
+            b.normed,
+            b.inner,
+            copies=copies,
+            glu=c.moe.glu,
+            ids=b.ids,
+            bias=gate_up_bias,
+            before=c.moe.weighted_input,
+            pdl=self.pdl and not waits,
+        )
         expert_down(
-            records, layout, b.slots, b.inner, b.added if w.sandwich else b.x, ids=b.ids, weights=b.weights,
-            bias=down_bias, count=copies.count if copies else None, pdl=self.pdl,
-        )  # fmt: skip
+            records,
+            layout,
+            b.slots,
+            b.inner,
+            b.added if w.sandwich else b.x,
+            ids=b.ids,
+            weights=b.weights,
+            bias=down_bias,
+            count=copies.count if copies else None,
+            pdl=self.pdl,
+        )
         if w.sandwich_striped:
             sandwich.fed(b.x, b.shared_expert, b.added, w.sandwich_striped, c.stream_eps, self.pdl)
 
-    def _join(self, layer: int, variant: Variant) -> bool:
-        """Wait for lanes whose work this layer, or the token's end, needs; True if there was one."""
-        late = variant.prefetch and layer >= self.gate.ahead
+    def _wait_for_streams(self, moe_layer: int, variant: Variant) -> bool:
+        """Wait for the prefetch of this layer and for foretelling; return True if the stream waited for either."""
+        late = variant.prefetch and moe_layer >= self.gate.ahead
         if late:
-            self._fetched[layer].wait()
-        foretold = self._listener(layer) is not None
+            self._fetched[moe_layer].wait()
+        foretold = self._past_at(moe_layer) is not None
         if foretold:
             self._foretold.wait()
         return late or foretold
 
     def _copies(self, variant: Variant) -> Copies:
-        """Of this layer's misses; the host is asked first where one of them may lie in no known row."""
+        """Return the copies of a layer's misses; a served variant first asks the host for their addresses."""
         b, ram = self.buffers, self.store.ram
         if not variant.served:
             return Copies(b.miss_count, b.miss_slots, self._scratch, None, b.miss_records, ram.base, self.plan.stride)
         request(
-            ram.mailbox, b.miss_count, b.miss_records, b.sources, self._rows, ram.base, self.plan.stride, b.status,
+            ram.mailbox,
+            b.miss_count,
+            b.miss_records,
+            b.sources,
+            self._rows,
+            ram.base,
+            self.plan.stride,
+            b.status,
             self._request_seq,
-        )  # fmt: skip
+        )
         return Copies(b.miss_count, b.miss_slots, self._scratch, b.sources)
 
 
 def into(held: Tensor | None, ids: NDArray[np.int16] | None, device: torch.device) -> tuple[Tensor | None, bool]:
-    """`ids` on the device, in the memory of `held` where they fit it."""
+    """Copy `ids` to the device, into `held` if its shape fits; return the tensor and whether it moved."""
     if ids is None:
         return held, False
     fresh = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int16))

@@ -34,7 +34,7 @@ def test_what_followed_the_most_similar_token_is_foretold() -> None:
     assert echo.nearest().tolist() == [4, 2, 3]
     echo.touch(np.array([39]), 5)
     foretold = dict(enumerate(echo.foretold.tolist()))
-    assert foretold[10] == 0  # the very next token: whoever is asked for then cannot leave anyway
+    assert foretold[10] == 0  # the very next token: a record requested then cannot be evicted anyway
     assert foretold[11] == 8
     assert foretold[12] == 6 + 10922 / 4096  # three after the first row, two after the row of 10
     assert foretold[3] == 4.5 + 4 + 2

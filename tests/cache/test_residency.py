@@ -57,7 +57,7 @@ class Model:
         return pairs
 
     def access(self, layer: int, experts: list[int], now: int, uses: list[int]) -> list[tuple[str, int]]:
-        """Of each one asked for: hit, late or miss, and its slot."""
+        """Return for each requested record: hit, late or miss, and its slot."""
         asked = [layer * EXPERTS + expert for expert in experts]
         slot_of = {record: slot for slot, record in self.held.items()}
         kinds = ["miss" if r not in slot_of else "late" if slot_of[r] in self.arriving else "hit" for r in asked]

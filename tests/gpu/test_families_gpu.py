@@ -88,7 +88,7 @@ def test_the_graph_gives_the_logits_of_the_eager_path(family: str, dtype: str, t
 
 
 def median_ratio(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Of RMS errors, a position each, over the RMS value of all."""
+    """Return the median over positions of RMS error / RMS value of all."""
     assert got.isfinite().all()
     return float((got - want).square().mean(1).sqrt().median() / want.square().mean().sqrt())
 

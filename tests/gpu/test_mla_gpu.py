@@ -74,12 +74,12 @@ class Layer:
     def expected(self) -> Tensor:
         """From what the kernel left in the cache, whose new row is checked by itself."""
         here = int(self.position)
-        plain, turned, row = positioned(
+        qk_nope, qk_rope, row = positioned(
             self.query, self.fresh, self.norm, self.table, self.position.long(), self.heads, self.z
         )
         assert_close("the new row", self.cache[here : here + 1], row, RATIO[self.dtype])
         return latent_attention(
-            plain, turned, self.cache[: here + 1].float(), self.k_b.float(), self.v_b.float(), self.position.long(),
+            qk_nope, qk_rope, self.cache[: here + 1].float(), self.k_b.float(), self.v_b.float(), self.position.long(),
             self.z.key**-0.5,
         ).flatten()  # fmt: skip
 

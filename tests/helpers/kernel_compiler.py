@@ -156,7 +156,7 @@ def format_of(launch: Launch) -> str | None:
 
 
 def measured(job: Job) -> Iterator[dict[str, Any]]:
-    """Of PTX and cubin, for each capability."""
+    """Measurements of PTX and cubin, for each capability."""
     first, *others = job.capabilities
     pipeline = Pipeline(job.launch, first)
     ptx = pipeline.ptx()

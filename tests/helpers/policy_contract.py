@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 from synthetic_traces import synthetic
 
-from offmoe.cache.policies.base import Ints, Policy
+from offmoe.cache.arrays import Ints
+from offmoe.cache.policies.base import Policy
 from offmoe.cache.policy import policy_for
 from offmoe.cache.residency import Access, Residency
 from offmoe.cache.trace import Trace
@@ -105,7 +106,7 @@ class BypassContract(PolicyContract):
     """What a policy that lets misses go by owes in place of choosing victims."""
 
     def test_victims_have_the_lowest_score_and_then_slot(self) -> None:
-        """Of what was there and what was asked for, the highest scores stay, but nothing of the very lowest."""
+        """Among records present and requested, the highest scores stay, but nothing of the very lowest."""
         for scope in ("layer", "global"):
             table, trace = self.table(scope)
             for now, layer, asked in events(trace):

@@ -63,10 +63,10 @@ class Case:
         return q, k
 
     def sink_logits(self) -> Tensor | None:
-        """Of the size of scores: some heads give most to the sink."""
+        """Sinks as large as scores: in some heads they take most of the attention."""
         return 3 * randn(self.heads, seed=77) if self.sinks else None
 
-    def tempers(self) -> Tensor | None:
+    def temperatures(self) -> Tensor | None:
         return AttentionTemperature(5, 0.5).table(self.ctx, DEVICE) if self.temperature else None
 
     def ring(self, cache: Tensor | None, filled: int) -> Tensor | None:
@@ -128,7 +128,7 @@ def expected(case: Case, qkv: Tensor, here: int) -> tuple[Tensor, Tensor, Tensor
     keys, values, scales = case.cache(here)
     positions = torch.tensor([here], device=DEVICE)
     q, k, v = naive_qkv(case, qkv[None], positions)
-    q = q if (tempers := case.tempers()) is None else q * tempers[here]
+    q = q if (temperatures := case.temperatures()) is None else q * temperatures[here]
     keys, values = (contents(x, None if scales is None else scales[i]) for i, x in enumerate((keys, values)))
     k, v = stored(case, k[0]), stored(case, v[0])
     keys[:, here], values[:, here] = k, v
@@ -151,7 +151,7 @@ def decode(case: Case, qkv: Tensor, here: int, splits: int, split_size: int, **o
         q_norm=q_norm, k_norm=k_norm, norm_full=case.norm == "full", norm_after=case.norm == "after",
         clip=case.clip, eps=case.eps, scale=case.scale,
         splits=splits, split_size=split_size, scales=scales, window=case.window, chunked=case.chunked,
-        sinks=case.sink_logits(), temperature=case.tempers(), value_norm=case.value_norm, **options,
+        sinks=case.sink_logits(), temperature=case.temperatures(), value_norm=case.value_norm, **options,
     )  # fmt: skip
     assert not tickets.any(), "tickets are not back at 0"
     spot = here % keys.shape[1]
@@ -174,7 +174,7 @@ CASES = {
     "ring of int8": Case(window=30, room=48, int8=True, ctx=200),
     "window as wide as its ring": Case(window=32, room=32, sinks=True, dtype=F16, ctx=200),
     "chunk": Case(window=9, chunked=True),
-    "chunk in a ring, tempered": Case(window=30, room=48, chunked=True, temperature=True, norm="none", ctx=200),
+    "chunk in a ring, with temperature": Case(window=30, room=48, chunked=True, temperature=True, norm="none", ctx=200),
     "values normed, unscaled": Case(value_norm=True, scale=1.0, window=9),
     "values normed, unscaled, int8": Case(value_norm=True, scale=1.0, kv_heads=1, dim=32, int8=True),
     "int8": Case(int8=True),
@@ -279,7 +279,7 @@ def test_a_chunk_is_the_twins(case: Case, start: int) -> None:
 
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_chunk_is_written_where_it_is_kept(int8: bool) -> None:
-    """Positions are turned by what they are and lie by what comes before them."""
+    """Positions are rotated by what they are and lie by what comes before them."""
     case, positions = Case(int8=int8), torch.tensor([30, 31, 32], device=DEVICE)
     qkv = randn(3, case.width, seed=8)
     keys, values, scales = (None if x is None else x[..., :7, :] if x.shape[-1] == case.dim else x[..., :7]

@@ -69,9 +69,9 @@ def test_one_token_is_the_twins(name: str, here: int, splits: int) -> None:
     norm, table = 1 + 0.3 * randn(z.kv_rank, seed=5), rope_table(CTX, z.qk_rope, 1e4, CPU)
     cache, position = randn(CTX, z.width, seed=6).to(case.dtype), torch.tensor([here])
     cache[here:] = torch.nan
-    plain, turned, row = positioned(query, fresh, norm, table, position, heads, z)
+    qk_nope, qk_rope, row = positioned(query, fresh, norm, table, position, heads, z)
     known = torch.cat((cache[:here].float(), row.to(case.dtype).float()))
-    want = latent_attention(plain, turned, known, k_b, v_b, position, SCALE).flatten()
+    want = latent_attention(qk_nope, qk_rope, known, k_b, v_b, position, SCALE).flatten()
 
     mixed, absorbed = torch.full((heads * z.value,), torch.nan), torch.full((heads * z.kv_rank,), torch.nan)
     partial = torch.full((fast.partial_size(heads, z, splits, CPU),), torch.nan)
@@ -105,15 +105,15 @@ def test_absorbed_and_expanded_attention_agree() -> None:
     """The latents' space is only another order of products."""
     z, heads, tokens = Latent(0, 64, 32, 16, 24), 4, 9
     k_b, v_b = randn(heads, z.kv_rank, z.qk_nope, seed=1), randn(heads, z.value, z.kv_rank, seed=2)
-    plain, turned, cache = (
+    qk_nope, qk_rope, cache = (
         randn(*s, seed=i) for i, s in enumerate(((tokens, heads, 32), (tokens, heads, 16), (12, 80)))
     )
     positions = torch.arange(3, 12)
     keys, values = expand(cache, k_b, v_b)
-    scores = torch.einsum("thd,hsd->hts", torch.cat((plain, turned), 2), keys) * SCALE
+    scores = torch.einsum("thd,hsd->hts", torch.cat((qk_nope, qk_rope), 2), keys) * SCALE
     scores.masked_fill_(torch.arange(12) > positions[:, None], -torch.inf)
     want = torch.einsum("hts,hsv->thv", scores.softmax(-1), values)
-    assert_close("mixed", latent_attention(plain, turned, cache, k_b, v_b, positions, SCALE), want, 1e-5)
+    assert_close("mixed", latent_attention(qk_nope, qk_rope, cache, k_b, v_b, positions, SCALE), want, 1e-5)
 
 
 def test_splits_are_few_enough_to_be_joined() -> None:

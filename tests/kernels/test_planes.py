@@ -23,7 +23,7 @@ def layouts(fmt: str, down: str) -> list[RecordLayout]:
 
 
 def spans(layout: SlotLayout) -> list[tuple[int, int]]:
-    """Of all planes of all runs, ascending."""
+    """Return the spans of all planes of all runs, ascending."""
     return sorted(
         (at, at + run.blocks * size)
         for run in layout.runs

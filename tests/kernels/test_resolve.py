@@ -40,7 +40,7 @@ HIDDEN = 16
 
 @dataclass
 class Device:
-    """One mirror with everything that the kernels want beside it; the ids are forced, the router's only run."""
+    """One mirror with everything else that the kernels want; the ids are forced, the router's only run."""
 
     table: Table
     layers: int
@@ -175,7 +175,7 @@ def test_the_same_victims(policy: str, scope: str, slots: int) -> None:
     Rule(top_k=16, top_p=0.99, renormalise=True),
 ])  # fmt: skip
 def test_a_token_may_ask_for_every_expert(rule: Rule) -> None:
-    """Of a pool of little more than a layer: each layer takes the place of the one before; a top-p's cap may be all."""
+    """A pool of little more than a layer: each layer takes the place of the one before; a top-p's cap may be all."""
     residency = Residency(4, 16, 18, make_policy("lru", 64), "global")
     device = Device(device_table(residency, reach(residency, 16, 0), DEVICE), 4, 16, 16, torch.empty(0))
     push(residency, device.table, 1)

@@ -27,15 +27,15 @@ def test_what_attention_gives_is_normed_and_added(h: int) -> None:
     taken = nan(h)
     sandwich.attended(x, given, s, EPS, taken, *sums[1:])
     assert_close("x", x, want, 1e-6)
-    assert_close("beside_in", taken, rms_norm(want, s.shared_expert_in, EPS), 1e-6)
+    assert_close("shared_in", taken, rms_norm(want, s.shared_expert_in, EPS), 1e-6)
     assert not any(bool(tensor.any()) for tensor in sums)
 
 
 @pytest.mark.parametrize("h", [64, 100, 2816])
 def test_what_both_parts_give_is_normed_added_and_scaled(h: int) -> None:
-    x, beside, routed, s = randn(h, seed=7), randn(h, seed=8) * 3, randn(h, seed=9) / 5, norms(h)
-    want = naive.fed(x[None], beside[None], routed[None], s, EPS)[0]
-    both = beside / (beside.square().mean() + EPS).sqrt() * s.shared_expert + rms_norm(routed, s.routed, EPS)
+    x, shared, routed, s = randn(h, seed=7), randn(h, seed=8) * 3, randn(h, seed=9) / 5, norms(h)
+    want = naive.fed(x[None], shared[None], routed[None], s, EPS)[0]
+    both = shared / (shared.square().mean() + EPS).sqrt() * s.shared_expert + rms_norm(routed, s.routed, EPS)
     assert_close("naive", want, (x + rms_norm(both, s.both, EPS)) * 0.7, 1e-6)
-    sandwich.fed(x, beside, routed, s, EPS)
+    sandwich.fed(x, shared, routed, s, EPS)
     assert_close("x", x, want, 1e-6)

@@ -283,7 +283,7 @@ def caches(pdl: bool) -> None:
 
 
 def delta(pdl: bool) -> None:
-    """Of Qwen3-Next: its DeltaNet, and its attention with gated heads of 256."""
+    """Launch kernels of Qwen3-Next: its DeltaNet, and its attention with gated heads of 256."""
     shape = Delta(key_heads=16, value_heads=32, key_dim=128, value_dim=128, taps=4)
     weights = DeltaWeights(shape, floats(4, shape.channels), floats(32), floats(32), floats(128), 1e-6, pdl)
     delta_step(
@@ -329,13 +329,13 @@ def convolution(pdl: bool) -> None:
 
 
 def llama4(pdl: bool) -> None:
-    """Of Scout: chunks of attention, tempered queries of layers that rotate nothing, weights that come before."""
+    """Launch kernels of Scout: chunked attention, attention temperature in NoPE layers, weights on inputs."""
     heads, kv_heads, dim, ctx, splits = 40, 8, 128, 16384, 16
     keys, ones = torch.zeros((kv_heads, 9216, dim), dtype=torch.bfloat16), floats(dim)
-    for window, turned, norm, temperature in ((8192, dim, ones, None), (0, 2, None, floats(ctx))):
+    for window, rotary, norm, temperature in ((8192, dim, ones, None), (0, 2, None, floats(ctx))):
         kept = keys if window else torch.zeros((kv_heads, ctx, dim), dtype=torch.bfloat16)
         decode_attention(
-            floats((heads + 2 * kv_heads) * dim), kept, kept, ints(1), floats(2, ctx, turned), floats(heads * dim),
+            floats((heads + 2 * kv_heads) * dim), kept, kept, ints(1), floats(2, ctx, rotary), floats(heads * dim),
             floats(partial_size(heads, dim, splits)), ints(kv_heads), heads=heads, kv_heads=kv_heads, head_dim=dim,
             q_norm=norm, k_norm=norm, norm_full=False, norm_after=True, clip=None, eps=1e-5, splits=splits,
             window=window, chunked=True, temperature=temperature, pdl=pdl,

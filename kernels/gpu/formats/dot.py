@@ -31,7 +31,7 @@ from offmoe.kernels.gpu.formats.dot_256 import (
 from offmoe.kernels.gpu.formats.dot_crumbs import fold_q2_k, fold_q3_k, words_q2_k, words_q3_k
 from offmoe.kernels.gpu.formats.dot_int4 import fold_int4, is_int4, words_int4
 from offmoe.kernels.gpu.formats.dot_scaled import fold_f8, fold_nvfp4, is_f8, words_f8, words_nvfp4
-from offmoe.kernels.gpu.striped import load_x, place
+from offmoe.kernels.gpu.striped import load_x, striped_index
 
 # Weights a unit: a block of 256; else 32.
 UNIT = {name: 256 if form.block == 256 else 32 for name, form in FORMATS.items()}
@@ -40,7 +40,7 @@ SHARING = {name for name, form in FORMATS.items() if form.scales or 32 < form.bl
 
 @triton.jit
 def words_float(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr):
-    """F32, F16 and BF16, 32 weights a unit: [R, U, 32]."""
+    """Load F32, F16 and BF16, 32 weights a unit: [R, U, 32]."""
     m, i = mask[:, :, None], tl.arange(0, 32)[None, None, :]
     if FORMAT == "F32":
         spot = (origin[None, :] + P0 // 4 + at * 32)[:, :, None] + i
@@ -52,7 +52,7 @@ def words_float(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr
 
 @triton.jit
 def fold_float(words, xs, FORMAT: tl.constexpr):
-    """[R, U]. BF16 by its bits: the interpreter has bfloat16 wrong."""
+    """Return [R, U]. BF16 is widened by its bits: the interpreter has bfloat16 wrong."""
     if FORMAT == "F32":
         weights = words[0]
     elif FORMAT == "F16":
@@ -64,8 +64,11 @@ def fold_float(words, xs, FORMAT: tl.constexpr):
 
 @triton.jit
 def x_of(x, norm, base, start, there, FORMAT: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):
-    """What a format's rows are multiplied with, in registers: of striped vectors of K float32 those values that stand
-    from `start` [U] of the vector at `base` [U] on, a unit each; 0 where not `there` [U]."""
+    """Load the activations that a format's rows are multiplied by into registers.
+
+    x holds striped vectors of K float32; each unit takes the values from `start` [U] of the vector at `base` [U]; 0
+    where not `there` [U].
+    """
     if FORMAT == "Q4_K" or FORMAT == "Q5_K" or FORMAT == "IQ4_XS":
         return x_k(x, norm, base, start, there, K, NORM)
     elif FORMAT == "Q6_K":
@@ -73,7 +76,7 @@ def x_of(x, norm, base, start, there, FORMAT: tl.constexpr, K: tl.constexpr, NOR
     elif FORMAT == "Q2_K" or FORMAT == "Q3_K":
         return x_sixteens(x, norm, base, start, there, K, NORM, 16)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
-        at = place(start[:, None] + tl.arange(0, 32)[None, :], K)
+        at = striped_index(start[:, None] + tl.arange(0, 32)[None, :], K)
         return (load_x(x, norm, base[:, None], at, there[:, None], NORM),)
     elif FORMAT == "MXFP4_PAIRS" or is_int4(FORMAT) or FORMAT == "NVFP4":
         return x_pairs(x, norm, base, start, there, K, NORM)
@@ -84,10 +87,10 @@ def x_of(x, norm, base, start, there, FORMAT: tl.constexpr, K: tl.constexpr, NOR
 @triton.jit
 def words_of(buffer, origin, at, mask, FORMAT: tl.constexpr,
              P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
-    """What the file has of a tile, nothing worked out yet; 0 where masked.
+    """Load a tile's raw words; 0 where masked.
 
-    buffer: uint8; `origin` [U] the word at which the matrix of each unit starts; `at` [R, U] the unit's index in its
-    matrix (row · units a row + unit).
+    buffer: uint8; `origin` [U]: the word at which the matrix of each unit starts; `at` [R, U]: the unit's index in its
+    matrix (row · units per row + unit).
     """
     if FORMAT == "Q4_K" or FORMAT == "Q5_K":
         return words_k(buffer, origin, at, mask, FORMAT == "Q5_K", P0)
@@ -115,7 +118,7 @@ def words_of(buffer, origin, at, mask, FORMAT: tl.constexpr,
 
 @triton.jit
 def fold(words, xs, FORMAT: tl.constexpr):
-    """Rows times x over one tile of units → [R]."""
+    """Return rows times x over one tile of units: [R]."""
     if FORMAT == "Q4_K" or FORMAT == "Q5_K":
         return tl.sum(tl.sum(fold_k(words, xs, FORMAT == "Q5_K"), 2), 1)
     elif FORMAT == "Q6_K":

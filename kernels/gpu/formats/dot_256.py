@@ -1,4 +1,4 @@
-"""Blocks of 256: Q4_K, Q5_K, Q6_K, IQ4_XS. A lane has 64 weights, a unit four lanes."""
+"""Dot products of blocks of 256: Q4_K, Q5_K, Q6_K, IQ4_XS. A thread has 64 weights, a unit four threads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from offmoe.kernels.gpu.striped import lane_of, load_4, sum_4
 
 @triton.jit
 def k_scales(h1, h2, h3, j):
-    """Scales and minima (whole numbers, in bytes 0 and 1) of the groups 2j and 2j + 1 out of the 12 bytes of Q4_K and
-    Q5_K; see formats.k_scales."""
+    """Return scales and minima (integers, in bytes 0 and 1) of groups 2j and 2j + 1 out of the 12 bytes of Q4_K and
+    Q5_K.
+
+    See formats.k_scales.
+    """
     shift = (j & 1) * 16
     scale, minimum, rest = h1 >> shift, h2 >> shift, h3 >> shift
     late = j >= 2
@@ -23,7 +26,7 @@ def k_scales(h1, h2, h3, j):
 
 @triton.jit
 def k_words(low, high, quants, fifth, l0, l1, l2, l3, g0, g1, g2, g3, FIVE: tl.constexpr):
-    """Adds a word's low and high nibbles, with their fifth bits."""
+    """Add a word's low and high nibbles, with their fifth bits."""
     if FIVE:
         low = dot_bytes(low, quants & 0x0F0F0F0F | (fifth & 0x01010101) << 4, l0, l1, l2, l3)
         high = dot_bytes(high, quants >> 4 & 0x0F0F0F0F | (fifth & 0x02020202) << 3, g0, g1, g2, g3)
@@ -34,7 +37,9 @@ def k_words(low, high, quants, fifth, l0, l1, l2, l3, g0, g1, g2, g3, FIVE: tl.c
 
 @triton.jit
 def x_k(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr):
-    """Of Q4_K, Q5_K and IQ4_XS: a lane's 64 values, in four sixteens [U, 4, 4], and the sums of both halves [U, 4]."""
+    """Load a thread's 64 activations for Q4_K, Q5_K and IQ4_XS as four groups of 16 [U, 4, 4], and the sums of both
+    halves [U, 4].
+    """
     j, w = tl.arange(0, 4), tl.arange(0, 4)[None, None, :]
     lane = lane_of(start[:, None] + j[None, :] * 64, K)[:, :, None]
     b, m = base[:, None, None], there[:, None, None]
@@ -47,7 +52,7 @@ def x_k(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def words_k(buffer, origin, at, mask, FIVE: tl.constexpr, P0: tl.constexpr):
-    """The header's four words, twice four of quants, and where they lie the fifth bits, all [R, U, 4, 4]."""
+    """Load the header's four words, twice four words of quants, and the fifth bits if any, all [R, U, 4, 4]."""
     SIZE: tl.constexpr = 44 if FIVE else 36
     words = buffer.to(tl.pointer_type(tl.uint32))
     head = (origin[None, :] + (P0 // 4) + at * SIZE)[:, :, None, None]
@@ -65,7 +70,7 @@ def words_k(buffer, origin, at, mask, FIVE: tl.constexpr, P0: tl.constexpr):
 
 @triton.jit
 def fold_k(words, xs, FIVE: tl.constexpr):
-    """[R, U, 4]. A lane has 32 bytes of quants: two groups of 32 weights, their scales read once."""
+    """Return [R, U, 4]. A thread has 32 bytes of quants: two groups of 32 weights, their scales read once."""
     header, first, second = words[0], words[1], words[2]
     a, b, c, d = xs[0], xs[1], xs[2], xs[3]
     w, j = tl.arange(0, 4)[None, None, None, :], tl.arange(0, 4)
@@ -86,8 +91,10 @@ def fold_k(words, xs, FIVE: tl.constexpr):
 
 @triton.jit
 def x_sixteens(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr, PART: tl.constexpr):
-    """Of Q6_K (PART 32), Q2_K and Q3_K (16): a lane j = 2 half + part has four sixteens [U, 4, 4], at PART · part, 48 -
-    PART behind, and 64 behind both; and their sums [U, 4]."""
+    """Load x for Q6_K (PART 32), Q2_K and Q3_K (PART 16), and its sums [U, 4].
+
+    Thread j = 2 half + part has four groups of 16 [U, 4, 4]: at PART · part, 48 - PART after it, and 64 after both.
+    """
     j, w = tl.arange(0, 4), tl.arange(0, 4)[None, None, :]
     begin = start[:, None] + (j // 2 * 128 + j % 2 * PART)[None, :]
     low, high = lane_of(begin, K)[:, :, None], lane_of(begin + 64, K)[:, :, None]
@@ -128,7 +135,7 @@ def sixteens(nibbles, crumbs, low_x, high_x, l_sum, h_sum, l_scale, h_scale):
 
 @triton.jit
 def fold_q6_k(words, xs):
-    """[R, U, 4]."""
+    """Return the sums [R, U, 4]."""
     shift = (2 * (tl.arange(0, 4) % 2))[None, None, :, None]
     total = sixteens(words[0], words[2] >> shift, xs[0], xs[2], xs[4], xs[6], words[4], words[6])
     total += sixteens(words[1], words[3] >> shift, xs[1], xs[3], xs[5], xs[7], words[5], words[7])
@@ -137,7 +144,9 @@ def fold_q6_k(words, xs):
 
 @triton.jit
 def words_iq4_xs(buffer, origin, at, mask, P0: tl.constexpr, P1: tl.constexpr):
-    """Planes: 8 bytes of scales, as two words [R, U, 4]; 128 of nibbles, twice four words a lane [R, U, 4, 4]."""
+    """Load the planes: 8 bytes of scales as two words [R, U, 4]; 128 of nibbles, twice four words a thread [R, U, 4,
+    4].
+    """
     words = buffer.to(tl.pointer_type(tl.uint32))
     j, w = tl.arange(0, 4), tl.arange(0, 4)
     head = words + origin[None, :, None] + P0 // 4 + at[:, :, None] * 2 + (j * 0)[None, None]
@@ -156,7 +165,7 @@ def group_iq4(quants, a, h, x_sum):
 
 @triton.jit
 def fold_iq4_xs(words, xs):
-    """[R, U, 4]. A lane has two groups of 32: see formats.iq4_xs."""
+    """Return [R, U, 4]. A thread has two groups of 32: see formats.iq4_xs."""
     j = tl.arange(0, 4)[None, None, :]
     low, high = words[1] >> 8 * j, words[0] >> (16 + 4 * j)
     first = number(low & 15 | (high & 3) << 4) - 32.0

@@ -1,4 +1,4 @@
-"""Blocks of 32: Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, MXFP4 in both orders and Q8_0."""
+"""Dot products of blocks of 32: Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, MXFP4 in both orders and Q8_0."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from offmoe.kernels.gpu.striped import lane_of, load_4, load_x
 
 @triton.jit
 def sum_8(a, h):
-    """In the order in which `dot_8` adds: what a value that is always the same was taken from comes to 0."""
+    """Sum in the order of `dot_8`, so that a constant offset subtracted from every value cancels exactly."""
     return ((((((a[0] + h[0]) + h[1]) + a[1]) + a[2]) + h[2]) + h[3]) + a[3]
 
 
 @triton.jit
 def x_32(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr):
-    """Of a block of 32: both sixteens [U, 4] and the sum [U]."""
+    """Load x of a block of 32 as two groups of 16 [U, 4], and its sum [U]."""
     w, lane = tl.arange(0, 4)[None, :], lane_of(start, K)[:, None]
     b, m = base[:, None], there[:, None]
     low, high = load_4(x, norm, b, lane, 0, w, m, K, NORM), load_4(x, norm, b, lane, 16, w, m, K, NORM)
@@ -26,7 +26,7 @@ def x_32(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def x_pairs(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr):
-    """Likewise for MXFP4_PAIRS: word w holds values 8w … 8w + 7, and its bytes' low nibbles 0, 2, 4 and 6 of these."""
+    """Load x for MXFP4_PAIRS: word w holds values 8w … 8w + 7, its bytes' low nibbles values 0, 2, 4 and 6 of them."""
     NEXT: tl.constexpr = K // 16 if K % 64 == 0 else 1
     LATER: tl.constexpr = 1 if K % 64 == 0 else 4  # from value i to i + 4
     w = tl.arange(0, 4)[None, :]
@@ -42,14 +42,14 @@ def x_pairs(x, norm, base, start, there, K: tl.constexpr, NORM: tl.constexpr):
 
 @triton.jit
 def fifth_bits(bits):
-    """Bits 0 … 3 to bit 4 of bytes 0 … 3."""
+    """Move bits 0 … 3 to bit 4 of bytes 0 … 3."""
     return (bits & 15) * 0x02040810 & 0x10101010
 
 
 @triton.jit
 def words_small(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
                 P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
-    """Blocks of 32 in nibbles [R, U, 4]; their scale [R, U]; minimum and fifth bits [R, U], where there are."""
+    """Load blocks of 32 nibbles [R, U, 4]; their scale [R, U]; minimum and fifth bits [R, U], where there are."""
     words = buffer.to(tl.pointer_type(tl.uint32))
     QUANTS: tl.constexpr = P3 if FORMAT == "Q5_1" else P2 if (FORMAT == "Q4_1" or FORMAT == "Q5_0") else P1
     spot = (origin[None, :] + QUANTS // 4 + at * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
@@ -73,7 +73,7 @@ def words_small(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr
 
 @triton.jit
 def fold_small(words, xs, FORMAT: tl.constexpr):
-    """Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, MXFP4 in both orders → [R, U]."""
+    """Fold Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL and MXFP4 in both orders: [R, U]."""
     quants, a, h, x_sum = words[0], xs[0], xs[1], xs[2][None]
     zero = tl.zeros(quants.shape, tl.float32)
     if FORMAT == "MXFP4" or FORMAT == "MXFP4_PAIRS":
@@ -104,7 +104,7 @@ def fold_small(words, xs, FORMAT: tl.constexpr):
 
 @triton.jit
 def words_q8_0(buffer, origin, at, mask, P0: tl.constexpr, P1: tl.constexpr):
-    """Twice four words [R, U, 4], and the scale [R, U]."""
+    """Load twice four words [R, U, 4], and the scale [R, U]."""
     words = buffer.to(tl.pointer_type(tl.uint32))
     spot = (origin[None, :] + P1 // 4 + at * 8)[:, :, None] + tl.arange(0, 4)[None, None, :]
     m = mask[:, :, None]
@@ -115,7 +115,7 @@ def words_q8_0(buffer, origin, at, mask, P0: tl.constexpr, P1: tl.constexpr):
 
 @triton.jit
 def fold_q8_0(words, xs):
-    """Signed bytes, read as unsigned ones that are 128 too large → [R, U]."""
+    """Fold signed bytes, read as unsigned ones that are 128 too large: [R, U]."""
     a, h = xs[0], xs[1]
     total = dot_bytes(tl.zeros(words[0].shape, tl.float32), words[0] ^ 0x80808080, a[0], a[1], a[2], a[3])
     total = dot_bytes(total, words[1] ^ 0x80808080, h[0], h[1], h[2], h[3])

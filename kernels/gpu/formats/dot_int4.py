@@ -1,4 +1,4 @@
-"""Groups of 32, 64 or 128 codes of 4 bits, two in a byte: kernels.formats.int4_groups. A unit is 32 codes."""
+"""Dot products of groups of 32, 64 or 128 4-bit codes, two per byte (kernels.formats.int4_groups). A unit is 32."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def has_zeros(fmt):
 
 @triton.constexpr_function
 def brain(fmt):
-    """Whether scales are bfloat16."""
+    """Return whether scales are bfloat16."""
     return "BF16" in fmt
 
 
 @triton.constexpr_function
 def sharing(fmt):
-    """Units of 32 that share a scale."""
+    """Return the units of 32 that share a scale."""
     return FORMATS[fmt].block // 32
 
 
 @triton.jit
 def head_of(buffer, at, mask, FORMAT: tl.constexpr):
-    """The scale's bits and, where there are, those of the zero point behind; `at` counts groups from `buffer` on."""
+    """Load the scale's bits and, if any, those of the zero point after it; `at` counts groups from `buffer`."""
     if has_zeros(FORMAT):
         return tl.load(buffer.to(tl.pointer_type(tl.uint32)) + at, mask=mask, other=0)
     else:
@@ -50,7 +50,7 @@ def scale_of(head, FORMAT: tl.constexpr):
 
 @triton.jit
 def words_int4(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
-    """Four words of codes [R, U, 4]; what stands before their group [R, U]."""
+    """Load four words of codes [R, U, 4]; the scale and zero point of their group [R, U]."""
     HEAD: tl.constexpr = 4 if has_zeros(FORMAT) else 2
     words = buffer.to(tl.pointer_type(tl.uint32))
     spot = (origin[None, :] + P1 // 4 + at * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
@@ -61,7 +61,7 @@ def words_int4(buffer, origin, at, mask, FORMAT: tl.constexpr, P0: tl.constexpr,
 
 @triton.jit
 def fold_int4(words, xs, FORMAT: tl.constexpr):
-    """[R, U]; xs: dot_32.x_pairs."""
+    """Return [R, U]; xs from dot_32.x_pairs."""
     codes, even, odd = words[0], xs[0], xs[1]
     none = tl.zeros(codes.shape, tl.float32)
     low, high = dot_nibbles(none, none, codes, even[0], even[1], even[2], even[3], odd[0], odd[1], odd[2], odd[3])

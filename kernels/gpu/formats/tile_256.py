@@ -1,4 +1,4 @@
-"""Blocks of 256 as floats, 64 columns at a time: Q2_K to Q6_K, IQ4_XS."""
+"""Dequantisation of blocks of 256, 64 columns at a time: Q2_K to Q6_K, IQ4_XS."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tile_k(base, row, there, step, FIVE: tl.constexpr, COLS: tl.constexpr, P0: t
 
 @triton.jit
 def tile_q2_k(base, row, there, step, COLS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr):
-    """Four sixteens: two bits of 32 bytes, then the next two."""
+    """Q2_K, four groups of 16: two bits of 32 bytes, then the next two."""
     block, b, at = row * (COLS // 256) + step // 4, (8 * tl.arange(0, 4))[None], step % 2 * 4
     words = eight_words(base + P1 + row * (COLS // 4) + step // 2 * 32, there)
     head, both = words_from(base + P2, block, there), words_from(base + P0 + block * 16, step % 4, there)[:, None] >> b
@@ -56,7 +56,7 @@ def tile_q2_k(base, row, there, step, COLS: tl.constexpr, P0: tl.constexpr, P1: 
 @triton.jit
 def tile_q3_k(base, row, there, step, COLS: tl.constexpr,
               P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
-    """Likewise, with a third bit out of 32 bytes, which all eight such groups of a block share."""
+    """Q3_K, as Q2_K with a third bit out of 32 bytes, which all eight such groups of a block share."""
     block, b, q, at = row * (COLS // 256) + step // 4, (8 * tl.arange(0, 4))[None], step % 4, step % 2 * 4
     words = eight_words(base + P1 + row * (COLS // 4) + step // 2 * 32, there)
     upper = eight_words(base + P0 + block * 32, there) >> q * 2
@@ -72,7 +72,7 @@ def tile_q3_k(base, row, there, step, COLS: tl.constexpr,
 @triton.jit
 def tile_q6_k(base, row, there, step, COLS: tl.constexpr,
               P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
-    """Four sixteens: low or high nibbles of 64 bytes, upper bits in 32."""
+    """Q6_K, four groups of 16: low or high nibbles of 64 bytes, upper bits in 32."""
     BLOCKS: tl.constexpr = COLS // 256
     R: tl.constexpr = row.shape[0]
     block, part, g = row * BLOCKS + step // 4, step % 2, tl.arange(0, 4)
@@ -88,7 +88,7 @@ def tile_q6_k(base, row, there, step, COLS: tl.constexpr,
 
 @triton.jit
 def tile_iq4_xs(base, row, there, step, COLS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
-    """Two groups of 32, low nibbles before high ones."""
+    """IQ4_XS, two groups of 32: low nibbles before high ones."""
     head, g, j = base + P0 + (row * (COLS // 256) + step // 4) * 8, tl.arange(0, 2), step % 4
     words = tl.reshape(words_at(base + P1, row, there, step, COLS // 8, 8), (row.shape[0], 2, 4))
     first, scales = words_from(head, 0, there), words_from(head, 1, there)

@@ -1,4 +1,4 @@
-"""Blocks of 32, groups of 4-bit codes, float8 and NVFP4 as floats, 64 columns at a time."""
+"""Dequantisation of blocks of 32, groups of 4-bit codes, float8 and NVFP4, 64 columns at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from offmoe.kernels.gpu.formats.tile_words import (
 @triton.jit
 def tile_small(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
                P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
-    """Two blocks of 32 in nibbles: Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, MXFP4 in both orders; a row's last may hold one."""
+    """Two blocks of 32 nibbles: Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, MXFP4 in both orders; a row's last tile may be one."""
     BLOCKS: tl.constexpr = COLS // 32
     QUANTS: tl.constexpr = P3 if FORMAT == "Q5_1" else P2 if (FORMAT == "Q4_1" or FORMAT == "Q5_0") else P1
     words = tl.reshape(words_at(base + QUANTS, row, there, step, BLOCKS * 4, 8), (row.shape[0], 2, 4))
@@ -86,7 +86,7 @@ def tile_q8_0(base, row, there, step, COLS: tl.constexpr, P0: tl.constexpr, P1: 
 
 @triton.jit
 def tile_f8(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr):
-    """Within one tile's columns: 64 divides 128."""
+    """Float8 within one tile's columns: 64 divides 128."""
     words = words_at(base + P1, row, there, step, COLS // 4, 16)
     at = row // 128 * ((COLS + 127) // 128) + step // 2 if in_tiles(FORMAT) else row
     values = in_order(fp8(words, 24, 20), fp8(words, 16, 12), fp8(words, 8, 4), fp8(words, 0, -4))
@@ -96,7 +96,7 @@ def tile_f8(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr, P0
 @triton.jit
 def tile_nvfp4(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
                P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr):  # fmt: skip
-    """Four sixteens; the last tile of a row may hold two."""
+    """NVFP4, four groups of 16; the last tile of a row may hold two."""
     SIXTEENS: tl.constexpr = COLS // 16
     words = tl.reshape(words_at(base + P2, row, there, step, SIXTEENS * 2, 8), (row.shape[0], 4, 2))
     half = scale_at(base + P0, row, there, FORMAT)[:, None] * 0.5

@@ -1,6 +1,6 @@
-"""Quantised weights as floats, 64 columns of some rows at a time: for the grouped GEMM and for whole matrices.
+"""Dequantisation of 64 columns of some rows at a time: for the grouped GEMM and for whole matrices.
 
-All products of codes with scales are exact in float32, so that contraction to FMA changes no bit.
+All products of codes with scales are exact in float32, so contraction to FMA changes no bit.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ def tile_float(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
 @triton.jit
 def tile(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
          P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
-    """Columns 64 · step … + 63 of rows [R] int64 of the matrix at `base`, or of one at each of `base` [R]: float32
-    [R, 64]. Finite past COLS, and where not `there` [R]: what they are multiplied by has to be 0."""
+    """Return columns 64 · step … + 63 of rows [R] int64 of the matrix at `base` (or one at each of `base` [R]): float32
+    [R, 64].
+
+    Values past COLS, and of rows not `there` [R], are finite: whatever multiplies them has to be 0.
+    """
     base += tl.zeros(row.shape, tl.int64)
     if FORMAT == "Q4_K" or FORMAT == "Q5_K":
         values = tile_k(base, row, there, step, FORMAT == "Q5_K", COLS, P0)
@@ -81,9 +84,9 @@ def _unpack(buffer, out, stride, rows, COLS: tl.constexpr, R: tl.constexpr, FORM
 
 
 def dequantise_into(buffer: Tensor, form: Matrix, out: Tensor) -> None:
-    """The matrix `form` in `buffer` uint8 [bytes] → out [rows, cols] in its type, each value rounded once.
+    """Dequantise the matrix `form` in `buffer` uint8 [bytes] into out [rows, cols], each value rounded once.
 
-    The buffer starts at a multiple of 16 bytes; rows of `out` may be apart.
+    The buffer starts at a multiple of 16 bytes; rows of `out` may be strided.
     """
     assert out.shape == (form.rows, form.cols)
     assert out.stride(1) == 1

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from offmoe.cache.arrays import Ints
 from offmoe.cache.files import whole_file
-from offmoe.cache.policies.base import Ints
 from offmoe.cache.trace import BROKEN, Trace, read_arrays, reason
 from offmoe.lab.trace.text import Records, csv_lines, jsonl_lines, read_csv, read_jsonl
 
