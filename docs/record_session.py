@@ -17,7 +17,7 @@ from typing import Any
 import pexpect
 import pyte
 
-COLUMNS, ROWS = 112, 40
+COLUMNS, ROWS = 120, 40
 COMMAND = ("offmoe", "chat", "demo", "--vram", "50%", "--device", "cpu", "--greedy", "--no-profile")
 QUESTIONS = ("What is the capital of France?", "What is photosynthesis?", "What is bread made of?")
 DONE = re.compile(r"\d+ tokens? ·.* roof ")  # the line after an answer
