@@ -8,7 +8,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 PIP := $(INSTALL) -c constraints.txt
 WARM := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -P -c 'import prompt_toolkit, offmoe.__main__ as offmoe; offmoe.main()' \
 	chat </dev/null 2>/dev/null
-PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+# Tests start Python dozens of times: it keeps the bytecode of torch and transformers, also where it is told not to.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 CACHE_TESTS := tests/cache
 COMPARING = $(shell grep -rlE 'assert_close|check_(answers|stacked)|reference' tests --include='test_*.py')
 # Supported versions of Triton: each is installed into a folder of its own, as the only package there.

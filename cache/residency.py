@@ -1,4 +1,4 @@
-"""Which record lies in which slot: the one table that the engine, the replay and the tests share."""
+"""Residency table: which record is in which slot; the engine, the replay and the tests share it."""
 
 from __future__ import annotations
 

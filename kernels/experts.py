@@ -22,7 +22,8 @@ def expert_gate_up(
     """Compute weight · glu(gate x, up x) of every (token, expert) pair into out [P, F], striped.
 
     records [S, stride] uint8, slots [P] int32, weights [P], x [T, H] striped. `bias` [E, 2F] holds gate's and up's
-    biases concatenated; `ids` [P] are the experts. Nothing is computed for a pair in slot -1.
+    biases concatenated; `ids` [P] are the experts. Pair p belongs to token p // (P / T); nothing is computed for a pair
+    in slot -1. `before`: glu(weight · gate x, weight · up x) instead.
     """
     of_token = unstripe(x).to(out.dtype).repeat_interleave(len(slots) // len(x), dim=0)
     for pair, slot in enumerate(slots.tolist()):

@@ -96,14 +96,14 @@ def taken_apart(blocks: Tensor, form: Format) -> Tensor:
 
 
 def whole_rows(raw: Tensor, form: Format, rows: int) -> Tensor:
-    """A matrix as it lies → [rows, row bytes], in which every row's blocks are together: so rows can be moved."""
+    """Rearrange a matrix from the file's layout to [rows, row bytes], so that rows can be moved."""
     start = rows * form.scales.dtype.itemsize if form.scales else 0
     blocks = (together(raw[start:], form) if form.apart else raw[start:]).view(rows, -1)
     return torch.cat((raw[:start].view(rows, -1), blocks), 1) if start else blocks
 
 
 def as_it_lies(rows: Tensor, form: Format) -> Tensor:
-    """The way back, [bytes]."""
+    """Rearrange rows to the file's layout [bytes], the inverse of `whole_rows`."""
     start = form.scales.dtype.itemsize if form.scales else 0
     scales, blocks = rows[:, :start].flatten(), rows[:, start:]
     planes = taken_apart(blocks.reshape(-1, form.bytes), form) if form.apart else blocks.flatten()

@@ -1,5 +1,8 @@
 """Multi-head latent attention (arXiv 2405.04434), naive: keys and values of all heads come from one latent per
 position.
+
+The cache holds the normed latent and one rotated key, shared by all heads. Decoding never expands it: a head's query is
+projected into the latent space (`absorb`), and the mixed latents are projected back (`values_of`).
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Ring:
         return len(self._rows)
 
     def clear(self) -> None:
-        """Before steps are counted from 0 again, with none under way."""
+        """Restart at step 0; no step may be in flight."""
         self.memory.zero_()
 
     def poll(self, step: int) -> Row | None:

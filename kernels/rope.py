@@ -1,4 +1,8 @@
-"""Rotary embedding: angle per position of each pair, and its scalings for contexts longer than trained."""
+"""Rotary embedding: angle per position of each pair, and its scalings for contexts longer than trained.
+
+Sources: RoPE arXiv 2104.09864, position interpolation 2306.15595, YaRN 2309.00071, LongRoPE 2402.13753; `dynamic` and
+`llama3` as transformers computes them.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +83,7 @@ def inverse_frequencies(dim: int, theta: float, ctx: int, scaling: Scaling = PLA
 
 
 def frequency_factors(dim: int, theta: float, scaling: Scaling) -> Tensor:
-    """Return the divisors of every pair's frequency [dim / 2], as llama.cpp stores them: 1e30 for a pair not rotated."""
+    """Return the divisor of every pair's frequency [dim / 2], as llama.cpp stores it: 1e30 for a pair not rotated."""
     scaled = inverse_frequencies(dim, theta, 1, scaling)
     return torch.where(scaled > 0, inverse_frequencies(dim, theta, 1) / scaled, 1e30)
 

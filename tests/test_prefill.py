@@ -20,7 +20,9 @@ from offmoe.experts.vram_store import VramStore
 pytestmark = pytest.mark.usefixtures("whole_model")
 
 
-@pytest.mark.parametrize(("chunk", "batch", "vram"), [(10, 2, "50%"), (4, 8, "60%"), (5, 3, "100%")])
+@pytest.mark.parametrize(
+    ("chunk", "batch", "vram"), cases([(10, 2, "50%"), (4, 8, "60%"), (5, 3, "100%")], [(10, 2, "50%"), (4, 8, "60%")])
+)
 @pytest.mark.parametrize(
     "family",
     cases(
@@ -32,7 +34,7 @@ def test_logits_are_those_of_transformers(family: str, chunk: int, batch: int, v
     reference(family, IDS).check_logits(prefill(saved(family, tmp_path), chunk, batch, vram=vram))
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("scope", cases(["layer", "global"], ["global"]))
 def test_what_is_resident_changes_no_bit(scope: str, tmp_path: Path) -> None:
     path = saved("qwen3_moe", tmp_path)
     rows = [prefill(path, 5, batch, vram=vram, scope=scope) for batch, vram in ((1, "40%"), (3, "75%"), (8, "100%"))]

@@ -64,7 +64,7 @@ class Echo(CRF):
         self.foretold = self.foretell()
 
     def foretell(self) -> NDArray[np.float32]:
-        """Return the foretold score of each record [records] for the tokens after the next; 0 with fewer than 3 rows."""
+        """Return the foretold score of each record [records] for the tokens after the next; 0 below 3 rows."""
         ages = self.nearest()
         if not ages.size:
             return np.zeros(self.records, np.float32)

@@ -120,7 +120,7 @@ def write_rows(
     x, cache, scales, first, place, room,
     KV_HEADS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
-    """Write x [ROWS, WIDE] of heads from `first` into cache [KV_HEADS, room, D], row `place`, scales [KV_HEADS, room]."""
+    """Write x [ROWS, WIDE], heads from `first` on, into cache [KV_HEADS, room, D] and scales [KV_HEADS, room]."""
     row, d = first + tl.arange(0, ROWS), tl.arange(0, WIDE)
     fits = (row < KV_HEADS) & (place < room)
     if INT8:

@@ -96,7 +96,7 @@ def _conv_chunk(
 
 
 def conv_chunk(projected: Tensor, w: ConvWeights, recent: Tensor, start: int) -> Tensor:
-    """Mix a prompt's tokens: [T, channels] in the type of `projected` [T, 3 channels]; see kernels.shortconv.conv_mix."""
+    """Mix a prompt's tokens (kernels.shortconv.conv_mix): [T, channels] in the type of `projected` [T, 3 channels]."""
     (taps, c), tokens = w.conv.shape, len(projected)
     assert projected.stride(1) == 1
     assert recent.is_contiguous()

@@ -14,6 +14,7 @@ import formula_policies
 import numpy as np
 import pytest
 import torch
+from exhaustive import cases
 from paths import PROGRAMS, ROOT
 from policy_contract import OnlineContract
 from synthetic_traces import of, synthetic
@@ -81,8 +82,10 @@ def test_the_spec_of_a_plugin_is_canonical_and_stands_for_itself(tmp_path: Path)
     assert make_policy(make_policy(plugin, 4).name, 4).name == f"{plugin},h=16"
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", ["MyPolicy", "Signed"])
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    cases([("MyPolicy", 80), ("MyPolicy", 90), ("Signed", 80), ("Signed", 90)], [("MyPolicy", 80), ("Signed", 90)]),
+)
 def test_a_formula_compiles_into_the_kernels_and_rounds_to_nearest(tmp_path: Path, name: str, capability: int) -> None:
     """In a process of its own, for in this one Triton may be its interpreter."""
     pytest.importorskip("triton.backends.nvidia")

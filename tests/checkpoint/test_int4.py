@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
 import torch
+from exhaustive import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from int4_files import CASES, saved_int4
@@ -58,8 +60,9 @@ def test_values_are_those_of_the_published_formula(fmt: str, data: st.DataObject
     assert same.all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "family"), cases(product(CASES, FAMILIES), list(zip(CASES, cycle(FAMILIES), strict=False)))
+)
 def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
     name: str, family: str, tmp_path: Path
 ) -> None:

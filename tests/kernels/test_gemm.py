@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle, product
+
 import pytest
 import torch
 from exhaustive import cases
@@ -125,7 +127,9 @@ def test_combine(dtype: torch.dtype) -> None:
     assert_close("of some", fast.combine(out, weights), want, 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["normal", *EXTREMES])
-@pytest.mark.parametrize("fmt", TESTED)
+KINDS = ("normal", *EXTREMES)
+
+
+@pytest.mark.parametrize(("fmt", "kind"), cases(product(TESTED, KINDS), list(zip(TESTED, cycle(KINDS), strict=False))))
 def test_unpacked_bit_for_bit(fmt: str, kind: str) -> None:
     check_unpacked(fmt, kind)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from exhaustive import cases
 from torch import Tensor
 
 from offmoe.kernels.sample import sample, uniforms
@@ -72,8 +74,9 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("vocab", [5, 300])
+@pytest.mark.parametrize(
+    ("settings", "vocab"), cases(product(SETTINGS, (5, 300)), list(zip(SETTINGS, cycle((300, 5)), strict=False)))
+)
 def test_the_same_uniforms_give_the_same_id(settings: dict[str, Any], vocab: int) -> None:
     sampler = Sampler(randn(vocab), history=[0, 3, 4], seed=1234567890123456789, **settings)
     for step in range(3):

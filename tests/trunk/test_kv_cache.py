@@ -58,7 +58,7 @@ def test_logits_behind_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_prefix_is_run_again_where_a_window_has_lost_it(
     engine: Engine, written: int, common: int, reused: int
 ) -> None:
-    """The ring holds positions from 56 on of 80, all that a token at 59 sees; 60 end with a chunk longer than the ring."""
+    """The ring holds positions from 56 on, all that a token at 59 sees; 60 end with a chunk longer than the ring."""
     engine.prefill(IDS[:written])
     ids = [*IDS[:common], 5, 6, 7, 8]
     want = reference("gpt_oss", ids)

@@ -232,6 +232,7 @@ def test_a_truncated_measurement_is_made_again(tmp_path: Path) -> None:
     assert folder.read(CELL) is None
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_run_goes_on(tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, measure, measured = Sweep.of(bench, ("50%",), ("lru", "lfu"), (), 2), bench.measure, list[str]()
 
@@ -254,7 +255,11 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, bench: Bench, monkeypatch: p
     assert trace.sequences >= 2
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:99])])
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:99])
+
+
+@pytest.mark.parametrize("spoil", cases([Path.unlink, cut], [cut]))
 def test_a_round_whose_trace_is_lost_is_measured_again(
     tmp_path: Path, bench: Bench, spoil: Callable[[Path], object]
 ) -> None:
@@ -334,6 +339,7 @@ def test_the_command_measures_reports_and_resumes(command: Command, tmp_path: Pa
     assert "has the results of another run" in line
 
 
+@pytest.mark.exhaustive
 def test_a_replay_that_is_off_ends_with_3(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulate a simulator that ignores the prompts."""
     answer = Simulator.answer

@@ -84,6 +84,7 @@ def test_a_recording_can_be_repeated_without_the_weights(recorded: Path) -> None
     again.unlink()
 
 
+@pytest.mark.exhaustive
 def test_short_answers_are_asked_for_again_until_there_is_enough(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("What is the capital of France? Answer in one word.\n\nHi!\n")
     out = tmp_path / "t.npz"
