@@ -34,7 +34,7 @@ def parse_size(text: str | int) -> int:
     """`8GiB`, `512M`, `1000000` → bytes. Binary units unless the unit is kB, MB, GB, TB."""
     match = SIZE.fullmatch(str(text))
     if match is None or match[2].lower() not in UNITS:
-        raise OffmoeError(f"{str(text)!r} is no size: write for example 8GiB, 512MiB or 0")
+        raise OffmoeError(f"{str(text)!r} is not a size: write for example 8GiB, 512MiB or 0")
     size = float(match[1]) * UNITS[match[2].lower()]
     if size >= 2**63:
         raise OffmoeError(f"{str(text)!r} is larger than any memory")
@@ -48,7 +48,7 @@ def parse_budget(text: str | int | Budget) -> Budget:
     if isinstance(text, str) and text.strip().endswith("%"):
         number = text.strip()[:-1]
         if not re.fullmatch(r"\d+(\.\d+)?", number) or not 0 < float(number) <= 100:
-            raise OffmoeError(f"{text!r} is no share: write a number above 0 and up to 100, as in 50%")
+            raise OffmoeError(f"{text!r} is not a share: write a number above 0 and up to 100, as in 50%")
         return Budget(percent=float(number))
     return Budget(bytes=parse_size(text))
 

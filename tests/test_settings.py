@@ -23,7 +23,7 @@ def test_sizes(text: str | int, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "lots", "-1", "8GiBs", "1e9", "0x10", "GiB", "1 2", "nan", "50%", "٣GiB%"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(OffmoeError, match="is no size: write for example 8GiB"):
+    with pytest.raises(OffmoeError, match="is not a size: write for example 8GiB"):
         parse_size(text)
 
 
@@ -40,7 +40,7 @@ def test_budgets_are_bytes_or_a_share() -> None:
 
 @pytest.mark.parametrize("text", ["0%", "101%", "-5%", "x%", "%", "nan%", "1e1%"])
 def test_what_is_no_share(text: str) -> None:
-    with pytest.raises(OffmoeError, match="is no share: write a number above 0 and up to 100"):
+    with pytest.raises(OffmoeError, match="is not a share: write a number above 0 and up to 100"):
         parse_budget(text)
 
 

@@ -19,6 +19,8 @@ RETIRED = {
     r"beside": "in addition to, next to; shared_expert, side_stream, concatenated",
     r"likewise": "the same, or say it",
     r"whoever|whomever": "a noun",
+    r"meant": "weight_transform, effective (weights)",
+    r"class (?:Lane|Mark|Copy)": "Stream, Event, Snapshot",
     r"place_of|config\.places": "moe_layer",
 }
 HERE = Path(__file__).resolve()

@@ -573,11 +573,11 @@ def test_little_free_memory(error_line: ErrorLine, good: Path, monkeypatch: pyte
 
 
 VALUES = {
-    "--vram": {"0%": "'0%' is no share: write a number above 0 and up to 100", "101%": "'101%' is no share",
-               "-5%": "'-5%' is no share", "nan%": "'nan%' is no share", "%": "'%' is no share",
-               "-1": "'-1' is no size: write for example 8GiB", "8 parsecs": "'8 parsecs' is no size",
-               "": "'' is no size", "1e9": "'1e9' is no size", "9" * 30: "is larger than any memory"},
-    "--ram": {"50%": "'50%' is no size", "-1GiB": "'-1GiB' is no size", "all": "'all' is no size"},
+    "--vram": {"0%": "'0%' is not a share: write a number above 0 and up to 100", "101%": "'101%' is not a share",
+               "-5%": "'-5%' is not a share", "nan%": "'nan%' is not a share", "%": "'%' is not a share",
+               "-1": "'-1' is not a size: write for example 8GiB", "8 parsecs": "'8 parsecs' is not a size",
+               "": "'' is not a size", "1e9": "'1e9' is not a size", "9" * 30: "is larger than any memory"},
+    "--ram": {"50%": "'50%' is not a size", "-1GiB": "'-1GiB' is not a size", "all": "'all' is not a size"},
     "--policy": {"best": "policy 'best' is unknown: choose lru, crf:h=1", "": "policy '' is unknown: choose lru",
                  "crf:h=0": "h is '0': write crf:h=1…4096", "crf:h=9999": "h is '9999': write crf:h=1…4096",
                  "crf:h=x": "h is 'x': write crf:h=1…4096", "crf:k=1": "has no parameter 'k': write crf:h=1…4096",
@@ -842,9 +842,9 @@ def test_files_that_are_no_chat(command: Command, good: Path, tmp_path: Path) ->
     ("settings", "message"),
     [
         ({"unknown_setting": 1}, "unknown setting 'unknown_setting': known are vram, ram, policy"),
-        ({"vram": "0%"}, "'0%' is no share"),
-        ({"vram": -1}, "'-1' is no size"),
-        ({"ram": "much"}, "'much' is no size"),
+        ({"vram": "0%"}, "'0%' is not a share"),
+        ({"vram": -1}, "'-1' is not a size"),
+        ({"ram": "much"}, "'much' is not a size"),
         ({"scope": "model"}, "scope 'model' is unknown: choose layer or global"),
         ({"dtype": "f8"}, "dtype 'f8' is unknown: choose f32 or bf16 or f16"),
         ({"device": "tpu"}, "device 'tpu' is unknown"),

@@ -74,9 +74,9 @@ def test_usage_errors_are_one_line_with_a_hint(arguments: list[str], expected: s
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--vram", "0%"], "'0%' is no share"),
-        (["--vram", "lots"], "'lots' is no size"),
-        (["--ram", "-1"], "'-1' is no size"),
+        (["--vram", "0%"], "'0%' is not a share"),
+        (["--vram", "lots"], "'lots' is not a size"),
+        (["--ram", "-1"], "'-1' is not a size"),
         (["--device", "tpu"], "device 'tpu' is unknown"),
         (["--ctx", "1"], "ctx is 1: expected a whole number, at least 16"),
         (["--temperature", "nan"], "temperature is nan"),

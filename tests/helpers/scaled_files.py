@@ -66,8 +66,8 @@ def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blocks = weight.unflatten(1, (-1, 32))
     exponent = (blocks.abs().amax(2) / 4).log2().ceil().clamp(-127)
     codes, values = e2m1(blocks / 2 ** exponent[..., None])
-    meant = values * 2 ** exponent[..., None]
-    return pairs(codes.flatten(1)), (exponent + 127).to(torch.uint8), meant.flatten(1)
+    effective = values * 2 ** exponent[..., None]
+    return pairs(codes.flatten(1)), (exponent + 127).to(torch.uint8), effective.flatten(1)
 
 
 def packed(name: str, weight: Tensor, kind: str) -> tuple[Tensors, Tensor]:
@@ -80,15 +80,15 @@ def packed(name: str, weight: Tensor, kind: str) -> tuple[Tensors, Tensor]:
         codes, zeros, scale = int4_files.quantised(weight, INT4)
         return int4_files.packed(module, codes, zeros, scale, INT4), int4_files.meaning(codes, zeros, scale)
     if kind == "modelopt nvfp4":
-        codes, small, whole, meant = nvfp4(weight, divided=False)
-        return {name: codes, f"{name}_scale": small, f"{name}_scale_2": whole, f"{module}.input_scale": one}, meant
+        codes, small, whole, effective = nvfp4(weight, divided=False)
+        return {name: codes, f"{name}_scale": small, f"{name}_scale_2": whole, f"{module}.input_scale": one}, effective
     if kind == "nvfp4-pack-quantized":
-        codes, small, whole, meant = nvfp4(weight, divided=True)
+        codes, small, whole, effective = nvfp4(weight, divided=True)
         return {f"{name}_packed": codes, f"{name}_scale": small, f"{name}_global_scale": whole.view(1),
-                f"{module}.input_global_scale": one.view(1)}, meant  # fmt: skip
+                f"{module}.input_global_scale": one.view(1)}, effective  # fmt: skip
     if kind == "mxfp4-pack-quantized":
-        codes, small, meant = mxfp4(weight)
-        return {f"{name}_packed": codes, f"{name}_scale": small}, meant
+        codes, small, effective = mxfp4(weight)
+        return {f"{name}_packed": codes, f"{name}_scale": small}, effective
     alone = kind == "modelopt fp8"
     scale = (weight.abs().max() if alone else weight.abs().amax(1, keepdim=True).bfloat16()) / 448
     eight = (weight / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -96,18 +96,18 @@ def packed(name: str, weight: Tensor, kind: str) -> tuple[Tensors, Tensor]:
 
 
 def quantise(path: Path, kind: str) -> Tensors:
-    """Rewrite the model at `path`; returns all tensors as they are now meant, in float32."""
-    file, tensors, meant = path / "model.safetensors", {}, {}
+    """Rewrite the model at `path`; return the values that all its tensors now stand for, in float32."""
+    file, tensors, effective = path / "model.safetensors", {}, {}
     for name, tensor in load_file(file).items():
         if name.endswith("_proj.weight") or "_proj_with_mqa" in name:
-            parts, meant[name] = packed(name, tensor, kind)
+            parts, effective[name] = packed(name, tensor, kind)
             tensors |= {part: value.contiguous() for part, value in parts.items()}
         else:
-            meant[name] = tensors[name] = tensor
+            effective[name] = tensors[name] = tensor
     save_file(tensors, file)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "quantization_config": config_of(kind)}))
-    return meant
+    return effective
 
 
 CASES = {  # the family, and what its experts become

@@ -63,8 +63,8 @@ def made(family: str, kind: str, base: str, folder: Path) -> tuple[Path, Any]:
     path, plain = (saved(family, folder / where) for where in ("apart", "plain"))
     like = load_file(plain / "model.safetensors")
     save_file(take_apart(like, family, base), path / "model.safetensors")
-    meant = stacked(quantise(path, kind), like, family, base)
-    save_file(meant, plain / "model.safetensors", {"format": "pt"})
+    effective = stacked(quantise(path, kind), like, family, base)
+    save_file(effective, plain / "model.safetensors", {"format": "pt"})
     return path, type(tiny(family)).from_pretrained(plain, dtype="float32").eval()
 
 

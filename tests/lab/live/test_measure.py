@@ -359,7 +359,7 @@ def test_a_replay_that_is_off_ends_with_3(command: Command, tmp_path: Path, monk
         (["--policy", "fifo"], "policy 'fifo' is unknown"),
         (["--policy", "belady"], "policy 'belady'"),
         (["--vram", "10%"], "the smallest that works is"),
-        (["--vram", "lots"], "'lots' is no size"),
+        (["--vram", "lots"], "'lots' is not a size"),
         (["--prefetch", "gate"], "works on a GPU, and the device is the CPU"),
         (["--prefetch", "oracle"], "prefetch 'oracle' is unknown"),
         (["--tokens", "100000"], "the context holds 8192: give shorter prompts or fewer --tokens"),

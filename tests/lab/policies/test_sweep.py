@@ -237,7 +237,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         (["--fraction", "0.05"], "2 slots a layer are too few: every token needs 4"),
         (["--policy", f"static:profile={DEMO}"], "is of 960 records and 128 are needed: record it with this model"),
         (["--link", "1GB"], "--link needs --record"),
-        (["--link", "fast", "--record", "1MB"], "'fast' is no size"),
+        (["--link", "fast", "--record", "1MB"], "'fast' is not a size"),
         (["--link", "0", "--record", "1MB"], "--link '0' is not a bandwidth"),
         (["--record", "0"], "an expert of 0 bytes is not possible"),
         (["--floor", "1"], "--floor needs --link"),

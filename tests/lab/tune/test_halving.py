@@ -396,7 +396,7 @@ def test_a_config_directory_that_cannot_be_written_is_said_before_measuring(
 @pytest.mark.parametrize(
     ("arguments", "status", "expected"),
     [
-        (["--vram", "lots"], 1, "'lots' is no size"),
+        (["--vram", "lots"], 1, "'lots' is not a size"),
         (["--vram", "1%"], 1, "the smallest that works is"),
         (["--minutes", "0"], 2, "Invalid value for '--minutes'"),
         (["--device", "tpu"], 1, "device 'tpu' is unknown"),
