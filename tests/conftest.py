@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]  # all in there needs one
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
