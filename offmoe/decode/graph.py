@@ -67,9 +67,7 @@ class Decoder:
         self._stamp = 0  # GPU clock at the end of the last token, ns
         try:
             self._capture(replace(self._variant, served=self._served()))
-        except (
-            BaseException
-        ):  # registered memory has to be released: it could not be registered again if it were reused
+        except BaseException:  # release registered memory: reused, it could not be registered again
             self.close()
             raise
 

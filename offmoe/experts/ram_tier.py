@@ -59,10 +59,8 @@ class RamTier:
         self._finished: deque[tuple[int, Read]] = deque()  # reads that ended, in the readers' order
         self._failed = self._complete = False  # a background read failed; every record is present
         self._landed = 0  # successful reads; with a row for every record, the rows that are filled
-        self._fetching, self._lock = (
-            threading.Lock(),
-            threading.Lock(),
-        )  # hold for a whole fetch; for the table and _reads
+        self._fetching = threading.Lock()  # held for a whole fetch
+        self._lock = threading.Lock()  # guards the table and _reads
         self._ranges = [
             [model.ranges(layer, expert) for expert in range(config.experts)] for layer in range(config.moe_layers)
         ]
@@ -209,9 +207,8 @@ class RamTier:
         if not self.whole:
             access = self.table.access(layer, experts, max(now, self.table.now))
             return access.slots, ~(access.hit | access.late), access.late
-        rows = (
-            experts + layer * self.table.experts
-        )  # row = record; the table would give the first free row after a failure
+        # Row = record: the table would give the first free row after a failed read.
+        rows = experts + layer * self.table.experts
         absent = self.table.slot_of[rows] < 0
         late = self.table.arriving[rows]
         new = rows[absent]

@@ -110,9 +110,8 @@ class VramStore(ExpertStore):
     def _admit(self, layer: int, experts: Ints, uses: Ints) -> None:
         for order in self.table.waves(layer, experts, uses):
             self.access(layer, experts[order], uses[order])
-            self.table.landed(
-                np.flatnonzero(self.table.arriving)
-            )  # later launches are ordered after their bytes by the stream
+            # The stream orders later launches after the arrival of these records.
+            self.table.landed(np.flatnonzero(self.table.arriving))
 
     def _stream(self, layer: int, missing: Ints, multiply: Multiply) -> None:
         """Bring `missing` experts in batches, into their slots or through the stage, and multiply each batch."""
