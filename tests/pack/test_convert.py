@@ -251,12 +251,9 @@ def test_what_ggml_quantises(fmt: str, tmp_path: Path) -> None:
 
 def test_k_quants_without_ggml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ggml_library.load_library.cache_clear()
+    source, out = saved("olmoe", tmp_path), tmp_path / "m.gguf"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    out = tmp_path / "m.gguf"
-    assert (
-        error_line(saved("olmoe", tmp_path), out, "q4_k")
-        == "q4_k needs ggml: install it with pip install 'offmoe[llama]'"
-    )
+    assert error_line(source, out, "q4_k") == "q4_k needs ggml: install it with pip install 'offmoe[llama]'"
     assert not out.exists()
 
 
