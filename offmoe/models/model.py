@@ -24,8 +24,7 @@ from offmoe.models.family import Family, Values
 from offmoe.models.names import under_prefix
 from offmoe.models.quantisation import assemble
 from offmoe.models.read_config import read_config
-from offmoe.models.shapes import bias_shapes
-from offmoe.models.tensors import check_trunk, find, holder, is_split, record_layout, transpose_experts
+from offmoe.models.tensors import check_trunk, expert_biases, find, holder, is_split, record_layout, transpose_experts
 
 
 @dataclass(frozen=True)
@@ -112,11 +111,10 @@ class Model:
     def expert_biases(self, moe_layer: int) -> tuple[Tensor, Tensor]:
         """Biases of all experts of a layer, float32: gate and up concatenated [E, 2F], down [E, H]."""
         layer = self.config.routed[moe_layer]
-        found = {}
-        for role in bias_shapes(self.names, self.config):
-            info = self.find(role, layer)
-            assert info is not None, f"{role} of layer {layer} was there when the model was opened"
-            found[role] = self.checkpoint.tensor(info.name)
+        found = {
+            role: torch.stack([self.checkpoint.tensor(info.name) for info in infos]).flatten(0, -2)
+            for role, infos in expert_biases(self.checkpoint, self.names, self.config, layer).items()
+        }
         if "gate_up_bias" in found:
             both = found["gate_up_bias"]
             gate, up = (both[:, ::2], both[:, 1::2]) if self.family.interleaved_experts else both.chunk(2, dim=1)
