@@ -41,7 +41,7 @@ def rope_parameters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 def scaling_of(raw: Mapping[str, Any]) -> Scaling:
     """Scaling of the config. Raises OffmoeError where numbers are missing."""
     rope = rope_parameters(raw)
-    kind, trained = rope["rope_type"], count(raw, "max_position_embeddings", default=4096)
+    kind, trained = rope["rope_type"], count(raw, "max_position_embeddings")
     if kind == "default":
         return PLAIN
     original = count({**raw, **rope}, "original_max_position_embeddings", default=trained)
@@ -80,7 +80,7 @@ def yarn(rope: Mapping[str, Any], factor: float, original: int) -> Scaling:
 
 def positions(raw: Mapping[str, Any], scaling: Scaling) -> int:
     """Positions that a model supports; configs with yarn or dynamic may give those trained without scaling."""
-    trained = count(raw, "max_position_embeddings", default=4096)
+    trained = count(raw, "max_position_embeddings")
     return max(trained, int(scaling.factor * scaling.original)) if scaling.kind in ("yarn", "dynamic") else trained
 
 

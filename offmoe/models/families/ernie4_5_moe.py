@@ -64,6 +64,7 @@ FAMILY = Family(
         "first_k_dense_replace": (),
         "use_bias": (False, None),
         "moe_layer_interval": (1, None),
+        "interleave_moe_layer_step": (1, None),  # what a GGUF calls it
         "moe_layer_end_index": (None,),
         "moe_norm_min": (1e-12, None),
         "use_correction_bias": (True, None),

@@ -101,8 +101,9 @@ def gguf_fields(key: Callable[[str], Any]) -> dict[str, Any]:
         raise OffmoeError(f"gemma4.attention.sliding_window_pattern is {quote(near)}: expected true or false a layer")
     each = kept if isinstance(kept, list) else [kept] * len(near)
     of_kind = {one: next((n for n, at in zip(each, near, strict=False) if at == one), None) for one in (True, False)}
-    rope = {kind: {**ROPES[kind], "rope_theta": key(name) or ROPES[kind]["rope_theta"]}
-            for kind, name in ((SLIDING, "rope.freq_base_swa"), (FULL, "rope.freq_base"))}  # fmt: skip
+    theta = key("rope.freq_base") or 10_000.0
+    bases = {SLIDING: key("rope.freq_base_swa") or theta, FULL: theta}
+    cap = key("final_logit_softcapping")
     return {
         "layer_types": [SLIDING if one else FULL for one in near],
         "head_dim": key("attention.key_length_swa"),
@@ -111,8 +112,8 @@ def gguf_fields(key: Callable[[str], Any]) -> dict[str, Any]:
         "num_global_key_value_heads": of_kind[False],
         "attention_k_eq_v": True,
         "sliding_window": key("attention.sliding_window"),
-        "rope_parameters": rope,
-        "final_logit_softcapping": key("final_logit_softcapping"),
+        "rope_parameters": {kind: {**ROPES[kind], "rope_theta": base} for kind, base in bases.items()},
+        "final_logit_softcapping": 30.0 if cap is None else cap,
         "hidden_size_per_layer_input": key("embedding_length_per_layer_input") or 0,
         "num_kv_shared_layers": key("attention.shared_kv_layers") or 0,
         "rope_scaling": gguf_scaling(key, {}),
