@@ -13,29 +13,37 @@ PREFIXES = (  # what else stands there: inside a model with vision, in one saved
     "model.model.", "base_model.model.model.",
 )  # fmt: skip
 HEADS = ("", "language_model.", "model.", "model.language_model.", "base_model.model.")  # in front of a head's name
-SHARED = "model.layers.{l}.mlp.shared_expert"  # or shared_experts
+BLOCKS = ("mlp.", "block_sparse_moe.", "feed_forward.")  # what families call the part of a layer with experts
 PARTS = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}  # of a feed-forward part
+SHARED = ("shared_expert.", "shared_experts.", "shared_mlp.")
 
 
-def blocks(*blocks: str) -> Names:
-    """Names of router and experts, in layers that put one of `blocks` in front of them, the usual one first.
+def feed_forward(*blocks: str, router: str = "gate", numbered: bool = False) -> Names:
+    """Names of a layer's feed-forward parts, with `blocks` or those of BLOCKS in front, the usual one first.
 
-    Experts are apart, under either of two names, as their makers and tools that quantise write them, or stacked, as
-    transformers 5 does.
+    Matrices have either of two names. Experts are apart, as their makers and tools that quantise write them, or
+    stacked, as transformers 5 does. router: its usual name. numbered: w1, w3 and w2 are the usual names.
     """
 
     def each(*ends: str) -> tuple[str, ...]:
-        return tuple(f"model.layers.{{l}}.{block}{end}" for block in blocks for end in ends)
+        return tuple(f"model.layers.{{l}}.{block}{end}" for block in dict.fromkeys(blocks + BLOCKS) for end in ends)
 
-    apart = {part: [f"experts.{{e}}.{name}.weight" for name in names] for part, names in PARTS.items()}
+    def matrix(part: str, *bases: str) -> list[str]:
+        return [f"{base}{name}.weight" for base in bases for name in PARTS[part][:: -1 if numbered else 1]]
+
+    stacked = ("experts.down_proj", "experts.down_proj.weight", "experts.down_projs.{e}.weight")
     return {
-        "router": each("gate.weight", "router.weight"),
+        "router": each(f"{router}.weight", "gate.weight", "router.weight"),
         "router_bias": each("gate.e_score_correction_bias", "e_score_correction_bias"),
-        "gate": each(*apart["gate"]),
-        "up": each(*apart["up"]),
-        "down": each(*apart["down"], "experts.down_proj", "experts.down_proj.weight"),
-        "gate_up": each("experts.gate_up_proj", "experts.gate_up_proj.weight"),
-    }
+        "gate": each(*matrix("gate", "experts.{e}.")),
+        "up": each(*matrix("up", "experts.{e}.")),
+        "down": each(*matrix("down", "experts.{e}."), *stacked),
+        "gate_up": each("experts.gate_up_proj", "experts.gate_up_proj.weight", "experts.{e}.gate_up_proj.weight",
+                        "experts.gate_up_projs.{e}.weight"),
+        **{f"dense_{part}": each(*matrix(part, "")) for part in PARTS},
+        **{f"shared_{part}": each(*matrix(part, *SHARED)) for part in PARTS},
+        "shared_router": each("shared_expert_gate.weight"),
+    }  # fmt: skip
 
 
 def under_prefix(names: Names, tensors: Container[str]) -> Names:
@@ -54,7 +62,7 @@ HF_NAMES: Names = {
     **hf_names(),
     "embed": ("model.embed_tokens.weight",),
     "final_norm": ("model.norm.weight",),
-    **blocks("mlp.", "block_sparse_moe.", "feed_forward."),
+    **feed_forward(),
     "head": tuple(f"{prefix}lm_head.weight" for prefix in HEADS),
     "attn_norm": ("model.layers.{l}.input_layernorm.weight",),
     "ffn_norm": ("model.layers.{l}.post_attention_layernorm.weight",),
@@ -62,13 +70,6 @@ HF_NAMES: Names = {
     "attn_norm_bias": ("model.layers.{l}.input_layernorm.bias",),
     "ffn_norm_bias": ("model.layers.{l}.post_attention_layernorm.bias",),
     "final_norm_bias": ("model.norm.bias",),
-    "dense_gate": ("model.layers.{l}.mlp.gate_proj.weight",),
-    "dense_up": ("model.layers.{l}.mlp.up_proj.weight",),
-    "dense_down": ("model.layers.{l}.mlp.down_proj.weight",),
-    "shared_gate": (SHARED + ".gate_proj.weight", SHARED + "s.gate_proj.weight"),
-    "shared_up": (SHARED + ".up_proj.weight", SHARED + "s.up_proj.weight"),
-    "shared_down": (SHARED + ".down_proj.weight", SHARED + "s.down_proj.weight"),
-    "shared_router": ("model.layers.{l}.mlp.shared_expert_gate.weight",),
 }
 
 GGUF_NAMES: Names = {

@@ -15,7 +15,7 @@ from offmoe.mixers.recurrent import FULL
 from offmoe.mixers.rope import RopeConfig
 from offmoe.models.config import ModelConfig
 from offmoe.models.family import Family
-from offmoe.models.names import GGUF_NAMES, HF_NAMES, blocks
+from offmoe.models.names import GGUF_NAMES, HF_NAMES, feed_forward
 from offmoe.models.rope import GGUF_FACTORS, gguf_scaling
 from offmoe.models.shared_fields import SLIDING, sliding_windows, windowed
 
@@ -167,7 +167,7 @@ FAMILY = Family(
     outer={"tie_word_embeddings": True},
     names={
         **HF_NAMES,
-        **blocks("", "moe."),
+        **feed_forward("", "moe."),
         **{role: tuple(LAYER + name for name in own) for role, own in NAMES.items()},
     },
     gguf_names={

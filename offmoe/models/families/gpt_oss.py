@@ -10,7 +10,7 @@ from offmoe.kernels.feed_forward import Glu
 from offmoe.mixers.recurrent import FULL
 from offmoe.models.config import ModelConfig
 from offmoe.models.family import Family
-from offmoe.models.names import GGUF_NAMES, HF_NAMES
+from offmoe.models.names import GGUF_NAMES, HF_NAMES, feed_forward
 from offmoe.models.shared_fields import SLIDING, sliding_windows, windowed
 
 MLP = "model.layers.{l}.mlp"
@@ -58,11 +58,16 @@ FAMILY = Family(
     own={"num_experts": ("num_local_experts", "num_experts"), "moe_intermediate_size": ("intermediate_size",)},
     names={
         **HF_NAMES,
+        **feed_forward(router="router"),
         "router_offset": (MLP + ".router.bias",),
-        "gate_up_bias": (MLP + ".experts.gate_up_proj_bias",),
+        "gate_up_bias": (MLP + ".experts.gate_up_proj_bias", MLP + ".experts.gate_up_projs.{e}.bias"),
         "gate_bias": (MLP + ".experts.{e}.gate_proj.bias",),
         "up_bias": (MLP + ".experts.{e}.up_proj.bias",),
-        "down_bias": (MLP + ".experts.down_proj_bias", MLP + ".experts.{e}.down_proj.bias"),
+        "down_bias": (
+            MLP + ".experts.down_proj_bias",
+            MLP + ".experts.{e}.down_proj.bias",
+            MLP + ".experts.down_projs.{e}.bias",
+        ),
     },
     gguf_names={**GGUF_NAMES, "ffn_norm": ("blk.{l}.post_attention_norm.weight",)},
     interleaved_experts=True,

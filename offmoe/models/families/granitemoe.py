@@ -6,9 +6,9 @@ from typing import Any
 from offmoe.checkpoint.fields import number
 from offmoe.models.config import ModelConfig
 from offmoe.models.family import Family
-from offmoe.models.names import HF_NAMES
+from offmoe.models.names import HF_NAMES, feed_forward
 
-BLOCK = "model.layers.{l}.block_sparse_moe"
+BLOCK = feed_forward("block_sparse_moe.")
 
 
 def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
@@ -48,9 +48,10 @@ FAMILY = Family(
     own={"num_experts": ("num_local_experts",), "moe_intermediate_size": ("intermediate_size",)},
     names={
         **HF_NAMES,
-        "router": (BLOCK + ".router.layer.weight", *HF_NAMES["router"]),
-        "gate_up": (BLOCK + ".input_linear.weight", *HF_NAMES["gate_up"]),
-        "down": (BLOCK + ".output_linear.weight", *HF_NAMES["down"]),
+        **BLOCK,
+        "router": ("model.layers.{l}.block_sparse_moe.router.layer.weight", *BLOCK["router"]),
+        "gate_up": ("model.layers.{l}.block_sparse_moe.input_linear.weight", *BLOCK["gate_up"]),
+        "down": ("model.layers.{l}.block_sparse_moe.output_linear.weight", *BLOCK["down"]),
     },
     interleaved_gguf=True,
     gguf_keys=gguf_keys,

@@ -24,9 +24,6 @@ NAMES = {
     "q_norm": (BLOCK + ".self_attn.query_layernorm.weight",),
     "k_norm": (BLOCK + ".self_attn.key_layernorm.weight",),
     "router": (BLOCK + ".mlp.gate.wg.weight", *HF_NAMES["router"]),
-    "shared_gate": (BLOCK + ".mlp.shared_mlp.gate_proj.weight",),
-    "shared_up": (BLOCK + ".mlp.shared_mlp.up_proj.weight",),
-    "shared_down": (BLOCK + ".mlp.shared_mlp.down_proj.weight",),
 }
 
 

@@ -13,7 +13,7 @@ from offmoe.mixers.recurrent import FULL, layers_of_kind
 from offmoe.mixers.shortconv.config import ShortConvConfig
 from offmoe.models.config import ModelConfig
 from offmoe.models.family import Family
-from offmoe.models.names import GGUF_NAMES, HF_NAMES
+from offmoe.models.names import GGUF_NAMES, HF_NAMES, feed_forward
 from offmoe.models.shared_fields import first_dense
 
 CONV = "conv"  # a kind of layer
@@ -22,7 +22,7 @@ OWN = {
     "first_k_dense_replace": ("num_dense_layers",),
     "tie_word_embeddings": ("tie_embedding", "tie_word_embeddings"),
 }
-LAYER, BLOCK = "model.layers.{l}", "model.layers.{l}.feed_forward"
+LAYER = "model.layers.{l}"
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,16 +73,14 @@ FAMILY = Family(
     own=OWN,
     names={
         **HF_NAMES,
+        **feed_forward("feed_forward.", numbered=True),
         "final_norm": ("model.embedding_norm.weight",),
         "attn_norm": (LAYER + ".operator_norm.weight",),
         "ffn_norm": (LAYER + ".ffn_norm.weight",),
         "o": (LAYER + ".self_attn.out_proj.weight",),
         "q_norm": (LAYER + ".self_attn.q_layernorm.weight",),
         "k_norm": (LAYER + ".self_attn.k_layernorm.weight",),
-        "router_bias": (BLOCK + ".expert_bias",),
-        "dense_gate": (BLOCK + ".w1.weight",),
-        "dense_up": (BLOCK + ".w3.weight",),
-        "dense_down": (BLOCK + ".w2.weight",),
+        "router_bias": (LAYER + ".feed_forward.expert_bias",),
     },
     gguf_names={**GGUF_NAMES, "final_norm": ("token_embd_norm.weight", "output_norm.weight")},
     gguf_keys=gguf_keys,

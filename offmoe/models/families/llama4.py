@@ -14,7 +14,7 @@ from offmoe.mixers.heads.config import HeadsConfig
 from offmoe.mixers.recurrent import FULL
 from offmoe.models.config import ModelConfig
 from offmoe.models.family import Family
-from offmoe.models.names import HF_NAMES
+from offmoe.models.names import HF_NAMES, feed_forward
 from offmoe.models.shared_fields import routed_layers, windowed
 
 CHUNKED = "chunked_attention"  # a kind of layer
@@ -25,12 +25,6 @@ OWN = {  # intermediate_size is an expert's, not a dense layer's
     "num_experts": ("num_local_experts",),
     "moe_intermediate_size": ("intermediate_size",),
     "intermediate_size": ("intermediate_size_mlp",),
-}
-BLOCK = "model.layers.{l}.feed_forward"
-NAMES = {
-    **HF_NAMES,
-    **{f"dense_{part}": (f"{BLOCK}.{part}_proj.weight",) for part in ("gate", "up", "down")},
-    **{f"shared_{part}": (f"{BLOCK}.shared_expert.{part}_proj.weight",) for part in ("gate", "up", "down")},
 }
 
 
@@ -121,7 +115,7 @@ FAMILY = Family(
     renormalise=False,
     defaults=DEFAULTS,
     own=OWN,
-    names=NAMES,
+    names={**HF_NAMES, **feed_forward("feed_forward.", router="router")},
     interleaved=True,
     transposed_experts=True,
     dense_first=False,

@@ -6,6 +6,7 @@ from typing import Any
 
 from offmoe.checkpoint.fields import count
 from offmoe.models.config import ModelConfig
+from offmoe.models.families.mixtral import NAMES
 from offmoe.models.family import Family
 
 
@@ -38,6 +39,7 @@ FAMILY = Family(
     renormalise=True,
     defaults=DEFAULTS,
     own={"num_experts": ("num_local_experts", "num_experts"), "moe_intermediate_size": ("intermediate_size",)},
+    names=NAMES,
     translated=translated,
     configured=configured,
     implemented={

@@ -7,6 +7,7 @@ from typing import Any
 from offmoe.checkpoint.fields import flag, number
 from offmoe.errors import OffmoeError
 from offmoe.models.config import ModelConfig
+from offmoe.models.families.mixtral import NAMES
 from offmoe.models.family import Family
 from offmoe.models.rope import rope_parameters
 from offmoe.models.shared_fields import one_window
@@ -49,6 +50,7 @@ FAMILY = Family(
     renormalise=False,
     defaults=DEFAULTS,
     own={"num_experts": ("num_local_experts",), "moe_intermediate_size": ("intermediate_size",)},
+    names=NAMES,
     translated=translated,
     configured=configured,
     implemented={"attention_bias": (), "num_experts_per_tok": (2,), "norm_topk_prob": (False, None)},
