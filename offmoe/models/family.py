@@ -49,7 +49,7 @@ class Family:
     arch: str  # in a GGUF
     published: str  # a model that people run
     qk_norm: str  # see HeadsConfig
-    renormalise: bool  # where a GGUF does not say
+    renormalise: bool  # where neither a config.json nor a GGUF says
     defaults: Mapping[str, Any]  # fields that a config.json may leave out, as transformers' config class has them
     own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # shared field → its names here, own first
     outer: Mapping[str, Any] = field(default_factory=dict)  # fields that count beside a text_config, and their defaults

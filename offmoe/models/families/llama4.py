@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from offmoe.checkpoint.base import quote
-from offmoe.checkpoint.fields import count, flag, number
+from offmoe.checkpoint.fields import LARGEST, count, flag, number
 from offmoe.errors import OffmoeError
 from offmoe.kernels.rope import AttentionTemperature
 from offmoe.mixers.heads.config import HeadsConfig
@@ -34,7 +34,7 @@ def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
         int((layer + 1) % count(raw, "no_rope_layer_interval", default=EVERY) != 0) for layer in range(layers)
     ]
     kinds = each_layer(raw, "layer_types", layers, (FULL, CHUNKED)) or [CHUNKED if one else FULL for one in rotates]
-    chunk = count(raw, "attention_chunk_size", default=CHUNK)
+    chunk = count(raw, "attention_chunk_size", default=CHUNK) if raw.get("sliding_window") != 0 else 0
     temperature = None
     if flag(raw, "attn_temperature_tuning", True):
         floor = count(raw, "floor_scale", default=TEMPERATURE.floor)
@@ -45,7 +45,9 @@ def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
         shared_hidden=count(raw, "moe_intermediate_size"),
         weighted_input=True,
     )
-    config = config.with_heads(chunked=CHUNKED in kinds, qk_norm="unit" if flag(raw, "use_qk_norm", True) else "none")
+    config = config.with_heads(
+        chunked=bool(chunk) and CHUNKED in kinds, qk_norm="unit" if flag(raw, "use_qk_norm", True) else "none"
+    )
     config = windowed(config, [chunk if kind == CHUNKED else 0 for kind in kinds])
     no_rope = [layer for layer, one in enumerate(rotates) if not one]
     return config.with_heads(no_rope, rope=None, temperature=temperature)
@@ -73,10 +75,8 @@ def layers_with_experts(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]:
 
 def gguf_fields(key: Callable[[str], Any]) -> dict[str, Any]:
     """What llama.cpp has fixed: heads are normed but in one model, and without a window all layers rotate."""
-    fixed: dict[str, Any] = {"use_qk_norm": key("expert_count") != UNNORMED}
-    if key("attention.sliding_window") == 0 and isinstance(layers := key("block_count"), int):
-        fixed |= {"no_rope_layers": [1] * layers, "layer_types": [FULL] * layers}
-    return fixed
+    fixed, unwindowed = {"use_qk_norm": key("expert_count") != UNNORMED}, key("attention.sliding_window") == 0
+    return fixed | {"sliding_window": 0, "no_rope_layer_interval": LARGEST} if unwindowed else fixed
 
 
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
