@@ -15,7 +15,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from offmoe.checkpoint.base import Checkpoint, TensorInfo, quote
+from offmoe.checkpoint.base import Checkpoint, TensorInfo
+from offmoe.checkpoint.parts import MisfitError, Parts, misfit
 from offmoe.checkpoint.row_major import Bytes, transpose
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS
@@ -161,65 +162,53 @@ def block_size(group: int) -> int:
 
 
 class Int4Tensors:
-    """Tensors of a checkpoint with packed 4-bit matrices; `used` are those that are part of a matrix."""
+    """Packed 4-bit matrices among the tensors of a checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, packing: Packing) -> None:
-        self.path, self.packing, self.used = checkpoint.path, packing, set[str]()
-        self._tensors = checkpoint.tensors | checkpoint.parts
+    def __init__(self, parts: Parts, packing: Packing) -> None:
+        self.packing, self._parts, self._tensors = packing, parts, parts.tensors
 
     def matrices(self) -> Iterator[TensorInfo]:
-        """Yield MODULE.weight of every module with codes. Raises OffmoeError if parts are missing or do not fit."""
+        """Yield MODULE.weight of every module with codes, refused if parts are missing or do not fit."""
         codes = f".{NAMES[self.packing.method][0]}"
         # Codes of type U8 are 4-bit floats: see checkpoint.scaled.
-        names = [name for name, info in self._tensors.items() if name.endswith(codes) and info.format != "U8"]
-        for name in names:
-            yield self._matrix(name.removesuffix(codes))
+        for info in [info for name, info in self._tensors.items() if name.endswith(codes) and info.format != "U8"]:
+            yield self._parts.matrix(info, info.name.removesuffix(codes) + ".weight", self._matrix)
 
-    def _matrix(self, module: str) -> TensorInfo:
+    def _matrix(self, codes_info: TensorInfo) -> TensorInfo:
         """Combine the tensors of one module into a matrix."""
         p, (codes, scale, zero, order) = self.packing, NAMES[self.packing.method]
-        codes_info = self._find(module, codes, ("I32",), None)
+        module = codes_info.name.removesuffix(f".{codes}")
+        if codes_info.format != "I32" or len(codes_info.shape) != 2:
+            raise misfit(codes_info.name, codes_info, ("I32",), "of two dimensions")
         a, b = codes_info.shape
         rows, cols = {"awq": (8 * b, a), "gptq": (b, 8 * a)}.get(p.method, (a, 8 * b))
         group = cols if p.group == -1 else p.group
         block = block_size(group)
         if not block or cols % group:
-            raise OffmoeError(
-                f"{self.path}: {quote(module)} has {cols} columns in groups of {group}: expected a whole number of "
-                "groups of a multiple of 32 columns; this model cannot be run yet"
+            raise MisfitError(
+                f"it has {cols} columns in groups of {group}: expected a whole number of groups of a multiple of 32 "
+                "columns; this model cannot be run yet"
             )
         groups, transposed = cols // group, p.transposed
-        scales = self._find(module, scale, ("F16", "BF16"), (groups, rows) if transposed else (rows, groups))
+        scales = self._parts.find(
+            f"{module}.{scale}", ("F16", "BF16"), (groups, rows) if transposed else (rows, groups)
+        )
         has_zeros, has_order = transposed or p.zeros, f"{module}.{order}" in self._tensors
         if not has_zeros and f"{module}.{zero}" in self._tensors:
-            raise OffmoeError(f"{self.path}: {quote(module)} has zero points, but quantization_config says symmetric")
+            raise MisfitError("it has zero points, but quantization_config says symmetric")
         ranges = [scales.range]
         if has_zeros:
             shape = (groups, rows // 8) if transposed else (-(-rows // 8), groups)
-            ranges.append(self._find(module, zero, ("I32",), shape).range)
+            ranges.append(self._parts.find(f"{module}.{zero}", ("I32",), shape).range)
         if has_order:
-            ranges.append(self._find(module, order, ("I32",), (cols,)).range)
-        self.used.add(module + SHAPE)
+            ranges.append(self._parts.find(f"{module}.{order}", ("I32",), (cols,)).range)
+        self._parts.used.add(module + SHAPE)
         fmt = f"INT4_{block}_{scales.format}" + "_ZEROS" * p.zeros
         converter = Int4ToRowMajor(p, rows, cols, groups, fmt, has_zeros, has_order)
         is_row_major = not (transposed or has_zeros or has_order) and group == block
         return TensorInfo(
             f"{module}.weight", fmt, (rows, cols), codes_info.range, tuple(ranges), None if is_row_major else converter
         )
-
-    def _find(self, module: str, part: str, kinds: tuple[str, ...], shape: tuple[int, ...] | None) -> TensorInfo:
-        """Return one tensor of a module.
-
-        Raises OffmoeError unless it has one of the types and the shape (None: any matrix).
-        """
-        name = f"{module}.{part}"
-        info = self._tensors.get(name)
-        if info is None or info.format not in kinds or (len(info.shape) != 2 if shape is None else info.shape != shape):
-            found = f"{info.format} {list(info.shape)}" if info else "missing"
-            wanted = "two dimensions" if shape is None else str(list(shape))
-            raise OffmoeError(f"{self.path}: {quote(name)} is {found}: expected {' or '.join(kinds)}, {wanted}")
-        self.used.add(name)
-        return info
 
 
 def check_zero_points(checkpoint: Checkpoint, info: TensorInfo) -> None:

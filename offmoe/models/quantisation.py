@@ -6,11 +6,12 @@ Schemes for activations are ignored: offmoe computes with activations as they ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from offmoe.checkpoint.base import Checkpoint, quote
+from offmoe.checkpoint.base import Checkpoint, TensorInfo, quote
 from offmoe.checkpoint.int4 import Int4Tensors, Packing, check_zero_points
-from offmoe.checkpoint.safetensors import unsupported_dtype
+from offmoe.checkpoint.parts import Parts
 from offmoe.checkpoint.scaled import ScaledTensors
 from offmoe.errors import OffmoeError
 
@@ -40,20 +41,23 @@ def assemble(checkpoint: Checkpoint, config: object) -> None:
     Zero points and column groups that the config declares trivial are checked here, for a layer's first expert only:
     the 18,000 small reads for the other experts of a large model are made when their records are read.
     """
-    packing, scaled = packing_of(config), ScaledTensors(checkpoint)
-    parts = Int4Tensors(checkpoint, packing) if packing else None
-    found = [*scaled.matrices(), *(parts.matrices() if parts else ())]
-    used = scaled.used | (parts.used if parts else set())
-    for name, info in checkpoint.parts.items():
-        if name not in used:
-            raise unsupported_dtype(checkpoint.path, name, info.format)
-    kept = {name: info for name, info in checkpoint.tensors.items() if name not in used}
-    checkpoint.tensors = {**kept, **{info.name: info for info in found}}
-    checkpoint.parts = {}
-    for info in found:
-        _, _, expert = info.name.partition(".experts.")
-        if not expert or expert.startswith("0."):
-            check_zero_points(checkpoint, info)
+    packing, parts = packing_of(config), Parts(checkpoint.tensors)
+    found = list(ScaledTensors(parts).matrices())
+    found += Int4Tensors(parts, packing).matrices() if packing else ()
+    kept = {name: info for name, info in checkpoint.tensors.items() if name not in parts.used}
+    checkpoint.tensors = {**kept, **{info.name: checked(checkpoint, info) for info in found}}
+
+
+def checked(checkpoint: Checkpoint, info: TensorInfo) -> TensorInfo:
+    """Return a matrix, refused if its zero points or column groups contradict the config."""
+    _, _, expert = info.name.partition(".experts.")
+    if info.refusal or (expert and not expert.startswith("0.")):
+        return info
+    try:
+        check_zero_points(checkpoint, info)
+    except OffmoeError as error:
+        return replace(info, refusal=f"is no matrix that offmoe can read: {error}")
+    return info
 
 
 def awq(config: Table) -> Packing:

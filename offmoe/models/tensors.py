@@ -40,6 +40,7 @@ def expect(
     if info is None:
         name = names[role][0].format(l=layer, e=expert)
         raise OffmoeError(f"{checkpoint.path} has no tensor {name}: the file is incomplete or of another model")
+    checkpoint.check_usable(info)
     if [n for n in info.shape if n > 1] != [n for n in shape if n > 1]:  # a single row may be written as a vector
         raise OffmoeError(f"tensor {info.name} has shape {list(info.shape)}: the config asks for {list(shape)}")
     return info

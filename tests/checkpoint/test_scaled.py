@@ -23,6 +23,7 @@ from torch import Tensor
 from wide_models import FAMILIES, IDS
 
 from offmoe.checkpoint.open import open_checkpoint
+from offmoe.checkpoint.parts import Parts
 from offmoe.checkpoint.scaled import ScaledTensors
 from offmoe.kernels.formats import FORMATS, as_it_lies, dequantise, whole_rows
 
@@ -101,7 +102,7 @@ def test_scales_of_a_stack_of_float8(shape: tuple[int, ...], tmp_path: Path) -> 
     codes, scales = torch.randn(3, 32, 64).to(torch.float8_e4m3fn), torch.rand(shape)
     save_file({"e": codes, "e_scale": scales}, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
-        (info,) = ScaledTensors(checkpoint).matrices()
+        (info,) = ScaledTensors(Parts(checkpoint.tensors)).matrices()
         for expert in range(3):
             raw = checkpoint.matrix(info, expert)
             want = codes[expert].float() * scales[expert].reshape(-1, 1)
@@ -144,7 +145,8 @@ TENSORS: dict[str, tuple[str, Any, str]] = {
     "other scales": (NV, lambda t: t.update({f"{NAME}_scale": t[f"{NAME}_scale"][:, :4].clone()}),
                      r"weight_scale' is F8_E4M3 \[64, 4\]: expected F8_E4M3 \[64, 8\]"),
     "no scale of all": (NV, lambda t: t.pop(f"{NAME}_scale_2"), r"_scale_2' is missing: expected F32 \[\]"),
-    "smoothed": (NV, lambda t: t.update({"a.pre_quant_scale": torch.ones(1)}), "has 'a.pre_quant_scale', and"),
+    "smoothed": (NV, lambda t: t.update({NAME.removesuffix("weight") + "pre_quant_scale": torch.ones(128)}),
+                 "pre_quant_scale., and offmoe"),
     "stacked": (NV, lambda t: t.update({NAME: t[NAME][None].clone()}),
                 r"U8 \[1, 64, 64\]: expected U8 \[rows, columns\], of 32 weights or a multiple"),
     "groups that do not divide": (NV, lambda t: t.update({NAME: t[NAME][:, :40].clone()}),
