@@ -29,6 +29,7 @@ class ByteRange:
     file: int
     offset: int
     nbytes: int
+    shared: bool = False  # they belong to every matrix of a stack, not a part to each
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class TensorInfo:
         """Return the byte ranges of matrix `number`: one, or more if scales are stored separately."""
         found = []
         for whole in (*self.scales, self.range):
+            if whole.shared:
+                found.append(whole)
+                continue
             nbytes = whole.nbytes // self.matrices
             found.append(ByteRange(whole.file, whole.offset + number * nbytes, nbytes))
         return found

@@ -138,7 +138,7 @@ def described(checkpoint: Checkpoint) -> Model:
     family, config = read_config(checkpoint)
     names = family.gguf_names if checkpoint.kind == "gguf" else family.names
     if checkpoint.kind == "safetensors":
-        assemble(checkpoint, family.translated(checkpoint.json("config.json") or {}).get("quantization_config"))
+        assemble(checkpoint)
         if family.transposed_experts:
             transpose_experts(checkpoint, names, config)
     check_trunk(checkpoint, names, config)
