@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from offmoe.checkpoint.base import Checkpoint, TensorInfo
-from offmoe.checkpoint.row_major import TransposeColumns
+from offmoe.checkpoint.row_major import ToRowMajor, TransposeColumns
+from offmoe.checkpoint.scales import FloatScales
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.planes import plane_sizes
@@ -103,11 +104,32 @@ def record_layout(
 
 
 def transpose_experts(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
-    """Present stacked experts of floats, [E, cols, rows] in the file, as [E, rows, cols]."""
-    for role in ("gate_up", "down"):
-        for layer in config.routed:
-            info = find(checkpoint, names, role, layer, 0)
-            if info and len(info.shape) == 3 and info.format in FLOATS and not info.row_major:
-                experts, cols, rows = info.shape
-                columns = TransposeColumns(rows, cols, FORMATS[info.format].bytes)
-                checkpoint.tensors[info.name] = replace(info, shape=(experts, rows, cols), row_major=columns)
+    """Present stacked experts that are [E, cols, rows] in the file as [E, rows, cols].
+
+    transformers 5 writes some of these families in the second way: no layer has both matrices of both shapes.
+    """
+    hidden, inner = config.hidden, config.moe.expert_hidden
+    wanted = {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+    for layer in config.routed:
+        found = {role: info for role in wanted if (info := find(checkpoint, names, role, layer, 0))}
+        stacks = {role: info for role, info in found.items() if by_rows(info)}
+        if all(info.shape[1:] == wanted[role] for role, info in stacks.items()) and len(stacks) == len(wanted):
+            continue
+        for info in stacks.values():
+            checkpoint.tensors[info.name] = by_rows(info) or info
+
+
+def by_rows(info: TensorInfo) -> TensorInfo | None:
+    """Return a stack of matrices stored by columns as one of rows; None where its layout tells them, or it is no stack.
+
+    Scales for rows or blocks tell the rows; floats, and float8 with one scale for a matrix, have none.
+    """
+    if len(info.shape) != 3 or info.refusal:
+        return None
+    experts, cols, rows = info.shape
+    converter: ToRowMajor | None = None
+    if info.format in FLOATS and not info.row_major:
+        converter = TransposeColumns(rows, cols, FORMATS[info.format].bytes)
+    elif info.format == "F8_E4M3_ROW" and isinstance(info.row_major, FloatScales) and info.row_major.count == 1:
+        converter = replace(info.row_major, repeats=rows, columns=((cols, rows),))
+    return replace(info, shape=(experts, rows, cols), row_major=converter) if converter else None

@@ -72,7 +72,7 @@ def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
 ) -> None:
     """All experts in slots; and the smallest budget, with a RAM tier of a few rows."""
     path, model = saved_scaled(tmp_path, kind, family)
-    each = CASES[kind][1].split()  # one per layer; if the first layer is dense, that of the last
+    each = CASES[kind][1].split()  # one for each layer or part; if the first layer is dense, that of the last
     check_answers(path, IDS, reference_of(model, IDS), lambda formats: formats in (set(each), set(each[-1:])))
 
 
