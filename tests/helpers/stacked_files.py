@@ -77,6 +77,12 @@ def modelopt_fp8(rows: Tensor, by_columns: bool = True) -> Written:
     return {"": stored, "_weight_scale": scale}, eight.float() * scale
 
 
+def float8_rows(rows: Tensor) -> Written:
+    scale = rows.abs().amax(2, keepdim=True) / 448
+    eight = (rows / scale).to(torch.float8_e4m3fn)
+    return {"": eight, "_scale": scale}, eight.float() * scale
+
+
 def mxfp8(rows: Tensor, ending: str = "_weight_scale") -> Written:
     codes, exponents, means = scaled_files.mxfp8(rows.flatten(0, 1))
     return {"": codes.view(rows.shape), ending: exponents.view(*rows.shape[:2], -1)}, means.view(rows.shape)
@@ -119,10 +125,13 @@ KINDS: dict[str, tuple[Callable[[Tensor], Written], str, dict[str, Any] | None]]
         lambda rows: int4(rows, ASYMMETRIC, ".weight"), "INT4_32_F16_ZEROS", None),
     "llm-compressor int4, act order": (lambda rows: int4(rows, ORDERED, ".weight"), "F32 INT4_32_F16_ZEROS", {
         **LLM, "format": "pack-quantized", "config_groups": ORDERED.config()["config_groups"]}),
+    "llm-compressor float8": (float8_rows, "F8_E4M3_ROW", None),
     "llm-compressor mxfp4": (mxfp4, "MXFP4_PAIRS", None),
     "Model Optimizer nvfp4": (modelopt_nvfp4, "NVFP4", MO),
     "Model Optimizer nvfp4 by rows": (modelopt_nvfp4_rows, "NVFP4", MO),
     "Model Optimizer fp8": (modelopt_fp8, "F8_E4M3_ROW", {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "Model Optimizer fp8 by rows": (lambda rows: modelopt_fp8(rows, by_columns=False), "F8_E4M3_ROW", {
+        "quant_method": "modelopt", "quant_algo": "FP8"}),
     "Model Optimizer mxfp8": (mxfp8, "BF16", {"quant_method": "modelopt", "quant_algo": "MXFP8"}),
     "transformers mxfp8": (lambda rows: mxfp8(rows, "_scale_inv"), "BF16", {
         "quant_method": "fp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"}),
