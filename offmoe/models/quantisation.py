@@ -233,7 +233,7 @@ def check_group(weights: Table, form: object) -> list[Table]:
     """Return the scheme of 4-bit codes, if the group has one. Raises OffmoeError if it is not implemented."""
     if form == PACKED:
         demand(weights, LLM, num_bits=(4,), type=("int", None), symmetric=(True, False, None), dynamic=(False, None),
-               strategy=("group", "channel"), actorder=(*IN_ANY_ORDER, None, False, "weight", "static"))  # fmt: skip
+               strategy=("group", "channel", None), actorder=(*IN_ANY_ORDER, None, False, "weight", "static"))  # fmt: skip
         return [weights]
     if form not in WEIGHTS:
         raise refused(LLM, "format", form, " or ".join((PACKED, *map(str, WEIGHTS))))
@@ -250,13 +250,13 @@ def packing_in(schemes: list[Table]) -> Packing:
 
 LLM, PACKED = "compressed-tensors", "pack-quantized"
 IN_ANY_ORDER = ("group", "dynamic", True)
-FLOAT8: dict[str, tuple[object, ...]] = {"num_bits": (8,), "strategy": ("channel", "tensor", "block")}
+FLOAT8: dict[str, tuple[object, ...]] = {"num_bits": (8,), "strategy": ("channel", "tensor", "block", None)}
 WEIGHTS: dict[object, dict[str, tuple[object, ...]]] = {  # float formats of compressed-tensors
     "float-quantized": FLOAT8,
     "naive-quantized": FLOAT8,
-    "mxfp8-quantized": {"num_bits": (8,), "strategy": ("group",), "group_size": (32,)},
-    "nvfp4-pack-quantized": {"num_bits": (4,), "strategy": ("tensor_group",), "group_size": (16,)},
-    "mxfp4-pack-quantized": {"num_bits": (4,), "strategy": ("group",), "group_size": (32,)},
+    "mxfp8-quantized": {"num_bits": (8,), "strategy": ("group", None), "group_size": (32, None)},
+    "nvfp4-pack-quantized": {"num_bits": (4,), "strategy": ("tensor_group", None), "group_size": (16, None)},
+    "mxfp4-pack-quantized": {"num_bits": (4,), "strategy": ("group", None), "group_size": (32, None)},
 }
 ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A16_AWQ",
               "MXFP8", "W4A8_MXFP4_FP8")  # fmt: skip

@@ -152,6 +152,17 @@ def test_gate_and_up_that_share_a_tile_are_refused(tmp_path: Path) -> None:
     check_tensors_refused(path, narrow, "stacks gate on up experts of 192 rows in F8_E4M3, of which 128 share")
 
 
+def test_model_optimizer_s_tiles_have_four_dimensions(tmp_path: Path) -> None:
+    path, model = made(tmp_path)
+    tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+    renamed = {name.removesuffix("_inv"): value[:, None, :, None].contiguous() if name.endswith("_inv") else value
+               for name, value in tensors.items()}  # fmt: skip
+    save_file(renamed, path / "model.safetensors")
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}
+    (path / "config.json").write_text(json.dumps(config))
+    check_answers(path, IDS, reference_of(model, IDS), lambda formats: formats == {"F8_E4M3"})
+
+
 def test_compressed_tensors_name_tiles_otherwise(tmp_path: Path) -> None:
     path, _ = made(tmp_path, kind=torch.bfloat16)
     tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
