@@ -18,6 +18,7 @@ from offmoe.checkpoint.row_major import ToRowMajor
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS, dequantise
 
+EMPTY = "is empty: expected weights; copy the model again"  # refusal of a tensor without elements
 JSON_LIMIT = 64 << 20  # the largest tokenizer.json known is 33 MB
 
 
@@ -28,18 +29,25 @@ class ByteRange:
     file: int
     offset: int
     nbytes: int
+    shared: bool = False  # they belong to every matrix of a stack, not a part to each
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as its header describes it. `shape` is in torch's order: rows of shape[-1] weights."""
+    """A tensor as its header describes it. `shape` is in torch's order: rows of shape[-1] weights.
+
+    A checkpoint may hold tensors that no model here computes with: buffers, a vision tower, parts of quantised
+    matrices. Such a tensor is kept with the file's own name of its type, and with the `refusal` that a role raises
+    which needs it.
+    """
 
     name: str
-    format: str  # a key of offmoe.kernels.formats.FORMATS
+    format: str  # a key of offmoe.kernels.formats.FORMATS, unless there is a refusal
     shape: tuple[int, ...]
     range: ByteRange
     scales: tuple[ByteRange, ...] = ()  # scales stored separately; in the format they precede `range`
     row_major: ToRowMajor | None = None  # conversion, if the file's layout is not that of `shape` and `format`
+    refusal: str = ""  # why no role can use the tensor: "has dtype …", or the whole error of a quantised matrix
 
     @property
     def nbytes(self) -> int:
@@ -55,6 +63,9 @@ class TensorInfo:
         """Return the byte ranges of matrix `number`: one, or more if scales are stored separately."""
         found = []
         for whole in (*self.scales, self.range):
+            if whole.shared:
+                found.append(whole)
+                continue
             nbytes = whole.nbytes // self.matrices
             found.append(ByteRange(whole.file, whole.offset + number * nbytes, nbytes))
         return found
@@ -113,13 +124,11 @@ class Checkpoint:
         files: list[DataFile],
         tensors: dict[str, TensorInfo],
         metadata: dict[str, Any],
-        parts: dict[str, TensorInfo] | None = None,
     ) -> None:
         self.path = path
         self.kind = kind
         self.files = [file.path for file in files]  # indexed by ByteRange.file
         self.tensors = tensors
-        self.parts = parts or {}  # codes and scales of quantised matrices; models.quantisation combines them
         self.metadata = metadata  # key/value pairs of a GGUF: str, int, float, bool or a list of one of these types
         self._data = files
 
@@ -129,10 +138,16 @@ class Checkpoint:
         return read_json(path) if self.kind == "safetensors" and path.exists() else None
 
     def info(self, name: str) -> TensorInfo:
-        """Return the description of a tensor. Raises OffmoeError if there is no such tensor."""
+        """Return the description of a tensor. Raises OffmoeError if there is none, or offmoe cannot compute with it."""
         if name not in self.tensors:
             raise OffmoeError(f"{self.path} has no tensor {name!r}, which its architecture needs: copy the model again")
+        self.check_usable(self.tensors[name])
         return self.tensors[name]
+
+    def check_usable(self, info: TensorInfo) -> None:
+        """Raise OffmoeError if offmoe cannot compute with a tensor."""
+        if info.refusal:
+            raise OffmoeError(f"{self.path}: tensor {quote(info.name)} {info.refusal}")
 
     def read(self, name: str) -> Tensor:
         """Return a tensor's bytes in its format, uint8 [nbytes]; scales that are stored separately come first."""

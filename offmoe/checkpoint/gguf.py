@@ -6,19 +6,21 @@ import re
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from offmoe.checkpoint.base import ByteRange, Checkpoint, DataFile, TensorInfo, check_ranges, join_names, quote
+from offmoe.checkpoint.base import EMPTY, ByteRange, Checkpoint, DataFile, TensorInfo, check_ranges, join_names, quote
 from offmoe.errors import OffmoeError
-from offmoe.kernels.formats import GGML, Format
+from offmoe.kernels.formats import GGML
 
 HEADER_LIMIT = 64 << 20  # bytes of metadata and tensor table; with 262,144 tokens a header has about 12 MB
 ENTRY_LIMIT = 1 << 16  # number of keys, and of tensors; the largest models have a few thousand tensors
 ELEMENT_LIMIT = 1 << 22  # array elements in total: as Python objects they take about 60 bytes each
+MOST_DIMENSIONS = 8  # ggml has 4
 PIECE = 1 << 20  # bytes read at once, at least
 SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 STRING, ARRAY, BOOL = 8, 9, 7
@@ -139,29 +141,16 @@ class Header:
             table[name] = read()
         return table
 
-    def tensor(self) -> tuple[Format, tuple[int, ...], int]:
-        """Read one tensor's format, shape in torch's order, and offset from the start of the data."""
+    def tensor(self) -> tuple[int, tuple[int, ...], int]:
+        """Read one tensor's ggml type, shape in torch's order, and offset from the start of the data."""
         dims = self.number(U32)
-        if not 1 <= dims <= 4:
-            raise self.damaged(f"a tensor has {dims} dimensions, expected 1 to 4")
+        if dims > MOST_DIMENSIONS:
+            raise self.damaged(f"a tensor has {dims} dimensions, expected at most {MOST_DIMENSIONS}")
         shape = tuple(self.number(U64) for _ in range(dims))[::-1]
-        fmt = self.format(self.number(U32))
-        offset = self.number(U64)
-        if 0 in shape:
-            raise self.damaged(f"a tensor has the shape {list(shape)}")
-        if shape[-1] % fmt.block:
-            raise self.damaged(f"a {fmt.name} tensor has rows of {shape[-1]} weights, not a multiple of {fmt.block}")
-        return fmt, shape, offset
-
-    def format(self, kind: int) -> Format:
-        """Return the format of a ggml type number. Raises OffmoeError if it is not supported."""
-        if kind in FORMAT_OF_TYPE:
-            return FORMAT_OF_TYPE[kind]
-        raise OffmoeError(
-            f"{self.file.path}: tensor format {type_name(kind)} is not supported: expected one of {', '.join(GGML)}"
-        )
+        return self.number(U32), shape, self.number(U64)
 
 
+@cache
 def type_name(kind: int) -> str:
     """Return ggml's name of a tensor type, for errors."""
     from gguf import GGMLQuantizationType
@@ -199,12 +188,22 @@ def parse(file: DataFile, number: int) -> tuple[dict[str, Any], dict[str, Tensor
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise header.damaged(f"general.alignment is {quote(alignment)}, not a power of two")
     start = -(-header.position // alignment) * alignment
+    offsets = sorted({offset for _, _, offset in found.values()})
+    ends = dict(zip(offsets, [*offsets[1:], file.size - start], strict=True))  # at most: where the next tensor begins
     tensors = {}
-    for name, (fmt, shape, offset) in found.items():
+    for name, (kind, shape, offset) in found.items():
         if offset % alignment:
             raise header.damaged(f"tensor {quote(name)} starts at {offset}, not a multiple of {alignment}")
-        extent = ByteRange(number, start + offset, fmt.nbytes(prod(shape[:-1]), shape[-1]))
-        tensors[name] = TensorInfo(name, fmt.name, shape, extent)
+        fmt, cols = FORMAT_OF_TYPE.get(kind), shape[-1] if shape else 1
+        if fmt is None:
+            extent = ByteRange(number, start + offset, max(0, ends[offset] - offset))
+            refusal = f"has the format {type_name(kind)}: expected one of {', '.join(GGML)}"
+            tensors[name] = TensorInfo(name, type_name(kind), shape, extent, refusal=refusal)
+            continue
+        if cols % fmt.block:
+            raise header.damaged(f"a {fmt.name} tensor has rows of {cols} weights, not a multiple of {fmt.block}")
+        extent = ByteRange(number, start + offset, fmt.nbytes(prod(shape[:-1]), cols))
+        tensors[name] = TensorInfo(name, fmt.name, shape, extent, refusal="" if extent.nbytes else EMPTY)
     check_ranges(file, tensors.values(), start)
     return metadata, tensors
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from offmoe.checkpoint.base import (
+    EMPTY,
     ByteRange,
     Checkpoint,
     DataFile,
@@ -20,13 +21,14 @@ from offmoe.checkpoint.base import (
     read_json,
 )
 from offmoe.errors import OffmoeError
-from offmoe.kernels.formats import FORMATS
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_LIMIT = 16 << 20  # bytes, about 100,000 tensors in one file; as Python objects 10 times as much
-DTYPES = ("F32", "F16", "BF16")
-PARTS = {"F8_E4M3": 1, "U8": 1, "I32": 4, "I64": 8}  # bytes per element of the tensors of quantised matrices
-SIZES = {**{name: FORMATS[name].bytes for name in DTYPES}, **PARTS}
+FLOATS = ("F32", "F16", "BF16")  # what a tensor alone may be; the others only hold parts of quantised matrices
+BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+        "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32,
+        "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64}  # fmt: skip
+MOST_DIMENSIONS = 64  # torch's own limit
 
 
 def parse(file: DataFile, number: int) -> dict[str, TensorInfo]:
@@ -56,25 +58,24 @@ def tensor(file: DataFile, name: str, entry: Any, data: ByteRange) -> TensorInfo
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise damaged(f"is described by {quote(entry)}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in SIZES:
-        raise unsupported_dtype(file.path, name, dtype)
-    if not is_natural_list(shape) or 0 in shape or len(shape) > 5:  # vision towers have five
-        raise damaged(f"has the shape {quote(shape)}, expected up to 5 numbers above 0")
+    if not isinstance(dtype, str):
+        raise damaged(f"has the dtype {quote(dtype)}, expected a name")
+    if not is_natural_list(shape) or len(shape) > MOST_DIMENSIONS:
+        raise damaged(f"has the shape {quote(shape)}, expected up to {MOST_DIMENSIONS} numbers of at least 0")
     if not is_natural_list(offsets) or len(offsets) != 2:
         raise damaged(f"has the data_offsets {quote(offsets)}, expected two")
     begin, end = offsets
-    nbytes = prod(shape) * SIZES[dtype]
-    if end - begin != nbytes:
-        raise damaged(f"takes {end - begin} bytes at its data_offsets, and {nbytes} by its dtype and shape")
-    return TensorInfo(name, dtype, tuple(shape), ByteRange(data.file, data.offset + begin, nbytes))
+    nbytes = end - begin
+    expected = -(-prod(shape) * BITS[dtype] // 8) if dtype in BITS else max(0, nbytes)
+    if nbytes != expected:
+        raise damaged(f"takes {nbytes} bytes at its data_offsets, and {expected} by its dtype and shape")
+    refusal = refusal_of(dtype) if dtype not in FLOATS else EMPTY if nbytes == 0 else ""
+    return TensorInfo(name, dtype, tuple(shape), ByteRange(data.file, data.offset + begin, nbytes), refusal=refusal)
 
 
-def unsupported_dtype(path: Path, name: str, dtype: object) -> OffmoeError:
-    """Return the error for a tensor of an unsupported dtype."""
-    return OffmoeError(
-        f"{path}: tensor {quote(name)} has dtype {quote(dtype)}: expected {', '.join(DTYPES)}, or the types of a "
-        "supported quantisation"
-    )
+def refusal_of(dtype: str) -> str:
+    """Return why a tensor of `dtype` cannot be used alone."""
+    return f"has dtype {quote(dtype)}: expected {', '.join(FLOATS)}, or the types of a supported quantisation"
 
 
 def is_natural_list(value: object) -> bool:
@@ -129,6 +130,4 @@ def open_safetensors(directory: Path) -> Checkpoint:
         for number, (file, expected) in enumerate(zip(files, names.values(), strict=True)):
             tensors |= open_shard(file, number, expected)
         stack.pop_all()
-    parts = {name: info for name, info in tensors.items() if info.format in PARTS}
-    floats = {name: info for name, info in tensors.items() if info.format not in PARTS}
-    return Checkpoint(directory, "safetensors", files, floats, {}, parts)
+    return Checkpoint(directory, "safetensors", files, tensors, {})

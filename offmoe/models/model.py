@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from offmoe.checkpoint.base import ByteRange, Checkpoint, TensorInfo
-from offmoe.checkpoint.fields import text_fields
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.checkpoint.row_major import Bytes
 from offmoe.errors import OffmoeError
@@ -139,7 +138,7 @@ def described(checkpoint: Checkpoint) -> Model:
     family, config = read_config(checkpoint)
     names = family.gguf_names
     if checkpoint.kind == "safetensors":
-        assemble(checkpoint, text_fields(checkpoint.json("config.json") or {}).get("quantization_config"))
+        assemble(checkpoint)
         names = under_prefix(family.names, checkpoint.tensors)
         if family.transposed_experts:
             transpose_experts(checkpoint, names, config)

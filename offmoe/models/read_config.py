@@ -14,7 +14,6 @@ from offmoe.mixers.heads.config import HeadsConfig
 from offmoe.mixers.rope import RopeConfig
 from offmoe.models.config import ModelConfig, MoeConfig, NormConfig, StreamConfig, checked
 from offmoe.models.family import Family, family_of
-from offmoe.models.quantisation import packing_of
 from offmoe.models.rope import GGUF_FACTORS, gguf_scaling, positions, rope_parameters, scaling_of
 
 # Numbers whose null has a meaning: none, or the number that follows from others.
@@ -122,7 +121,6 @@ def config_of(raw: Mapping[str, Any], family: Family) -> ModelConfig:
 
 def refuse_unimplemented(raw: Mapping[str, Any], family: Family) -> None:
     """Raise OffmoeError on the first field whose value the family does not implement."""
-    packing_of(raw.get("quantization_config"))
     rope = rope_parameters(raw)
     kinds = raw.get("layer_types") or []
     if not isinstance(kinds, list):
