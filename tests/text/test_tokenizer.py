@@ -183,7 +183,7 @@ def test_one_edited_answer_leaves_the_others_kept(metadata: dict[str, Any]) -> N
         {"role": "assistant", "content": "</think>c", "tokens": tokenizer.encode("</think>c")},
     ]
     (begin,), (border,) = tokenizer.encode("["), tokenizer.encode("][")
-    assert tokenizer.encode_chat(messages) == [begin, *tokens, border, *tokenizer.encode("c]")]
+    assert tokenizer.encode_chat(messages, False) == [begin, *tokens, border, *tokenizer.encode("c]")]
     tokenizer.close()
 
 
