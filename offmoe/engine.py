@@ -121,6 +121,7 @@ class Engine:
                 tokenizer.think(think)
             engine = cls(opened, chosen, progress)
             engine.tokenizer = tokenizer
+            engine.notes += tokenizer.notes
             on_error.pop_all()
         return engine
 

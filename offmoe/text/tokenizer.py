@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 TAIL = 64  # tokens before a prompt's last marker, or its end, that are searched for the start of reasoning
+ENDLESS = "nothing in the model's files says which token ends an answer: it goes on to --max-tokens or a full context"
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -52,8 +53,17 @@ class Tokenizer:
         self.reasoning = detect_format(vocab.chat_template or "", added, special)
         self._renderer = PromptRenderer(self._template, self._control, self.reasoning) if self._template else None
         self._byte_level, self.strips_leading_space = decoder_kind(self._bpe.decoder)
+        ends = (
+            [] if self.eos else ["nothing in the model's files says which token ends an answer: only --max-tokens does"]
+        )
+        self._notes = [*vocab.notes, *ends]
         self._bytes_cache: dict[int, bytes] = {}
         self.vocab_size: int = self._bpe.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def notes(self) -> list[str]:
+        """Remarks on loading, to be shown to the user: what was guessed, and what is missing."""
+        return [*self._notes, *(self._template.empty_variables() if self._template else [])]
 
     @property
     def prompt_notes(self) -> list[str]:
