@@ -15,6 +15,12 @@ from offmoe.text.template_files import gguf_template
 from offmoe.text.vocab import END_OF_TURN, NAMES, Vocab, converting_errors, end_of_turn_ids
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
+TOKEN_FLAGS = (
+    "lstrip",
+    "rstrip",
+    "single_word",
+    "normalized",
+)  # added_tokens.<flag>: ids, keys that `offmoe pack` writes
 
 UNNAMED_CUT = (
     "the file does not say how its tokenizer cuts text (tokenizer.ggml.pre): llama.cpp's default is used, and token "
@@ -57,6 +63,11 @@ class GgufVocab:
         """Return `tokenizer.ggml.<name>_token_id`, or None if it is outside the vocabulary."""
         value = self.get(f"{name}_token_id", default)
         return value if isinstance(value, int) and 0 <= value < len(self.tokens) else None
+
+    def ids_under(self, key: str) -> set[int]:
+        """Return a list of ids; empty if the key is missing."""
+        values = self.get(key)
+        return {id for id in values if isinstance(id, int)} if isinstance(values, list) else set()
 
     def strings(self, key: str) -> list[str]:
         """Return a list of strings. Raises OffmoeError if the key is missing or holds anything else."""
@@ -136,10 +147,12 @@ def mark_special(tokenizer: Tokenizer, vocab: GgufVocab, ends: frozenset[int]) -
     """Add the tokens that are matched in text before it is split: control tokens are hidden, user-defined ones
     visible.
     """
+    flagged = {flag: vocab.ids_under(f"added_tokens.{flag}") for flag in TOKEN_FLAGS}
     added = []
     for id, (text, kind) in enumerate(zip(vocab.tokens, vocab.types, strict=True)):
         if kind in (UNKNOWN, CONTROL, USER_DEFINED) or id in ends:
-            added.append(AddedToken(text, special=kind != USER_DEFINED or id in ends, normalized=False))
+            flags = {flag: id in ids for flag, ids in flagged.items()}
+            added.append(AddedToken(text, special=kind != USER_DEFINED or id in ends, **flags))
     tokenizer.add_tokens(added)
 
 
