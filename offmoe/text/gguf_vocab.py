@@ -31,6 +31,10 @@ UNTYPED = (
     "taken for them"
 )
 
+UNNAMED_BOS = (
+    "the file says that texts begin with a token that it does not name (tokenizer.ggml.bos_token_id): they do not"
+)
+
 
 @dataclass(frozen=True)
 class GgufVocab:
@@ -57,6 +61,8 @@ class GgufVocab:
             notes.append(UNNAMED_CUT)
         if self.get("token_type") is None:
             notes.append(UNTYPED)
+        if self.get("add_bos_token") and self.get("model") != "llama" and self.id("bos") is None:
+            notes.append(UNNAMED_BOS)
         return notes
 
     def id(self, name: str, default: int | None = None) -> int | None:

@@ -53,10 +53,7 @@ class Tokenizer:
         self.reasoning = detect_format(vocab.chat_template or "", added, special)
         self._renderer = PromptRenderer(self._template, self._control, self.reasoning) if self._template else None
         self._byte_level, self.strips_leading_space = decoder_kind(self._bpe.decoder)
-        ends = (
-            [] if self.eos else ["nothing in the model's files says which token ends an answer: only --max-tokens does"]
-        )
-        self._notes = [*vocab.notes, *ends]
+        self._notes = [*vocab.notes, *([] if self.eos else [ENDLESS])]
         self._bytes_cache: dict[int, bytes] = {}
         self.vocab_size: int = self._bpe.get_vocab_size(with_added_tokens=True)
 
