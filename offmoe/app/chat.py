@@ -19,7 +19,7 @@ from offmoe.stats.stats import Stats
 
 if TYPE_CHECKING:
     from offmoe.engine import Engine
-    from offmoe.text.tokenizer import Message
+    from offmoe.text.messages import Message
 
 COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL)  # not /usr/bin, with which a message may begin
 
