@@ -8,6 +8,7 @@ from typing import Any
 
 from offmoe.checkpoint.base import Checkpoint, quote
 from offmoe.checkpoint.fields import count, flag, number
+from offmoe.checkpoint.kinds import config_kind, gguf_kind, gguf_without_experts
 from offmoe.errors import OffmoeError
 from offmoe.kernels.route import Rule
 from offmoe.mixers.heads.config import HeadsConfig
@@ -24,15 +25,19 @@ MOST_PAIRS = 4096  # of rotated values in a head
 def read_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
     """Family and config of an opened checkpoint. Raises OffmoeError."""
     if checkpoint.kind == "gguf":
+        if kind := gguf_kind(checkpoint.metadata, checkpoint.tensors) or gguf_without_experts(checkpoint.metadata):
+            raise OffmoeError(f"{checkpoint.path} is {kind}")
         arch = checkpoint.metadata.get("general.architecture")
         family = family_of("arch", arch, gating(checkpoint, arch))
-        if not checkpoint.metadata.get(f"{arch}.expert_count"):
-            raise OffmoeError(f"{checkpoint.path} is a dense {arch} model: offmoe runs mixture-of-experts models")
         return family, from_gguf(checkpoint.metadata, family, checkpoint.tensors, rope_factors(checkpoint))
     raw = checkpoint.json("config.json")
     if raw is None:
         raise OffmoeError(f"{checkpoint.path} has no config.json: download the whole model directory")
-    family = family_of("model_type", raw.get("model_type"))
+    try:
+        family = family_of("model_type", raw.get("model_type"))
+    except OffmoeError as unknown:
+        kind = config_kind(raw)
+        raise OffmoeError(f"{checkpoint.path} is {kind}") if kind else unknown from None
     return family, from_hf(raw, family)
 
 

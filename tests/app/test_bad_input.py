@@ -134,11 +134,12 @@ def patched(name: str, dims: list[int] | None = None, kind: int | None = None, o
 HUGE = 1 << 62
 Change = Callable[[bytes], bytes]
 GGUF: dict[str, tuple[Change, str]] = {
-    "empty": (lambda data: b"", "is not a GGUF file: it starts with b''"),
-    "text": (lambda data: b"# A model\n", r"it starts with b'# A ', not b'GGUF'; give a \.gguf file"),
-    "HTML": (lambda data: b"<!DOCTYPE html>\n\n", "is not a GGUF file"),
+    "empty": (lambda data: b"", "is not a GGUF file: it is empty: download it again"),
+    "text": (lambda data: b"# A model\n", r"is not a GGUF file: it is a text of 10 bytes \('# A model'\)"),
+    "noise": (lambda data: bytes(range(99)), r"it starts with b'\\x00\\x01\\x02\\x03', not b'GGUF'; give a \.gguf"),
+    "HTML": (lambda data: b"<!DOCTYPE html>\n\n", r"it is a web page \(HTML\) in place of the file"),
     "a pickle": (lambda data: b"\x80\x02}q\x00.", "it is a pickle, which is never loaded"),
-    "a pointer of git lfs": (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "is not a GGUF file"),
+    "a pointer of git lfs": (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
     "cut in the counts": (lambda data: data[:20], "is damaged: its header runs to byte 24 and the file ends at 20"),
     "cut in the metadata": (lambda data: data[:300], "its header runs to byte .* and the file ends at 300; copy"),
     "cut in the tensors": (lambda data: data[: place(data, "output.weight")], "its header runs to byte"),
@@ -171,7 +172,9 @@ def test_damaged_gguf(error_line: ErrorLine, good: Path, tmp_path: Path, change:
 
 ARCH = "qwen3moe"
 METADATA: dict[str, tuple[dict[str, Any], str]] = {
-    "architecture": ({"general.architecture": "mamba2"}, "'mamba2' is not supported; supported are deepseek2, dots1"),
+    "architecture": ({"general.architecture": "quux"}, "'quux' is not supported; supported are deepseek2, dots1"),
+    "no architecture": ({"general.architecture": ""}, "architecture '' is not supported"),
+    "mamba": ({"general.architecture": "mamba2"}, "is a dense mamba2 model: offmoe runs mixture-of-experts models"),
     "dense": ({"general.architecture": "llama"}, "is a dense llama model: offmoe runs mixture-of-experts models"),
     "no experts": ({f"{ARCH}.expert_count": None}, "is a dense qwen3moe model"),
     "no layers": ({f"{ARCH}.block_count": None}, "has no num_hidden_layers"),
@@ -259,7 +262,7 @@ def header(change: Callable[[dict[str, Any]], None]) -> Change:
 
 
 SAFETENSORS: dict[str, tuple[Change, str]] = {
-    "empty": (lambda data: b"", "model.safetensors is truncated: it has 0 bytes; copy it again"),
+    "empty": (lambda data: b"", "model.safetensors is not a safetensors file: it is empty: download it again"),
     "cut in the length": (lambda data: data[:7], "is truncated: it has 7 bytes"),
     "cut in the header": (lambda data: data[:1000], "is truncated or not a safetensors file: it claims a header of"),
     "cut in the weights": (lambda data: data[: len(data) // 2], "is truncated or damaged: tensor .* ends at byte"),
@@ -376,8 +379,9 @@ def test_config_that_is_no_object(error_line: ErrorLine, folder: Path, text: byt
 def test_directories_that_lack_something(error_line: ErrorLine, folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     assert "has no config.json: download the whole model directory" in both(error_line, folder)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "pickle files are never loaded (pytorch_model.bin)" in both(error_line, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
+    assert "it holds pickle files, which are never loaded (pytorch_model.bin)" in both(error_line, folder)
     (tmp_path / "empty").mkdir()
     assert "has no model: expected model.safetensors, model.safetensors.index.json" in both(
         error_line, tmp_path / "empty"
@@ -656,11 +660,12 @@ def test_files_that_are_no_model(error_line: ErrorLine, folder: Path, tmp_path: 
     assert "is not a regular file: give a .gguf file or a directory" in both(error_line, "/dev/null")
     assert "is not a regular file: give a .gguf file or a directory" in both(error_line, "/dev/zero")
     assert "folder.gguf has no model: expected model.safetensors" in both(error_line, tmp_path / "folder.gguf")
-    assert "notes.txt is not a GGUF file: it starts with b'Once'" in both(error_line, tmp_path / "notes.txt")
-    assert f"is only one file of a model: give its directory, {folder}" in both(
-        error_line, folder / "model.safetensors"
+    assert "notes.txt is not a GGUF file: it is a text of 17 bytes ('Once upon a time')" in both(
+        error_line, tmp_path / "notes.txt"
     )
-    assert "is not a GGUF file: it starts with b'{" in both(error_line, folder / "config.json")
+    assert "config.json is not a GGUF file: it is JSON, not weights: give the model's directory" in both(
+        error_line, folder / "config.json"
+    )
     assert both(error_line, "x" * 300).endswith(": File name too long")
 
 
