@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from offmoe.checkpoint.file_names import join_names as join_names
 from offmoe.checkpoint.first_bytes import PEEK, found_instead, unfinished
 from offmoe.checkpoint.row_major import ToRowMajor
 from offmoe.errors import OffmoeError
@@ -214,12 +215,6 @@ def quote(text: object) -> str:
     """Return a short repr of something read from a file, safe to put into a one-line error."""
     quoted = repr(text)
     return quoted if len(quoted) <= 80 else f"{quoted[:76]}…{quoted[-1]}"
-
-
-def join_names(names: Iterable[object], limit: int = 4) -> str:
-    """Return the first `limit` names, and how many more there are."""
-    texts = [str(name) for name in names]
-    return ", ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
 
 
 def check_ranges(file: DataFile, tensors: Iterable[TensorInfo], start: int) -> None:

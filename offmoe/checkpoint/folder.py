@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from offmoe.checkpoint.base import join_names, listed, read_json
+from offmoe.checkpoint.file_names import INDEX, SINGLE
 from offmoe.checkpoint.first_bytes import UNFINISHED
 from offmoe.checkpoint.kinds import adapter_kind
-from offmoe.checkpoint.safetensors import INDEX, SINGLE
 from offmoe.errors import OffmoeError
 
 ADAPTER, PIPELINE = "adapter_config.json", "model_index.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack
 from functools import cache
 from math import prod
@@ -20,12 +19,12 @@ from offmoe.checkpoint.base import (
     join_names,
     quote,
 )
+from offmoe.checkpoint.file_names import SPLIT_NAME
 from offmoe.checkpoint.first_bytes import PEEK
 from offmoe.checkpoint.gguf_header import ENTRY_LIMIT, Header, check_magic
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import GGML
 
-SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 FORMAT_OF_TYPE = {fmt.gguf_type: fmt for fmt in GGML.values()}
 
 

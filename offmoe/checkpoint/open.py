@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from offmoe.checkpoint.base import Checkpoint, DataFile, join_names, listed
+from offmoe.checkpoint.file_names import ADAPTER, SPLIT_NAME
 from offmoe.checkpoint.first_bytes import PEEK, starts_gguf, starts_safetensors
 from offmoe.checkpoint.folder import check_no_adapter, check_no_pipeline, folders_with_models, no_model
-from offmoe.checkpoint.gguf import SPLIT_NAME, open_gguf
+from offmoe.checkpoint.gguf import open_gguf
 from offmoe.checkpoint.kinds import gguf_kind
-from offmoe.checkpoint.safetensors import ADAPTER, files_with, model_files, open_safetensors
+from offmoe.checkpoint.safetensors import files_with, model_files, open_safetensors
 from offmoe.errors import OffmoeError
 
 MOST_PEEKED = 256  # files of a directory whose first bytes are read

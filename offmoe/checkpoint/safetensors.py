@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -24,12 +23,10 @@ from offmoe.checkpoint.base import (
     quote,
     read_json,
 )
+from offmoe.checkpoint.file_names import ADAPTER, CONSOLIDATED, INDEX, SHARD_NAME, SINGLE
 from offmoe.checkpoint.first_bytes import PEEK, found_instead, starts_safetensors
 from offmoe.errors import OffmoeError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_NAME = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
-ADAPTER, CONSOLIDATED = "adapter", "consolidated"  # beginnings of file names: LoRA adapters, Mistral's second copy
 HEADER_LIMIT = 16 << 20  # bytes, about 100,000 tensors in one file; as Python objects 10 times as much
 FLOATS = ("F32", "F16", "BF16")  # what a tensor alone may be; the others only hold parts of quantised matrices
 BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
