@@ -17,7 +17,6 @@ from offmoe.app.answer_printer import AnswerPrinter
 from offmoe.app.options import (
     Command,
     LazyGroup,
-    check_overwrite,
     json_option,
     option,
     parse_options,
@@ -32,8 +31,9 @@ from offmoe.app.options import (
 from offmoe.app.profile import apply_profile
 from offmoe.app.report import section_tables
 from offmoe.app.terminal import choose_output, choose_ui, clean, console, decode, interruptible, one_line, progress_bar
+from offmoe.cache.files import check_output
 from offmoe.checkpoint.find_model import find_model
-from offmoe.errors import OffmoeError
+from offmoe.errors import OffmoeError, users_mistakes
 from offmoe.machine.gc_pause import gc_paused
 from offmoe.settings import Sampling, Settings
 
@@ -174,7 +174,8 @@ def info(model: str, as_json: bool, **chosen: Any) -> None:
 def pack_command(model: str, out: Path, fmt: str, force: bool) -> None:
     """Convert the safetensors MODEL to the GGUF file OUT, which llama.cpp can read too."""
     path = find_model(model)
-    check_overwrite(out, force)
+    with users_mistakes():
+        check_output(out, force, ".gguf")
     from offmoe.checkpoint.open import open_checkpoint
     from offmoe.pack.convert import pack
 
