@@ -59,8 +59,19 @@ def check_trunk(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> No
         expect(checkpoint, names, there, layer, 0, shape if there == role else mixer.held_shape(there, config.hidden))
     if config.moe.expert_bias:
         for layer in config.routed:
-            for role, shape in bias_shapes(names, config).items():
-                expect(checkpoint, names, role, layer, 0, shape)
+            expert_biases(checkpoint, names, config, layer)
+
+
+def expert_biases(checkpoint: Checkpoint, names: Names, config: ModelConfig, layer: int) -> dict[str, list[TensorInfo]]:
+    """Role → tensors of the biases of a layer's experts: one of them all, or one for each."""
+    both = "gate_up_bias" in names and find(checkpoint, names, "gate_bias", layer, 0) is None
+    found = {}
+    for role, shape in bias_shapes(config, both).items():
+        first = find(checkpoint, names, role, layer, 0)
+        apart = first is not None and len(first.shape) == 1
+        each = range(config.experts if apart else 1)
+        found[role] = [expect(checkpoint, names, role, layer, expert, shape[apart:]) for expert in each]
+    return found
 
 
 def record_layout(
@@ -103,11 +114,19 @@ def record_layout(
 
 
 def transpose_experts(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
-    """Present stacked experts of floats, [E, cols, rows] in the file, as [E, rows, cols]."""
-    for role in ("gate_up", "down"):
-        for layer in config.routed:
-            info = find(checkpoint, names, role, layer, 0)
-            if info and len(info.shape) == 3 and info.format in FLOATS and not info.row_major:
+    """Present stacked experts of floats that are [E, cols, rows] in the file as [E, rows, cols].
+
+    transformers 5 writes some of these families in the second way: no layer has both matrices of both shapes.
+    """
+    hidden, inner = config.hidden, config.moe.expert_hidden
+    wanted = {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+    for layer in config.routed:
+        found = {role: info for role in wanted if (info := find(checkpoint, names, role, layer, 0))}
+        stacks = {role: info for role, info in found.items() if len(info.shape) == 3 and not info.row_major}
+        if all(info.shape[1:] == wanted[role] for role, info in stacks.items()) and len(stacks) == len(wanted):
+            continue
+        for info in stacks.values():
+            if info.format in FLOATS:
                 experts, cols, rows = info.shape
                 columns = TransposeColumns(rows, cols, FORMATS[info.format].bytes)
                 checkpoint.tensors[info.name] = replace(info, shape=(experts, rows, cols), row_major=columns)

@@ -25,6 +25,7 @@ from offmoe.mixers.registry import float32_roles
 from offmoe.models.family import Values
 from offmoe.models.model import Model, described
 from offmoe.models.shapes import layer_shapes, model_shapes
+from offmoe.models.tensors import expert_biases
 from offmoe.pack.gguf_keys import model_keys, rope_tensors, tokenizer_keys
 from offmoe.pack.quantise import packable, quantise
 from offmoe.settings import format_size
@@ -161,6 +162,10 @@ def output(model: Model, role: str, layer: int, requested: Format) -> OutputTens
             both, 0, c.experts, lambda rows: gate_or_up_rows(rows.mT, role, model.layouts[0].interleaved).mT
         )
         return OutputTensor(name, (c.experts, moe.expert_hidden), requested, [row_range])
+    if role.removesuffix("_bias") in EXPERT_ROLES:
+        infos = expert_biases(model.checkpoint, model.names, c, layer)[role]
+        row_ranges = [RowRange(info, 0, prod(info.shape[:-1]), None) for info in infos]
+        return OutputTensor(name, (c.experts, infos[0].shape[-1]), requested, row_ranges)
     shapes = {**model_shapes(c), **layer_shapes(c, layer, split=True)}
     if parts := c.mixers[layer].gguf_rows(role):
         return OutputTensor(name, shapes[role], requested, [mixer_rows(model, part, layer) for part in parts])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed_files import packed
 from tiny_models import reference, saved
 
 from offmoe.engine import Engine
@@ -107,3 +108,21 @@ def test_experts_of_floats_that_lie_column_by_column_are_turned_as_they_are_read
 
     with step_of(path, vram="60%") as step:
         reference("gpt_oss", STEP_IDS).check_logits(run(step, Variant()))
+
+
+def apart(tensors: dict[str, torch.Tensor]) -> None:
+    """Each expert by itself, as tools that quantise write them: gate's and up's rows no longer alternate."""
+    for name in [name for name in tensors if ".experts." in name]:
+        base, _, part = name.rpartition(".")
+        whole = tensors.pop(name)
+        for expert, one in enumerate(whole if part.endswith("_bias") else whole.mT):
+            rows = {"gate": one[::2], "up": one[1::2]} if part.startswith("gate_up") else {"down": one}
+            kind = "bias" if part.endswith("_bias") else "weight"
+            tensors |= {f"{base}.{expert}.{each}_proj.{kind}": row.contiguous() for each, row in rows.items()}
+
+
+def test_experts_apart_with_their_biases(tmp_path: Path) -> None:
+    path = rewritten(saved("gpt_oss", tmp_path, fused=True), apart)
+    for file in (path, packed(path, tmp_path, "f32")):
+        with Engine(open_model(file), Settings.of(device="cpu", ctx=64, vram="60%")) as engine:
+            reference("gpt_oss", IDS).check_logits(engine.prefill(IDS)[None], -1)
