@@ -13,10 +13,10 @@ from offmoe.errors import OffmoeError
 
 
 class FieldError(OffmoeError):
-    """A field of a config that is missing, or has a value that cannot be. `{}` in `text` stands for its names."""
+    """A field of a config that is missing or has an impossible value; the first `{}` in `text` is for its names."""
 
     def __init__(self, source: str, text: str, *names: str) -> None:
-        super().__init__(source + text.replace("{}", " or ".join(names)))
+        super().__init__(source + text.replace("{}", " or ".join(names), 1))
         self.text, self.names = text, names
 
     def renamed(self, keys: Mapping[str, Any]) -> FieldError:

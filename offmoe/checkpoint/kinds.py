@@ -18,20 +18,55 @@ GGUF_ARCHS = {
     "clip": GGUF_TYPES["mmproj"],
     "controlvector": "a control vector, not a model: give the base model; offmoe applies no control vectors",
     **dict.fromkeys(
-        ("bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "eurobert",
-         "gemma-embedding", "llama-embed", "pangu-embedded", "t5encoder"),
+        (
+            "bert",
+            "nomic-bert",
+            "nomic-bert-moe",
+            "jina-bert-v2",
+            "jina-bert-v3",
+            "modern-bert",
+            "neo-bert",
+            "eurobert",
+            "gemma-embedding",
+            "llama-embed",
+            "pangu-embedded",
+            "t5encoder",
+        ),
         "an encoder for embeddings, which writes no text: give a language model",
     ),
     **dict.fromkeys(("whisper", "wavtokenizer-dec", "qwen3tts"), "a speech model: give a language model"),
     **dict.fromkeys(
-        ("flux", "sd1", "sd3", "sdxl", "aura", "hidream", "ltxv", "wan", "hyvid", "cosmos", "lumina2", "qwen_image",
-         "z_image", "pig", "vae"),
+        (
+            "flux",
+            "sd1",
+            "sd3",
+            "sdxl",
+            "aura",
+            "hidream",
+            "ltxv",
+            "wan",
+            "hyvid",
+            "cosmos",
+            "lumina2",
+            "qwen_image",
+            "z_image",
+            "pig",
+            "vae",
+        ),
         "an image or video model: give a language model",
     ),
     **dict.fromkeys(("dream", "llada", "llada-moe", "rnd1"), "a diffusion language model, which offmoe cannot run"),
-}  # fmt: skip
-ENCODERS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
-            "BertModel", "RobertaModel", "ForMultipleChoice", "ForPreTraining")  # fmt: skip
+}
+ENCODERS = (
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "BertModel",
+    "RobertaModel",
+    "ForMultipleChoice",
+    "ForPreTraining",
+)
 VISION = ("clip", "siglip", "siglip2", "vit", "dinov2", "dinov3_vit", "swin", "convnext", "detr", "sam", "pixtral")
 SPEECH = ("whisper", "wav2vec2", "hubert", "encodec", "bark", "vits", "speecht5", "moonshine", "voxtral", "csm")
 

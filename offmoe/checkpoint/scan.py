@@ -19,16 +19,35 @@ HOLE = 1024  # the shortest run of zeros that is told
 Bytes = NDArray[np.uint8]
 
 FLOATS = {  # bits of an exponent that is all ones: NaN or infinity
-    "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000),
-    "F64": (np.uint64, 0x7FF << 52), "F8_E5M2": (np.uint8, 0x7C),
-}  # fmt: skip
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+    "F32": (np.uint32, 0x7F800000),
+    "F64": (np.uint64, 0x7FF << 52),
+    "F8_E5M2": (np.uint8, 0x7C),
+}
 SCALES = {  # bytes of a GGUF block, and where its 16-bit scales are
-    "Q4_0": (18, (0,)), "Q4_1": (20, (0, 2)), "Q5_0": (22, (0,)), "Q5_1": (24, (0, 2)), "Q8_0": (34, (0,)),
-    "Q8_1": (40, (0, 2)), "Q2_K": (84, (80, 82)), "Q3_K": (110, (108,)), "Q4_K": (144, (0, 2)), "Q5_K": (176, (0, 2)),
-    "Q6_K": (210, (208,)), "IQ4_NL": (18, (0,)), "IQ4_XS": (136, (0,)), "IQ2_XXS": (66, (0,)), "IQ2_XS": (74, (0,)),
-    "IQ2_S": (82, (0,)), "IQ3_XXS": (98, (0,)), "IQ3_S": (110, (0,)), "IQ1_S": (50, (0,)), "TQ1_0": (54, (52,)),
+    "Q4_0": (18, (0,)),
+    "Q4_1": (20, (0, 2)),
+    "Q5_0": (22, (0,)),
+    "Q5_1": (24, (0, 2)),
+    "Q8_0": (34, (0,)),
+    "Q8_1": (40, (0, 2)),
+    "Q2_K": (84, (80, 82)),
+    "Q3_K": (110, (108,)),
+    "Q4_K": (144, (0, 2)),
+    "Q5_K": (176, (0, 2)),
+    "Q6_K": (210, (208,)),
+    "IQ4_NL": (18, (0,)),
+    "IQ4_XS": (136, (0,)),
+    "IQ2_XXS": (66, (0,)),
+    "IQ2_XS": (74, (0,)),
+    "IQ2_S": (82, (0,)),
+    "IQ3_XXS": (98, (0,)),
+    "IQ3_S": (110, (0,)),
+    "IQ1_S": (50, (0,)),
+    "TQ1_0": (54, (52,)),
     "TQ2_0": (66, (64,)),
-}  # fmt: skip
+}
 EXPONENTS = {"MXFP4": (17, 0), "F8_E8M0": (1, 0)}  # bytes of a block, and where its 8-bit exponent is: 255 is NaN
 
 
@@ -83,7 +102,7 @@ def leading_zeros(data: Bytes) -> int:
 
 @dataclass
 class TensorScan:
-    """What was found in a tensor."""
+    """Findings in one tensor, as its bytes are read in pieces."""
 
     info: TensorInfo
     not_numbers: int = 0
@@ -118,7 +137,7 @@ def scan_file(
         for at in range(0, nbytes, step):
             piece = file.read(offset + at, min(step, nbytes - at)).numpy()
             if digest:
-                sha.update(piece)
+                sha.update(piece.data)
             if scan:
                 scan.add(piece)
             progress(len(piece))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import gguf_bytes, gguf_string, model_directory, model_weights, rewritten, u32, write_gguf
+from checkpoint_files import CONFIG, gguf_bytes, gguf_string, model_directory, model_weights, rewritten, u32, write_gguf
 from safetensors.torch import save_file
 
 from offmoe.checkpoint.open import open_checkpoint
@@ -240,6 +240,33 @@ def test_kinds_of_gguf(tmp_path: Path, metadata: dict[str, Any], tensor: str, wh
     assert str(tmp_path / "m.gguf") in line or "not supported" in line
 
 
+NEEDED = (
+    "block_count",
+    "embedding_length",
+    "attention.head_count",
+    "context_length",
+    "expert_used_count",
+    "expert_feed_forward_length",
+)
+
+
+@pytest.mark.parametrize("key", NEEDED)
+@pytest.mark.parametrize("value", [None, "x", -1])
+def test_a_key_that_is_missing_or_wrong_is_named_as_gguf_names_it(
+    good: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    path = tmp_path / "m.gguf"
+    if value == -1:
+        data = (good / "model.gguf").read_bytes()
+        at = data.index(gguf_string(f"qwen3moe.{key}")) + len(gguf_string(f"qwen3moe.{key}")) + 4
+        path.write_bytes(data[:at] + u32(0xFFFFFFFF) + data[at + 4 :])
+    else:
+        rewritten(good / "model.gguf", path, {f"qwen3moe.{key}": value})
+    line = refusal(path)
+    assert f"qwen3moe.{key}" in line
+    assert not any(f" {name}" in line for name in CONFIG)
+
+
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "dense": ({"model_type": "qwen3", "num_hidden_layers": 2, "architectures": ["Qwen3ForCausalLM"]}, "a dense qwen3"),
     "vision and dense": ({"model_type": "gemma3", "text_config": {"num_hidden_layers": 2}}, "is a dense gemma3 model"),
@@ -252,7 +279,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "diffusers": ({"_class_name": "UNet2DConditionModel"}, "is a part of a diffusers pipeline"),
     "experts": ({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16}}, "architecture 'dbrx' is not supported"),
     "nothing": ({}, "architecture 'None' is not supported"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("config", "what"), CONFIGS.values(), ids=CONFIGS)
