@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
 from offmoe.checkpoint.base import Checkpoint, quote
-from offmoe.checkpoint.fields import count, flag, number, text_fields
+from offmoe.checkpoint.fields import FieldError, count, flag, number, text_fields
+from offmoe.checkpoint.kinds import config_kind, gguf_kind, gguf_without_experts
 from offmoe.errors import OffmoeError
 from offmoe.kernels.route import Rule
 from offmoe.mixers.heads.config import HeadsConfig
@@ -26,15 +27,19 @@ MOST_PAIRS = 4096  # of rotated values in a head
 def read_config(checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:
     """Family and config of an opened checkpoint. Raises OffmoeError."""
     if checkpoint.kind == "gguf":
+        if kind := gguf_kind(checkpoint.metadata, checkpoint.tensors) or gguf_without_experts(checkpoint.metadata):
+            raise OffmoeError(f"{checkpoint.path} is {kind}")
         arch = checkpoint.metadata.get("general.architecture")
         family = family_of("arch", arch, gating(checkpoint, arch))
-        if not checkpoint.metadata.get(f"{arch}.expert_count"):
-            raise OffmoeError(f"{checkpoint.path} is a dense {arch} model: offmoe runs mixture-of-experts models")
         return family, from_gguf(checkpoint.metadata, family, checkpoint.tensors, rope_factors(checkpoint))
     raw = checkpoint.json("config.json")
     if raw is None:
         raise OffmoeError(f"{checkpoint.path} has no config.json: download the whole model directory")
-    family = family_of("model_type", raw.get("model_type"))
+    try:
+        family = family_of("model_type", raw.get("model_type"))
+    except OffmoeError as unknown:
+        kind = config_kind(raw)
+        raise OffmoeError(f"{checkpoint.path} is {kind}") if kind else unknown from None
     return family, from_hf(raw, family)
 
 
@@ -154,6 +159,28 @@ def from_gguf(
     def key(name: str) -> Any:
         return metadata.get(f"{family.arch}.{name}")
 
+    raw = gguf_values(key, metadata, family, tensors)
+    raw |= {"rope_factors": rope_factors, "rope_scaling": gguf_scaling(key, tensors, rope_factors, family.gguf_rounded)}
+    raw |= family.gguf_fields(key) if family.gguf_fields else {}
+    try:
+        config = config_of({name: value for name, value in raw.items() if value is not None}, family)
+    except FieldError as error:  # with the names of keys for values, the same table says which key is which field
+        names = gguf_values(lambda name: f"{family.arch}.{name}", {}, family, tensors)
+        raise error.renamed(names) from None
+    rotary = key("rope.dimension_count")
+    if rotary not in (None, *(rope.rotary for rope in config.ropes)):
+        raise OffmoeError(
+            f"{family.arch}: rope.dimension_count is {quote(rotary)}, and offmoe implements "
+            f"rotation of {' or '.join(str(rope.rotary) for rope in config.ropes)} values of a head: "
+            "this model cannot be run yet"
+        )
+    return config
+
+
+def gguf_values(
+    key: Callable[[str], Any], metadata: Mapping[str, Any], family: Family, tensors: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Values of a GGUF's keys by the names of config.json's fields, None where there is none."""
     vocab, heads = metadata.get("tokenizer.ggml.tokens"), key("attention.head_count")
     head_dim = key("attention.key_length") or shared_out(key("embedding_length"), heads)
     a_key = key("attention.key_length_mla") or head_dim  # where the cache holds latents, key_length is a latent's
@@ -165,7 +192,7 @@ def from_gguf(
         layers -= extra
     wide = key("feed_forward_length")
     narrow = shared_out(wide, key("expert_used_count")) if family.gguf_divided else wide
-    raw = {
+    return {
         "num_hidden_layers": layers,
         "hidden_size": key("embedding_length"),
         "num_attention_heads": heads,
@@ -185,8 +212,6 @@ def from_gguf(
         "max_position_embeddings": key("context_length"),
         "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
         "rope_theta": key("rope.freq_base") or 10_000.0,
-        "rope_factors": rope_factors,
-        "rope_scaling": gguf_scaling(key, tensors, rope_factors, family.gguf_rounded),
         "rope_finetuned": key("rope.scaling.finetuned"),
         "n_shared_experts": key("expert_shared_count"),
         "shared_expert_intermediate_size": key("expert_shared_feed_forward_length"),
@@ -212,15 +237,6 @@ def from_gguf(
         "expert_gating_func": key("expert_gating_func") or None,
         "tie_word_embeddings": "output.weight" not in tensors,
     }
-    raw |= family.gguf_fields(key) if family.gguf_fields else {}
-    config = config_of({name: value for name, value in raw.items() if value is not None}, family)
-    if rotary not in (None, *(rope.rotary for rope in config.ropes)):
-        raise OffmoeError(
-            f"{family.arch}: rope.dimension_count is {quote(rotary)}, and offmoe implements "
-            f"rotation of {' or '.join(str(rope.rotary) for rope in config.ropes)} values of a head: "
-            "this model cannot be run yet"
-        )
-    return config
 
 
 def shared_out(total: Any, among: Any) -> Any:
