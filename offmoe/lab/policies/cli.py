@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from offmoe.app.options import Command, option
+from offmoe.app.options import Command, Number, option
 
 EXAMPLES = (
     "offmoe bench policies trace.npz",
@@ -31,7 +31,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
     "--fraction",
     "fractions",
     multiple=True,
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     metavar="F",
     help="Slots as a share of a layer's experts. May be repeated. [default: 0.25, 0.5]",
 )
@@ -65,7 +65,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @prefetch_option("--record", metavar="SIZE", help="Size of one expert, for --link and for results in bytes.")
 @prefetch_option(
-    "--floor", type=click.FloatRange(0), default=0.0, metavar="MS", help="Time of a token in which every expert hits."
+    "--floor", type=Number(0), default=0.0, metavar="MS", help="Time of a token in which every expert hits."
 )
 @output_option("--per-layer", is_flag=True, help="Also print the hit rate of every layer.")
 @output_option("--csv", type=FILE, metavar="FILE", help="Also write the table to FILE.")

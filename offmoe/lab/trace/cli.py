@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from offmoe.app.options import Command, check_overwrite, json_option, option, parse_options, placement_options
-from offmoe.app.terminal import clean, interruptible, progress_bar
+from offmoe.app.options import Command, Number, check_overwrite, json_option, option, parse_options, placement_options
+from offmoe.app.signals import interruptible
+from offmoe.app.terminal import clean, progress_bar
 from offmoe.checkpoint.find_model import find_model
 from offmoe.errors import OffmoeError, users_mistakes
 
@@ -126,7 +127,7 @@ def info(path: Path, plot: Path | None, as_json: bool) -> None:
         with users_mistakes():
             plot.write_bytes(draw(facts))
     if as_json:
-        from offmoe.app.cli import print_json
+        from offmoe.app.run import print_json
 
         print_json(as_dict(facts))
     else:
@@ -171,7 +172,7 @@ def convert(source: Path, out: Path, model: str | None, experts: int | None, for
 )
 @fit_option(
     "--ridge",
-    type=float,
+    type=Number(),
     metavar="L",
     help="Penalty of the ridge regression. [default: the best of six on a quarter of the training sequences]",
 )
@@ -198,7 +199,7 @@ def fit(path: Path, ahead: int, ridge: float | None, test: Path | None, out: Pat
         linear = fit_map(train, other, ahead, ridge)
         linear.save(out)
     if as_json:
-        from offmoe.app.cli import print_json
+        from offmoe.app.run import print_json
 
         print_json(linear.meta)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from offmoe.app.options import Command, option
+from offmoe.app.options import Command, Number, option
 from offmoe.app.profile import profile_path
 from offmoe.app.terminal import progress_bar
 from offmoe.checkpoint.find_model import find_model
@@ -24,7 +24,7 @@ tuning, placement = partial(option, "Tuning"), partial(option, "Placement")
 
 @click.command(cls=Command, examples=EXAMPLES)
 @click.argument("model", default="demo")
-@tuning("--minutes", type=click.FloatRange(0.1, 1440), default=5.0, show_default=True, help="Time limit in minutes.")
+@tuning("--minutes", type=Number(0.1, 1440), default=5.0, show_default=True, help="Time limit in minutes.")
 @tuning(
     "--prompts",
     type=click.Path(path_type=Path),
