@@ -31,7 +31,7 @@ from offmoe.plan import Plan, make_plan, smaller
 from offmoe.prefill import ForwardPass, compile_prompt_kernels
 from offmoe.settings import SAMPLING_DEFAULTS, Sampling, Settings
 from offmoe.stats.meter import Meter
-from offmoe.stats.roof import roof
+from offmoe.stats.roof import Bounds
 from offmoe.stats.stats import Stats
 from offmoe.text.answer_parser import AnswerParser
 from offmoe.text.tokenizer import Message, Tokenizer, load_tokenizer
@@ -68,6 +68,7 @@ class Engine:
         self.answer_is_plain = True  # answer_tokens hold the answer's text alone: no reasoning, no markers around it
         self._cancelled = False
         self._meter: Meter | None = None
+        self._bounds = Bounds(self.plan.device, model.checkpoint.files[0])
         self.notes: list[str] = []  # remarks on loading, to be shown to the user
         while True:
             try:
@@ -146,8 +147,7 @@ class Engine:
             self._meter.floored(self.decoder.floor_s)
         used = self.plan.real_slot_bytes / self.plan.slots
         cost = self._meter.cost(self.plan, self.trunk.nbytes, used)
-        file = self.model.checkpoint.files[0]
-        return self._meter.stats(self.plan, roof(cost, self.plan.device, file) if cost else None)
+        return self._meter.stats(self.plan, self._bounds.roof(cost) if cost else None)
 
     def loading(self) -> str | None:
         """Describe what is still being read in the background, or return None if everything is loaded."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offmoe.app.conversation import VERSION, Conversation, read_document
-from offmoe.app.state import state_directory
+from offmoe.app.user_folders import open_state_folder
 from offmoe.cache.files import whole_file
 from offmoe.errors import OffmoeError
 
@@ -67,16 +67,13 @@ class KeptChat:
 
 
 def chats_directory() -> Path:
-    """Return the directory of all kept chats. Raises OSError if there can be none."""
-    return state_directory("chats")
+    """Return the directory of all kept chats. Raises OffmoeError if there can be none."""
+    return open_state_folder("chats")
 
 
 def kept_chats() -> Iterator[KeptChat]:
     """Yield the kept chats, the one continued last first. Damaged files are skipped. Raises OffmoeError."""
-    try:
-        files = [path for path in chats_directory().glob(f"*{SUFFIX}") if path.is_file()]
-    except OSError as error:
-        raise OffmoeError(f"no chats are kept: {error.strerror}") from None
+    files = [path for path in chats_directory().glob(f"*{SUFFIX}") if path.is_file()]
     for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
             document = read_document(path)
@@ -101,7 +98,7 @@ def find_chat(name: str) -> Path:
             kept = chats_directory() / f"{name.removesuffix(SUFFIX)}{SUFFIX}"
             if kept.is_file():
                 return kept
-        except OSError:
+        except OffmoeError:
             pass  # no chats are kept
     return Path(os.path.expanduser(name))
 

@@ -16,7 +16,6 @@ from offmoe.app.options import (
     Command,
     LazyGroup,
     chat_options,
-    check_overwrite,
     file_option,
     json_option,
     option,
@@ -36,8 +35,9 @@ from offmoe.app.report import section_tables
 from offmoe.app.run import build_prompt, print_answer, print_json, read_prompt
 from offmoe.app.signals import Terminated, terminable
 from offmoe.app.terminal import clean, console, one_line, progress_bar
+from offmoe.cache.files import check_output
 from offmoe.checkpoint.find_model import find_model
-from offmoe.errors import OffmoeError
+from offmoe.errors import OffmoeError, users_mistakes
 from offmoe.machine.gc_pause import gc_paused
 from offmoe.settings import Settings
 
@@ -185,7 +185,8 @@ def info(model: str, as_json: bool, **chosen: Any) -> None:
 @option("Output", "--force", is_flag=True, help="Overwrite OUT if it exists.")
 def pack_command(model: str, out: Path, fmt: str, force: bool) -> None:
     path = find_model(model)
-    check_overwrite(out, force)
+    with users_mistakes():
+        check_output(out, force, ".gguf")
     from offmoe.checkpoint.open import open_checkpoint
     from offmoe.pack.convert import pack
 

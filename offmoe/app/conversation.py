@@ -47,11 +47,8 @@ class Conversation:
     def save(self, path: Path, model: str) -> None:
         """Write the file atomically, readable only by its owner. The answers' tokens are valid only for `model`."""
         document = {"offmoe_chat": VERSION, "model": model, "system": self.system, "turns": self.turns}
-        try:
-            with users_mistakes(), whole_file(path, mode=0o600) as file:  # conversations are private
-                file.write(json.dumps(document, ensure_ascii=False, indent=1).encode())
-        except OSError as error:
-            raise OffmoeError(f"cannot write {path}: {error.strerror}") from error
+        with users_mistakes(), whole_file(path, mode=0o600) as file:  # conversations are private
+            file.write(json.dumps(document, ensure_ascii=False, indent=1).encode())
 
 
 def load_conversation(path: Path, model: str, vocab_size: int) -> tuple[Conversation, str]:

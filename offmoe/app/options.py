@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import click
 
 from offmoe.app.answer_printer import DIM, REASONING_MODES
 from offmoe.app.report import LINE, STATS_MODES
-from offmoe.errors import OffmoeError
 from offmoe.settings import Sampling, Settings
 
 Decorator = Callable[[Any], Any]
@@ -244,12 +242,6 @@ profile_option: Decorator = option(
     help="Ignore the profile that `offmoe tune` wrote for MODEL on this machine.",
 )
 json_option: Decorator = option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object.")
-
-
-def check_overwrite(out: Path, force: bool) -> None:
-    """Raise OffmoeError if `out` exists, unless `force` allows overwriting it."""
-    if out.exists() and not force:
-        raise OffmoeError(f"{out} exists: choose another name, or overwrite it with --force")
 
 
 def parse_options(chosen: dict[str, Any]) -> tuple[Settings, Sampling]:

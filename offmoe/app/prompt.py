@@ -20,8 +20,9 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from offmoe.app.completion import ChatCompleter
 from offmoe.app.signals import ChatSignals
-from offmoe.app.state import state_directory
 from offmoe.app.terminal import UI, Pipe, Screen
+from offmoe.app.user_folders import open_state_folder
+from offmoe.errors import OffmoeError
 
 HINT = "Send a message (/help for help)"
 SETTLE_S = 1.0  # a Ctrl-C this soon after an answer, or after another such Ctrl-C, was for the answer
@@ -183,13 +184,15 @@ def open_history(note: Callable[[str], None]) -> History:
     none.
     """
     try:
-        path = state_directory() / "history"
+        path = open_state_folder() / "history"
         if path.exists() and not path.is_file():
-            raise OSError(None, "it is not a regular file")
+            raise OffmoeError(f"{path} is not a regular file")
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
         path.chmod(0o600)
+    except OffmoeError as error:
+        note(f"the input history is not kept: {error}")
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        note(f"the input history is not kept: {where}{error.strerror}")
-        return InMemoryHistory()
-    return SafeHistory(path, note)
+        note(f"the input history is not kept: {error.filename}: {error.strerror}")
+    else:
+        return SafeHistory(path, note)
+    return InMemoryHistory()

@@ -132,7 +132,7 @@ def stats_table(answers: list[Stats]) -> Table:
     table = Table("", "this answer", f"all {len(answers)}", box=None, pad_edge=False)
     for label, name, combine, show in ROWS:
         table.add_row(label, show(getattr(last, name)), show(combine(answers, name)))
-    table.add_row("roof", roof_text(last.roof) if last.roof else "nothing decoded")
+    table.add_row("roof", f"{roof_text(last.roof)}: {last.roof.source}" if last.roof else "nothing decoded")
     table.add_row("policy", last.policy)
     table.add_row("expert slots", format_size(last.vram_bytes))
     table.add_row("RAM tier", format_size(last.ram_bytes))

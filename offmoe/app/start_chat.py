@@ -18,6 +18,7 @@ from offmoe.app.report import chats_table
 from offmoe.app.signals import ChatSignals
 from offmoe.app.terminal import UI, console
 from offmoe.checkpoint.find_model import find_model
+from offmoe.errors import OffmoeError
 
 if TYPE_CHECKING:
     from offmoe.engine import Engine
@@ -69,9 +70,8 @@ def open_store(ui: UI, model: str) -> ChatStore | None:
     """Return the store of chats, or None, with a note, if they cannot be kept."""
     try:
         return ChatStore(chats_directory(), model)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        ui.note(f"this chat is not kept: {where}{error.strerror}")
+    except OffmoeError as error:
+        ui.note(f"this chat is not kept: {error}")
         return None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,19 +30,60 @@ SEGMENT = 512  # tokens that are mixed at once, in float32
 NOWHERE = -1
 
 
-@dataclass(frozen=True)
-class RecurrentConfig(MixerConfig):
-    """A mixer with a state: shapes of its two parts, float32."""
+class StateShape(Protocol):
+    """Shape of a layer and of its state, as the kernels have it."""
 
     @property
     def memory(self) -> tuple[int, ...]:
-        """Shape of what all heads carry along; (0,): nothing."""
+        """Shape of the memory of all heads; (0,): none."""
+        ...
+
+    @property
+    def taps(self) -> int:
+        """Inputs that the convolution sees."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution."""
+        ...
+
+    @property
+    def projected(self) -> tuple[int, ...]:
+        """Rows of the input projections."""
+        ...
+
+    @property
+    def values(self) -> int:
+        """Columns of the output projection."""
+        ...
+
+
+@dataclass(frozen=True)
+class RecurrentConfig(MixerConfig):
+    """A mixer with a state of two parts, float32."""
+
+    @property
+    def state_shape(self) -> StateShape:
         raise NotImplementedError
+
+    @property
+    def memory(self) -> tuple[int, ...]:
+        """Shape of the memory of all heads; (0,): none."""
+        return self.state_shape.memory
 
     @property
     def recent(self) -> tuple[int, int]:
         """[taps, channels] of the convolution's newest inputs; the input of position p is in row p % taps."""
-        raise NotImplementedError
+        return self.state_shape.taps, self.state_shape.channels
+
+    @property
+    def projected(self) -> int:
+        return sum(self.state_shape.projected)
+
+    @property
+    def mixed(self) -> int:
+        return self.state_shape.values
 
     @property
     def state_nbytes(self) -> int:

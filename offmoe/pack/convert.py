@@ -16,8 +16,9 @@ import gguf
 import torch
 from torch import Tensor
 
+from offmoe.cache.files import check_output, draft, is_stream
 from offmoe.checkpoint.base import Checkpoint, TensorInfo
-from offmoe.errors import OffmoeError
+from offmoe.errors import OffmoeError, users_mistakes
 from offmoe.kernels.formats import FORMATS, Format
 from offmoe.mixers.base import GgufRows
 from offmoe.mixers.registry import float32_roles
@@ -215,10 +216,10 @@ def gate_or_up_rows(rows: Tensor, role: str, interleaved: bool) -> Tensor:
 
 def check_target(out: Path, nbytes: int) -> None:
     """Raise OffmoeError before anything is written, if `out` is not writable or the disk is too small."""
-    if out.suffix != ".gguf" or out.is_dir():
-        raise OffmoeError(f"{out} is not a file name that ends in .gguf: give one for the packed model")
-    if not out.parent.is_dir():
-        raise OffmoeError(f"{out.parent} is not a directory: create it first")
+    with users_mistakes():
+        check_output(out, True, ".gguf")
+        if is_stream(out):
+            raise OffmoeError(f"{out} is a device or a pipe: a packed model needs a file")
     free = shutil.disk_usage(out.parent).free
     if nbytes > free:
         raise OffmoeError(disk_full(out, nbytes, f"only {format_size(free)} are free"))
@@ -232,25 +233,22 @@ def write(
     model: Model, outputs: list[OutputTensor], keys: dict[str, Any], out: Path, progress: Callable[[int, int], None]
 ) -> None:
     """Write a temporary file next to `out` and rename it once it is on the disk."""
-    temporary, total = out.with_name(f".{out.name}.{os.getpid()}"), sum(output.nbytes for output in outputs)
+    total, done = sum(output.nbytes for output in outputs), 0
     try:
-        with closing(gguf.GGUFWriter(temporary, model.family.arch)) as writer, ThreadPoolExecutor() as pool:
+        with draft(out) as temporary, closing(gguf.GGUFWriter(temporary, model.family.arch)) as writer:
             write_header(writer, outputs, keys)
             (file,) = writer.fout
-            done = 0
-            for output in outputs:
-                writer.write_padding(file, file.tell())
-                for piece in pieces(model, output):
-                    done += write_piece(file, piece, output, pool)
-                    progress(done, total)
+            with ThreadPoolExecutor() as pool:
+                for output in outputs:
+                    writer.write_padding(file, file.tell())
+                    for piece in pieces(model, output):
+                        done += write_piece(file, piece, output, pool)
+                        progress(done, total)
             writer.write_padding(file, file.tell())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, out)
     except OSError as error:
         raise OffmoeError(disk_full(out, total, error.strerror or str(error))) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_header(writer: gguf.GGUFWriter, outputs: list[OutputTensor], keys: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ def test_json_is_one_object_with_the_promised_keys() -> None:
     answer = json.loads(result.stdout)
     assert answer["text"] == "one two "
     assert answer["tokens"] == [0, 1]
-    assert answer["roof"] == {"tok_s": 87.5, "limit": "floor"}
+    assert answer["roof"] == {"tok_s": 87.5, "limit": "floor", "source": "the fastest token of this session"}
     assert set(answer["bytes_per_token"]) == {"pcie", "nvme"}
     assert answer.keys() >= {
         "finish_reason", "prompt_tokens", "prefill_tok_s", "decode_tok_s", "ttft_s", "hit_rate", "covered",

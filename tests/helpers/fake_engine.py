@@ -23,7 +23,8 @@ STATS = Stats(
     tokens=3, finish_reason="stop", prompt_tokens=5, reused_tokens=1, prefill_tok_s=100.0,
     decode_tok_s=61.25, ttft_s=0.213, hit_rate=0.612, covered=0.0, late=0.0, misses_per_token=2.5,
     pcie_bytes_per_token=3.6 * 2**20, nvme_bytes_per_token=0.0, nvme_record_bytes_per_token=0.0, stall_ms_per_token=1.0,
-    roof=Roof(87.5, "floor"), policy="lru layer", vram_bytes=2**20, ram_bytes=2**21,
+    roof=Roof(87.5, "floor", "the fastest token of this session"), policy="lru layer", vram_bytes=2**20,
+    ram_bytes=2**21,
 )  # fmt: skip
 
 

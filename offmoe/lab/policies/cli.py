@@ -69,6 +69,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @output_option("--per-layer", is_flag=True, help="Also print the hit rate of every layer.")
 @output_option("--csv", type=FILE, metavar="FILE", help="Also write the table to FILE.")
+@output_option("--force", is_flag=True, help="Overwrite an existing file.")
 @output_option("--json", "as_json", is_flag=True, help="Print one JSON object per line instead of the table.")
 def policies(**chosen: Any) -> None:
     """Replay traces through cache policies and prefetchers.

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from offmoe.app.options import Command, Number, check_overwrite, json_option, option, parse_options, placement_options
+from offmoe.app.options import Command, Number, json_option, option, parse_options, placement_options
 from offmoe.app.signals import interruptible
 from offmoe.app.terminal import clean, progress_bar
+from offmoe.cache.files import check_output, whole_file
 from offmoe.checkpoint.find_model import find_model
-from offmoe.errors import OffmoeError, users_mistakes
+from offmoe.errors import users_mistakes
 
 if TYPE_CHECKING:
     from offmoe.cache.trace import Trace
@@ -92,8 +93,9 @@ def record(
     if (prompts is None) == (not built_in):
         raise click.UsageError("Give either --prompts FILE or --built-in.")
     settings, sampling = parse_options({**chosen, "greedy": False})
-    check_output(out, force, ".npz")
     path = find_model(model)
+    with users_mistakes():
+        check_output(out, force, ".npz")
     from offmoe.app.cli import load
     from offmoe.lab.trace.prompts import BUILT_IN, read_prompts
     from offmoe.lab.trace.record import Recording
@@ -104,7 +106,8 @@ def record(
         with progress_bar("tokens") as progress, interruptible(recording.stop):
             recording.run(tokens, lambda done: progress("tokens", min(done, tokens), tokens))
         recorded = recording.trace()
-        recorded.save(out)
+        with users_mistakes():
+            recorded.save(out)
     click.echo(clean(f"{out}: {len(recorded.experts)} tokens of {recorded.sequences} answers"))
     if recording.stopped:
         raise KeyboardInterrupt
@@ -113,9 +116,13 @@ def record(
 @trace.command(cls=Command, examples=INFO)
 @click.argument("path", type=click.Path(path_type=Path), metavar="T.npz")
 @output_option("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Also draw the results to this file.")
+@force_option
 @json_option
-def info(path: Path, plot: Path | None, as_json: bool) -> None:
+def info(path: Path, plot: Path | None, force: bool, as_json: bool) -> None:
     """Show how uneven and how stable a model's routing is, and whether its experts specialise."""
+    if plot:
+        with users_mistakes():
+            check_output(plot, force)
     recorded = read(path)
     from offmoe.lab.trace.info import as_dict, examine
     from offmoe.lab.trace.table import tables
@@ -124,8 +131,8 @@ def info(path: Path, plot: Path | None, as_json: bool) -> None:
     if plot:
         from offmoe.lab.trace.plot import draw
 
-        with users_mistakes():
-            plot.write_bytes(draw(facts))
+        with users_mistakes(), whole_file(plot) as file:
+            file.write(draw(facts))
     if as_json:
         from offmoe.app.run import print_json
 
@@ -153,8 +160,8 @@ def convert(source: Path, out: Path, model: str | None, experts: int | None, for
 
     CSV and JSON keep ids, weights and sequences, but not states, logits and token ids.
     """
-    check_output(out, force, ".npz", ".csv", ".jsonl")
     with users_mistakes():
+        check_output(out, force, ".npz", ".csv", ".jsonl")
         from offmoe.lab.trace.formats import read_any, write_any
 
         write_any(read_any(source, model, experts), out)
@@ -191,7 +198,8 @@ def fit(path: Path, ahead: int, ridge: float | None, test: Path | None, out: Pat
     The map is used with `--prefetch linear:map=MAP.npz`. It is evaluated on held-out sequences and compared with
     gate-ahead and controls.
     """
-    check_output(out, force, ".npz")
+    with users_mistakes():
+        check_output(out, force, ".npz")
     train, other = read(path), read(test) if test else None
     from offmoe.lab.trace.fit import evaluation_table, fit_map
 
@@ -214,12 +222,3 @@ def read(path: Path) -> Trace:
         from offmoe.cache.trace import Trace
 
         return Trace.load(path)
-
-
-def check_output(out: Path, force: bool, *suffixes: str) -> None:
-    """Raise OffmoeError, before minutes of work, if `out` cannot be written."""
-    if out.suffix not in suffixes:
-        raise OffmoeError(f"{out} ends with {out.suffix or 'no suffix'!r}: expected {' or '.join(suffixes)}")
-    check_overwrite(out, force)
-    if not out.parent.is_dir():
-        raise OffmoeError(f"{out.parent} is not a directory: create it, or choose another name")

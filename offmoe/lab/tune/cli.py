@@ -12,6 +12,7 @@ from offmoe.app.options import Command, Number, option
 from offmoe.app.profile import profile_path
 from offmoe.app.terminal import progress_bar
 from offmoe.checkpoint.find_model import find_model
+from offmoe.errors import OffmoeError
 from offmoe.settings import Settings
 
 EXAMPLES = (
@@ -57,8 +58,13 @@ def tune(model: str, minutes: float, prompts: Path | None, forget: bool, vram: s
     from offmoe.lab.tune.halving import profile_text
     from offmoe.lab.tune.halving import tune as find_fastest
 
-    target = profile_path(path)
-    check_writable(target.parent)  # fail now, not after minutes of measuring
+    try:
+        target: Path | None = profile_path(path)
+    except OffmoeError as error:
+        target = None
+        click.echo(f"no profile will be saved: {error}", err=True)
+    if target:
+        check_writable(target.parent)  # fail now, not after minutes of measuring
     with progress_bar("tuning") as progress:
         verdict = find_fastest(
             path,
@@ -68,6 +74,8 @@ def tune(model: str, minutes: float, prompts: Path | None, forget: bool, vram: s
             minutes,
             lambda step, spent: progress(step, int(spent), int(60 * minutes)),
         )
-    write_file(target, profile_text(path, verdict))
+    if target:
+        write_file(target, profile_text(path, verdict))
     click.echo(f"{verdict.why}" if verdict.chosen else f"the defaults stay: {verdict.why}")
-    click.echo(f"profile: {target}")
+    if target:
+        click.echo(f"profile: {target}")

@@ -160,7 +160,7 @@ def test_ctrl_c_before_the_first_token_writes_nothing(tmp_path: Path, monkeypatc
         ),
         (["info", "none.npz"], "none.npz is no routing trace: [Errno 2] No such file"),
         (["info", "cut.npz"], "cut.npz is no routing trace: "),
-        (["info", "there.npz", "--plot", "no/where.png"], "No such file or directory"),
+        (["info", "there.npz", "--plot", "no/where.png"], "no is not a directory: create it first"),
         (["fit", "there.npz", "-o", "map.npz"], "has no states: record it with --states"),
         (["convert", "there.npz", "there.txt"], "ends with '.txt': expected .npz or .csv or .jsonl"),
         (["convert", "latin.txt", "t.npz"], "latin.txt ends with '.txt'"),
