@@ -182,7 +182,7 @@ class Engine:
         elif self.tokenizer is None:
             raise OffmoeError(f"{self.model.checkpoint.path} has no tokenizer: give token ids")
         elif isinstance(prompt, str) and self.tokenizer.chat_template is None:
-            ids = self.tokenizer.encode(prompt)
+            ids = self.tokenizer.encode(prompt, control_tokens=False)
         else:
             messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             ids = self.tokenizer.encode_chat(messages)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import gguf_bytes, gguf_string, u32, write_gguf
-from paths import DEMO
 
 from offmoe.checkpoint.base import ByteRange, Checkpoint
+from offmoe.checkpoint.find_model import DEMO
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp_sources import LLAMA_CPP, WANT_TOOLS
-from paths import DEMO
 from tokenizer_files import Files, load, write
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
 from offmoe.app.answer_printer import AnswerPrinter
+from offmoe.checkpoint.find_model import DEMO
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.engine import Engine, Piece, pieces
 from offmoe.errors import OffmoeError

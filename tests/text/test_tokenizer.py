@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from llama_cpp_sources import LLAMA_CPP
-from paths import DEMO
 from tokenizer_files import Files, expect_error, load, write
 from tokenizers import Tokenizer as Library
 from tokenizers import models
 
+from offmoe.checkpoint.find_model import DEMO
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
 from offmoe.text.answer_parser import StopStrings
@@ -183,7 +183,7 @@ def test_one_edited_answer_leaves_the_others_kept(metadata: dict[str, Any]) -> N
         {"role": "assistant", "content": "</think>c", "tokens": tokenizer.encode("</think>c")},
     ]
     (begin,), (border,) = tokenizer.encode("["), tokenizer.encode("][")
-    assert tokenizer.encode_chat(messages) == [begin, *tokens, border, *tokenizer.encode("c]")]
+    assert tokenizer.encode_chat(messages, False) == [begin, *tokens, border, *tokenizer.encode("c]")]
     tokenizer.close()
 
 
