@@ -11,7 +11,7 @@ from offmoe.app.answer_printer import REASONING_MODES
 from offmoe.app.attachments import read_attachment
 from offmoe.app.chat_store import find_chat, kept_chats
 from offmoe.app.conversation import Conversation, load_conversation
-from offmoe.app.report import STATS_MODES, chats_table, stats_table
+from offmoe.app.report import STATS_MODES, chats_table, help_table, stats_table
 from offmoe.app.session import Session
 from offmoe.app.set_option import field_type, split_assignment, with_value
 from offmoe.errors import OffmoeError
@@ -37,10 +37,14 @@ class Command:
 
 
 def show_help(session: Session, _: str) -> None:
-    rows = [("/" + ", /".join((name, *command.aliases)), command) for name, command in COMMANDS.items()]
-    width = max(len(names) for names, _ in rows)
-    lines = (f"{names:<{width}} {command.usage} {command.text}".replace("  /", " /") for names, command in rows)
-    session.ui.show("\n".join((*lines, KEYS)))
+    session.ui.show(help_table([(f"/{name}", description(command)) for name, command in COMMANDS.items()]))
+    session.ui.show(KEYS)
+
+
+def description(command: Command) -> str:
+    """Return a command's argument, effect and other names."""
+    others = ", ".join(f"/{alias}" for alias in command.aliases)
+    return " ".join(filter(None, (command.usage, command.text, others and f"({others})")))
 
 
 def stats(session: Session, mode: str) -> None:

@@ -75,9 +75,9 @@ class Terminal(Screen):
         return reply.strip().lower() in ("", "y", "yes")
 
     @contextmanager
-    def answering(self, stop: Callable[[], None]) -> Iterator[None]:
+    def answering(self, stop: Callable[[], None], paused: Callable[[float], None]) -> Iterator[None]:
         self._answering = True
-        with self.signals.answering(stop):
+        with self.signals.answering(stop, paused):
             yield
 
     def write(self, text: str) -> None:

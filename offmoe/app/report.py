@@ -81,6 +81,17 @@ def chats_table(chats: list[KeptChat]) -> RenderableType:
     return table
 
 
+def help_table(rows: list[tuple[str, str]]) -> Table:
+    """Return a table of names and what they do, without lines."""
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def roof_text(roof: Roof) -> str:
     return f"roof {roof.tok_s:.0f} tok/s ({roof.limit})"
 

@@ -114,7 +114,7 @@ class Session:
         answer = AnswerPrinter(self.ui, self.reasoning_mode, " · /reasoning show" if self.ui.interactive else "")
         pieces = self.engine.generate(self.conversation.messages(), self.sampling)
         try:
-            with self.ui.answering(self.engine.cancel):
+            with self.ui.answering(self.engine.cancel, self.engine.paused):
                 for piece in pieces:
                     answer.add(piece)
         except (KeyboardInterrupt, Terminated, OSError):  # OSError: the terminal is gone

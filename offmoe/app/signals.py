@@ -86,11 +86,11 @@ class ChatSignals:
     """
 
     def __init__(self) -> None:
-        self.paused_s = 0.0  # total time suspended by Ctrl-Z outside the prompt
         self._resumed = False
         self._first = 0.0  # the first Ctrl-C since the last prompt
         self._signum: int | None = None  # the SIGTERM or SIGHUP that ends the chat
         self._stop: Callable[[], None] | None = None  # ends the running answer
+        self._paused: Callable[[float], None] | None = None  # learns how long the running answer was suspended
         self._wake: Callable[[BaseException], None] | None = None  # ends the prompt with an exception
 
     def __enter__(self) -> ChatSignals:
@@ -129,15 +129,18 @@ class ChatSignals:
         return None if self._signum is None else Terminated(self._signum)
 
     @contextmanager
-    def answering(self, stop: Callable[[], None]) -> Iterator[None]:
-        """Let Ctrl-C, SIGTERM and SIGHUP call `stop` while the block runs, and at once if one came since the prompt."""
-        self._stop = stop
+    def answering(self, stop: Callable[[], None], paused: Callable[[float], None]) -> Iterator[None]:
+        """Let Ctrl-C, SIGTERM and SIGHUP call `stop` while the block runs, and at once if one came since the prompt.
+
+        After Ctrl-Z and `fg`, `paused` is called with the time between them in seconds.
+        """
+        self._stop, self._paused = stop, paused
         try:
             if self._first or self._signum is not None:
                 stop()
             yield
         finally:
-            self._stop = None
+            self._stop = self._paused = None
 
     def resumed(self) -> bool:
         """Return whether the program was suspended and resumed since the last call."""
@@ -169,6 +172,6 @@ class ChatSignals:
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTSTP)  # returns when the shell resumes the program
         signal.signal(signal.SIGTSTP, self._on_suspend)
-        if not self._wake:
-            self.paused_s += time.perf_counter() - began
+        if self._paused:
+            self._paused(time.perf_counter() - began)
             self._resumed = True

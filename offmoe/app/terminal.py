@@ -58,8 +58,8 @@ class UI(Output, Protocol):
 
     def confirm(self, question: str) -> bool: ...
 
-    def answering(self, stop: Callable[[], None]) -> AbstractContextManager[None]:
-        """Let Ctrl-C call `stop` while the block runs."""
+    def answering(self, stop: Callable[[], None], paused: Callable[[float], None]) -> AbstractContextManager[None]:
+        """Let Ctrl-C call `stop` while the block runs, and `paused` learn of seconds in which it was suspended."""
 
     def show(self, table: RenderableType) -> None: ...
 
@@ -86,7 +86,7 @@ class Pipe:
     def confirm(self, question: str) -> bool:
         return True
 
-    def answering(self, stop: Callable[[], None]) -> AbstractContextManager[None]:
+    def answering(self, stop: Callable[[], None], paused: Callable[[float], None]) -> AbstractContextManager[None]:
         return interruptible(stop)
 
     def write(self, text: str) -> None:

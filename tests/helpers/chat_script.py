@@ -25,7 +25,7 @@ class Script:
         return self.lines.pop(0) or None
 
     @contextmanager
-    def answering(self, stop: Callable[[], None]) -> Iterator[None]:
+    def answering(self, stop: Callable[[], None], paused: Callable[[float], None]) -> Iterator[None]:
         yield
 
     def confirm(self, question: str) -> bool:

@@ -49,6 +49,7 @@ class Engine:
         self.answer_tokens: list[int] = []
         self.answer_is_plain = True
         self.resets = 0
+        self.pauses: list[float] = []
 
     @classmethod
     def load(cls, model: str, progress: Any = None, think: str | None = None, settings: Any = None) -> Engine:
@@ -91,6 +92,9 @@ class Engine:
 
     def cancel(self) -> None:
         self.cancelled = True
+
+    def paused(self, seconds: float) -> None:
+        self.pauses.append(seconds)
 
     def stats(self) -> Stats:
         time.sleep(self.slow)

@@ -24,7 +24,13 @@ cache_option, prefetch_option, output_option = (
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.command(cls=Command, examples=EXAMPLES)
+POLICIES_HELP = """Replay traces through cache policies and prefetchers.
+
+All k experts of a layer are looked up before any is admitted, as in the engine and by its own table. gap: share of
+the difference between lru and belady that a policy gains."""
+
+
+@click.command(cls=Command, examples=EXAMPLES, help=POLICIES_HELP)
 @click.argument("traces", nargs=-1, required=True, type=FILE, metavar="TRACE.npz…")
 @cache_option("--slots", multiple=True, type=click.IntRange(1), metavar="N", help="Slots per layer. May be repeated.")
 @cache_option(
@@ -72,11 +78,6 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @output_option("--force", is_flag=True, help="Overwrite an existing file.")
 @output_option("--json", "as_json", is_flag=True, help="Print one JSON object per line instead of the table.")
 def policies(**chosen: Any) -> None:
-    """Replay traces through cache policies and prefetchers.
-
-    All k experts of a layer are looked up before any is admitted, as in the engine and by its own table. gap: share of
-    the difference between lru and belady that a policy gains.
-    """
     from offmoe.lab.policies.sweep import run
 
     run(**chosen)

@@ -38,12 +38,19 @@ recording_option, output_option, fit_option = (
 force_option = output_option("--force", is_flag=True, help="Overwrite an existing file.")
 
 
-@click.group()
-def trace() -> None:
-    """Record which experts a model chooses, and analyse it."""
+TRACE_HELP = "Record which experts a model chooses, and analyse it."
 
 
-@trace.command(cls=Command, examples=RECORD)
+@click.group(help=TRACE_HELP)
+def trace() -> None: ...
+
+
+RECORD_HELP = """Record the routing of MODEL (default: the demo) while it answers prompts.
+
+If the prompts end before N tokens are decoded, they are repeated with another seed. Ctrl-C saves the trace so far."""
+
+
+@trace.command(cls=Command, examples=RECORD, help=RECORD_HELP)
 @click.argument("model", default="demo")
 @recording_option(
     "--prompts",
@@ -86,10 +93,6 @@ def record(
     force: bool,
     **chosen: Any,
 ) -> None:
-    """Record the routing of MODEL (default: the demo) while it answers prompts.
-
-    If the prompts end before N tokens are decoded, they are repeated with another seed. Ctrl-C saves the trace so far.
-    """
     if (prompts is None) == (not built_in):
         raise click.UsageError("Give either --prompts FILE or --built-in.")
     settings, sampling = parse_options({**chosen, "greedy": False})
@@ -113,13 +116,15 @@ def record(
         raise KeyboardInterrupt
 
 
-@trace.command(cls=Command, examples=INFO)
+INFO_HELP = "Show how uneven and how stable a model's routing is, and whether its experts specialise."
+
+
+@trace.command(cls=Command, examples=INFO, help=INFO_HELP)
 @click.argument("path", type=click.Path(path_type=Path), metavar="T.npz")
 @output_option("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Also draw the results to this file.")
 @force_option
 @json_option
 def info(path: Path, plot: Path | None, force: bool, as_json: bool) -> None:
-    """Show how uneven and how stable a model's routing is, and whether its experts specialise."""
     if plot:
         with users_mistakes():
             check_output(plot, force)
@@ -143,7 +148,13 @@ def info(path: Path, plot: Path | None, force: bool, as_json: bool) -> None:
         console().print(*tables(facts), sep="\n")
 
 
-@trace.command(cls=Command, examples=CONVERT)
+CONVERT_HELP = """Convert a trace to the format of OUT's suffix: .npz, .csv (one line per token and layer) or .jsonl
+(one line per token).
+
+CSV and JSON keep ids, weights and sequences, but not states, logits and token ids."""
+
+
+@trace.command(cls=Command, examples=CONVERT, help=CONVERT_HELP)
 @click.argument("source", type=click.Path(path_type=Path), metavar="IN")
 @click.argument("out", type=click.Path(path_type=Path))
 @output_option("--model", metavar="NAME", help="Name of the model, if the file does not say.")
@@ -155,11 +166,6 @@ def info(path: Path, plot: Path | None, force: bool, as_json: bool) -> None:
 )
 @force_option
 def convert(source: Path, out: Path, model: str | None, experts: int | None, force: bool) -> None:
-    """Convert a trace to the format of OUT's suffix: .npz, .csv (one line per token and layer) or .jsonl (one line per
-    token).
-
-    CSV and JSON keep ids, weights and sequences, but not states, logits and token ids.
-    """
     with users_mistakes():
         check_output(out, force, ".npz", ".csv", ".jsonl")
         from offmoe.lab.trace.formats import read_any, write_any
@@ -167,7 +173,13 @@ def convert(source: Path, out: Path, model: str | None, experts: int | None, for
         write_any(read_any(source, model, experts), out)
 
 
-@trace.command(cls=Command, examples=FIT)
+FIT_HELP = """Learn to predict a router D layers ahead, from a trace recorded with --states.
+
+The map is used with `--prefetch linear:map=MAP.npz`. It is evaluated on held-out sequences and compared with
+gate-ahead and controls."""
+
+
+@trace.command(cls=Command, examples=FIT, help=FIT_HELP)
 @click.argument("path", type=click.Path(path_type=Path), metavar="T.npz")
 @fit_option(
     "--ahead",
@@ -193,11 +205,6 @@ def convert(source: Path, out: Path, model: str | None, experts: int | None, for
 @json_option
 @force_option
 def fit(path: Path, ahead: int, ridge: float | None, test: Path | None, out: Path, as_json: bool, force: bool) -> None:
-    """Learn to predict a router D layers ahead, from a trace recorded with --states.
-
-    The map is used with `--prefetch linear:map=MAP.npz`. It is evaluated on held-out sequences and compared with
-    gate-ahead and controls.
-    """
     with users_mistakes():
         check_output(out, force, ".npz")
     train, other = read(path), read(test) if test else None
