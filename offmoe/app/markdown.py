@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from itertools import pairwise
 from typing import ClassVar
 
 from markdown_it import MarkdownIt
@@ -58,10 +59,11 @@ def parse(text: str) -> list[Token]:
     return parser.disable(["escape", "reference", "image", "autolink"]).parse(text)
 
 
-def last_block(text: str) -> int:
-    """Return the line at which the last block of Markdown text begins: all lines before it are final."""
+def blocks(text: str) -> list[str]:
+    """Return the blocks of Markdown text: paragraphs, lists, tables, … All but the last are final."""
     starts = [token.map[0] for token in parse(text) if token.level == 0 and token.nesting >= 0 and token.map]
-    return starts[-1] if starts else 0
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)  # not splitlines, which ends lines at U+2028 too
+    return ["".join(lines[start:end]) for start, end in pairwise([0, *starts[1:], len(lines)])]
 
 
 class MarkdownWriter:
@@ -107,11 +109,9 @@ class MarkdownWriter:
         if self._size != self._console.size:
             self._size = self._console.size
             self.forget()
-        lines = self._text.splitlines(keepends=True)
-        start = last_block(self._text)
-        if start:
-            self._draw_block("".join(lines[:start]))
-            self._text = "".join(lines[start:])
+        *final, self._text = blocks(self._text)
+        for block in final:
+            self._draw_block(block)
             self._lines, self._scrolled = [], 0
         self._draw_block(self._text)
         self._console.file.flush()

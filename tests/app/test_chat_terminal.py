@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -264,3 +267,137 @@ def test_ctrl_z_suspends_and_fg_goes_on(tmp_path: Path, state: str) -> None:
     shell.child.sendeof()
     shell.child.send("echo ended $?\n")
     shell.see("ended 0")
+
+
+def test_the_last_chat_is_continued(tmp_path: Path) -> None:
+    person = Screen([*FAKE, "chat"], tmp_path)
+    person.say("first")
+    person.see("61.2 tok/s")
+    assert person.leave() == 0
+    person = Screen([*FAKE, "chat", "-c"], tmp_path)
+    person.see("2 messages\n› first\n +first")
+    person.say("second")
+    person.see("61.2 tok/s")
+    person.say("/clear")
+    person.see("a new conversation; the last one is kept: /load 20")
+    person.say("third")
+    person.see("third *\\n.*61.2 tok/s")
+    person.say("/chats")
+    person.see(r"name +messages +model +first message\n.* 2 .* third\n.* 4 .* first\n")
+    assert person.leave() == 0
+    files = sorted((tmp_path / "offmoe/chats").iterdir())
+    contents = [[json.loads(line)["content"] for line in file.read_text().splitlines()[1:]] for file in files]
+    assert contents == [["first", "first ", "second", "second "], ["third", "third "]]
+    listed = subprocess.run(
+        [*FAKE, "chat", "--list"], capture_output=True, text=True, env={**os.environ, "XDG_STATE_HOME": str(tmp_path)}
+    )
+    assert re.search(r"^\S+ +2 .* third *$", listed.stdout, re.MULTILINE)
+
+
+def test_a_pipe_keeps_a_chat_only_if_it_continues_one(tmp_path: Path) -> None:
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
+
+    def piped(*options: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run([*FAKE, "chat", *options], input=b"hello\n", capture_output=True, env=environment)
+
+    assert piped().returncode == 0
+    assert not (tmp_path / "offmoe").exists()
+    assert b"there is no chat to continue yet" in piped("-c").stderr
+    person = Screen([*FAKE, "chat"], tmp_path)
+    person.say("first")
+    person.see("61.2 tok/s")
+    assert person.leave() == 0
+    assert piped("-c").stdout == b"hello \n"
+    assert kept(tmp_path) == ["first", "first ", "hello", "hello "]
+
+
+def test_a_private_chat_is_not_kept(tmp_path: Path) -> None:
+    person = Screen([*FAKE, "chat", "--no-keep"], tmp_path)
+    person.say("secret")
+    person.see("61.2 tok/s")
+    assert person.leave() == 0
+    assert not (tmp_path / "offmoe").exists()
+
+
+def test_without_a_place_for_state_a_chat_goes_on(tmp_path: Path) -> None:
+    for environment, reason in (
+        ({"XDG_STATE_HOME": "/dev/null"}, "/dev/null/offmoe: Not a directory"),
+        ({"XDG_STATE_HOME": "relative", "HOME": "/dev/null"}, "/dev/null/.local/state/offmoe: Not a directory"),
+    ):
+        person = Screen([*FAKE, "chat"], tmp_path, **environment)
+        person.see(f"the input history is not kept: {reason}")
+        person.see("this chat is not kept: /dev/null")
+        for message in ("one", "two"):
+            person.say(message)
+            person.see(f"{message} *\\n.*61.2 tok/s")
+        assert "Press ENTER" not in person.raw
+        assert person.leave() == 0
+
+
+def test_a_history_that_can_no_longer_be_written_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "offmoe/chats").mkdir(parents=True)
+    (tmp_path / "offmoe/history").symlink_to("/dev/full")
+    person = Screen([*FAKE, "chat"], tmp_path)
+    person.see("the input history is not kept: .*history is not a\\s+regular file")
+    person.say("one")
+    assert person.leave() == 0
+    (tmp_path / "offmoe/history").unlink()
+    person = Screen([*FAKE, "chat"], tmp_path)
+    person.wait(person.prompted)
+    (tmp_path / "offmoe/history").unlink()
+    (tmp_path / "offmoe/history").symlink_to("/dev/full")
+    for message in ("one", "two"):
+        person.say(message)
+        person.see(f"{message} *\\n.*61.2 tok/s")
+    assert person.text().count("the input history is not kept") == 1
+    assert "Press ENTER" not in person.raw
+    assert person.leave() == 0
+
+
+def test_messages_of_several_lines_and_files(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("some notes")
+    person = Screen([*FAKE, "chat"], tmp_path)
+    person.wait(person.prompted)
+    person.child.send(f'"""{ENTER}one{ENTER}/exit{ENTER}two"""{ENTER}')
+    person.see("\none\n/exit\ntwo *\n.*61.2")
+    person.say(f"/read {tmp_path}/no")
+    person.see("offmoe: cannot read")
+    person.wait(person.prompted)
+    person.child.send(f"look at @{tmp_path}/no\t")
+    person.see("look at @.*/notes.txt")
+    person.child.send(ENTER)
+    person.see(r"attached: .*/notes.txt \(10 characters\)")
+    person.see("some notes\n")
+    person.wait(person.prompted)
+    person.child.send("/edi\t")
+    person.see("› /edit")
+    person.child.send(ENTER)
+    person.see("› /edit\n› look at @")
+    person.child.send("\x15three" + ENTER)
+    person.see("\nthree *\n.*61.2")
+    assert person.leave() == 0
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_what_is_displayed_fits_the_width(tmp_path: Path, columns: int) -> None:
+    person = Screen([*FAKE, "chat"], tmp_path, columns)
+    person.say("/help")
+    person.see("exit the chat")
+    person.wait(person.prompted)
+    person.child.send("well then, let me think about what to say for a while => **Words** that go on to the end, `x`\r")
+    person.see("61.2 tok/s.* context 2%")
+    assert person.leave() == 0
+    text = re.sub(r"\s+", " ", person.text())
+    assert "well then, let me think about what to say for a while Words that go on to the end, x" in text
+    assert re.search(r"61\.2 tok/s( · .*)? · context 2%\n", person.text())
+
+
+def test_a_plain_or_dumb_terminal_has_the_text_as_it_is(tmp_path: Path) -> None:
+    for options, environment in ((["--plain"], {}), ([], {"TERM": "dumb"})):
+        person = Screen([*FAKE, "chat", *options], tmp_path, **environment)
+        person.wait(lambda person=person: "›" in person.text())
+        person.child.send("**a** `b`" + ENTER)
+        person.see(r"\n\*\*a\*\* `b` *\n")
+        person.wait(lambda person=person: person.text().count("›") == 2 + (person.text().count("› **a")) - 1)
+        person.child.sendeof()
+        assert person.ended() == 0

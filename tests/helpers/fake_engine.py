@@ -98,7 +98,7 @@ class Engine:
 
     def stats(self) -> Stats:
         time.sleep(self.slow)
-        reason = "cancelled" if self.cancelled else "stop"
+        reason = "cancelled" if self.cancelled else os.environ.get("FAKE_FINISH", "stop")
         return replace(STATS, tokens=len(self.answer_tokens), finish_reason=reason)
 
     def loading(self) -> str | None:
