@@ -28,7 +28,7 @@ from offmoe.experts.host_store import HostStore
 from offmoe.experts.store import ExpertStore
 from offmoe.models.model import Model, open_model
 from offmoe.plan import Plan, make_plan, smaller
-from offmoe.prefill import ForwardPass, compile_prompt_kernels
+from offmoe.prefill import ForwardPass, block_of, compile_prompt_kernels
 from offmoe.settings import SAMPLING_DEFAULTS, Sampling, Settings
 from offmoe.stats.meter import Meter
 from offmoe.stats.roof import Bounds
@@ -87,7 +87,8 @@ class Engine:
             on_error.callback(self.store.close)
             self.trunk: Trunk | DeviceTrunk = trunk(model, plan.device, plan.dtype, plan.ctx)
             self.trunk.load_layers(lambda done, total: progress("weights", done, total))
-            self.kv = KVCache(model.config, plan.ctx, plan.device, plan.kv_dtype, plan.kv == "int8")
+            int8 = plan.kv == "int8"
+            self.kv = KVCache(model.config, plan.ctx, plan.device, plan.kv_dtype, int8, block_of(plan))
             self.forward = ForwardPass(plan, self.trunk, self.store, self.kv)
             if plan.all_in_slots:
                 self.store.preload(lambda done, total: progress("experts", done, total))
@@ -243,8 +244,8 @@ class Engine:
 
     def _prefill_metered(self, ids: list[int], meter: Meter) -> Tensor:
         began = time.perf_counter()
-        meter.reused_tokens = self.kv.reuse(ids)
         logits = self.prefill(ids)
+        meter.reused_tokens = self.forward.reused
         meter.prefilled(began)
         return logits
 
