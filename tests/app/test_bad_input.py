@@ -697,9 +697,9 @@ def test_a_hub_name_without_a_network(tmp_path: Path) -> None:
         (b"", "the prompt is empty: give PROMPT, or write it to standard input"),
         (b" \n\t\n", "the prompt is empty"),
         (b"caf\xe9", "standard input is not UTF-8: byte 0xe9 at offset 3"),
-        (b"\xff\xfeh\x00i\x00", "standard input is not UTF-8: byte 0xff at offset 0"),
+        (b"\xff\xfeh\x00i\x00", "standard input is not UTF-8, but UTF-16: convert it first"),
         ("é\n".encode() * 9 + b"\xe2\x82", "standard input is not UTF-8: byte 0xe2 at offset 27"),
-        (b"hi " * 100, "the conversation needs 219 tokens and the context holds 128: drop old turns, or start again"),
+        (b"hi " * 100, "the prompt needs 219 tokens and the context holds 128: shorten it, or start again"),
     ],
 )
 def test_prompts(error_line: ErrorLine, good: Path, stdin: bytes, message: str) -> None:
@@ -709,7 +709,7 @@ def test_prompts(error_line: ErrorLine, good: Path, stdin: bytes, message: str) 
 def test_prompt_on_the_command_line(error_line: ErrorLine, good: Path) -> None:
     assert "the prompt is empty" in error_line("run", good, "")
     assert "PROMPT is not UTF-8: byte 0xff at offset 2" in error_line("run", good, "hi\udcff")
-    assert "the conversation needs 519 tokens" in error_line("run", good, "a" * 500)
+    assert "the prompt needs 519 tokens" in error_line("run", good, "a" * 500)
     assert "needs 500 tokens and the context holds 64" in error_line("run", good, "a" * 500, "--raw", "--ctx", 64)
 
 
@@ -795,7 +795,6 @@ CHATS = {
     "version": (kept(offmoe_chat=2), 'expected an object with "offmoe_chat": 1'),
     "no model": (kept(model=None), "expected model, system and turns"),
     "system": (kept(system=["x"]), "expected model, system and turns"),
-    "half": (kept(turns=[said("user")]), "its last message has no answer"),
     "roles": (kept(turns=[said("assistant"), said("user")]), "message of role user"),
     "no text": (kept(turns=[said("user", 1), said("assistant")]), "content is not text"),
     "surrogate": (kept(turns=[said("user", "\ud800"), said("assistant")]), "surrogates not allowed"),
@@ -807,7 +806,7 @@ CHATS = {
 
 def chat_error(command: Command, model: Path, text: str) -> str:
     """Return the line that ends a chat in a pipe, after the summary."""
-    status, _, err = command("chat", model, *FEW, stdin=text.encode())
+    status, _, err = command("chat", model, *FEW, "--commands", stdin=text.encode())
     *_, line = err.splitlines()
     assert (status, err.count("offmoe: ")) == (1, 1), err
     return line.removeprefix("offmoe: ")
@@ -823,7 +822,7 @@ def test_damaged_chats(command: Command, good: Path, tmp_path: Path, data: bytes
 
 def test_a_good_chat_is_read(command: Command, good: Path, tmp_path: Path) -> None:
     (tmp_path / "chat.json").write_bytes(kept())
-    assert command("chat", good, *FEW, stdin=f"/load {tmp_path}/chat.json\nhi\n".encode())[0] == 0
+    assert command("chat", good, *FEW, "--commands", stdin=f"/load {tmp_path}/chat.json\nhi\n".encode())[0] == 0
 
 
 def test_files_that_are_no_chat(command: Command, good: Path, tmp_path: Path) -> None:
@@ -879,7 +878,7 @@ def test_settings_from_python(good: Path, settings: dict[str, Any], message: str
         ("hi", {"temprature": 1}, "unknown setting 'temprature'"),
         ("hi", {"temperature": "hot"}, "temperature is 'hot': expected a number"),
         ("hi", {"top_k": 1.5}, "top_k is 1.5: expected a whole number"),
-        ([1] * 128, {}, "the conversation needs 128 tokens and the context holds 128"),
+        ([1] * 128, {}, "the prompt needs 128 tokens and the context holds 128"),
     ],
 )
 def test_prompts_from_python(good: Path, prompt: Any, sampling: dict[str, Any], message: str) -> None:
