@@ -29,7 +29,7 @@ VIEW := build/view/offmoe
 # On AMD, MKL ignores MKL_ENABLE_INSTRUCTIONS but not MKL_CBWR.
 PROCESSORS := $(foreach isa,default avx2 avx512,ATEN_CPU_CAPABILITY=$(isa)) MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=AVX2
 
-.PHONY: help chat install test test-all test-fast test-triton $(TRITONS:%=test-triton-%) test-llama test-processors lint types docs clean
+.PHONY: help chat install test test-all test-fast test-triton $(TRITONS:%=test-triton-%) test-llama test-processors lint view types docs clean
 .SILENT:
 
 chat: $(VENV)/installed  ## install offmoe and chat with MODEL (default: the demo)
@@ -74,15 +74,15 @@ lint: $(VENV)/with-test  ## check the layout and style of the code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# mypy does not see through an editable install: it is shown the three folders as the package that they install as.
-types: $(VENV)/with-test  ## check types
+# mypy and mkdocs do not see through an editable install: they are shown the three folders as the package they install as.
+view:
 	rm -rf $(VIEW) && mkdir -p $(VIEW)
 	ln -s $(CURDIR)/offmoe/* $(CURDIR)/cache $(CURDIR)/kernels $(VIEW)/
+
+types: $(VENV)/with-test view  ## check types
 	$(BIN)/mypy -p offmoe
 
-docs: $(VENV)/with-docs  ## build the documentation as a site into build/site
-	rm -rf $(VIEW) && mkdir -p $(VIEW)
-	ln -s $(CURDIR)/offmoe/* $(CURDIR)/cache $(CURDIR)/kernels $(VIEW)/
+docs: $(VENV)/with-docs view  ## build the documentation as a site into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove everything that was built or installed here

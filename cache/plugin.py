@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from offmoe.cache.arrays import Ints, Numbers
-from offmoe.cache.policies.base import Policy
+from offmoe.cache.policies.base import File, Parameter, Policy, Share, Slots
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,6 +51,11 @@ def load_plugin(spec: str, base: type[T]) -> tuple[type[T], str, str | None]:
         raise PluginError(
             f"plug-in {path} has no class {match['name']} that is a {base.__name__}: see docs/policies.md"
         )
+    settings = getattr(found, "parameters", None)
+    if not isinstance(settings, Mapping) or not all(
+        isinstance(each, Parameter | Share | File) for each in settings.values()
+    ):
+        raise PluginError(f"plug-in {path}: {match['name']}.parameters is no dict of Parameter(…) and Share(…)")
     if isabstract(found):
         missing = ", ".join(sorted(found.__abstractmethods__))  # type: ignore[attr-defined]
         raise PluginError(f"plug-in {path}: {match['name']} lacks {missing}")
@@ -75,32 +80,47 @@ def failing_in(where: str) -> Iterator[None]:
     """Turn an exception inside into a PluginError of one line that says where it was raised."""
     try:
         yield
-    except PluginError:
+    except (PluginError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        what = (str(error) or "no message").splitlines()[0]
+    except BaseException as error:  # SystemExit too: a plug-in does not end the program
+        what = ((str(error) or "no message").splitlines() or ["no message"])[0]
         raise PluginError(f"plug-in {where} raised {type(error).__name__}: {what}") from error
 
 
 class Guard(Policy):
     """Comes before a plug-in's class, and looks at what it answers."""
 
+    def attach(self, table: Slots) -> None:
+        with failing_in(f"{self.name}: attach()"):
+            super().attach(table)
+
     def touch(self, records: Ints, now: int, uses: Ints | int = 1) -> None:
+        uses = read_only(uses) if isinstance(uses, np.ndarray) else uses
         with failing_in(f"{self.name}: touch()"):
-            super().touch(records, now, uses)  # type: ignore[safe-super]
+            super().touch(read_only(records), now, uses)  # type: ignore[safe-super]
 
     def score(self, records: Ints, now: int) -> Numbers:
         with failing_in(f"{self.name}: score()"):
-            scores: Numbers = np.asarray(super().score(records, now))  # type: ignore[safe-super]
+            scores: Numbers = np.array(super().score(read_only(records), now))  # type: ignore[safe-super]
         if scores.shape != records.shape or scores.dtype.kind not in "iufb":
             raise PluginError(
                 f"plug-in {self.name}: score() gave {scores.dtype} {list(scores.shape)}: expected a number for each of "
                 f"{len(records)} records"
             )
-        unknown = np.isnan(scores) & (records >= 0)
-        if unknown.any():
-            raise PluginError(f"plug-in {self.name}: score() gave NaN for record {records[unknown][0]} at token {now}")
+        wrong = (np.isnan(scores) | np.isposinf(scores)) & (records >= 0)
+        if wrong.any():
+            raise PluginError(
+                f"plug-in {self.name}: score() gave {scores[wrong][0]} for record {records[wrong][0]} at token {now}: "
+                "expected a number, or -inf"
+            )
         return scores
+
+
+def read_only(array: Ints) -> Ints:
+    """Return a view of `array` that a plug-in cannot write to."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def guarded(kind: type[Policy]) -> type[Policy]:

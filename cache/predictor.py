@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from offmoe.cache.arrays import Ints
-from offmoe.cache.plugin import PluginError, built, failing_in, is_plugin, load_plugin
+from offmoe.cache.plugin import PluginError, built, failing_in, is_plugin, load_plugin, read_only
 from offmoe.cache.predictors import PREDICTORS
 from offmoe.cache.predictors.base import Predictor, Shares
 from offmoe.cache.predictors.shuffled import Shuffled
@@ -41,7 +41,7 @@ class Guard(Predictor):
 
     def seen(self, token: int, layer: int, experts: Ints) -> None:
         with failing_in(f"{self.name}: seen()"):
-            super().seen(token, layer, experts)
+            super().seen(token, layer, read_only(experts))
 
     def predict(self, token: int, layer: int) -> tuple[Ints, Shares]:
         with failing_in(f"{self.name}: predict()"):
@@ -55,8 +55,8 @@ class Guard(Predictor):
         total = self.trace.meta["experts"]
         if len(np.unique(experts)) < len(experts) or ((experts < 0) | (experts >= total)).any():
             raise PluginError(f"{where} gave an expert twice, or one that is not of 0 to {total - 1}")
-        if np.isnan(likely).any():
-            raise PluginError(f"{where} gave NaN")
+        if not np.isfinite(likely).all():
+            raise PluginError(f"{where} gave {likely[~np.isfinite(likely)][0]}: expected confidences from 0 to 1")
         return experts.astype(np.int64), likely
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+KEYS = 64  # most keys of a tile of kernels.gpu.prefill
+
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., D] → int8 [..., D] and the scales [...] float32; the largest of D becomes 127."""

@@ -29,4 +29,4 @@ def fed(x: Tensor, shared_expert: Tensor, routed: Tensor, s: Sandwich, eps: floa
     experts.
     """
     both = rms_norm(shared_expert.float(), s.shared_expert, eps) + rms_norm(routed.float(), s.routed, eps)
-    return (x + rms_norm(both, s.both, eps)) * s.scale
+    return ((x + rms_norm(both, s.both, eps)) * s.scale).to(x.dtype)

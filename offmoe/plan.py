@@ -12,6 +12,7 @@ import torch
 from offmoe.cache.policies import POLICIES
 from offmoe.cache.policy import PolicySpec, parse_policy
 from offmoe.errors import OffmoeError
+from offmoe.machine.cgroup import memory_left
 from offmoe.mixers.base import MixerConfig
 from offmoe.mixers.recurrent import STATES
 from offmoe.models.model import Model
@@ -235,14 +236,9 @@ def free_memory(device: torch.device) -> Free:
 
 
 def free_ram() -> int:
-    """Return the free RAM in bytes, or less where a container (cgroup v2) allows less."""
-    free = psutil.virtual_memory().available
-    try:
-        with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as used:
-            free = min(free, int(most.read()) - int(used.read()))
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        pass
-    return max(free, 0)
+    """Return the free RAM in bytes, or less where the process's control groups (containers, slices) allow less."""
+    free, left = psutil.virtual_memory().available, memory_left()
+    return free if left is None else min(free, left)
 
 
 def token_records(model: Model) -> int:

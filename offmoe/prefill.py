@@ -15,6 +15,7 @@ from torch import Tensor
 
 from offmoe.errors import ContextFull
 from offmoe.experts.store import ExpertStore
+from offmoe.kernels import row_blocks
 from offmoe.kernels.sandwich import fed
 from offmoe.plan import Plan
 from offmoe.trunk.host_trunk import Trunk
@@ -34,6 +35,9 @@ class ForwardPass:
 
     def __init__(self, plan: Plan, trunk: Trunk | DeviceTrunk, store: ExpertStore, kv: KVCache) -> None:
         self.plan, self.trunk, self.store, self.kv = plan, trunk, store, kv
+        # Tokens of a pass: chunks may be cut at multiples of the block alone, or the context is one chunk.
+        self._chunk = plan.chunk if plan.chunk >= plan.ctx else plan.chunk // kv.block * kv.block
+        self.reused = 0  # tokens of the last prompt that the KV cache held already
         # Called with (moe_layer, x): the residual stream x [T, H] that the layer's router sees, before its norm.
         self.watch: Callable[[int, Tensor], None] | None = None
 
@@ -45,16 +49,22 @@ class ForwardPass:
         """
         if len(ids) > self.plan.ctx:
             raise ContextFull(len(ids), self.plan.ctx)
-        start = self.kv.reuse(ids)
+        recorded = self.store.routed is not None  # then the prompt's routing is wanted too
+        known = None if recorded else self.kv.answered(ids)
+        if known is not None:
+            self.reused = len(ids)
+            return known
+        self.reused = start = self.kv.reuse(ids)
         logits = torch.empty(0)
         self.store.prompt = ids[start:]
         try:
-            for at in range(start, len(ids), self.plan.chunk):
+            for at in range(start, len(ids), self._chunk):
                 if cancelled():
                     break
-                logits = self._run(ids[at : at + self.plan.chunk])
+                logits = self._run(ids[at : at + self._chunk])
                 if self.plan.device.type == "cuda":  # launches run ahead of the GPU: wait, so that time and cancel hold
                     torch.cuda.current_stream(self.plan.device).synchronize()
+                self.kv.prompted(logits.clone() if len(self.kv.tokens) == len(ids) else None)
         finally:
             self.store.prompt = []
         return logits
@@ -76,6 +86,18 @@ class ForwardPass:
                     self.watch(config.routed.index(layer), x)
                 x = feed_forward(self.trunk, self.store, layer, x)
             return self.trunk.logits(x[-1:])[0]
+
+
+def block_of(plan: Plan) -> int:
+    """Tokens at multiples of which a prompt's beginning is continued (KVCache.block).
+
+    Where arithmetic has 16 bits or keys and values 8, rounding shows: a chunk then begins where its tokens get the bits
+    of a fresh start, so that a question has one answer whatever was asked before. On the CPU, whose products depend on
+    the number of rows, that is at multiples of a chunk, on a GPU at multiples of ROWS.
+    """
+    if plan.dtype == torch.float32 and plan.kv != "int8":
+        return 1
+    return plan.chunk if plan.device.type == "cpu" else min(row_blocks.ROWS, plan.chunk)
 
 
 def feed_forward(trunk: Trunk | DeviceTrunk, store: ExpertStore, layer: int, x: Tensor) -> Tensor:

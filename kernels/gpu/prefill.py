@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.gpu.attention import LOG2E, LOG_2_E, dot_type, oldest_seen
-from offmoe.kernels.kv import dequantise
+from offmoe.kernels.kv import KEYS, dequantise
+from offmoe.kernels.row_blocks import row_blocks
 
 
 @triton.jit(do_not_specialize=["tokens", "past"])
@@ -62,14 +63,24 @@ def prefill_attention(
 
     Attention is causal. No [T, start + T] mask is made on a GPU. int8 keys and values are unpacked first, in q's type.
     `window`, `chunked` and `sinks` [heads] float32 as in kernels.attention. torch has no flash attention for heads
-    wider than 256.
+    wider than 256. What computes a row depends on its block of rows (kernels.row_blocks), not on T.
     """
-    end = start + len(q)
-    k, v = keys[:, :end], values[:, :end]
+    k, v = keys[:, : start + len(q)], values[:, : start + len(q)]
     if scales is not None:
-        k, v = (dequantise(x, scale[:, :end], q.dtype) for x, scale in zip((k, v), scales, strict=True))
-    if (0 < window < end) or sinks is not None or q.shape[2] > 256 or (start and not flash(q)):
-        return seen_through_windows(q, k, v, start, window, chunked, sinks, scale)
+        k, v = (dequantise(x, scale[:, : k.shape[1]], q.dtype) for x, scale in zip((k, v), scales, strict=True))
+    out = torch.empty_like(q)
+    for rows in row_blocks(len(q)):
+        first, end = start + rows.start, start + rows.stop
+        if (0 < window < end) or sinks is not None or q.shape[2] > 256 or (first and not flash(q)):
+            # One launch for all further blocks, whose ends are further on: its tiles of rows are the same in each.
+            seen_through_windows(q[rows.start :], k, v, first, window, chunked, sinks, scale, out[rows.start :])
+            break
+        out[rows] = seen_whole(q[rows], k[:, :end], v[:, :end], first, scale)
+    return out
+
+
+def seen_whole(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float | None) -> Tensor:
+    """Compute `prefill_attention` without windows and sinks by torch's kernels."""
     q, k, v = q.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
     if start:  # torch.nn.attention.bias, the door to this, imports torch's compiler, for 4 s
         mixed = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[0]
@@ -87,19 +98,24 @@ def flash(q: Tensor) -> bool:
 
 
 def seen_through_windows(
-    q: Tensor, k: Tensor, v: Tensor, start: int, window: int, chunked: bool, sinks: Tensor | None, scale: float | None
-) -> Tensor:
-    """Compute `prefill_attention` with the Triton kernel."""
-    (tokens, heads, d), out = q.shape, torch.empty_like(q)
+    q: Tensor, k: Tensor, v: Tensor, start: int, window: int, chunked: bool, sinks: Tensor | None, scale: float | None,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """Compute `prefill_attention` with the Triton kernel, into `out`.
+
+    A row's bits depend on where its tiles of keys begin, hence on the position of the first key modulo KEYS, and not on
+    the other rows.
+    """
+    tokens, heads, d = q.shape
     assert q.is_contiguous()
     assert k.stride() == v.stride()
     assert k.stride()[1:] == (d, 1)
     wide, scale = triton.next_power_of_2(d), d**-0.5 if scale is None else scale
     # A tile of queries and two of keys and values, in the 99 KB that a desktop card's multiprocessor has.
     m, n = (16, 32) if q.dtype == torch.float32 else (128, 64) if wide <= 128 else (64, 32) if wide == 256 else (32, 16)
+    assert KEYS % n == 0, "a cache's first key is at a multiple of KEYS"
     _prefill[(triton.cdiv(tokens, m), heads)](
         q, k, v, sinks, out, tokens, start, k.stride(0), scale * LOG2E, HEADS=heads, GROUP=heads // len(k), D=d,
         WIDE=wide, WINDOW=window, CHUNKED=chunked, M=m, N=n, DOT=dot_type(k), num_warps=4 if d <= 64 else 8,
         num_stages=3 if wide <= 128 else 2,
     )  # fmt: skip
-    return out

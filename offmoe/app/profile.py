@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offmoe.app.user_folders import config_folder
 from offmoe.errors import OffmoeError
 from offmoe.settings import Budget, Settings, parse_budget, parse_policy, parse_prefetch
 
@@ -87,10 +88,12 @@ def processor() -> str:
 
 
 def profile_path(model: Path) -> Path:
-    """Return the path of the profile for this model on this machine, whether or not it exists."""
-    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    """Return the path of the profile for this model on this machine, whether or not it exists.
+
+    Raises OffmoeError if the user has no home directory.
+    """
     machine = hashlib.sha256(machine_name().encode()).hexdigest()[:8]
-    return config / "offmoe" / "profiles" / f"{model.stem}-{model_key(model)}-{machine}.toml"
+    return config_folder() / "profiles" / f"{model.stem}-{model_key(model)}-{machine}.toml"
 
 
 def read_profile(model: Path) -> Profile | None:
@@ -98,7 +101,10 @@ def read_profile(model: Path) -> Profile | None:
 
     Raises OffmoeError, with the file's name, if it is damaged.
     """
-    path = profile_path(model)
+    try:
+        path = profile_path(model)
+    except OffmoeError:  # no home directory: tune could not have written one
+        return None
     try:
         document = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,19 +30,60 @@ SEGMENT = 512  # tokens that are mixed at once, in float32
 NOWHERE = -1
 
 
-@dataclass(frozen=True)
-class RecurrentConfig(MixerConfig):
-    """A mixer with a state: shapes of its two parts, float32."""
+class StateShape(Protocol):
+    """Shape of a layer and of its state, as the kernels have it."""
 
     @property
     def memory(self) -> tuple[int, ...]:
-        """Shape of what all heads carry along; (0,): nothing."""
+        """Shape of the memory of all heads; (0,): none."""
+        ...
+
+    @property
+    def taps(self) -> int:
+        """Inputs that the convolution sees."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution."""
+        ...
+
+    @property
+    def projected(self) -> tuple[int, ...]:
+        """Rows of the input projections."""
+        ...
+
+    @property
+    def values(self) -> int:
+        """Columns of the output projection."""
+        ...
+
+
+@dataclass(frozen=True)
+class RecurrentConfig(MixerConfig):
+    """A mixer with a state of two parts, float32."""
+
+    @property
+    def state_shape(self) -> StateShape:
         raise NotImplementedError
+
+    @property
+    def memory(self) -> tuple[int, ...]:
+        """Shape of the memory of all heads; (0,): none."""
+        return self.state_shape.memory
 
     @property
     def recent(self) -> tuple[int, int]:
         """[taps, channels] of the convolution's newest inputs; the input of position p is in row p % taps."""
-        raise NotImplementedError
+        return self.state_shape.taps, self.state_shape.channels
+
+    @property
+    def projected(self) -> int:
+        return sum(self.state_shape.projected)
+
+    @property
+    def mixed(self) -> int:
+        return self.state_shape.values
 
     @property
     def state_nbytes(self) -> int:
@@ -78,7 +119,8 @@ class Snapshot:
 class States:
     """State of all recurrent layers, float32: memory [layers, heads, K, V] or [layers, 0], recent [layers, taps, C]."""
 
-    def __init__(self, configs: Sequence[RecurrentConfig], device: torch.device) -> None:
+    def __init__(self, configs: Sequence[RecurrentConfig], device: torch.device, block: int = 1) -> None:
+        """`block`: as of trunk.kv_cache.KVCache."""
         shapes = {(config.memory, config.recent) for config in configs}
         assert len(shapes) == 1, "recurrent layers of one model are alike"
         ((memory, recent),) = shapes
@@ -92,16 +134,26 @@ class States:
         self._snapshots = [Snapshot(*zeros()) for _ in range(SNAPSHOTS)]  # the one used last is the last
         self._snapshot_at = NOWHERE  # tokens after which the running chunk takes a snapshot
         self._segment = SEGMENT
+        self._block = block
 
     def begin(self, start: int, count: int) -> None:
         """Prepare for `count` tokens from position `start` on, which all layers run next."""
         self.at = NOWHERE
-        self._snapshot_at = start + max(0, count - BEFORE_END) if count > 1 else NOWHERE
-        if self._snapshot_at <= 0 or any(snapshot.at == self._snapshot_at for snapshot in self._snapshots):
-            self._snapshot_at = NOWHERE
-        else:
-            self._snapshots.append(self._snapshots.pop(0))
-            self._snapshots[-1].at = NOWHERE
+        at = start + max(0, count - BEFORE_END)
+        if self._block > 1:
+            at = (start + count - min(BEFORE_END, self._block)) // self._block * self._block
+        known = any(snapshot.at == at for snapshot in self._snapshots)
+        self._snapshot_at = NOWHERE if count == 1 or at <= 0 or at < start or known else at
+        if self._snapshot_at != NOWHERE:
+            self._oldest()
+
+    def ended(self) -> None:
+        """Keep the state at the end of a prompt, which is continued if the prompt comes again."""
+        if self._block > 1 and all(snapshot.at != self.at for snapshot in self._snapshots):
+            snapshot = self._oldest()
+            snapshot.memory.copy_(self.memory)
+            snapshot.recent.copy_(self.recent)
+            snapshot.at = self.at
 
     def end(self, at: int) -> None:
         """Note that all layers cover `at` tokens."""
@@ -125,25 +177,46 @@ class States:
                 self._snapshots[-1].recent[index].copy_(self.recent[index])
         return out
 
-    def resume(self, same: int) -> int:
-        """Restore the newest state that covers at most `same` tokens; return how many it covers."""
+    def resume(self, common: int, most: int) -> int:
+        """Restore the newest state that can be continued, of at most `most` tokens; return of how many.
+
+        What covers more than the `common` tokens is forgotten.
+        """
         for snapshot in self._snapshots:
-            if snapshot.at > same:
+            if snapshot.at > common:
                 snapshot.at = NOWHERE
-        if NOWHERE < self.at <= same:
-            return self.at
-        best = max(self._snapshots, key=lambda snapshot: snapshot.at)
-        if best.at == NOWHERE:
+        at = max((at for at in self._covered() if at <= most and at % self._block == 0), default=NOWHERE)
+        if at == NOWHERE:
             self.memory.zero_()
             self.recent.zero_()
             self.at = 0
-            return 0
-        self._snapshots.remove(best)
-        self._snapshots.append(best)
-        self.memory.copy_(best.memory)
-        self.recent.copy_(best.recent)
-        self.at = best.at
+        else:
+            self.restore(at)
         return self.at
+
+    def restore(self, at: int) -> bool:
+        """Restore the state after `at` tokens; return whether there is one."""
+        if self.at == at:
+            return True
+        for snapshot in self._snapshots:
+            if snapshot.at == at:
+                self._snapshots.remove(snapshot)
+                self._snapshots.append(snapshot)
+                self.memory.copy_(snapshot.memory)
+                self.recent.copy_(snapshot.recent)
+                self.at = at
+                return True
+        return False
+
+    def _covered(self) -> list[int]:
+        """Return the numbers of tokens that the state and its snapshots cover."""
+        return [at for at in (self.at, *(snapshot.at for snapshot in self._snapshots)) if at != NOWHERE]
+
+    def _oldest(self) -> Snapshot:
+        """Return the snapshot used longest ago, emptied, as the newest."""
+        self._snapshots.append(self._snapshots.pop(0))
+        self._snapshots[-1].at = NOWHERE
+        return self._snapshots[-1]
 
     @contextmanager
     def untouched(self) -> Iterator[None]:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from offmoe.kernels.gpu.formats.unpack import dequantise_into
+from offmoe.kernels.row_blocks import multiplied
 from offmoe.mixers.protocols import Part
 
 
 def product(x: Tensor, parts: Sequence[Part]) -> Tensor:
     """x [T, K] times the transpose of all rows of `parts`, unpacked for this call: [T, N] in the type of x."""
-    return x @ unpacked(parts, x.shape[1], x.dtype).t()
+    return multiplied(x, unpacked(parts, x.shape[1], x.dtype).t())
 
 
 def unpacked(parts: Sequence[Part], cols: int, dtype: torch.dtype) -> Tensor:

@@ -16,16 +16,19 @@ import gguf
 import torch
 from torch import Tensor
 
+from offmoe.cache.files import check_output, draft, is_stream
 from offmoe.checkpoint.base import Checkpoint, TensorInfo
-from offmoe.errors import OffmoeError
+from offmoe.errors import OffmoeError, users_mistakes
 from offmoe.kernels.formats import FORMATS, Format
 from offmoe.mixers.base import GgufRows
 from offmoe.mixers.registry import float32_roles
 from offmoe.models.family import Values
 from offmoe.models.model import Model, described
 from offmoe.models.shapes import layer_shapes, model_shapes
-from offmoe.pack.gguf_keys import model_keys, rope_tensors, tokenizer_keys
+from offmoe.models.tensors import expert_biases
+from offmoe.pack.gguf_keys import model_keys, rope_tensors
 from offmoe.pack.quantise import packable, quantise
+from offmoe.pack.tokenizer_keys import tokenizer_keys
 from offmoe.settings import format_size
 
 PIECE = 1 << 22  # weights read, quantised and written at once: 16 MiB in float32
@@ -158,11 +161,14 @@ def output(model: Model, role: str, layer: int, requested: Format) -> OutputTens
         row_ranges = [expert_rows(model, role, layer, expert) for expert in range(c.experts)]
         wide, narrow = (c.experts, moe.expert_hidden, c.hidden), (c.experts, c.hidden, moe.expert_hidden)
         return OutputTensor(name, narrow if role == "down" else wide, requested, row_ranges)
-    if role in ("gate_bias", "up_bias") and (both := model.find("gate_up_bias", layer)):
-        row_range = RowRange(
-            both, 0, c.experts, lambda rows: gate_or_up_rows(rows.mT, role, model.layouts[0].interleaved).mT
-        )
-        return OutputTensor(name, (c.experts, moe.expert_hidden), requested, [row_range])
+    if role.removesuffix("_bias") in EXPERT_ROLES:
+        found = expert_biases(model.checkpoint, model.names, c, layer)
+        half = None if role in found else lambda rows: gate_or_up_rows(rows.mT, role, model.layouts[0].interleaved).mT
+        row_ranges = [
+            RowRange(info, 0, prod(info.shape[:-1]), half) for info in found[role if role in found else "gate_up_bias"]
+        ]
+        width = c.hidden if role == "down_bias" else moe.expert_hidden
+        return OutputTensor(name, (c.experts, width), requested, row_ranges)
     shapes = {**model_shapes(c), **layer_shapes(c, layer, split=True)}
     if parts := c.mixers[layer].gguf_rows(role):
         return OutputTensor(name, shapes[role], requested, [mixer_rows(model, part, layer) for part in parts])
@@ -203,8 +209,9 @@ def expert_rows(model: Model, role: str, layer: int, expert: int) -> RowRange:
     assert info is not None, f"{role} of layer {layer} was there when the model was described"
     layout = model.layouts[model.config.routed.index(layer)]
     if layout.interleaved and role != "down":
-        rows = info.shape[1]
-        return RowRange(info, expert * rows, rows, lambda matrix: gate_or_up_rows(matrix, role, interleaved=True))
+        rows = info.shape[-2]
+        first = expert * rows if len(info.shape) == 3 else 0
+        return RowRange(info, first, rows, lambda matrix: gate_or_up_rows(matrix, role, interleaved=True))
     count = model.config.hidden if role == "down" else model.config.moe.expert_hidden
     first = expert * info.shape[1] if len(info.shape) == 3 else 0
     return RowRange(info, first + (count if role == "up" and info.shape[-2] == 2 * count else 0), count)
@@ -218,10 +225,10 @@ def gate_or_up_rows(rows: Tensor, role: str, interleaved: bool) -> Tensor:
 
 def check_target(out: Path, nbytes: int) -> None:
     """Raise OffmoeError before anything is written, if `out` is not writable or the disk is too small."""
-    if out.suffix != ".gguf" or out.is_dir():
-        raise OffmoeError(f"{out} is not a file name that ends in .gguf: give one for the packed model")
-    if not out.parent.is_dir():
-        raise OffmoeError(f"{out.parent} is not a directory: create it first")
+    with users_mistakes():
+        check_output(out, True, ".gguf")
+        if is_stream(out):
+            raise OffmoeError(f"{out} is a device or a pipe: a packed model needs a file")
     free = shutil.disk_usage(out.parent).free
     if nbytes > free:
         raise OffmoeError(disk_full(out, nbytes, f"only {format_size(free)} are free"))
@@ -235,25 +242,22 @@ def write(
     model: Model, outputs: list[OutputTensor], keys: dict[str, Any], out: Path, progress: Callable[[int, int], None]
 ) -> None:
     """Write a temporary file next to `out` and rename it once it is on the disk."""
-    temporary, total = out.with_name(f".{out.name}.{os.getpid()}"), sum(output.nbytes for output in outputs)
+    total, done = sum(output.nbytes for output in outputs), 0
     try:
-        with closing(gguf.GGUFWriter(temporary, model.family.arch)) as writer, ThreadPoolExecutor() as pool:
+        with draft(out) as temporary, closing(gguf.GGUFWriter(temporary, model.family.arch)) as writer:
             write_header(writer, outputs, keys)
             (file,) = writer.fout
-            done = 0
-            for output in outputs:
-                writer.write_padding(file, file.tell())
-                for piece in pieces(model, output):
-                    done += write_piece(file, piece, output, pool)
-                    progress(done, total)
+            with ThreadPoolExecutor() as pool:
+                for output in outputs:
+                    writer.write_padding(file, file.tell())
+                    for piece in pieces(model, output):
+                        done += write_piece(file, piece, output, pool)
+                        progress(done, total)
             writer.write_padding(file, file.tell())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, out)
     except OSError as error:
         raise OffmoeError(disk_full(out, total, error.strerror or str(error))) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_header(writer: gguf.GGUFWriter, outputs: list[OutputTensor], keys: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -25,12 +26,20 @@ class Meter:
     ttft_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    least_s: float = math.inf  # time of the fastest step, without its stalls
     finish_reason: str = "cancelled"
     decoded: Counters = field(default_factory=Counters)
     _before: Counters = field(default_factory=Counters)
+    _paused_s: float = 0.0  # suspended since the last phase or step
+
+    def pause(self, seconds: float) -> None:
+        """Leave out `seconds` in which the process was suspended."""
+        self.submitted += seconds
+        self._paused_s += seconds
 
     def prefilled(self, began: float) -> None:
-        self.prefill_s = time.perf_counter() - began
+        self.prefill_s = time.perf_counter() - began - self._paused_s
+        self._paused_s = 0.0
         self._before = self.store.counters
 
     def first(self) -> None:
@@ -39,15 +48,20 @@ class Meter:
 
     def stepped(self, seconds: float, context: int) -> None:
         """Note a decoded token that took `seconds`, with `context` positions attended to."""
-        self.decode_s += seconds
+        paused, self._paused_s = self._paused_s, 0.0
+        self.decode_s += seconds - paused if seconds > paused else seconds  # else the pause was between two steps
         self.steps += 1
         self.context += context
+        stalled = self.decoded.stall_s
         self.decoded = self.store.counters.since(self._before)
+        if not paused:
+            self.least_s = min(self.least_s, seconds - (self.decoded.stall_s - stalled))
 
     def floored(self, floor_s: float | None) -> None:
         """Set the stall time: the decode time beyond `floor_s` a step, the measured time of a step without misses."""
         if floor_s is not None:
             self.decoded.stall_s = max(0.0, self.decode_s - floor_s * self.steps)
+            self.least_s = min(self.least_s, floor_s)
 
     def cost(self, plan: Plan, trunk_bytes: int, used_record_bytes: float) -> TokenCost | None:
         """Return the mean cost of a decoded token; `used_record_bytes`: one record's bytes as computed with."""
@@ -58,7 +72,8 @@ class Meter:
             vram_bytes=trunk_bytes + kv_bytes + self.decoded.routed / self.steps * used_record_bytes,
             pcie_bytes=self.decoded.pcie_bytes / self.steps,
             nvme_bytes=self.decoded.nvme_bytes / self.steps,
-            floor_s=(self.decode_s - self.decoded.stall_s) / self.steps,
+            mean_s=self.decode_s / self.steps,
+            floor_s=self.least_s,
         )
 
     def stats(self, plan: Plan, roof: Roof | None) -> Stats:

@@ -11,7 +11,8 @@ class Roof:
     """Upper bound of the decode speed at this hit rate, and the resource that sets it."""
 
     tok_s: float
-    limit: str  # vram, pcie, cpu, nvme or floor (the measured time with all hits)
+    limit: str  # vram, pcie, nvme or floor (the time of a token with all hits)
+    source: str  # where the bound comes from, in words
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from offmoe.kernels.gpu import gemv, norm_rope
 from offmoe.kernels.gpu.embed import embed
 from offmoe.kernels.norm_rope import rms_norm
 from offmoe.kernels.route import select
+from offmoe.kernels.row_blocks import multiplied
 from offmoe.kernels.striped import stripe
 from offmoe.mixers.protocols import Part
 from offmoe.mixers.unpacked import product
@@ -76,7 +77,7 @@ class DeviceTrunk:
         assert w.router is not None, f"layer {layer} has experts"
         normed = self._normed(x, w.ffn_norm, w.ffn_norm_bias, dtype=torch.float32)
         routed = rms_norm(x, None, self.config.stream_eps) if w.sandwich else normed
-        logits = stripe(routed) @ w.router[: self.config.experts].float().t()
+        logits = multiplied(stripe(routed), w.router[: self.config.experts].float().t())
         if w.router_offset is not None:
             logits += w.router_offset
         ids, weights = select(logits, self.config.moe.rule, w.router_bias, w.router_factors)
@@ -92,7 +93,7 @@ class DeviceTrunk:
         out = self._resident(normed, w.resident_ffn)
         if w.router is None or not self.config.moe.shared_gated:
             return out
-        return torch.sigmoid(stripe(normed.float()) @ w.router[-1:].float().t()) * out
+        return torch.sigmoid(multiplied(stripe(normed.float()), w.router[-1:].float().t())) * out
 
     def dense(self, layer: int, x: Tensor) -> Tensor:
         """Output of the feed-forward part of a layer without experts: what to add to x [T, H]."""

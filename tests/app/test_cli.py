@@ -90,6 +90,21 @@ def test_impossible_values_are_one_line(arguments: list[str], expected: str) -> 
     assert expected in error_line(offmoe("run", "demo", "hi", *arguments))
 
 
+@pytest.mark.parametrize("value", ["nan", "NaN", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tune", "demo", "--minutes"],
+        ["bench", "policies", "t.npz", "--fraction"],
+        ["bench", "policies", "t.npz", "--floor"],
+        ["trace", "fit", "t.npz", "-o", "map.npz", "--ridge"],
+    ],
+)
+def test_numbers_are_finite(arguments: list[str], value: str) -> None:
+    *others, option = arguments
+    assert f"Invalid value for '{option}'" in error_line(offmoe(*others, f"{option}={value}"), status=2)
+
+
 @pytest.mark.parametrize("name", ["./nowhere.gguf", "/no/such/directory", "no model at all", "folder/model.gguf"])
 def test_missing_model_says_what_a_model_is(name: str) -> None:
     assert "give a .gguf file, a directory of safetensors" in error_line(offmoe("run", name, "hi"))
@@ -117,7 +132,7 @@ def test_json_is_one_object_with_the_promised_keys() -> None:
     answer = json.loads(result.stdout)
     assert answer["text"] == "one two "
     assert answer["tokens"] == [0, 1]
-    assert answer["roof"] == {"tok_s": 87.5, "limit": "floor"}
+    assert answer["roof"] == {"tok_s": 87.5, "limit": "floor", "source": "the fastest token of this session"}
     assert set(answer["bytes_per_token"]) == {"pcie", "nvme"}
     assert answer.keys() >= {
         "finish_reason", "prompt_tokens", "prefill_tok_s", "decode_tok_s", "ttft_s", "hit_rate", "covered",

@@ -181,7 +181,25 @@ def one_line(error: BaseException) -> str:
         (BASE + "        return 1 / 0\n", ":Mine", "plug-in mine.py:Mine: score() raised ZeroDivisionError: division"),
         (BASE + "        raise OSError('a\\nb')\n", ":Mine", "score() raised OSError: a"),
         (BASE + "        raise KeyError\n", ":Mine", "score() raised KeyError: no message"),
-        (BASE + "        return records * np.nan\n", ":Mine", "score() gave NaN for record"),
+        (BASE + "        return records * np.nan\n", ":Mine", "score() gave nan for record"),
+        (BASE + "        return records + np.inf\n", ":Mine", "score() gave inf for record"),
+        (
+            BASE + "        records[:] = 0\n        return records\n",
+            ":Mine",
+            "score() raised ValueError: assign",
+        ),
+        (BASE.replace("pass", "records.sort()") + "        return records\n", ":Mine", "touch() raised ValueError"),
+        (BASE + "        import sys\n        sys.exit(0)\n", ":Mine", "score() raised SystemExit: 0"),
+        (BASE + "        raise GeneratorExit\n", ":Mine", "score() raised GeneratorExit: no message"),
+        (BASE + "        raise OSError('\\n')\n", ":Mine", "score() raised OSError: "),
+        ("import sys\nsys.exit()\n", ":Mine", "raised SystemExit: no message"),
+        (
+            BASE + "        return records\n    def attach(self, table):\n        1 / 0\n",
+            ":Mine",
+            "attach() raised Z",
+        ),
+        (BASE + "        return records\n    parameters = 3\n", ":Mine", "Mine.parameters is no dict of Parameter"),
+        (BASE + "        return records\n    parameters = {'h': 3}\n", ":Mine", "Mine.parameters is no dict of Parame"),
         (BASE + "        return np.zeros(len(records) + 1)\n", ":Mine", "score() gave float64 ["),
         (BASE + "        return 0.0\n", ":Mine", "score() gave float64 []: expected a number for each of"),
         (BASE + "        return records.astype(str)\n", ":Mine", "expected a number for each of"),
@@ -224,7 +242,9 @@ def test_a_score_of_what_nobody_owns_may_be_anything(tmp_path: Path) -> None:
         ("[1.5], [1]", "gave experts of float64: expected whole numbers"),
         ("[1, 1], [1, 1]", "gave an expert twice, or one that is not of 0 to 7"),
         ("[8], [1]", "gave an expert twice, or one that is not of 0 to 7"),
-        ("[1], [float('nan')]", "gave NaN"),
+        ("[1], [float('nan')]", "gave nan: expected confidences"),
+        ("[1], [float('inf')]", "gave inf: expected confidences"),
+        ("__import__('sys').exit(0)", "predict() raised SystemExit: 0"),
         ("None", "predict() raised TypeError"),
     ],
 )
@@ -233,6 +253,21 @@ def test_a_broken_predictor_is_one_line(tmp_path: Path, answer: str, words: str)
     with pytest.raises(PluginError) as caught:
         foresee(synthetic(20, 2, 8, 2), "lru", 4, prefetch=f"{path}:Mine")
     assert words in one_line(caught.value)
+
+
+def test_a_score_that_is_the_policys_own_array_is_not_written_to(tmp_path: Path) -> None:
+    """The table marks slots that may not be evicted in the scores that it was given."""
+    path = written(tmp_path, HEAD + BASE.replace("    def touch", """    def __init__(self, records, name):
+        super().__init__(records, name)
+        self.own = np.zeros(64)
+    def touch""") + "        assert (self.own == 0).all()\n        return self.own[: len(records)]\n")  # fmt: skip
+    assert replay(synthetic(50, 2, 8, 2), f"{path}:Mine", 3).hits > 0
+
+
+def test_what_a_predictor_is_told_cannot_be_written_to(tmp_path: Path) -> None:
+    text = AHEAD + "        return [1], [1.0]\n    def seen(self, token, layer, experts):\n        experts[0] = 0\n"
+    with pytest.raises(PluginError, match=r"seen\(\) raised ValueError: assignment destination is read-only"):
+        foresee(synthetic(20, 2, 8, 2), "lru", 4, prefetch=f"{written(tmp_path, text)}:Mine")
 
 
 def test_an_engine_refuses_a_broken_plugin_at_the_start(tmp_path: Path) -> None:

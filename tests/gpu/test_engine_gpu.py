@@ -103,7 +103,7 @@ def test_two_turns_import_no_compiler_of_torch() -> None:
 import sys
 from offmoe.checkpoint.find_model import DEMO
 from offmoe.engine import Engine
-with Engine.load(str(DEMO), device="cuda", vram="50%", ctx=512) as engine:
+with Engine.load(str(DEMO), device="cuda", vram="50%", ctx=512, chunk=16) as engine:
     said = "".join(p.text for p in engine.generate("Who are you?", temperature=0.0, max_tokens=8))
     turns = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": said},
              {"role": "user", "content": "And what can you do?"}]

@@ -267,7 +267,7 @@ def test_what_needs_an_importance_matrix(fmt: str, tmp_path: Path) -> None:
 def test_what_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     source, out = saved("olmoe", tmp_path), tmp_path / "m.gguf"
     assert "format 'q3_x' is unknown: choose one of f32, f16, bf16, q8_0" in error_line(source, out, "q3_x")
-    assert "is not a file name that ends in .gguf" in error_line(source, tmp_path / "m.bin", "f32")
+    assert "m.bin ends with '.bin': expected .gguf" in error_line(source, tmp_path / "m.bin", "f32")
     assert "is not a directory: create it first" in error_line(source, tmp_path / "no" / "m.gguf", "f32")
     edit(source / "config.json", norm_topk_prob=True)
     assert "the GGUF architecture olmoe always means False" in error_line(source, out, "f32")

@@ -20,13 +20,13 @@ RUN = "run.json"
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file atomically. Raises OffmoeError if that fails."""
+    """Write a file, and its directory if there is none; see `whole_file`. Raises OffmoeError."""
+    check_writable(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             file.write(content.encode() if isinstance(content, str) else content)
-    except OSError as error:
-        raise OffmoeError(f"cannot write {path}: {error.strerror}; files written before are kept") from error
+    except ValueError as error:
+        raise OffmoeError(f"{error}; files written before are kept") from error
 
 
 def check_writable(folder: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from offmoe.app.terminal import console, progress_bar
 from offmoe.cache.ahead import Foresight, Pace, foresee
-from offmoe.cache.files import whole_file
+from offmoe.cache.files import check_output, whole_file
 from offmoe.cache.plugin import is_plugin
 from offmoe.cache.policy import policy_for, understand
 from offmoe.cache.predictor import make_predictor
@@ -66,11 +66,14 @@ def run(
     floor: float,
     per_layer: bool,
     csv: Path | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Run `offmoe bench policies`."""
     rows: list[Row] = []
     with users_mistakes():
+        if csv:
+            check_output(csv, force)
         opened = [(path, truncate(Trace.load(path), tokens)) for path in traces]
         plans: list[Plan] = []
         for path, trace in opened:
@@ -85,12 +88,13 @@ def run(
             progress(row["policy"], len(rows), total)
             if as_json:
                 click.echo(json.dumps(row, ensure_ascii=False))
-    if csv:
-        write_csv(csv, rows)
     if not as_json:
         from offmoe.lab.policies.table import tables
 
         console().print(*tables(rows), sep="\n")
+    if csv:
+        with users_mistakes():
+            write_csv(csv, rows)
     for name in {row["policy"] for row in rows if is_plugin(row["policy"])}:
         if not understand(name, {})[0].state:
             click.echo(f"{name}: no GPU kernel evaluates its score, so it runs only in replay and on the CPU", err=True)

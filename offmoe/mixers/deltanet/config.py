@@ -80,24 +80,12 @@ class DeltaConfig(RecurrentConfig):
         return cls(delta, eps)
 
     @property
-    def memory(self) -> tuple[int, ...]:
-        return self.delta.memory
-
-    @property
-    def recent(self) -> tuple[int, int]:
-        return self.delta.taps, self.delta.channels
+    def state_shape(self) -> Delta:
+        return self.delta
 
     @property
     def in_proj(self) -> tuple[str, ...]:
         return ("delta_qkv", "delta_z", "delta_b", "delta_a")
-
-    @property
-    def projected(self) -> int:
-        return sum(self.delta.projected)
-
-    @property
-    def mixed(self) -> int:
-        return self.delta.values
 
     def shapes(self, hidden: int, split: bool = False) -> dict[str, tuple[int, ...]]:
         d = self.delta

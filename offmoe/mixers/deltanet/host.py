@@ -8,7 +8,7 @@ from torch import Tensor
 from offmoe.kernels.deltanet import DeltaWeights, delta_mix
 from offmoe.mixers.deltanet.config import DeltaConfig
 from offmoe.mixers.protocols import Tensors
-from offmoe.mixers.recurrent import LayerState
+from offmoe.mixers.recurrent_mixer import RecurrentMixer
 
 
 def load_weights(config: DeltaConfig, tensors: Tensors) -> DeltaWeights:
@@ -18,17 +18,11 @@ def load_weights(config: DeltaConfig, tensors: Tensors) -> DeltaWeights:
     return DeltaWeights(config.delta, taps, decay, dt, norm, config.eps, tensors.tiled)
 
 
-class Host:
+class Host(RecurrentMixer[DeltaWeights]):
     """DeltaNet of one layer."""
 
     def __init__(self, config: DeltaConfig, tensors: Tensors) -> None:
-        self.config, self.weights = config, load_weights(config, tensors)
-
-    def tensors(self) -> list[Tensor]:
-        return self.weights.tensors()
-
-    def mix(self, projected: Tensor, cache: LayerState, positions: Tensor, start: int) -> Tensor:
-        return cache.mix(projected, self.config.mixed, start, self._rule)
+        super().__init__(config, load_weights(config, tensors))
 
     def _rule(self, projected: Tensor, memory: Tensor, recent: Tensor, start: int) -> Tensor:
         return delta_mix(projected, self.weights, memory, recent, start)

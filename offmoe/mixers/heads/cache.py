@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from offmoe.kernels.kv import KEYS
 from offmoe.mixers.cache import bucket, zeros
 
 # Positions that a windowed layer keeps behind its window: the next turn may leave out the last answer's reasoning, and
@@ -45,12 +47,17 @@ class HeadCache:
     def open(self, start: int, count: int) -> Chunk:
         """Memory for `count` keys and values from position `start` on, behind those that the new tokens see.
 
-        Pass it to `close` once they are written.
+        It begins at a multiple of KEYS, and of a chunked window, wherever a prompt was cut: what stands before the
+        window is masked. Pass it to `close` once they are written.
         """
         if self.room == self.ctx:
             return Chunk(self.keys, self.values, self.scales, 0)
-        window = self._window
-        first = start // window * window if self._chunked else max(0, start - window + 1)
+        if self._chunked:
+            first = start // self._window * self._window
+            unit = math.lcm(self._window, KEYS)
+        else:
+            first, unit = max(0, start - self._window + 1), KEYS
+        first = first // unit * unit
         before = torch.arange(first, start, device=self.keys.device) % self.room
 
         def staged(kept: Tensor) -> Tensor:

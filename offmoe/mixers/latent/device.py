@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offmoe.kernels.gpu import gemv, mla, norm_rope, prefill
-from offmoe.kernels.mla import HEADS_AT_ONCE, LATENT_EPS, expand
+from offmoe.kernels.mla import HEADS_AT_ONCE, LATENT_EPS, Latent, expand
+from offmoe.kernels.row_blocks import row_blocks
 from offmoe.kernels.striped import stripe, unstripe
 from offmoe.mixers.latent.cache import LatentCache
 from offmoe.mixers.latent.config import LatentConfig
@@ -73,12 +74,11 @@ class Device:
         queries, known = torch.cat((unrotated, rotated), dim=2), cache.rows[:end].to(dtype)
         k_b = unpacked((w.k_b,), z.qk_nope, dtype).unflatten(0, (c.heads, -1))
         v_b = unpacked((w.v_b,), z.kv_rank, dtype).unflatten(0, (c.heads, -1))
-        wide, mixed = max(z.key, z.value), queries.new_empty((len(rows), c.heads, z.value))
+        mixed = queries.new_empty((len(rows), c.heads, z.value))
         for first in range(0, c.heads, HEADS_AT_ONCE):
             some = slice(first, first + HEADS_AT_ONCE)
-            q, keys, values = (
-                F.pad(x, (0, wide - x.shape[2])) for x in (queries[:, some], *expand(known, k_b[some], v_b[some]))
-            )
+            keys, values = expanded(known, k_b[some], v_b[some], z)
+            q = F.pad(queries[:, some], (0, keys.shape[2] - z.key))
             mixed[:, some] = prefill.prefill_attention(q, keys, values, start, scale=c.score_scale)[..., : z.value]
         return mixed.flatten(1)
 
@@ -104,3 +104,12 @@ class Device:
             w.k_b, w.v_b, mixed[0], step.scratch["absorbed"], step.scratch["partial"], heads=c.heads, latent=z,
             scale=c.score_scale, splits=splits, split_size=split_size, pdl=step.pdl,
         )  # fmt: skip
+
+
+def expanded(known: Tensor, k_b: Tensor, v_b: Tensor, z: Latent) -> tuple[Tensor, Tensor]:
+    """kernels.mla.expand, a block of positions at a time; keys and values are padded to one width [heads, S, W]."""
+    shape = (len(k_b), len(known), max(z.key, z.value))
+    keys, values = known.new_zeros(shape), known.new_zeros(shape)
+    for rows in row_blocks(len(known)):
+        keys[:, rows, : z.key], values[:, rows, : z.value] = expand(known[rows], k_b, v_b)
+    return keys, values

@@ -47,24 +47,12 @@ class ShortConvConfig(RecurrentConfig):
         return cls(conv)
 
     @property
-    def memory(self) -> tuple[int, ...]:
-        return self.conv.memory
-
-    @property
-    def recent(self) -> tuple[int, int]:
-        return self.conv.taps, self.conv.channels
+    def state_shape(self) -> ShortConv:
+        return self.conv
 
     @property
     def in_proj(self) -> tuple[str, ...]:
         return ("conv_in",)
-
-    @property
-    def projected(self) -> int:
-        return sum(self.conv.projected)
-
-    @property
-    def mixed(self) -> int:
-        return self.conv.values
 
     def shapes(self, hidden: int, split: bool = False) -> dict[str, tuple[int, ...]]:
         return {

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from offmoe.kernels.gpu.shortconv import conv_chunk, conv_step
-from offmoe.mixers.protocols import DeviceTensors, Scratch, StepTensors
+from offmoe.mixers.protocols import StepTensors
 from offmoe.mixers.recurrent import LayerState
-from offmoe.mixers.shortconv.config import ShortConvConfig
-from offmoe.mixers.shortconv.host import load_weights
+from offmoe.mixers.shortconv.host import Host
 
 
-class Device:
+class Device(Host):
     """Short convolution of one layer."""
-
-    def __init__(self, config: ShortConvConfig, tensors: DeviceTensors) -> None:
-        self.config, self.weights = config, load_weights(config, tensors)
-
-    def tensors(self) -> list[Tensor]:
-        return self.weights.tensors()
-
-    def mix(self, projected: Tensor, cache: LayerState, positions: Tensor, start: int) -> Tensor:
-        return cache.mix(projected, self.config.mixed, start, self._rule)
 
     def _rule(self, projected: Tensor, memory: Tensor, recent: Tensor, start: int) -> Tensor:
         return conv_chunk(projected, self.weights, recent, start)
-
-    def scratch(self, ctx: int, sms: int, device: torch.device) -> Scratch:
-        return {}
 
     def launch(self, projected: Tensor, mixed: Tensor, cache: LayerState, step: StepTensors) -> None:
         conv_step(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from offmoe.kernels.shortconv import ConvWeights, conv_mix
 from offmoe.mixers.protocols import Tensors
-from offmoe.mixers.recurrent import LayerState
+from offmoe.mixers.recurrent_mixer import RecurrentMixer
 from offmoe.mixers.shortconv.config import ShortConvConfig
 
 
@@ -17,17 +17,11 @@ def load_weights(config: ShortConvConfig, tensors: Tensors) -> ConvWeights:
     return ConvWeights(config.conv, conv.t().contiguous())
 
 
-class Host:
+class Host(RecurrentMixer[ConvWeights]):
     """Short convolution of one layer."""
 
     def __init__(self, config: ShortConvConfig, tensors: Tensors) -> None:
-        self.config, self.weights = config, load_weights(config, tensors)
-
-    def tensors(self) -> list[Tensor]:
-        return self.weights.tensors()
-
-    def mix(self, projected: Tensor, cache: LayerState, positions: Tensor, start: int) -> Tensor:
-        return cache.mix(projected, self.config.mixed, start, self._rule)
+        super().__init__(config, load_weights(config, tensors))
 
     def _rule(self, projected: Tensor, memory: Tensor, recent: Tensor, start: int) -> Tensor:
         return conv_mix(projected, self.weights, memory, recent, start)

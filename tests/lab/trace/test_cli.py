@@ -160,7 +160,7 @@ def test_ctrl_c_before_the_first_token_writes_nothing(tmp_path: Path, monkeypatc
         ),
         (["info", "none.npz"], "none.npz is no routing trace: [Errno 2] No such file"),
         (["info", "cut.npz"], "cut.npz is no routing trace: "),
-        (["info", "there.npz", "--plot", "no/where.png"], "No such file or directory"),
+        (["info", "there.npz", "--plot", "no/where.png"], "no is not a directory: create it first"),
         (["fit", "there.npz", "-o", "map.npz"], "has no states: record it with --states"),
         (["convert", "there.npz", "there.txt"], "ends with '.txt': expected .npz or .csv or .jsonl"),
         (["convert", "latin.txt", "t.npz"], "latin.txt ends with '.txt'"),
@@ -188,11 +188,11 @@ def test_the_prompts_that_come_with_it_are_varied() -> None:
 
 
 def test_prompts_are_read_from_lines_and_objects(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("one\n\n two \n")
+    (tmp_path / "p.txt").write_text("\ufeffone\n\n two \n")
     assert read_prompts(tmp_path / "p.txt") == [Prompt("", "one"), Prompt("", "two")]
     messages = [{"role": "user", "content": "hi"}]
     rows: list[dict[str, Any]] = [{"prompt": "a", "class": "x"}, {"text": "b"}, {"messages": messages}]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "p.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, rows)))
     assert read_prompts(tmp_path / "p.jsonl") == [Prompt("x", "a"), Prompt("", "b", True), Prompt("", messages)]
 
 

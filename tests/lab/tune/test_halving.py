@@ -382,6 +382,16 @@ def test_tune_writes_the_profile_and_forgets_it(command: Run, config: Path, monk
     assert command("tune", "demo", "--forget")[1] == f"there is no profile of {DEMO.name} on this machine\n"
 
 
+def test_without_a_home_directory_the_result_is_printed(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(lab, "tune", lambda *_: verdict())
+    status, out, err = command("tune", "demo")
+    assert (status, out) == (0, 'it is "faster"\n')
+    assert err == "no profile will be saved: there is no home directory: set HOME or XDG_CONFIG_HOME\n"
+
+
 def test_a_config_directory_that_cannot_be_written_is_said_before_measuring(
     command: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
