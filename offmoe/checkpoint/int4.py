@@ -277,7 +277,7 @@ def settled(checkpoint: Checkpoint, info: TensorInfo) -> TensorInfo:
 
 
 def check_bits(checkpoint: Checkpoint, info: TensorInfo) -> None:
-    """Raise OffmoeError if the shape that compressed-tensors stores beside the codes is not that of 4-bit codes."""
+    """Raise OffmoeError if the shape that compressed-tensors stores with the codes is not that of 4-bit codes."""
     shape = checkpoint.tensors.get(info.name + SHAPE) or checkpoint.tensors.get(f"{info.name}_weight{SHAPE}")
     if shape is None or shape.format != "I64" or shape.shape != (len(info.shape),):
         return

@@ -1,4 +1,4 @@
-"""Read how files pack matrices: the `quantization_config` of a config.json, or what older tools write beside it.
+"""Read how files pack matrices: the `quantization_config` of a config.json, or what other tools write next to it.
 
 One function for each `quant_method`. What the tensors themselves say is not asked of it: sizes of groups, which modules
 are left out, other bits for some modules. Schemes for activations and caches are ignored: offmoe computes with
@@ -20,14 +20,14 @@ from offmoe.errors import OffmoeError
 
 Table = Mapping[str, Any]
 FIELDS = ("quantization_config", "compression_config")  # of config.json; the second is llm-compressor's older one
-# Files beside config.json, of Model Optimizer, AutoGPTQ or GPTQModel, and AutoAWQ, and the method that they mean.
+# Files next to config.json, of Model Optimizer, AutoGPTQ or GPTQModel, and AutoAWQ, and the method that they mean.
 FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint's files say of its quantisation, as far as the tensors do not."""
+    """Statements of a checkpoint's files about its quantisation, as far as the tensors do not say it."""
 
     packing: Packing | None = None  # of 4-bit codes in words
     refused: Mapping[str, OffmoeError] = field(default_factory=dict)  # modules, by the beginning of their names
@@ -232,8 +232,9 @@ def check_sparsity(config: object) -> None:
 def check_group(weights: Table, form: object) -> list[Table]:
     """Return the scheme of 4-bit codes, if the group has one. Raises OffmoeError if it is not implemented."""
     if form == PACKED:
+        orders = (*IN_ANY_ORDER, None, False, "weight", "static")
         demand(weights, LLM, num_bits=(4,), type=("int", None), symmetric=(True, False, None), dynamic=(False, None),
-               strategy=("group", "channel", None), actorder=(*IN_ANY_ORDER, None, False, "weight", "static"))  # fmt: skip
+               strategy=("group", "channel", None), actorder=orders)  # fmt: skip
         return [weights]
     if form not in WEIGHTS:
         raise refused(LLM, "format", form, " or ".join((PACKED, *map(str, WEIGHTS))))
