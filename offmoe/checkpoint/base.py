@@ -6,7 +6,8 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,11 +15,15 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from offmoe.checkpoint.file_names import join_names as join_names
+from offmoe.checkpoint.first_bytes import PEEK, found_instead, unfinished
 from offmoe.checkpoint.row_major import ToRowMajor
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS, dequantise
 
 EMPTY = "is empty: expected weights; copy the model again"  # refusal of a tensor without elements
+BOM = b"\xef\xbb\xbf"  # the byte order mark that some editors write before UTF-8
+NUMBERS_AND_NAMES = ("config.json", "generation_config.json", "adapter_config.json", "model_index.json")
 JSON_LIMIT = 64 << 20  # the largest tokenizer.json known is 33 MB
 
 
@@ -79,7 +84,9 @@ class DataFile:
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block
         except OSError as error:
-            raise OffmoeError(f"cannot open {path}: {error.strerror}") from error
+            lost = isinstance(error, FileNotFoundError) and path.is_symlink()
+            reason = f"it is a link to {os.readlink(path)}, which is not there; download it again"
+            raise OffmoeError(f"cannot open {path}: {reason if lost else error.strerror}") from error
         status = os.fstat(self.fd)
         self.size = status.st_size
         if not stat.S_ISREG(status.st_mode):
@@ -214,12 +221,6 @@ def quote(text: object) -> str:
     return quoted if len(quoted) <= 80 else f"{quoted[:76]}…{quoted[-1]}"
 
 
-def join_names(names: Iterable[object], limit: int = 4) -> str:
-    """Return the first `limit` names, and how many more there are."""
-    texts = [str(name) for name in names]
-    return ", ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
-
-
 def check_ranges(file: DataFile, tensors: Iterable[TensorInfo], start: int) -> None:
     """Raise OffmoeError if a tensor reaches outside [start, end of the file) or two tensors overlap."""
     end, previous = start, ""
@@ -235,18 +236,46 @@ def check_ranges(file: DataFile, tensors: Iterable[TensorInfo], start: int) -> N
         end, previous = extent.offset + extent.nbytes, info.name
 
 
+@contextmanager
+def explaining(file: DataFile) -> Iterator[None]:
+    """Add to an error about a file what its name, or a file next to it, says: that its download is not finished."""
+    try:
+        yield
+    except OffmoeError as error:
+        cause = unfinished(file.path.name, listed(file.path.parent))
+        raise OffmoeError(f"{error}; {cause}") if cause else error from error.__cause__
+
+
+def listed(folder: Path) -> list[str]:
+    """Return the names in a folder, none if it cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object. Raises OffmoeError on anything else."""
     with DataFile(path) as file:
         if file.size > JSON_LIMIT:
             raise OffmoeError(f"{path} has {file.size} bytes: expected a JSON file of at most {JSON_LIMIT}")
-        return parse_json(path, file.read(0, file.size).numpy().tobytes())
+        text = file.read(0, file.size).numpy().tobytes().removeprefix(BOM)
+    is_json = text.lstrip()[:1] in (b"{", b"[")
+    value = parse_json(path, text, lenient=path.name in NUMBERS_AND_NAMES) if is_json else {}
+    instead = found_instead(text[:PEEK], len(text)) if not is_json or value.keys() & {"error", "detail"} else ""
+    if instead:
+        raise OffmoeError(f"{path}: not valid JSON: {instead}")
+    return value if is_json else parse_json(path, text)
 
 
-def parse_json(path: Path, text: bytes, what: str = "") -> dict[str, Any]:
-    """Parse one JSON object without duplicate keys. `what` names the part of the file that `text` is, in errors."""
+def parse_json(path: Path, text: bytes, what: str = "", lenient: bool = False) -> dict[str, Any]:
+    """Parse one JSON object without duplicate keys. `what` names the part of the file that `text` is, in errors.
+
+    If `lenient`, U+FFFD stands for bytes that are not UTF-8: what has to be right is a number, or a name that is known.
+    """
     try:
-        value = json.loads(text.decode(), object_pairs_hook=reject_duplicate_keys)
+        decoded = text.decode(errors="replace" if lenient else "strict")
+        value = json.loads(decoded, object_pairs_hook=reject_duplicate_keys)
     except (ValueError, RecursionError) as error:
         raise OffmoeError(f"{path}: {what}not valid JSON: {str(error)[:100]}") from error
     if not isinstance(value, dict):
@@ -255,9 +284,8 @@ def parse_json(path: Path, text: bytes, what: str = "") -> dict[str, Any]:
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the pairs as a dict. Raises ValueError if a key appears twice."""
+    """Return the pairs as a dict. Raises ValueError if a key appears twice with different values."""
     table = dict(pairs)
-    if len(table) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {quote(max(keys, key=keys.count))} appears twice")
+    if len(table) != len(pairs) and (clash := [key for key, value in pairs if table[key] != value]):
+        raise ValueError(f"the key {quote(clash[0])} appears twice")
     return table

@@ -68,8 +68,19 @@ def check_trunk(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> No
         expect(checkpoint, names, there, layer, 0, shape if there == role else mixer.held_shape(there, config.hidden))
     if config.moe.expert_bias:
         for layer in config.routed:
-            for role, shape in bias_shapes(names, config).items():
-                expect(checkpoint, names, role, layer, 0, shape)
+            expert_biases(checkpoint, names, config, layer)
+
+
+def expert_biases(checkpoint: Checkpoint, names: Names, config: ModelConfig, layer: int) -> dict[str, list[TensorInfo]]:
+    """Role → tensors of the biases of a layer's experts: one of them all, or one for each."""
+    both = "gate_up_bias" in names and find(checkpoint, names, "gate_bias", layer, 0) is None
+    found = {}
+    for role, shape in bias_shapes(config, both).items():
+        first = find(checkpoint, names, role, layer, 0)
+        apart = first is not None and len(first.shape) == 1
+        each = range(config.experts if apart else 1)
+        found[role] = [expect(checkpoint, names, role, layer, expert, shape[apart:]) for expert in each]
+    return found
 
 
 def record_layout(

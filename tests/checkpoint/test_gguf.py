@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_files import gguf_bytes, gguf_string, u32, write_gguf
-from paths import DEMO
 
 from offmoe.checkpoint.base import ByteRange, Checkpoint
+from offmoe.checkpoint.find_model import DEMO
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
 
@@ -80,9 +80,14 @@ def test_a_large_vocabulary_crosses_the_pieces_in_which_a_header_is_read(tmp_pat
 A, B = ("a", [4, 2], 0, 0), ("b", [32], 2, 32)
 BIG = 1 << 62
 DAMAGED = {
-    "empty": (b"", "is not a GGUF file: it starts with b''"),
-    "text": (b"hello world, hello", "is not a GGUF file: it starts with b'hell'"),
-    "zip": (b"PK\x03\x04" + bytes(40), "it is a pickle, which is never loaded"),
+    "empty": (b"", "is not a GGUF file: it is empty: download it again"),
+    "text": (b"hello world, hello", "is not a GGUF file: it is a text of 18 bytes ('hello world, hello')"),
+    "unknown": (b"\x01\x02\x03\x04", "is not a GGUF file: it starts with b'\\x01\\x02\\x03\\x04'"),
+    "zip": (b"PK\x03\x04" + bytes(40), "it is a zip archive: unpack it first"),
+    "torch's zip": (
+        b"PK\x03\x04" + bytes(26) + b"archive/data.pkl" + bytes(40),
+        "it is a pickle, which is never loaded",
+    ),
     "pickle": (b"\x80\x02}q\x00." + bytes(40), "it is a pickle, which is never loaded"),
     "magic only": (b"GGUF", "its header runs to byte 8 and the file ends at 4"),
     "version 1": (gguf_bytes(version=1), "is a GGUF of version 1: expected 2 or 3"),
@@ -101,10 +106,25 @@ DAMAGED = {
         gguf_bytes([("k", 9, u32(4) + struct.pack("<Q", 1 << 22))]),
         "runs to byte 16777",
     ),
-    "nested arrays": (gguf_bytes([("k", 9, u32(9))]), "an array of arrays"),
+    "arrays nested without end": (
+        gguf_bytes([("k", 9, (u32(9) + struct.pack("<Q", 1)) * 20)]),
+        "'k' nests more than 8 arrays",
+    ),
     "value type": (gguf_bytes([("k", 13, b"")]), "a metadata value has the unknown type 13"),
-    "key twice": (gguf_bytes([("k", 4, u32(1))] * 2), "the key 'k' appears twice"),
-    "no UTF-8": (gguf_bytes([("k", 8, gguf_string(b"\xff\xfe"))]), "is not UTF-8"),
+    "key twice": (
+        gguf_bytes([("general.alignment", 4, u32(32)), ("general.alignment", 4, u32(64))]),
+        "the key 'general.alignment' appears twice with different values",
+    ),
+    "template that is no UTF-8": (
+        gguf_bytes([("tokenizer.chat_template", 8, gguf_string(b"\xff\xfe"))]),
+        "tokenizer.chat_template is not UTF-8",
+    ),
+    "token that is no UTF-8": (
+        gguf_bytes(
+            [("tokenizer.ggml.tokens", 9, u32(8) + struct.pack("<Q", 2) + gguf_string("a") + gguf_string(b"\xe9"))]
+        ),
+        r"tokenizer.ggml.tokens[1] is not UTF-8 (b'\xe9')",
+    ),
     "alignment 0": (
         gguf_bytes([("general.alignment", 4, u32(0))]),
         "general.alignment is 0, not a power of two",
@@ -163,11 +183,11 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
     assert "does not exist" in error_line(tmp_path / "absent.gguf")
     assert "has no model: expected model.safetensors" in error_line(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
-    assert "pickle files are never loaded (pytorch_model.bin)" in error_line(tmp_path)
+    assert "it holds pickle files, which are never loaded (pytorch_model.bin)" in error_line(tmp_path)
     os.mkfifo(tmp_path / "pipe.gguf")
     assert "is not a regular file" in error_line(tmp_path / "pipe.gguf")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert f"give its directory, {tmp_path}" in error_line(tmp_path / "model.safetensors")
+    assert "is not a safetensors file: it is empty" in error_line(tmp_path / "model.safetensors")
 
 
 def test_a_directory_of_one_gguf_opens_and_of_two_is_ambiguous(tmp_path: Path) -> None:
