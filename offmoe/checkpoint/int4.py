@@ -234,8 +234,14 @@ class Int4Tensors:
         zeros = has_zeros if p.zeros is None else p.zeros
         converter = Int4ToRowMajor(p, rows, cols, groups, scales.format, zeros, has_zeros, has_order)
         is_row_major = not (p.transposed or has_zeros or has_order) and cols // groups == block_size(cols // groups)
-        info = TensorInfo(name, converter.format, (*stack, rows, cols), codes.range, tuple(ranges),
-                          None if is_row_major else converter)  # fmt: skip
+        info = TensorInfo(
+            name,
+            converter.format,
+            (*stack, rows, cols),
+            codes.range,
+            tuple(ranges),
+            None if is_row_major else converter,
+        )
         return in_floats(info) if p.act_order and has_order and groups > 1 else info
 
     def _scales(self, name: str, stack: Shape, rows: int) -> tuple[TensorInfo, int]:

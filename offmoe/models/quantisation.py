@@ -153,16 +153,23 @@ UNDESCRIBED = (
 def awq(config: Table) -> Description:
     """AWQ, as AutoAWQ, GPTQModel and llm-compressor write it."""
     config = {"bits": config.get("w_bit"), **config}
-    demand(config, "awq", bits=(4,), zero_point=(True, None), version=("gemm", "GEMM", None),
-           format=("gemm", None))  # fmt: skip
+    demand(config, "awq", bits=(4,), zero_point=(True, None), version=("gemm", "GEMM", None), format=("gemm", None))
     return Description(Packing("awq", zeros=True))
 
 
 def gptq(config: Table) -> Description:
     """GPTQ, as AutoGPTQ and GPTQModel write it; zero points in the first format are one too small."""
-    demand(config, "gptq", bits=(4,), desc_act=(True, False, None), sym=(True, False, None), pack_dtype=("int32", None),
-           checkpoint_format=("gptq", "gptq_v2", None), format=("gptq", "gptq_v2", None),
-           is_marlin_format=(False, None))  # fmt: skip
+    demand(
+        config,
+        "gptq",
+        bits=(4,),
+        desc_act=(True, False, None),
+        sym=(True, False, None),
+        pack_dtype=("int32", None),
+        checkpoint_format=("gptq", "gptq_v2", None),
+        format=("gptq", "gptq_v2", None),
+        is_marlin_format=(False, None),
+    )
     others = any(not str(name).startswith("-:") for name in config.get("dynamic") or {})  # those leave modules out
     first = "gptq_v2" not in (config.get("checkpoint_format"), config.get("format"))
     ordered = bool(config.get("desc_act")) and not config.get("static_groups")
@@ -233,8 +240,16 @@ def check_group(weights: Table, form: object) -> list[Table]:
     """Return the scheme of 4-bit codes, if the group has one. Raises OffmoeError if it is not implemented."""
     if form == PACKED:
         orders = (*IN_ANY_ORDER, None, False, "weight", "static")
-        demand(weights, LLM, num_bits=(4,), type=("int", None), symmetric=(True, False, None), dynamic=(False, None),
-               strategy=("group", "channel", None), actorder=orders)  # fmt: skip
+        demand(
+            weights,
+            LLM,
+            num_bits=(4,),
+            type=("int", None),
+            symmetric=(True, False, None),
+            dynamic=(False, None),
+            strategy=("group", "channel", None),
+            actorder=orders,
+        )
         return [weights]
     if form not in WEIGHTS:
         raise refused(LLM, "format", form, " or ".join((PACKED, *map(str, WEIGHTS))))
@@ -259,8 +274,17 @@ WEIGHTS: dict[object, dict[str, tuple[object, ...]]] = {  # float formats of com
     "nvfp4-pack-quantized": {"num_bits": (4,), "strategy": ("tensor_group", None), "group_size": (16, None)},
     "mxfp4-pack-quantized": {"num_bits": (4,), "strategy": ("group", None), "group_size": (32, None)},
 }
-ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4", "W4A16_NVFP4", "NVFP4_AWQ", "W4A16_AWQ",
-              "MXFP8", "W4A8_MXFP4_FP8")  # fmt: skip
+ALGORITHMS = (
+    "FP8",
+    "FP8_PER_CHANNEL_PER_TOKEN",
+    "FP8_PB_WO",
+    "NVFP4",
+    "W4A16_NVFP4",
+    "NVFP4_AWQ",
+    "W4A16_AWQ",
+    "MXFP8",
+    "W4A8_MXFP4_FP8",
+)
 METHODS: dict[str, Callable[[Table], Description]] = {
     "fp8": fp8, "fbgemm_fp8": told_by_tensors, "mxfp4": told_by_tensors,
     **dict.fromkeys(("modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed"), modelopt),

@@ -29,9 +29,14 @@ def test_graph_and_chunk(kind: str, vram: str, tmp_path: Path) -> None:
     assert_close("chunk", chunk, want[-1], 1e-3)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "Model Optimizer fp8"])
-def test_stacks(kind: str, tmp_path: Path) -> None:
-    path, model = saved_stacks(tmp_path, kind)
+STACKS = [(kind, "qwen3_moe") for kind in KINDS if kind != "Model Optimizer fp8"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"), [*STACKS, ("Model Optimizer fp8", "llama4_text"), ("Model Optimizer nvfp4", "gpt_oss")]
+)
+def test_stacks(kind: str, family: str, tmp_path: Path) -> None:
+    path, model = saved_stacks(tmp_path, kind, family)
     with engine_of(path, device="cuda", dtype="f32", vram="60%", ram=0) as engine:
         graph = graph_logits(engine, IDS[:8], IDS[8:])
     assert_close(kind, graph, reference_of(model, IDS).exact.logits[7:], 1e-4)
