@@ -164,6 +164,11 @@ class Engine:
         """End the running answer after the current step. May be called from a signal handler."""
         self._cancelled = True
 
+    def paused(self, seconds: float) -> None:
+        """Leave out of the running answer's statistics `seconds` in which the process was suspended."""
+        if self._meter is not None:
+            self._meter.pause(seconds)
+
     def reset(self) -> None:
         """Forget the conversation; the experts stay where they are."""
         self.kv.reuse([])

@@ -22,8 +22,8 @@ class ContextFull(OffmoeError):
 
     def __init__(self, tokens: int, ctx: int) -> None:
         super().__init__(
-            f"the conversation needs {tokens} tokens and the context holds {ctx}: "
-            "drop old turns, or start again with a larger --ctx"
+            f"the prompt needs {tokens} tokens and the context holds {ctx}: "
+            "shorten it, or start again with a larger --ctx"
         )
         self.tokens = tokens
         self.ctx = ctx
