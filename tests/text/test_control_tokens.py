@@ -36,8 +36,13 @@ class Family:
         self.library.save(str(folder / "tokenizer.json"))
         named = {key: next((t for t in found if t in self.control), None) for key, found in NAMES.items()}
         self.named = {key: text for key, text in named.items() if text}
-        write(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast",
-              chat_template=self.template, **self.named)  # fmt: skip
+        write(
+            folder,
+            "tokenizer_config.json",
+            tokenizer_class="PreTrainedTokenizerFast",
+            chat_template=self.template,
+            **self.named,
+        )
         self.folder, self.ours = folder, load(Files(folder))
         self.ids = {self.library.token_to_id(text) for text in self.control}
 
@@ -63,9 +68,12 @@ def conversation(role: str, text: str) -> list[Message]:
         answer["reasoning"] = said["reasoning"]
     prefill: list[Message] = [{"role": "assistant", "content": said["prefill"]}] if role == "prefill" else []
     return [
-        {"role": "system", "content": said["system"]}, {"role": "user", "content": "hi"}, answer,
-        {"role": "user", "content": said["user"]}, *prefill,
-    ]  # fmt: skip
+        {"role": "system", "content": said["system"]},
+        {"role": "user", "content": "hi"},
+        answer,
+        {"role": "user", "content": said["user"]},
+        *prefill,
+    ]
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -258,16 +266,25 @@ def test_published_template(file: Path, tmp_path: Path) -> None:
     marks = sorted(set(MARK.findall(source)) | {"<s>", "</s>", "<|im_end|>"})
     library.add_tokens([AddedToken(mark, normalized=False, special=at % 2 == 0) for at, mark in enumerate(marks)])
     library.save(str(tmp_path / "tokenizer.json"))
-    write(tmp_path, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>",
-          eos_token="</s>", chat_template=source)  # fmt: skip
+    write(
+        tmp_path,
+        "tokenizer_config.json",
+        tokenizer_class="PreTrainedTokenizerFast",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=source,
+    )
     ours, other = load(Files(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = {library.token_to_id(mark) for mark in marks if mark in ours._control._ids}
     for role in ROLES:
         for prompt in (True, False):
             messages: Any = conversation(role, "  the lazy\n dog ")
             try:
-                theirs = other.apply_chat_template(messages, add_generation_prompt=prompt and role != "prefill",
-                                                   continue_final_message=prompt and role == "prefill")  # fmt: skip
+                theirs = other.apply_chat_template(
+                    messages,
+                    add_generation_prompt=prompt and role != "prefill",
+                    continue_final_message=prompt and role == "prefill",
+                )
             except Exception:
                 continue  # it rejects this conversation
             if role != "reasoning":  # which transformers' users give under the key that the template reads
