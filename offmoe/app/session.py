@@ -143,9 +143,9 @@ class Session:
         self.answers.append(stats)
         if line := stats_line(stats, self.engine.plan.ctx, self.ui.width, self.stats_mode):
             self.ui.note(line)
-        for note in self.engine.prompt_notes:
-            if note not in self.noted:
-                self.ui.note(note)
+        for remark in self.engine.prompt_notes:
+            if remark not in self.noted:
+                self.ui.note(remark)
         self.noted.update(self.engine.prompt_notes)
         if loading := self.engine.loading():
             self.ui.note(loading)
