@@ -47,6 +47,7 @@ class Session:
         self.store = store  # None: the chat is not kept
         self.saved = Conversation()  # the conversation as /save or /load left it in a file
         self.attachments: list[Attachment] = []  # files for the next message
+        self.noted: set[str] = set()  # remarks on prompts that were printed
         self.warned = False  # that the context is nearly full
 
     @property
@@ -142,6 +143,10 @@ class Session:
         self.answers.append(stats)
         if line := stats_line(stats, self.engine.plan.ctx, self.ui.width, self.stats_mode):
             self.ui.note(line)
+        for remark in self.engine.prompt_notes:
+            if remark not in self.noted:
+                self.ui.note(remark)
+        self.noted.update(self.engine.prompt_notes)
         if loading := self.engine.loading():
             self.ui.note(loading)
         if note := cut_note(stats, answer.text, answer.reasoning):
