@@ -23,7 +23,9 @@ def vocab_from_gguf(metadata: Mapping[str, Any]) -> Vocab:
     if model in (None, "no_vocab", "none"):
         raise OffmoeError("the file has no tokenizer (no vocabulary in it): use a GGUF that has one, or pass token ids")
     if model not in ("gpt2", "gemma4", "llama"):
-        raise OffmoeError(f"the file's tokenizer model {model!r} is not supported: expected gpt2, gemma4 or llama")
+        raise OffmoeError(
+            f"the file's tokenizer model {str(model)[:40]!r} is not supported: expected gpt2, gemma4, llama"
+        )
     vocab = read_gguf_tokens(metadata)
     sentencepiece = model == "llama"
     with converting_errors("the file's tokenizer is damaged"):
