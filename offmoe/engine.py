@@ -34,7 +34,8 @@ from offmoe.stats.meter import Meter
 from offmoe.stats.roof import Bounds
 from offmoe.stats.stats import Stats
 from offmoe.text.answer_parser import AnswerParser
-from offmoe.text.tokenizer import Message, Tokenizer, load_tokenizer
+from offmoe.text.messages import Message, continues_answer
+from offmoe.text.tokenizer import Tokenizer, load_tokenizer
 from offmoe.trunk.host_trunk import Trunk
 from offmoe.trunk.kv_cache import KVCache
 
@@ -66,6 +67,7 @@ class Engine:
         self.tokenizer: Tokenizer | None = None
         self.answer_tokens: list[int] = []  # tokens of the last answer
         self.answer_is_plain = True  # answer_tokens hold the answer's text alone: no reasoning, no markers around it
+        self.answer_in_reasoning = False  # the last answer ended inside its reasoning, which was never closed
         self._cancelled = False
         self._meter: Meter | None = None
         self._bounds = Bounds(self.plan.device, model.checkpoint.files[0])
@@ -121,6 +123,7 @@ class Engine:
                 tokenizer.think(think)
             engine = cls(opened, chosen, progress)
             engine.tokenizer = tokenizer
+            engine.notes += tokenizer.notes
             on_error.pop_all()
         return engine
 
@@ -129,8 +132,9 @@ class Engine:
 
         A str is one user message and goes through the model's chat template (or is used as it is where the model has
         none); a sequence of messages (`role`, `content`, and for earlier answers `reasoning` or `tokens`) is a
-        conversation; a sequence of ints is token ids. `fields` are fields of Sampling. The prefix that the KV cache
-        already holds is not run again. Raises ContextFull if the prompt does not fit the context.
+        conversation, and if its last message is the assistant's, the answer continues that; a sequence of ints is
+        token ids. `fields` are fields of Sampling. The prefix that the KV cache already holds is not run again. Raises
+        ContextFull if the prompt does not fit the context.
         """
         submitted = time.perf_counter()
         chosen = Sampling.of(**fields).merged(sampling or Sampling()).merged(self.sampling)
@@ -138,7 +142,8 @@ class Engine:
         if len(ids) >= self.plan.ctx:
             raise ContextFull(len(ids), self.plan.ctx)
         self._cancelled, self.answer_tokens, self.answer_is_plain = False, [], True
-        return self._answer(ids, chosen, submitted)
+        self.answer_in_reasoning = False
+        return self._answer(ids, chosen, submitted, continues_answer(prompt))
 
     def stats(self) -> Stats:
         """Return the statistics of the last answer. The first call measures bandwidths for the roof."""
@@ -198,6 +203,11 @@ class Engine:
             raise OffmoeError(f"a token id lies outside the model's vocabulary of {self.config.vocab}")
         return ids
 
+    @property
+    def prompt_notes(self) -> list[str]:
+        """Remarks on the last conversation, to be shown to the user: messages that the chat template left out."""
+        return self.tokenizer.prompt_notes if self.tokenizer else []
+
     def think(self, value: str | None) -> None:
         """Set whether, or how much, the model reasons before it answers; see Tokenizer.think."""
         if self.tokenizer is None:
@@ -215,12 +225,12 @@ class Engine:
         """Run one token, eagerly; return logits [V] float32 after it."""
         return self.forward.step(token)
 
-    def _answer(self, ids: list[int], sampling: Sampling, submitted: float) -> Iterator[Piece]:
+    def _answer(self, ids: list[int], sampling: Sampling, submitted: float, continues: bool) -> Iterator[Piece]:
         self._meter = meter = Meter(self.store, submitted, len(ids))
         logits = self._prefill_metered(ids, meter)
         if self._cancelled:
             return
-        parser = self.tokenizer.answer_parser(ids, sampling.stop) if self.tokenizer else None
+        parser = self.tokenizer.answer_parser(ids, sampling.stop, continues) if self.tokenizer else None
         eos = self.tokenizer.eos if self.tokenizer else frozenset()
         with closing(self.decoder.tokens(logits, ids, sampling, frozenset(eos), meter)) as tokens:
             for token in tokens:
@@ -240,7 +250,7 @@ class Engine:
         if parser:
             for reasoning, text in parser.flush():
                 yield Piece(text, None, reasoning)
-            self.answer_is_plain = parser.saw_no_marker
+            self.answer_is_plain, self.answer_in_reasoning = parser.saw_no_marker, parser.in_reasoning
 
     def _prefill_metered(self, ids: list[int], meter: Meter) -> Tensor:
         began = time.perf_counter()

@@ -16,7 +16,7 @@ from offmoe.cache.files import whole_file
 from offmoe.errors import OffmoeError
 
 if TYPE_CHECKING:
-    from offmoe.text.tokenizer import Message
+    from offmoe.text.messages import Message
 
 SUFFIX = ".jsonl"
 

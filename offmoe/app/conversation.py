@@ -11,7 +11,7 @@ from offmoe.cache.files import whole_file
 from offmoe.errors import OffmoeError, users_mistakes
 
 if TYPE_CHECKING:
-    from offmoe.text.tokenizer import Message
+    from offmoe.text.messages import Message
 
 VERSION = 1  # of the file format
 

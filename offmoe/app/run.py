@@ -84,6 +84,8 @@ def print_answer(
         for piece in engine.generate(prompt, sampling):
             printer.add(piece)
     printer.finish()
+    for note in engine.prompt_notes:
+        click.echo(clean(note), err=True)
     stats = engine.stats()
     if not reasoning:
         texts = {"text": printer.text, "reasoning": printer.reasoning}

@@ -25,8 +25,9 @@ from offmoe.mixers.registry import float32_roles
 from offmoe.models.family import Values
 from offmoe.models.model import Model, described
 from offmoe.models.shapes import layer_shapes, model_shapes
-from offmoe.pack.gguf_keys import model_keys, rope_tensors, tokenizer_keys
+from offmoe.pack.gguf_keys import model_keys, rope_tensors
 from offmoe.pack.quantise import packable, quantise
+from offmoe.pack.tokenizer_keys import tokenizer_keys
 from offmoe.settings import format_size
 
 PIECE = 1 << 22  # weights read, quantised and written at once: 16 MiB in float32

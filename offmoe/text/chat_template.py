@@ -30,7 +30,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
         """Start the worker. `variables` are what the template can read: bos_token, eos_token and so on."""
-        self._setup = {"template": source, "variables": dict(variables)}
+        self._setup: dict[str, Any] = {"template": source, "variables": dict(variables)}
         self.extra_variables: dict[str, Any] = {}  # more template variables, chosen by the user
         self._worker: TemplateWorker | None = TemplateWorker(self._setup)
         # Whether the template reads a message's reasoning separately from its content, even if only to drop it.
@@ -40,6 +40,15 @@ class ChatTemplate:
     def variables(self) -> list[str]:
         """Names of all undefined variables that the template reads; empty if it does not compile."""
         return self._request(lambda worker: worker.variables)
+
+    def empty_variables(self) -> list[str]:
+        """Return a note for each special token that the template reads and the model's files do not name."""
+        source, known = self._setup["template"], self._setup["variables"]
+        return [
+            f"the chat template reads {name}, which the model's files do not name: it is empty in prompts"
+            for name in self.variables
+            if name.endswith("_token") and name not in known and not re.search(rf"\b{name}\s+is\b", source)
+        ]
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """Return the text of a conversation. Raises OffmoeError with the template's own message if it rejects it."""

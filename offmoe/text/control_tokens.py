@@ -49,7 +49,7 @@ class ControlTokens:
         }
         self._ids = {token.content: id for id, token in self._tokens.items()}
         self._pattern = re.compile(alternatives(self._ids) if self._ids else "(?!)")
-        self._names = {text: f"offmoe{secrets.token_hex(8)}" for text in self._ids}  # in the twin
+        self._names = {text: f"{secrets.randbelow(10**20):020}" for text in self._ids}  # in the twin
 
     def replace(self, text: str, name: Callable[[str], str]) -> str:
         """Return `text` with `name(token)` for each control token in it: the longest at each place, from the left."""

@@ -15,8 +15,8 @@ Located = list[tuple[str, str]]  # (text, placeholder of the field that it comes
 
 
 def new_name() -> str:
-    """Return a word that no message can contain and that templates leave as it is."""
-    return f"offmoe{secrets.token_hex(8)}"
+    """Return digits that no message contains: templates leave them as they are, in capitals and titles too."""
+    return f"{secrets.randbelow(10**20):020}"
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class PromptRenderer:
         prompt = add_generation_prompt and not continues
         drafts, text = self._drafts(messages, prompt)
         text, marked = self._give_parts(drafts, text, self._marked(drafts, prompt), prompt)
-        self._report_losses(drafts, text, marked)
+        self._report_losses(drafts, text, marked, prompt)
         fields = {field.name: field for draft in drafts for field in draft.fields if not field.is_blank}
         located = align(marked, text, fields) if marked is not None else None
         located = located or self._locate_tokens(drafts, text, prompt)
@@ -61,10 +61,8 @@ class PromptRenderer:
         """
         drafts = [self._draft(message) for message in messages]
         text = self._render_any(drafts, prompt)
-        split = [self._split_block(draft) for draft in drafts]
-        if split != drafts and self._render(drafts, prompt, "text") != self._fill(text):
-            return split, self._render(split, prompt)
-        return drafts, text
+        split = self._split_blocks(drafts, prompt)
+        return (drafts, text) if split == drafts else (split, self._render(split, prompt))
 
     def _draft(self, message: Mapping[str, Any]) -> Draft:
         role, reasoning = message["role"], message.get("reasoning")
@@ -84,20 +82,34 @@ class PromptRenderer:
         self._stand_ins[name] = text
         return name
 
-    def _split_block(self, draft: Draft) -> Draft:
-        """Return an answer whose content begins with reasoning, as fields between marks; or the draft itself."""
-        if draft.role != "assistant" or draft.reasoning or len(draft.content) > 1:
-            return draft
-        open, close = re.escape(self._reasoning.open), re.escape(self._reasoning.close)
-        block = re.fullmatch(rf"(\s*{open})(.*?)({close})(.*)", draft.fields[0].text, re.DOTALL)
-        if not block:
-            return draft
-        return Draft(draft.role, (block[1], self._field(block[2]), block[3], self._field(block[4])))
+    def _split_blocks(self, drafts: Sequence[Draft], prompt: bool) -> list[Draft]:
+        """Return the drafts; of answers that begin with reasoning, whose marks the template reads, as fields and marks.
+
+        A template reads the marks if it does not print them as they are.
+        """
+        open, close = self._reasoning.open, self._reasoning.close
+        block = re.compile(rf"(\s*{re.escape(open)})(.*?)({re.escape(close)})(.*)", re.DOTALL)
+        found = {
+            at: match
+            for at, draft in enumerate(drafts)
+            if draft.role == "assistant" and (match := block.fullmatch(getattr(draft.content[0], "text", "")))
+        }
+        if not found:
+            return list(drafts)
+        probes = {at: f"{open}{new_name()}{close}{new_name()}" for at in found}
+        probed = [Draft(draft.role, (probes[at],)) if at in probes else draft for at, draft in enumerate(drafts)]
+        rendered = self._marked(probed, prompt, ()) or ""
+        split = list(drafts)
+        for at, match in found.items():
+            if probes[at] not in rendered:
+                content = match[1], self._field(match[2]), match[3], self._field(match[4])
+                split[at] = Draft(drafts[at].role, content)
+        return split
 
     def _render(
         self, drafts: Sequence[Draft], prompt: bool, show: str = "hidden", only: Collection[str] | None = None
     ) -> str:
-        """Return the text with every field as its attribute `show` has it; those not in `only` stay hidden."""
+        """Return the text with each field as its attribute `show` has it; those not in `only` stay hidden."""
         messages = [
             draft.message(
                 lambda field: getattr(field, show if only is None or field.name in only else "hidden"),
@@ -144,9 +156,14 @@ class PromptRenderer:
         self._typed = before
         return text, marked
 
-    def _report_losses(self, drafts: Sequence[Draft], text: str, marked: str | None) -> None:
-        """Set the notes. Raises OffmoeError if the user's last message is not in the prompt."""
-        lost = [draft for draft in drafts if marked is not None and draft.is_lost(text, marked)]
+    def _report_losses(self, drafts: Sequence[Draft], text: str, marked: str | None, prompt: bool) -> None:
+        """Set the notes. Raises OffmoeError if nothing in the prompt comes from the user's last message."""
+
+        def is_lost(draft: Draft) -> bool:
+            names = [field.name for field in draft.fields]
+            return draft.is_lost(text, marked or text) and self._marked(drafts, prompt, names) == text
+
+        lost = [draft for draft in drafts if marked is not None and is_lost(draft)]
         asked = [draft for draft in drafts if draft.role == "user"]
         if asked and asked[-1] in lost:
             raise OffmoeError("the chat template leaves out the last message: use plain text, or another template")

@@ -54,7 +54,7 @@ class ReasoningFormat:
 
     @property
     def frame(self) -> tuple[str, str]:
-        """What models write before reasoning, and between it and the answer."""
+        """Text before reasoning, and between it and the answer, as models write it."""
         return f"{self.open}\n", f"\n{self.close}\n\n"
 
     def _with_surrogates(self, text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING
 
 from tokenizers.decoders import Decoder
 
@@ -16,6 +16,7 @@ from offmoe.text.chat_template import ChatTemplate
 from offmoe.text.control_tokens import ControlTokens, Span
 from offmoe.text.directory_vocab import vocab_from_directory
 from offmoe.text.gguf_vocab import vocab_from_gguf
+from offmoe.text.messages import Message, check_unicode, text_messages
 from offmoe.text.prompt_renderer import Kept, PromptRenderer
 from offmoe.text.reasoning_parser import detect_format
 from offmoe.text.thinking_switch import thinking_variables
@@ -26,20 +27,7 @@ if TYPE_CHECKING:
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 TAIL = 64  # tokens before a prompt's last marker, or its end, that are searched for the start of reasoning
-MESSAGE_KEYS = {"role", "content", "reasoning", "tokens"}
-
-
-class Message(TypedDict):
-    """One turn of a conversation.
-
-    `reasoning` is the model's thinking before `content`; the template decides what becomes of it. `tokens` are the ids
-    that the model generated for `content`, and are used verbatim.
-    """
-
-    role: str
-    content: str
-    reasoning: NotRequired[str]
-    tokens: NotRequired[Sequence[int]]
+ENDLESS = "nothing in the model's files says which token ends an answer: it goes on to --max-tokens or a full context"
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -65,8 +53,14 @@ class Tokenizer:
         self.reasoning = detect_format(vocab.chat_template or "", added, special)
         self._renderer = PromptRenderer(self._template, self._control, self.reasoning) if self._template else None
         self._byte_level, self.strips_leading_space = decoder_kind(self._bpe.decoder)
+        self._notes = [*vocab.notes, *([] if self.eos else [ENDLESS])]
         self._bytes_cache: dict[int, bytes] = {}
         self.vocab_size: int = self._bpe.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def notes(self) -> list[str]:
+        """Remarks on loading, to be shown to the user: what was guessed, and what is missing."""
+        return [*self._notes, *(self._template.empty_variables() if self._template else [])]
 
     @property
     def prompt_notes(self) -> list[str]:
@@ -127,11 +121,9 @@ class Tokenizer:
         """
         if self._renderer is None:
             raise OffmoeError("the model has no chat template: use plain text instead of messages")
-        check_messages(messages)
         ids: list[int] = []
-        for is_text, group in groupby(
-            self._renderer.render(messages, add_generation_prompt), key=lambda part: isinstance(part, Span)
-        ):
+        parts = self._renderer.render(text_messages(messages), add_generation_prompt)
+        for is_text, group in groupby(parts, key=lambda part: isinstance(part, Span)):
             if is_text:
                 ids += self._encode_after([part for part in group if isinstance(part, Span)], bool(ids))
             else:
@@ -179,37 +171,6 @@ class Tokenizer:
             return text.encode() if added else unicode_to_bytes(text)
         byte = BYTE_TOKEN.fullmatch(text)
         return bytes([int(byte[1], 16)]) if byte else text.replace("▁", " ").encode()
-
-
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raise OffmoeError unless roles, contents and reasoning are strings: images and tools are not supported."""
-    for i, message in enumerate(messages, start=1):
-        if unknown := message.keys() - MESSAGE_KEYS:
-            raise OffmoeError(
-                f"message {i} has {sorted(unknown)[0]!r}: expected role and content; images and tools are not supported"
-            )
-        if message.get("role") == "tool":
-            raise OffmoeError(
-                f"message {i} has the role 'tool': expected user or assistant; images and tools are not supported"
-            )
-        for key in ("role", "content", "reasoning"):
-            value = message.get(key, "" if key == "reasoning" else None)
-            if not isinstance(value, str):
-                kind = type(value).__name__
-                raise OffmoeError(
-                    f"message {i} has a {key} of type {kind}: expected text; images and tools are not supported"
-                )
-            check_unicode(value)
-
-
-def check_unicode(text: str) -> None:
-    """Raise OffmoeError if `text` has a lone surrogate."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise OffmoeError(
-            f"the text has a lone surrogate (character {error.start}), which is not valid Unicode: remove it"
-        ) from None
 
 
 def decoder_kind(decoder: Decoder | None) -> tuple[bool, bool]:

@@ -44,6 +44,7 @@ class Engine:
         self.plan = SimpleNamespace(summary=lambda: "12 of 12 experts in slots", ctx=1000)
         self.tokenizer = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text])
         self.notes: list[str] = []
+        self.prompt_notes: list[str] = []
         self.prompts: list[Any] = []
         self.settings: dict[str, Any] = {}
         self.answer_tokens: list[int] = []

@@ -19,7 +19,7 @@ from unicode_texts import texts
 from offmoe.checkpoint.find_model import DEMO
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.text.control_tokens import ControlTokens, Span, alternatives
-from offmoe.text.tokenizer import Message
+from offmoe.text.messages import Message
 
 BRACKETS = "{{ bos_token }}{% for m in messages %}<{{ m.content }}>{% endfor %}"
 ROLES = ("system", "user", "assistant", "reasoning", "prefill")

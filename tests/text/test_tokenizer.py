@@ -22,8 +22,9 @@ from offmoe.checkpoint.find_model import DEMO
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
 from offmoe.text.answer_parser import StopStrings
+from offmoe.text.messages import Message
 from offmoe.text.pretokenizers import GPT2, KINDS, QWEN2, build_pre_tokenizer, pre_tokenizer_name
-from offmoe.text.tokenizer import Message, Tokenizer, load_tokenizer
+from offmoe.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
