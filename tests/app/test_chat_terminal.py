@@ -401,3 +401,14 @@ def test_a_plain_or_dumb_terminal_has_the_text_as_it_is(tmp_path: Path) -> None:
         person.wait(lambda person=person: person.text().count("›") == 2 + (person.text().count("› **a")) - 1)
         person.child.sendeof()
         assert person.ended() == 0
+
+
+def test_what_is_typed_ahead_is_not_written_into_the_answer(tmp_path: Path) -> None:
+    person = Screen([*FAKE, "chat"], tmp_path)
+    person.say("1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 => twenty")
+    person.see("\n1 2 3 ")
+    person.child.send("ahead" + ENTER)
+    person.see("19 20\n\ntwenty\n.*\n› ahead\nahead *\n.*61.2")
+    assert person.text().count("ahead") == 2
+    assert person.leave() == 0
+    assert person.restored()
