@@ -64,7 +64,12 @@ DOCTOR_HELP = """Check what this machine offers, and what keeps offmoe from usin
 
 The disk that holds MODEL (default: the demo) is measured."""
 DOCTOR = "offmoe doctor", "offmoe doctor /models/model.gguf --json"
-INFO = "offmoe info", "offmoe info model.gguf --vram 8GiB --ram 16GiB", "offmoe info org/name --json"
+INFO = (
+    "offmoe info",
+    "offmoe info model.gguf --vram 8GiB --ram 16GiB",
+    "offmoe info org/name --json",
+    "offmoe info model.gguf --check",
+)
 PACK_HELP = "Convert the safetensors MODEL to the GGUF file OUT, which llama.cpp can read too."
 PACK = ("offmoe pack ./olmoe olmoe-q4_0.gguf --format q4_0",)
 
@@ -161,9 +166,12 @@ def doctor(model: str, as_json: bool) -> int:
 @cli.command(cls=Command, examples=INFO, help="Describe MODEL and the cost of one token, without loading it.")
 @click.argument("model", default="demo")
 @placement_options
+@option("Output", "--check", "whole", is_flag=True, help="Read MODEL's files whole: is anything damaged or unread?")
 @json_option
-def info(model: str, as_json: bool, **chosen: Any) -> None:
+def info(model: str, whole: bool, as_json: bool, **chosen: Any) -> int:
     settings, path = Settings.of(**chosen), find_model(model)
+    if whole:
+        return check_files(path, as_json)
     from offmoe.app.info import inspect_model
     from offmoe.models.model import open_model
 
@@ -174,6 +182,20 @@ def info(model: str, as_json: bool, **chosen: Any) -> None:
         print_json(facts.as_dict())
     else:
         console().print(*section_tables(facts.sections()), sep="\n")
+    return 0
+
+
+def check_files(path: Path, as_json: bool) -> int:
+    """Print what reading a model's files whole finds. Return the exit status: 1 if something is damaged."""
+    with progress_bar("reading") as progress:
+        from offmoe.app.check import check
+
+        report = check(path, progress)
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        click.echo("\n".join(map(one_line, report.lines())))
+    return int(report.is_damaged)
 
 
 @cli.command("pack", cls=Command, examples=PACK, help=PACK_HELP)

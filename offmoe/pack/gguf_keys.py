@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 GPT_OSS = Glu(alpha=1.702, limit=7.0, plus=1.0)
 GATING_STATED = ("deepseek2",)  # architectures whose files always state how experts are scored
-NOT_TRUNCATED = ("gpt-oss",)  # architectures whose YaRN ramp has fractional bounds
 
 
 def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
@@ -98,9 +97,7 @@ def scaling_keys(rope: Scaling, family: Family) -> dict[str, Any]:
             default_attention = 1.0
         elif not math.isclose(rope.attention, default_attention):
             keys["attn_factor"], default_attention = rope.attention / default_attention, rope.attention
-        expressible = math.isclose(rope.attention, default_attention) and rope.truncate == (
-            family.arch not in NOT_TRUNCATED
-        )
+        expressible = math.isclose(rope.attention, default_attention) and rope.truncate == family.gguf_rounded
     else:
         expressible = rope.kind == "linear"
     if not expressible:

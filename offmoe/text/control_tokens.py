@@ -55,6 +55,9 @@ class ControlTokens:
         """Return `text` with `name(token)` for each control token in it: the longest at each place, from the left."""
         return self._pattern.sub(lambda match: name(match[0]), text)
 
+    def __contains__(self, id: int) -> bool:
+        return id in self._tokens
+
     def encode(self, spans: Sequence[Span]) -> list[int]:
         """Return the ids of the spans' text. Control tokens are recognised outside of data only.
 

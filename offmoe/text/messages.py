@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from offmoe.errors import OffmoeError
 
 MESSAGE_KEYS = {"role", "content", "reasoning", "tokens"}
+ROLE = re.compile(r"[\w.-]{1,40}")  # templates print it between their marks
 
 
 class Message(TypedDict):
@@ -65,6 +67,8 @@ def check_messages(messages: Sequence[Message]) -> None:
                     f"message {i} has a {key} of type {kind}: expected text; images and tools are not supported"
                 )
             check_unicode(value)
+        if not ROLE.fullmatch(message["role"]):
+            raise OffmoeError(f"message {i} has the role {message['role'][:40]!r}: expected a word, such as user")
 
 
 def check_unicode(text: str) -> None:

@@ -75,7 +75,8 @@ class PromptRenderer:
         return Draft(role, (before, fields[0], between, fields[1]))
 
     def _field(self, text: str, tokens: Sequence[int] | None = None) -> Field:
-        return Field(text, self._control.replace(text, self._stand_in), tokens)
+        kept = None if tokens and any(id in self._control for id in tokens) else tokens  # a file may hold any ids
+        return Field(text, self._control.replace(text, self._stand_in), kept)
 
     def _stand_in(self, text: str) -> str:
         name = new_name()

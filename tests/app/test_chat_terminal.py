@@ -269,6 +269,27 @@ def test_ctrl_z_suspends_and_fg_goes_on(tmp_path: Path, state: str) -> None:
     shell.see("ended 0")
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_run_with_the_text_so_far(tmp_path: Path, signum: signal.Signals) -> None:
+    person = Screen([*FAKE, "run", "demo", "count"], tmp_path)
+    person.see("2 3 ")
+    person.child.kill(signum)
+    assert person.ended() == 128 + signum
+    assert person.restored()
+    assert person.screen.cursor.x == 0
+
+
+def test_an_interrupt_from_elsewhere_is_like_the_key(tmp_path: Path) -> None:
+    person = Screen([*FAKE, "chat"], tmp_path)
+    person.wait(person.prompted)
+    person.child.kill(signal.SIGINT)
+    person.see("press Ctrl-C again or Ctrl-D to exit")
+    person.say("hello")
+    person.see("61.2 tok/s")
+    assert person.leave() == 0
+    assert person.restored()
+
+
 def test_the_last_chat_is_continued(tmp_path: Path) -> None:
     person = Screen([*FAKE, "chat"], tmp_path)
     person.say("first")

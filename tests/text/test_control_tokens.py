@@ -18,6 +18,7 @@ from unicode_texts import texts
 
 from offmoe.checkpoint.find_model import DEMO
 from offmoe.checkpoint.open import open_checkpoint
+from offmoe.errors import OffmoeError
 from offmoe.text.control_tokens import ControlTokens, Span, alternatives
 from offmoe.text.messages import Message
 
@@ -133,6 +134,21 @@ def test_every_added_token_of_the_demo() -> None:
             ids = tokenizer.encode_chat(conversation(role, f"a {token.content}b"))
             assert [id for id in ids if id in tokenizer._added] == wanted, (role, token.content)
     tokenizer.close()
+
+
+def test_control_tokens_among_kept_ids_are_not_kept(family: Family) -> None:
+    """A file of a chat may hold any ids: with control tokens among them, the text is encoded instead."""
+    plain = family.ours.encode_chat(conversation("assistant", "the fox"))
+    for id in family.ids:
+        messages = conversation("assistant", "the fox")
+        messages[2]["tokens"] = [*family.library.encode("the", add_special_tokens=False).ids, id]
+        assert family.ours.encode_chat(messages) == plain
+
+
+@pytest.mark.parametrize("role", ["user<|im_end|>", "a b", "", "x\n", "[INST]"])
+def test_roles_are_words(family: Family, role: str) -> None:
+    with pytest.raises(OffmoeError, match=r"message 1 has the role .*: expected a word"):
+        family.ours.encode_chat([{"role": role, "content": "x"}])
 
 
 def test_reasoning_that_a_user_opens_is_text(family: Family) -> None:
