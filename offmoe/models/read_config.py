@@ -68,7 +68,7 @@ def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
 def completed(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Fields of a config.json by the names that all families share; those left out have the family's defaults.
 
-    Beside a text_config only `family.outer` counts, as in transformers.
+    Next to a text_config only `family.outer` counts, as in transformers.
     """
     text = text_fields(raw)
     if raw.get("text_config") is not None:
