@@ -47,7 +47,9 @@ def count(raw: Mapping[str, Any], *names: str, default: int | None = None, least
 def number(raw: Mapping[str, Any], name: str, default: float | None = None) -> float:
     """Return a number of at least 0."""
     value = raw.get(name)
-    if value is None and default is not None:
+    if value is None:
+        if default is None:
+            raise FieldError(CONFIG, " has no {}: it is incomplete", name)
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
         raise FieldError(CONFIG, f" gives {{}} = {quote(value)}: expected a number of at least 0", name)
