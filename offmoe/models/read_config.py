@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from offmoe.checkpoint.base import Checkpoint, quote
-from offmoe.checkpoint.fields import FieldError, count, flag, number, text_fields
+from offmoe.checkpoint.fields import CONFIG, FieldError, count, flag, number, text_fields
 from offmoe.checkpoint.kinds import config_kind, gguf_kind, gguf_without_experts
 from offmoe.errors import OffmoeError
 from offmoe.kernels.route import Rule
@@ -59,7 +59,10 @@ def gating(checkpoint: Checkpoint, arch: object) -> object:
 
 def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     """Config of a Hugging Face `config.json`. Raises OffmoeError, by field and value, on what is not implemented."""
-    return config_of(completed(raw, family), family)
+    try:
+        return config_of(completed(raw, family), family)
+    except FieldError as error:
+        raise error.renamed(CONFIG, {name: names[0] for name, names in family.own.items()}) from None
 
 
 def completed(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -166,7 +169,8 @@ def from_gguf(
         config = config_of({name: value for name, value in raw.items() if value is not None}, family)
     except FieldError as error:  # with the names of keys for values, the same table says which key is which field
         names = gguf_values(lambda name: f"{family.arch}.{name}", {}, family, tensors)
-        raise error.renamed(names) from None
+        names["sliding_window"] = f"{family.arch}.attention.sliding_window"  # which few architectures read
+        raise error.renamed("the GGUF", names) from None
     rotary = key("rope.dimension_count")
     if rotary not in (None, *(rope.rotary for rope in config.ropes)):
         raise OffmoeError(
