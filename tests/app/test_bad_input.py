@@ -694,7 +694,10 @@ def test_a_hub_name_without_a_network(tmp_path: Path) -> None:
         (b"caf\xe9", "standard input is not UTF-8: byte 0xe9 at offset 3"),
         (b"\xff\xfeh\x00i\x00", "standard input is not UTF-8: byte 0xff at offset 0"),
         ("é\n".encode() * 9 + b"\xe2\x82", "standard input is not UTF-8: byte 0xe2 at offset 27"),
-        (b"hi " * 100, "the conversation needs 219 tokens and the context holds 128: drop old turns, or start again"),
+        (
+            b"hi " * 100,
+            "the prompt needs 220 tokens and the context holds 128: shorten it, or start again",
+        ),
     ],
 )
 def test_prompts(error_line: ErrorLine, good: Path, stdin: bytes, message: str) -> None:
@@ -705,7 +708,7 @@ def test_prompt_on_the_command_line(error_line: ErrorLine, good: Path) -> None:
     assert "the prompt is empty" in error_line("run", good, "")
     assert "PROMPT is not UTF-8: byte 0xff at offset 2" in error_line("run", good, "hi\udcff")
     assert "the conversation needs 519 tokens" in error_line("run", good, "a" * 500)
-    assert "needs 500 tokens and the context holds 64" in error_line("run", good, "a" * 500, "--raw", "--ctx", 64)
+    assert "needs 501 tokens and the context holds 64" in error_line("run", good, "a" * 500, "--raw", "--ctx", 64)
 
 
 def test_invalid_utf8_in_a_chat(command: Command, good: Path) -> None:
@@ -874,7 +877,7 @@ def test_settings_from_python(good: Path, settings: dict[str, Any], message: str
         ("hi", {"temprature": 1}, "unknown setting 'temprature'"),
         ("hi", {"temperature": "hot"}, "temperature is 'hot': expected a number"),
         ("hi", {"top_k": 1.5}, "top_k is 1.5: expected a whole number"),
-        ([1] * 128, {}, "the conversation needs 128 tokens and the context holds 128"),
+        ([1] * 128, {}, "the prompt needs 129 tokens and the context holds 128"),
     ],
 )
 def test_prompts_from_python(good: Path, prompt: Any, sampling: dict[str, Any], message: str) -> None:

@@ -60,7 +60,7 @@ class Engine:
         self.prompts.append(prompt)
         messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
         if len(messages) > CTX:
-            raise ContextFull(len(messages), CTX)
+            raise ContextFull(len(messages), CTX, len(messages))
         return self._answer(str(messages[-1]["content"] if isinstance(messages[-1], dict) else messages))
 
     def _answer(self, text: str) -> Iterator[Piece]:
