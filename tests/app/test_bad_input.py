@@ -707,7 +707,7 @@ def test_prompts(error_line: ErrorLine, good: Path, stdin: bytes, message: str) 
 def test_prompt_on_the_command_line(error_line: ErrorLine, good: Path) -> None:
     assert "the prompt is empty" in error_line("run", good, "")
     assert "PROMPT is not UTF-8: byte 0xff at offset 2" in error_line("run", good, "hi\udcff")
-    assert "the conversation needs 519 tokens" in error_line("run", good, "a" * 500)
+    assert "the prompt needs 520 tokens" in error_line("run", good, "a" * 500)
     assert "needs 501 tokens and the context holds 64" in error_line("run", good, "a" * 500, "--raw", "--ctx", 64)
 
 
