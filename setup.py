@@ -37,6 +37,7 @@ setup(
         "jinja2>=3.1.6",
         "gguf>=0.17",
         "rich>=13.9",
+        "markdown-it-py>=3.0",
         "prompt_toolkit>=3.0.50",
         "huggingface_hub>=1.0",
     ],

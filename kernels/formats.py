@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-NIBBLES, CRUMBS, BITS = (0x0101010101010101 * ones for ones in (0xF, 0x3, 0x1))
+from offmoe.kernels.fields import BITS, CRUMBS, NIBBLES, fields, half, nibbles, pairs, reinterpret, split
+from offmoe.kernels.grid_formats import iq1_m, iq1_s, iq2_s, iq2_xs, iq2_xxs, iq3_s, iq3_xxs
 
 
 @dataclass(frozen=True)
@@ -108,44 +109,6 @@ def as_it_lies(rows: Tensor, form: Format) -> Tensor:
     scales, blocks = rows[:, :start].flatten(), rows[:, start:]
     planes = taken_apart(blocks.reshape(-1, form.bytes), form) if form.apart else blocks.flatten()
     return torch.cat((scales, planes)) if start else planes
-
-
-def reinterpret(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes [..., n * itemsize] as `dtype` [..., n]; copied where torch cannot view them (unaligned)."""
-    steps = (raw.storage_offset(), *raw.stride()[:-1])
-    if raw.stride(-1) == 1 and not any(step % dtype.itemsize for step in steps):
-        return raw.view(dtype)
-    return raw.clone(memory_format=torch.contiguous_format).view(dtype)
-
-
-def split(raw: Tensor, *sizes: int) -> Tensor:
-    """Split the last dimension into several."""
-    return raw.view(*raw.shape[:-1], *sizes)
-
-
-def half(raw: Tensor) -> Tensor:
-    """A block's float16 scale: bytes [..., 2] → float32 [..., 1]."""
-    return reinterpret(raw, torch.float16).float()
-
-
-def fields(raw: Tensor, mask: int, *shifts: int) -> Tensor:
-    """Bytes [..., b] → int8 [..., len(shifts), b]: each byte shifted right and masked; b a multiple of 16.
-
-    8 bytes at a time, then put side by side 16 at a time: complex128 is torch's widest element.
-    """
-    wide = reinterpret(raw, torch.int64)
-    parts = [(wide >> shift & mask).view(torch.complex128) for shift in shifts]
-    return torch.stack(parts, -2).view(torch.int8)
-
-
-def nibbles(raw: Tensor) -> Tensor:
-    """Bytes [..., b] → int8 [..., 2 * b]: the low nibbles, then the high ones."""
-    return fields(raw, NIBBLES, 0, 4).flatten(-2)
-
-
-def pairs(raw: Tensor) -> Tensor:
-    """Bytes [..., b] that hold two neighbours each → int8 [..., 2 * b]."""
-    return nibbles(raw).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
 def f32(blocks: Tensor) -> Tensor:
@@ -331,6 +294,13 @@ FORMATS = {
         Format("Q4_K", 256, 144, 12, q4_k),
         Format("Q5_K", 256, 176, 13, q5_k),
         Format("Q6_K", 256, 210, 14, q6_k),
+        Format("IQ1_S", 256, 50, 19, iq1_s),
+        Format("IQ1_M", 256, 56, 29, iq1_m),
+        Format("IQ2_XXS", 256, 66, 16, iq2_xxs),
+        Format("IQ2_XS", 256, 74, 17, iq2_xs),
+        Format("IQ2_S", 256, 82, 22, iq2_s),
+        Format("IQ3_XXS", 256, 98, 18, iq3_xxs),
+        Format("IQ3_S", 256, 110, 21, iq3_s),
         Format("IQ4_NL", 32, 18, 20, iq4_nl),
         Format("IQ4_XS", 256, 136, 23, iq4_xs),
         Format("MXFP4", 32, 17, 39, mxfp4),

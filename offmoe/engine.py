@@ -37,7 +37,8 @@ from offmoe.stats.roof import Bounds
 from offmoe.stats.stats import Stats
 from offmoe.text.answer_parser import AnswerParser
 from offmoe.text.arguments import listed, messages_of, token_ids
-from offmoe.text.tokenizer import Message, Tokenizer, load_tokenizer
+from offmoe.text.messages import Message, continues_answer
+from offmoe.text.tokenizer import Tokenizer, load_tokenizer
 from offmoe.trunk.host_trunk import Trunk
 from offmoe.trunk.kv_cache import KVCache
 
@@ -134,6 +135,7 @@ class Engine:
                 tokenizer.think(think)
             engine = cls(opened, chosen, progress)
             engine.tokenizer = tokenizer
+            engine.notes += tokenizer.notes
             on_error.pop_all()
         return engine
 
@@ -142,9 +144,10 @@ class Engine:
 
         A str is one user message and goes through the model's chat template (or is used as it is where the model has
         none); a sequence of messages (`role`, `content`, and for earlier answers `reasoning` or `tokens`) is a
-        conversation; a sequence of ints is token ids. `fields` are fields of Sampling. What the KV cache already holds
-        of the prompt is not run again. Raises ContextFull if the prompt does not fit the context, and OffmoeError while
-        an answer of this engine is under way: it has begun, is not finished, and was not cancelled.
+        conversation, and if its last message is the assistant's, the answer continues that; a sequence of ints is
+        token ids. `fields` are fields of Sampling. What the KV cache already holds of the prompt is not run again.
+        Raises ContextFull if the prompt does not fit the context, and OffmoeError while an answer of this engine is
+        under way: it has begun, is not finished, and was not cancelled.
         """
         self._one.check()
         submitted = time.perf_counter()
@@ -154,13 +157,14 @@ class Engine:
         chosen = Sampling.of(**fields).merged(sampling or Sampling()).merged(self.sampling)
         ids = self.prompt_ids(prompt)
         if len(ids) >= self.plan.ctx:
-            raise ContextFull(len(ids) + 1, self.plan.ctx, turns_of(prompt))  # one for its answer
+            raise ContextFull(len(ids), self.plan.ctx, turns_of(prompt))
         self._cancelled = cancelled = Flag()
         self.answer_tokens, self.answer_is_plain, self._parser = [], True, None
-        return self._one.answer(lambda: self._answer(ids, chosen, submitted, cancelled))
+        continues = continues_answer(prompt)
+        return self._one.answer(lambda: self._answer(ids, chosen, submitted, continues, cancelled))
 
     @property
-    def ended_in_reasoning(self) -> bool:
+    def answer_in_reasoning(self) -> bool:
         """Whether the last answer ended before its reasoning did, which a template may have opened: there is no answer
         then but reasoning."""
         return self._parser is not None and self._parser.in_reasoning
@@ -187,6 +191,11 @@ class Engine:
         """End the answer under way after the current step. May be called from a signal handler or another thread."""
         self._cancelled.on = True
         self._one.cancel()
+
+    def paused(self, seconds: float) -> None:
+        """Leave out of the running answer's statistics `seconds` in which the process was suspended."""
+        if self._meter is not None:
+            self._meter.pause(seconds)
 
     def reset(self) -> None:
         """Forget the conversation; the experts stay where they are."""
@@ -222,7 +231,7 @@ class Engine:
             with self._encoding:
                 self._one.check_open()
                 if isinstance(prompt, str) and self.tokenizer.chat_template is None:
-                    ids = self.tokenizer.encode(prompt)
+                    ids = self.tokenizer.encode(prompt, control_tokens=False)
                 else:
                     ids = self.tokenizer.encode_chat(cast("list[Message]", messages_of(values)))
         if not ids:
@@ -230,6 +239,11 @@ class Engine:
         if not 0 <= min(ids) <= max(ids) < self.config.vocab:
             raise OffmoeError(f"a token id lies outside the model's vocabulary of {self.config.vocab}")
         return ids
+
+    @property
+    def prompt_notes(self) -> list[str]:
+        """Remarks on the last conversation, to be shown to the user: messages that the chat template left out."""
+        return self.tokenizer.prompt_notes if self.tokenizer else []
 
     def think(self, value: str | None) -> None:
         """Set whether, or how much, the model reasons before it answers; see Tokenizer.think."""
@@ -253,14 +267,17 @@ class Engine:
         with self._one.alone():
             return self.forward.step(token)
 
-    def _answer(self, ids: list[int], sampling: Sampling, submitted: float, cancelled: Flag) -> Iterator[Piece]:
+    def _answer(
+        self, ids: list[int], sampling: Sampling, submitted: float, continues: bool, cancelled: Flag
+    ) -> Iterator[Piece]:
         self._cancelled = cancelled
         self.answer_tokens, self.answer_is_plain, self._parser = [], True, None
         self._meter = meter = Meter(self.store, submitted, len(ids))
         logits = self._prefill_metered(ids, meter, cancelled)
         if cancelled.on:
             return
-        self._parser = parser = self.tokenizer.answer_parser(ids, sampling.stop) if self.tokenizer else None
+        parser = self.tokenizer.answer_parser(ids, sampling.stop, continues) if self.tokenizer else None
+        self._parser = parser
         eos = self.tokenizer.eos if self.tokenizer else frozenset()
         with closing(self.decoder.tokens(logits, ids, sampling, frozenset(eos), meter)) as tokens:
             for token in tokens:

@@ -373,5 +373,5 @@ def test_an_answer_that_never_came_out_of_its_reasoning(
     said = tokenizer.encode(text)
     monkeypatch.setattr(engine.decoder, "tokens", lambda *_: (token for token in said))
     list(engine.generate(tokenizer.encode("Why? " + opened)))
-    assert engine.ended_in_reasoning == inside
+    assert engine.answer_in_reasoning == inside
     assert engine.answer_tokens == said

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.gpu.formats.bits import iq4
+from offmoe.kernels.gpu.formats.grids import grids_for, has_grid
+from offmoe.kernels.gpu.formats.tile_grids import tile_grid
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.striped import striped_index
 from offmoe.kernels.planes import Matrix
@@ -128,7 +130,7 @@ def large(buffer, p0, p1, p2, p3, b, i, mask, FORMAT: tl.constexpr):
 
 @triton.jit
 def _embed(
-    tokens, buffer, out, scale, p0, p1, p2, p3,
+    tokens, buffer, out, scale, grids, p0, p1, p2, p3,
     H: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FORMAT: tl.constexpr,
     STRIPED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +143,11 @@ def _embed(
     col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = col < H
     b, i = token * (H // BLOCK) + col // BLOCK, col % BLOCK
-    if BLOCK == 1:
+    if has_grid(FORMAT):  # 64 columns a row of a tile
+        step = tl.program_id(1) * (COLUMNS // 64) + tl.arange(0, COLUMNS // 64)
+        x = tile_grid(buffer, token + step * 0, step < H // 64, step, FORMAT, H, p0, p1, p2, p3, grids)
+        x = tl.reshape(x, (COLUMNS,))
+    elif BLOCK == 1:
         x = whole(buffer, p0, b, mask, FORMAT)
     elif BLOCK == 32:
         x = small(buffer, p0, p1, p2, p3, b, i, mask, FORMAT)
@@ -163,6 +169,7 @@ def embed(
     assert out.numel() == tokens.numel() * form.cols
     planes = (*form.planes, 0, 0, 0)[:4]
     _embed[(tokens.numel(), triton.cdiv(form.cols, COLUMNS))](
-        tokens, buffer, out, scale, *planes, H=form.cols, COLUMNS=COLUMNS, BLOCK=FORMATS[form.format].block,
+        tokens, buffer, out, scale, grids_for(buffer.device, form.format), *planes,
+        H=form.cols, COLUMNS=COLUMNS, BLOCK=FORMATS[form.format].block,
         FORMAT=form.format, STRIPED=striped, num_warps=4, **dependent(pdl),
     )  # fmt: skip

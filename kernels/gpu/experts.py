@@ -16,6 +16,7 @@ from torch import Tensor
 
 from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.gpu.formats.dot import SHARING, UNIT, fold, x_of
+from offmoe.kernels.gpu.formats.grids import grids_for
 from offmoe.kernels.gpu.gemv import FEWER_WARPS, WARPS, across, planes, programs, rows_of, stream, tile
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.movers import bring_rows, chunk_of, movers_of, moving_of
@@ -69,7 +70,7 @@ def glu(gate, up, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, 
 
 @triton.jit
 def gate_up_rows(
-    record, weight, bias, x, out, first, end, H: tl.constexpr, INNER: tl.constexpr, R: tl.constexpr,
+    record, weight, bias, x, out, first, end, grids, H: tl.constexpr, INNER: tl.constexpr, R: tl.constexpr,
     PITCH: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, CUBIC: tl.constexpr,
     BEFORE: tl.constexpr,
     FG: tl.constexpr, UG: tl.constexpr, WG: tl.constexpr,
@@ -83,10 +84,10 @@ def gate_up_rows(
     r, g, u = tl.arange(0, R), tl.arange(0, UG), tl.arange(0, UU)
     there_g, there_u = g < H // WG, u < H // WU
     none_g, none_u = tl.zeros((UG,), tl.int32), tl.zeros((UU,), tl.int32)
-    xg = x_of(x, x, none_g, g * WG, there_g, FG, H, False)
+    xg = x_of(x, x, none_g, g * WG, there_g, FG, H, False, grids)
     xu = xg
     if FU != FG:
-        xu = x_of(x, x, none_u, u * WU, there_u, FU, H, False)
+        xu = x_of(x, x, none_u, u * WU, there_u, FU, H, False, grids)
     row = first + r
     gates = rows_of(record, none_g, g, there_g, row, end, ROW_G, FG, G0, G1, G2, G3)
     ups = rows_of(record, none_u, u, there_u, row, end, ROW_U, FU, U0, U1, U2, U3)
@@ -109,7 +110,7 @@ def gate_up_rows(
 @triton.jit
 def _gate_up(
     records, stride, slots, weights, ids, bias, x, out, k, pairs,
-    sources, numbers, base, row_stride, count, targets, scratch,
+    sources, numbers, base, row_stride, count, targets, scratch, grids,
     MOVERS: tl.constexpr, STRIPS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, DOWN: tl.constexpr,
     CHUNK: tl.constexpr, LISTED: tl.constexpr, KP: tl.constexpr,
     H: tl.constexpr, INNER: tl.constexpr, PP: tl.constexpr, R: tl.constexpr,
@@ -157,7 +158,7 @@ def _gate_up(
                            INNER, STRIPS, TILES, CHUNK)  # fmt: skip
         record = records + slot.to(tl.int64) * stride
         gate_up_rows(record, weight, None if bias is None else bias + expert * (2 * INNER), x + (pair // k) * H,
-                     out + pair * INNER, first, end, H, INNER, R, PITCH, ALPHA, LIMIT, PLUS, CUBIC, BEFORE,
+                     out + pair * INNER, first, end, grids, H, INNER, R, PITCH, ALPHA, LIMIT, PLUS, CUBIC, BEFORE,
                      FG, UG, WG, G0, G1, G2, G3, FU, UU, WU, U0, U1, U2, U3)  # fmt: skip
     if MOVERS > 0:
         if moves:
@@ -185,7 +186,7 @@ def expert_gate_up(
     moving = moving_of(copies, records, layout, warps, most)
     _gate_up[(max(most, pairs + moving["MOVERS"]),)](
         records, records.stride(0), slots, weights, ids, bias, x, out, pairs // len(x), pairs,
-        *(copies.arguments if copies else [None] * 7), **moving,
+        *(copies.arguments if copies else [None] * 7), grids_for(x.device, gate.format, up.format), **moving,
         H=h, INNER=gate.rows, PP=triton.next_power_of_2(pairs), R=tile(), PITCH=gate.pitch,
         ALPHA=glu.alpha, LIMIT=glu.limit, PLUS=glu.plus, CUBIC=glu.cubic, BEFORE=before,
         FG=gate.format, UG=ug, WG=UNIT[gate.format], **planes("G", gate),
@@ -217,7 +218,7 @@ def movers_scratch(layouts: Iterable[SlotLayout], device: torch.device) -> Tenso
 
 @triton.jit
 def _down(
-    records, stride, slots, ids, weights, bias, count, inner, x, each,
+    records, stride, slots, ids, weights, bias, count, inner, x, each, grids,
     K: tl.constexpr, H: tl.constexpr, INNER: tl.constexpr, R: tl.constexpr, U: tl.constexpr,
     FORMAT: tl.constexpr, WIDTH: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, KP: tl.constexpr, LATE: tl.constexpr,
@@ -252,7 +253,7 @@ def _down(
             words = rows_of(records, origin, unit, there, rows, end, UNITS, FORMAT, P0, P1, P2, P3)
     elif LATE == 2:
         words = rows_of(records, origin, unit, there, rows, end, UNITS, FORMAT, P0, P1, P2, P3)
-    xs = x_of(inner, inner, pair * INNER, unit * WIDTH, there, FORMAT, INNER, False)
+    xs = x_of(inner, inner, pair * INNER, unit * WIDTH, there, FORMAT, INNER, False, grids)
     stream(records, origin, unit, there, words, xs, first, end, x + t * H, bias, chosen, shares, 0, 1.0, UNITS, R, H,
            True, 0, FORMAT, P0, P1, P2, P3)  # fmt: skip
 
@@ -273,7 +274,8 @@ def expert_down(
     units, warps = across(down.format, k * down.cols)
     each = rows * triton.cdiv(down.rows * len(x), rows * programs(x.device, warps))
     _down[(triton.cdiv(down.rows, each), len(x))](
-        records, records.stride(0), slots, ids, weights, bias, count, inner, x, each, K=k, H=down.rows, INNER=down.cols,
+        records, records.stride(0), slots, ids, weights, bias, count, inner, x, each,
+        grids_for(x.device, down.format), K=k, H=down.rows, INNER=down.cols,
         R=rows, U=units, FORMAT=down.format, WIDTH=UNIT[down.format], **planes("P", down),
         KP=triton.next_power_of_2(k), LATE=0 if count is None else 2 if down.format in SHARING else 1,
         num_warps=warps, maxnreg=registers(max(warps, WARPS)), **dependent(pdl),

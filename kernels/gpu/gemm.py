@@ -16,6 +16,7 @@ from torch import Tensor
 
 from offmoe.kernels.feed_forward import SILU, Glu
 from offmoe.kernels.gpu.experts import glu
+from offmoe.kernels.gpu.formats.grids import grids_for
 from offmoe.kernels.gpu.formats.unpack import tile
 from offmoe.kernels.gpu.gemv import planes
 from offmoe.kernels.planes import Matrix, SlotLayout
@@ -163,7 +164,7 @@ def record_at(address):
 
 @triton.jit
 def _gate_up(
-    x, order, experts, starts, ends, addresses, bias, inner, k,
+    x, order, experts, starts, ends, addresses, bias, inner, k, grids,
     H: tl.constexpr, INNER: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SWAP: tl.constexpr,
     PITCH: tl.constexpr, BYTES: tl.constexpr, ROWS: tl.constexpr,
     ALPHA: tl.constexpr, LIMIT: tl.constexpr, PLUS: tl.constexpr, CUBIC: tl.constexpr,
@@ -190,10 +191,10 @@ def _gate_up(
         column = step * 64 + tl.arange(0, 64)
         a = tl.load(tokens[:, None] + column[None], mask=held[:, None] & (column < H)[None], other=0.0)
         if FU is None:
-            w = tile(matrix, lines, there, step, FORMAT, H, P0, P1, P2, P3)
+            w = tile(matrix, lines, there, step, FORMAT, H, P0, P1, P2, P3, grids)
         else:
-            w = one_behind_another(tile(record, long, inside, step, FORMAT, H, P0, P1, P2, P3),
-                                   tile(record, long, inside, step, FU, H, U0, U1, U2, U3))  # fmt: skip
+            w = one_behind_another(tile(record, long, inside, step, FORMAT, H, P0, P1, P2, P3, grids),
+                                   tile(record, long, inside, step, FU, H, U0, U1, U2, U3, grids))  # fmt: skip
         total = product(a, w.to(a.dtype), total, SWAP)
     if SWAP:
         gate, up = tl.split(tl.permute(tl.reshape(total, (2, N, M)), 1, 2, 0))
@@ -210,7 +211,7 @@ def _gate_up(
 
 @triton.jit
 def _down(
-    inner, order, experts, starts, ends, addresses, bias, out,
+    inner, order, experts, starts, ends, addresses, bias, out, grids,
     H: tl.constexpr, INNER: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SWAP: tl.constexpr,
     FORMAT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr,
 ):  # fmt: skip
@@ -229,7 +230,7 @@ def _down(
     for step in range((INNER + 63) // 64):
         column = step * 64 + tl.arange(0, 64)
         a = tl.load(tokens[:, None] + column[None], mask=held[:, None] & (column < INNER)[None], other=0.0)
-        w = tile(record, long, there, step, FORMAT, INNER, P0, P1, P2, P3).to(a.dtype)
+        w = tile(record, long, there, step, FORMAT, INNER, P0, P1, P2, P3, grids).to(a.dtype)
         total = product(a, w, total, SWAP)
     if bias is not None:
         total = biased(total, bias + expert * H, row, there, SWAP)
@@ -273,15 +274,16 @@ def expert_mlp(
     second = second or tuning_of(tiles.block, x.dtype, x.device, layout.down.format, False)
     listed = (tiles.order, tiles.experts, tiles.starts, tiles.ends, addresses)
     n, (wide, narrow) = len(tiles.experts), biases or (None, None)
+    grids = grids_for(x.device, layout.gate.format, layout.up.format, layout.down.format)
     _gate_up[(triton.cdiv(f, first.rows), n)](
-        x, *listed, wide, inner, k, H=h, INNER=f, M=tiles.block, N=first.rows, SWAP=first.swap,
+        x, *listed, wide, inner, k, grids, H=h, INNER=f, M=tiles.block, N=first.rows, SWAP=first.swap,
         PITCH=layout.gate.pitch, **behind(layout.gate, layout.up),
         ALPHA=glu.alpha, LIMIT=glu.limit, PLUS=glu.plus, CUBIC=glu.cubic,
         FORMAT=layout.gate.format, **planes("P", layout.gate), **planes("U", layout.up),
         num_warps=first.warps, num_stages=first.stages, maxnreg=first.registers,
     )  # fmt: skip
     _down[(triton.cdiv(h, second.rows), n)](
-        inner, *listed, narrow, out, H=h, INNER=f, M=tiles.block, N=second.rows, SWAP=second.swap,
+        inner, *listed, narrow, out, grids, H=h, INNER=f, M=tiles.block, N=second.rows, SWAP=second.swap,
         FORMAT=layout.down.format, **planes("P", layout.down),
         num_warps=second.warps, num_stages=second.stages, maxnreg=second.registers,
     )  # fmt: skip

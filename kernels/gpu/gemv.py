@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from offmoe.kernels.gpu.formats.dot import UNIT, fold, words_of, x_of
+from offmoe.kernels.gpu.formats.grids import grids_for
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.striped import striped_index
 from offmoe.kernels.planes import Matrix
@@ -118,7 +119,7 @@ def stream(buffer, origin, unit, there, words, xs, first, end, out, bias, ids, s
 
 
 @triton.jit
-def part(buffer, pid, x, norm, out, bias, shift, eps, each,
+def part(buffer, pid, x, norm, out, bias, shift, eps, each, grids,
          ROWS: tl.constexpr, U: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
          WIDE: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, CAP: tl.constexpr,
          FORMAT: tl.constexpr,
@@ -131,7 +132,7 @@ def part(buffer, pid, x, norm, out, bias, shift, eps, each,
     words = rows_of(buffer, origin, u, there, rows, end, UNITS, FORMAT, P0, P1, P2, P3)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    xs = x_of(x, norm, origin, u * WIDTH, there, FORMAT, K, NORM)
+    xs = x_of(x, norm, origin, u * WIDTH, there, FORMAT, K, NORM, grids)
     inverse = 1.0
     if NORM:
         i = tl.arange(0, WIDE)
@@ -143,7 +144,7 @@ def part(buffer, pid, x, norm, out, bias, shift, eps, each,
 
 @triton.jit
 def _dense(
-    x, norm, out, bias, b0, b1, b2, eps, each,
+    x, norm, out, bias, b0, b1, b2, eps, each, grids,
     K: tl.constexpr, WIDE: tl.constexpr, N: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr,
     CAP: tl.constexpr, F0: tl.constexpr, ROWS0: tl.constexpr, U0: tl.constexpr, WIDTH0: tl.constexpr,
     F1: tl.constexpr, ROWS1: tl.constexpr, U1: tl.constexpr, WIDTH1: tl.constexpr,
@@ -160,16 +161,16 @@ def _dense(
     second = tl.cdiv(ROWS0, each)
     third = second + tl.cdiv(ROWS1, each)
     if pid < second:
-        part(b0, pid, x, norm, out, bias, 0, eps, each, ROWS0, U0, WIDTH0, R, K, WIDE, N, NORM, RESIDUAL, CAP, F0,
-             A0, A1, A2, A3, PDL)  # fmt: skip
+        part(b0, pid, x, norm, out, bias, 0, eps, each, grids, ROWS0, U0, WIDTH0, R, K, WIDE, N, NORM, RESIDUAL, CAP,
+             F0, A0, A1, A2, A3, PDL)  # fmt: skip
     if ROWS1 > 0:
         if (pid >= second) & (pid < third):
-            part(b1, pid - second, x, norm, out, bias, ROWS0, eps, each, ROWS1, U1, WIDTH1, R, K, WIDE, N, NORM,
+            part(b1, pid - second, x, norm, out, bias, ROWS0, eps, each, grids, ROWS1, U1, WIDTH1, R, K, WIDE, N, NORM,
                  RESIDUAL, CAP, F1, B0, B1, B2, B3, PDL)  # fmt: skip
     if ROWS2 > 0:
         if pid >= third:
-            part(b2, pid - third, x, norm, out, bias, ROWS0 + ROWS1, eps, each, ROWS2, U2, WIDTH2, R, K, WIDE, N, NORM,
-                 RESIDUAL, CAP, F2, C0, C1, C2, C3, PDL)  # fmt: skip
+            part(b2, pid - third, x, norm, out, bias, ROWS0 + ROWS1, eps, each, grids, ROWS2, U2, WIDTH2, R, K, WIDE, N,
+                 NORM, RESIDUAL, CAP, F2, C0, C1, C2, C3, PDL)  # fmt: skip
 
 
 def dense(
@@ -190,6 +191,7 @@ def dense(
     warps = max(across(form.format, k)[1] for _, form in parts)
     each = rows * triton.cdiv(n, rows * programs(x.device, warps, norm is not None))
     count = sum(triton.cdiv(form.rows, each) for _, form in parts)
+    grids = grids_for(x.device, *(form.format for _, form in parts))
     while len(parts) < 3:
         parts = (*parts, (parts[0][0], Matrix(parts[0][1].format, 0, k, parts[0][1].planes)))
     settings: dict[str, object] = {}
@@ -198,8 +200,8 @@ def dense(
                      f"U{i}": across(form.format, k)[0]}  # fmt: skip
         settings |= {f"{'ABC'[i]}{j}": at for j, at in enumerate(form.constants)}
     _dense[(count, len(x))](
-        x, norm, out, bias, *(buffer for buffer, _ in parts), eps, each, K=k, WIDE=triton.next_power_of_2(k), N=n,
-        R=rows, NORM=norm is not None, RESIDUAL=residual, CAP=cap, **settings, num_warps=warps, **dependent(pdl),
+        x, norm, out, bias, *(buffer for buffer, _ in parts), eps, each, grids, K=k,
+        WIDE=triton.next_power_of_2(k), N=n, R=rows, NORM=norm is not None, RESIDUAL=residual, CAP=cap, **settings, num_warps=warps, **dependent(pdl),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from offmoe.kernels.gpu.attention import LOG2E, dot_type, joined, partial_of, to_l2, unjoined
 from offmoe.kernels.gpu.formats.dot import UNIT, fold, x_of
+from offmoe.kernels.gpu.formats.grids import grids_for
 from offmoe.kernels.gpu.gemv import Part, interpreted, multiprocessors, planes, rows_of, tile
 from offmoe.kernels.gpu.launch import dependent
 from offmoe.kernels.gpu.striped import striped_index
@@ -50,7 +51,7 @@ def join(partial, mine, head, active, splits, HEADS: tl.constexpr, K: tl.constex
 
 @triton.jit
 def _heads(
-    x, buffer, out, position, splits, least, each,
+    x, buffer, out, position, splits, least, each, grids,
     HEADS: tl.constexpr, K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, U: tl.constexpr,
     FORMAT: tl.constexpr, WIDTH: tl.constexpr, JOINED: tl.constexpr, WIDE: tl.constexpr, MANY: tl.constexpr,
     BLOCK: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, PDL: tl.constexpr,
@@ -76,9 +77,9 @@ def _heads(
         _, active = divided(here, splits, least, BLOCK)
         mine = x + splits * HEADS * (K + 2) + (head * tl.num_programs(0) + which) * K
         join(x, mine, head, active, splits, HEADS, K, WIDE, MANY)
-        xs = x_of(mine, mine, none, u * WIDTH, there, FORMAT, K, False)
+        xs = x_of(mine, mine, none, u * WIDTH, there, FORMAT, K, False, grids)
     else:
-        xs = x_of(x, x, none, head * K + u * WIDTH, there, FORMAT, HEADS * K, False)
+        xs = x_of(x, x, none, head * K + u * WIDTH, there, FORMAT, HEADS * K, False, grids)
     for row in range(first, end, R):
         at, ahead = row + r, row + R + r
         following = rows_of(buffer, none, u, there, ahead, end, UNITS, FORMAT, P0, P1, P2, P3)
@@ -215,7 +216,7 @@ def head_products(x: Tensor, part: Part, out: Tensor, heads: int, splits: tuple[
     each = rows * triton.cdiv(n, rows * shared)
     count, least, position, block = splits or (1, 1, x, 16)
     _heads[(triton.cdiv(n, each), heads)](
-        x, buffer, out, position, count, least, each, HEADS=heads, K=k, N=n, R=rows,
+        x, buffer, out, position, count, least, each, grids_for(x.device, form.format), HEADS=heads, K=k, N=n, R=rows,
         U=triton.next_power_of_2(k // UNIT[form.format]), FORMAT=form.format, WIDTH=UNIT[form.format],
         JOINED=splits is not None, WIDE=triton.next_power_of_2(k), MANY=min(8, triton.next_power_of_2(count)),
         BLOCK=block, **planes("P", form), num_warps=4, **dependent(pdl),

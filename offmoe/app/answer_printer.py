@@ -34,7 +34,7 @@ class AnswerPrinter:
         """End the answer's last line."""
         self._end_reasoning("\n")
         if self._out:
-            self._out.write("\n")
+            self._out.end_answer()
 
     def _add_reasoning(self, piece: Piece) -> None:
         self._started = self._started or time.monotonic()
@@ -52,7 +52,7 @@ class AnswerPrinter:
         if text:
             self._end_reasoning("\n\n")
         self.text += text
-        if self._out:
+        if self._out and text:
             self._out.write(text)
 
     def _end_reasoning(self, separator: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 from functools import partial
@@ -13,86 +12,104 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offmoe import __version__
-from offmoe.app.answer_printer import AnswerPrinter
 from offmoe.app.options import (
     Command,
     LazyGroup,
+    chat_options,
+    file_option,
     json_option,
     option,
     parse_options,
     placement_options,
+    plain_option,
     profile_option,
     raw_option,
     reasoning_option,
     sampling_options,
+    stats_option,
     system_option,
     think_option,
 )
 from offmoe.app.profile import apply_profile
 from offmoe.app.report import section_tables
-from offmoe.app.terminal import choose_output, choose_ui, clean, console, decode, interruptible, one_line, progress_bar
+from offmoe.app.run import build_prompt, print_answer, print_json, read_prompt
+from offmoe.app.signals import Terminated, terminable
+from offmoe.app.terminal import clean, console, one_line, progress_bar
 from offmoe.cache.files import check_output
 from offmoe.checkpoint.find_model import find_model
 from offmoe.errors import OffmoeError, users_mistakes
 from offmoe.machine.gc_pause import gc_paused
-from offmoe.settings import Sampling, Settings
+from offmoe.settings import Settings
 
 if TYPE_CHECKING:
     from offmoe.engine import Engine
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-CHAT = "offmoe chat", "offmoe chat model.gguf --vram 8GiB", "echo 'Hello!' | offmoe chat --greedy"
+# Texts of --help are arguments and no docstrings, which `python -OO` drops.
+HELP = """Chat with a mixture-of-experts model that does not fit in your GPU's memory.
+
+MODEL is a .gguf file, a directory of safetensors, a Hugging Face name (org/name, or org/name:Q4_K_M to select one GGUF
+of several), or demo, the small model that comes with offmoe."""
+CHAT = "offmoe chat", "offmoe chat model.gguf --vram 8GiB", "offmoe chat -c", "echo 'Hello!' | offmoe chat --greedy"
+RUN_HELP = """Print MODEL's answer to PROMPT, or to standard input.
+
+If PROMPT is given and standard input is a file or a pipe, the answer is to both: PROMPT, a blank line, the input."""
 RUN = (
     "offmoe run demo 'Why is the sky blue?'",
+    "offmoe run demo 'Summarise this.' < report.txt",
     "offmoe run model.gguf --json --greedy < prompt.txt",
     "offmoe run org/name:Q4_K_M 'Once upon a time' --raw --max-tokens 100",
 )
+DOCTOR_HELP = """Check what this machine offers, and what keeps offmoe from using it.
+
+The disk that holds MODEL (default: the demo) is measured."""
 DOCTOR = "offmoe doctor", "offmoe doctor /models/model.gguf --json"
-INFO = "offmoe info", "offmoe info model.gguf --vram 8GiB --ram 16GiB", "offmoe info org/name --json"
+INFO = (
+    "offmoe info",
+    "offmoe info model.gguf --vram 8GiB --ram 16GiB",
+    "offmoe info org/name --json",
+    "offmoe info model.gguf --check",
+)
+PACK_HELP = "Convert the safetensors MODEL to the GGUF file OUT, which llama.cpp can read too."
 PACK = ("offmoe pack ./olmoe olmoe-q4_0.gguf --format q4_0",)
 
 
 LAB = {"trace": "offmoe.lab.trace.cli", "bench": "offmoe.lab.bench_cli", "tune": "offmoe.lab.tune.cli"}
 
 
-@click.group(cls=LazyGroup, modules=LAB, invoke_without_command=True, context_settings=CONTEXT)
+@click.group(cls=LazyGroup, modules=LAB, invoke_without_command=True, context_settings=CONTEXT, help=HELP)
 @click.version_option(__version__, message="offmoe %(version)s")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Chat with a mixture-of-experts model that does not fit in your GPU's memory.
-
-    MODEL is a .gguf file, a directory of safetensors, a Hugging Face name (org/name, or org/name:Q4_K_M to select
-    one GGUF of several), or demo, the small model that comes with offmoe.
-    """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
-@cli.command(cls=Command, examples=CHAT)
-@click.argument("model", default="demo")
+@cli.command(cls=Command, examples=CHAT, help="Chat with MODEL (default: the demo); /help lists the chat's commands.")
+@click.argument("model", required=False)
+@chat_options
+@file_option
 @placement_options
 @profile_option
 @sampling_options
 @system_option
 @think_option
 @reasoning_option
-def chat(model: str, system: str | None, think: str | None, reasoning: str, no_profile: bool, **chosen: Any) -> None:
-    """Chat with MODEL (default: the demo); /help lists the chat's commands."""
-    settings, sampling = parse_options(chosen)
-    path = find_model(model)
-    settings, profile_note = (settings, None) if no_profile else apply_profile(path, settings)
-    from offmoe.app.chat import COMMANDS, Chat
+@plain_option
+@stats_option("line")
+def chat(**chosen: Any) -> None:
+    from offmoe.app.start_chat import list_chats, start_chat
 
-    ui = choose_ui(list(COMMANDS))
-    with load(path, settings, think) as engine:
-        for line in (f"{model} · {engine.plan.summary()}", *filter(None, [profile_note]), *engine.notes):
-            ui.note(line)
-        Chat(engine, ui, str(path.resolve()), sampling, system, reasoning, think).loop()
+    if chosen.pop("list_chats"):
+        list_chats()
+    else:
+        start_chat(load, **chosen)
 
 
-@cli.command(cls=Command, examples=RUN)
+@cli.command(cls=Command, examples=RUN, help=RUN_HELP)
 @click.argument("model")
 @click.argument("prompt", required=False)
+@file_option
 @placement_options
 @profile_option
 @sampling_options
@@ -100,40 +117,41 @@ def chat(model: str, system: str | None, think: str | None, reasoning: str, no_p
 @think_option
 @reasoning_option
 @raw_option
+@plain_option
+@stats_option("off")
 @json_option
 def run(
     model: str,
     prompt: str | None,
+    files: tuple[str, ...],
     system: str | None,
     think: str | None,
     reasoning: str,
     raw: bool,
+    plain: bool,
+    stats: str,
     as_json: bool,
     no_profile: bool,
     **chosen: Any,
 ) -> None:
-    """Print MODEL's answer to PROMPT, or to standard input."""
     if raw and system:
         raise click.UsageError("--raw and --system exclude each other.")
     if raw and think:
         raise click.UsageError("--raw and --think exclude each other: --raw uses no template.")
     settings, sampling = parse_options(chosen)
-    path, text = find_model(model), read_prompt(prompt)
+    path, text = find_model(model), read_prompt(prompt, files)
     settings, profile_note = (settings, None) if no_profile else apply_profile(path, settings)
     if profile_note:
         click.echo(clean(profile_note), err=True)
     with load(path, settings, think) as engine:
-        print_answer(engine, build_prompt(engine, text, system, raw), sampling, None if as_json else reasoning)
+        asked = build_prompt(engine, text, system, raw)
+        print_answer(engine, asked, sampling, None if as_json else reasoning, plain, stats)
 
 
-@cli.command(cls=Command, examples=DOCTOR)
+@cli.command(cls=Command, examples=DOCTOR, help=DOCTOR_HELP)
 @click.argument("model", default="demo")
 @json_option
 def doctor(model: str, as_json: bool) -> int:
-    """Check what this machine offers, and what keeps offmoe from using it.
-
-    The disk that holds MODEL (default: the demo) is measured.
-    """
     path = find_model(model)
     from offmoe.app.doctor import PROBLEM, run_checks, table
 
@@ -145,13 +163,15 @@ def doctor(model: str, as_json: bool) -> int:
     return int(any(check.status == PROBLEM for check in checks))
 
 
-@cli.command(cls=Command, examples=INFO)
+@cli.command(cls=Command, examples=INFO, help="Describe MODEL and the cost of one token, without loading it.")
 @click.argument("model", default="demo")
 @placement_options
+@option("Output", "--check", "whole", is_flag=True, help="Read MODEL's files whole: is anything damaged or unread?")
 @json_option
-def info(model: str, as_json: bool, **chosen: Any) -> None:
-    """Describe MODEL and the cost of one token, without loading it."""
+def info(model: str, whole: bool, as_json: bool, **chosen: Any) -> int:
     settings, path = Settings.of(**chosen), find_model(model)
+    if whole:
+        return check_files(path, as_json)
     from offmoe.app.info import inspect_model
     from offmoe.models.model import open_model
 
@@ -162,9 +182,23 @@ def info(model: str, as_json: bool, **chosen: Any) -> None:
         print_json(facts.as_dict())
     else:
         console().print(*section_tables(facts.sections()), sep="\n")
+    return 0
 
 
-@cli.command("pack", cls=Command, examples=PACK)
+def check_files(path: Path, as_json: bool) -> int:
+    """Print what reading a model's files whole finds. Return the exit status: 1 if something is damaged."""
+    with progress_bar("reading") as progress:
+        from offmoe.app.check import check
+
+        report = check(path, progress)
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        click.echo("\n".join(map(one_line, report.lines())))
+    return int(report.is_damaged)
+
+
+@cli.command("pack", cls=Command, examples=PACK, help=PACK_HELP)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @option(
@@ -172,7 +206,6 @@ def info(model: str, as_json: bool, **chosen: Any) -> None:
 )
 @option("Output", "--force", is_flag=True, help="Overwrite OUT if it exists.")
 def pack_command(model: str, out: Path, fmt: str, force: bool) -> None:
-    """Convert the safetensors MODEL to the GGUF file OUT, which llama.cpp can read too."""
     path = find_model(model)
     with users_mistakes():
         check_output(out, force, ".gguf")
@@ -193,45 +226,6 @@ def load(path: Path, settings: Settings, think: str | None = None) -> Engine:
         engine = Engine.load(str(path), progress, think, settings)
         gc.freeze()  # everything allocated so far lives as long as the process
         return engine
-
-
-def read_prompt(prompt: str | None) -> str:
-    """Return PROMPT or standard input. Raises OffmoeError if it is empty or not UTF-8."""
-    raw = os.fsencode(prompt) if prompt is not None else sys.stdin.buffer.read()
-    text = decode(raw, source="PROMPT" if prompt is not None else "standard input")
-    if not text.strip():
-        raise OffmoeError("the prompt is empty: give PROMPT, or write it to standard input")
-    return text
-
-
-def build_prompt(engine: Engine, text: str, system: str | None, raw: bool) -> Any:
-    """Return the argument of `Engine.generate`: token ids of raw text, messages, or one user message."""
-    if raw:
-        if engine.tokenizer is None:
-            raise OffmoeError("--raw needs a tokenizer, and the model has none: use a model with a tokenizer")
-        return engine.tokenizer.encode(text)
-    if system:
-        return [{"role": "system", "content": system}, {"role": "user", "content": text}]
-    return text
-
-
-def print_answer(engine: Engine, prompt: Any, sampling: Sampling, reasoning: str | None) -> None:
-    """Print the answer while it is generated; if `reasoning` is None, print one JSON object at its end."""
-    printer = AnswerPrinter(choose_output(), reasoning) if reasoning else AnswerPrinter(None)
-    with interruptible(engine.cancel):
-        for piece in engine.generate(prompt, sampling):
-            printer.add(piece)
-    printer.finish()
-    stats = engine.stats()
-    if not reasoning:
-        texts = {"text": printer.text, "reasoning": printer.reasoning}
-        print_json({**texts, **stats.as_dict(), "tokens": engine.answer_tokens})
-    if stats.finish_reason == "cancelled":
-        raise KeyboardInterrupt
-
-
-def print_json(value: Any) -> None:
-    click.echo(json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def explain(error: BaseException) -> str | None:
@@ -267,18 +261,27 @@ def replace_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # open until the process ends
 
 
+def discard_output() -> None:
+    """Send what standard output still holds to /dev/null: its reader is gone, and the flush at exit would fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> int:
     """Run the command line and print any error on one line. OFFMOE_DEBUG=1 prints its traceback instead."""
     replace_closed_streams()
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a locale without "·" or "…"
     try:
-        status = cli.main(prog_name="offmoe", standalone_mode=False)
-        sys.stdout.flush()
+        with terminable():
+            status = cli.main(prog_name="offmoe", standalone_mode=False)
+            sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except click.Abort:  # click turns Ctrl-C into this
         return 130
+    except Terminated as ended:
+        discard_output()
+        return 128 + ended.signum
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit fails again
+        discard_output()
         return 1
     except Exception as error:
         line = explain(error)

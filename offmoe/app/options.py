@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from importlib import import_module
@@ -11,6 +12,7 @@ from typing import Any
 import click
 
 from offmoe.app.answer_printer import DIM, REASONING_MODES
+from offmoe.app.report import LINE, STATS_MODES
 from offmoe.settings import Sampling, Settings
 
 Decorator = Callable[[Any], Any]
@@ -19,17 +21,63 @@ Decorator = Callable[[Any], Any]
 class Option(click.Option):
     """An option with the heading that it appears under in --help."""
 
-    def __init__(self, *names: Any, group: str, **arguments: Any) -> None:
+    def __init__(self, *names: Any, group: str, bare: str | None = None, **arguments: Any) -> None:
+        """`bare`: the value where the option stands without one; its type is a Choice."""
         super().__init__(*names, **arguments)
         self.group = group
+        self.bare = bare
+
+
+class Number(click.FloatRange):
+    """A finite number, perhaps in a range: click's own types accept NaN, which lies inside every range."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+    def _describe_range(self) -> str:
+        return super()._describe_range() if self.min is not None or self.max is not None else ""
+
+
+def bare_value(option: click.Parameter) -> str | None:
+    """Return the value of an option that stands without one, or None if it needs one."""
+    return option.bare if isinstance(option, Option) else None
+
+
+def choices(option: click.Parameter) -> Sequence[str]:
+    """Return the values that an option accepts, if there is a list of them."""
+    return option.type.choices if isinstance(option.type, click.Choice) else ()
 
 
 class Command(click.Command):
-    """A command whose --help groups options under headings and ends with examples."""
+    """A command whose --help groups options under headings and ends with examples.
+
+    An option whose value may be left out takes the next argument only if that is one of its choices.
+    """
 
     def __init__(self, *arguments: Any, examples: tuple[str, ...], **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.examples = examples
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(self._with_values(args)))
+
+    def _with_values(self, args: list[str]) -> Iterator[str]:
+        """Yield the arguments, with the value of each option that stands without one."""
+        optional = {name: option for option in self.params if bare_value(option) for name in option.opts}
+        for index, arg in enumerate(args):
+            if arg == "--":
+                yield from args[index:]
+                return
+            option = optional.get(arg)
+            if option is None or args[index + 1 : index + 2] in [[value] for value in choices(option)]:
+                yield arg
+            else:
+                yield f"{arg}={bare_value(option)}"
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -122,7 +170,10 @@ sampling_options: Decorator = combine(
     ),
     sampling("--top-k", type=int, metavar="K", help="Sample from the K most likely tokens; 0 means all."),
     sampling(
-        "--top-p", type=float, metavar="P", help="Sample from the most likely tokens whose probabilities add up to P."
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="Sample from the most likely tokens whose probabilities add up to P.",
     ),
     sampling("--min-p", type=float, metavar="P", help="Drop tokens less likely than P times the most likely one."),
     sampling(
@@ -148,6 +199,39 @@ think_option: Decorator = option(
     metavar="on|off|WORD",
     help="Turn the model's thinking on or off, or set its effort: low, medium, high, …",
 )
+chat_options: Decorator = combine(
+    option("Conversation", "-c", "--continue", "again", is_flag=True, help="Continue the last chat, with its model."),
+    option("Conversation", "--list", "list_chats", is_flag=True, help="List the kept chats; /load NAME continues one."),
+    option("Conversation", "--no-keep", is_flag=True, help="Keep neither this chat nor the input history."),
+    option("Conversation", "--commands", is_flag=True, help="Run /commands from a pipe too; without it, all is text."),
+)
+file_option: Decorator = option(
+    "Conversation",
+    "-f",
+    "--file",
+    "files",
+    multiple=True,
+    metavar="FILE",
+    help="Add a text file to the (first) message. May be repeated.",
+)
+plain_option: Decorator = option(
+    "Output", "--plain", is_flag=True, help="Print answers as generated: no Markdown, no line breaks between words."
+)
+
+
+def stats_option(default: str) -> Decorator:
+    """Return the option --stats."""
+    return option(
+        "Output",
+        "--stats",
+        type=click.Choice(STATS_MODES),
+        default=default,
+        bare=LINE,
+        show_default=True,
+        help="Statistics after an answer: a line, a short one, or none.",
+    )
+
+
 raw_option: Decorator = option(
     "Conversation", "--raw", is_flag=True, help="Use PROMPT as it is, without the chat template."
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offmoe.app.terminal import clean
+from offmoe.app.chat_store import KeptChat
+from offmoe.app.terminal import clean, one_line
 from offmoe.settings import format_size
 from offmoe.stats.stats import Roof, Stats
 
@@ -14,20 +16,80 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def stats_line(stats: Stats) -> str:
+STATS_MODES = LINE, SHORT, OFF = ("line", "short", "off")
+FULL = 0.8  # share of the context from which the user is warned
+
+
+def stats_line(stats: Stats, ctx: int | None = None, width: int | None = None, mode: str = LINE) -> str:
     """Return one line: 42 tokens · 61.3 tok/s · first 0.21 s · hit 61.2% · 3.6 MiB/token paged · roof 88 tok/s (floor)
-    70%
+    70% · context 12%
+
+    `ctx` are the tokens that the context holds. The least important parts are left out where the line would be wider
+    than `width`; the mode `short` has only the most important ones, `off` none.
     """
-    parts = [f"{stats.tokens} tokens", f"{stats.decode_tok_s:.1f} tok/s", f"first {stats.ttft_s:.2f} s"]
-    parts.append(f"hit {stats.hit_rate:.1%}")
-    parts.append(f"{format_size(stats.pcie_bytes_per_token)}/token paged")
+    parts = {"tokens": f"{stats.tokens} tokens", "speed": f"{stats.decode_tok_s:.1f} tok/s"}
+    parts["first"] = f"first {stats.ttft_s:.2f} s"
+    parts["hit"] = f"hit {stats.hit_rate:.1%}"
+    parts["paged"] = f"{format_size(stats.pcie_bytes_per_token)}/token paged"
     if stats.nvme_bytes_per_token:
-        parts.append(f"{format_size(stats.nvme_bytes_per_token)}/token from disk")
+        parts["disk"] = f"{format_size(stats.nvme_bytes_per_token)}/token from disk"
     if stats.roof:
-        parts.append(f"{roof_text(stats.roof)} {stats.decode_tok_s / stats.roof.tok_s:.0%}")
+        parts["roof"] = f"{roof_text(stats.roof)} {stats.decode_tok_s / stats.roof.tok_s:.0%}"
+    if ctx:
+        parts["context"] = f"context {context_fill(stats, ctx):.0%}"
     if stats.finish_reason != "stop":
-        parts.append(stats.finish_reason)
-    return " · ".join(parts)
+        parts["reason"] = stats.finish_reason
+    if mode == SHORT:
+        parts = {name: parts[name] for name in ("tokens", "speed", "context", "reason") if name in parts}
+    for name in ("disk", "paged", "first", "roof", "hit", "speed", "context", "tokens"):
+        if width is not None and len(" · ".join(parts.values())) > width and len(parts) > 1:
+            parts.pop(name, None)
+    return "" if mode == OFF else " · ".join(parts.values())
+
+
+def context_fill(stats: Stats, ctx: int) -> float:
+    """Return the share of the context that the conversation takes after an answer."""
+    return min(1.0, (stats.prompt_tokens + stats.tokens) / ctx)
+
+
+def cut_note(stats: Stats, text: str, reasoning: str) -> str | None:
+    """Return a line for an answer that was cut or has no text, or None. A full context is for the caller to explain."""
+    if not text.strip() and stats.finish_reason != "cancelled":
+        if reasoning:
+            return (
+                f"the answer is empty: all {stats.tokens} tokens are reasoning; raise --max-tokens, or try --think off"
+            )
+        return "the answer is empty: the model ended it at once"
+    if stats.finish_reason == "length":
+        return f"the answer was cut after {stats.tokens} tokens: --max-tokens allows no more"
+    return None
+
+
+def chats_table(chats: list[KeptChat]) -> RenderableType:
+    """Return a table of kept chats."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if not chats:
+        return "no chats are kept yet"
+    table = Table("name", "messages", "model", "first message", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for column in table.columns:
+        column.no_wrap, column.overflow = True, "ellipsis"
+    for chat in chats:
+        table.add_row(chat.name, str(chat.messages), Text(clean(Path(chat.model).name)), Text(one_line(chat.first)))
+    return table
+
+
+def help_table(rows: list[tuple[str, str]]) -> Table:
+    """Return a table of names and what they do, without lines."""
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def roof_text(roof: Roof) -> str:

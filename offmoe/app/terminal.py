@@ -1,22 +1,21 @@
-"""Output to the screen: a terminal with line editing and colour, or a pipe without them."""
+"""Output to the screen: a terminal with colour, or a pipe without it. `prompt.py` adds line editing."""
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from offmoe.errors import OffmoeError
+from offmoe.app.signals import interruptible
+from offmoe.text.read_text import decode_text
 
 if TYPE_CHECKING:
-    from prompt_toolkit import PromptSession
     from rich.console import Console, RenderableType
+
+    from offmoe.app.markdown import MarkdownWriter
+    from offmoe.app.wrap import WordWrapper
 
 Progress = Callable[[str, int, int], None]  # (description, amount done, total)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 except \t \n, DEL, C1: a model could move the cursor
@@ -31,6 +30,9 @@ class Output(Protocol):
     def write_reasoning(self, text: str) -> None:
         """Write a piece of the reasoning before the answer."""
 
+    def end_answer(self) -> None:
+        """Write what was held back, and end the answer's last line."""
+
     def status(self, text: str) -> None:
         """Replace the current status line by `text`; "" removes it."""
 
@@ -42,11 +44,22 @@ class UI(Output, Protocol):
     """Output of a chat, and the questions it asks its user."""
 
     interactive: bool  # whether a person can be asked; if so, the chat continues after an error
+    commands: bool  # whether a line of input may be a command: text from a pipe is only text
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the screen, or None without one."""
 
     def ask(self) -> str | None:
         """Return the next message or command, or None at the end of the input."""
 
+    def edit(self, text: str) -> str | None:
+        """Let the user change `text`; return None if it is to stay as it was."""
+
     def confirm(self, question: str) -> bool: ...
+
+    def answering(self, stop: Callable[[], None], paused: Callable[[float], None]) -> AbstractContextManager[None]:
+        """Let Ctrl-C call `stop` while the block runs, and `paused` learn of seconds in which it was suspended."""
 
     def show(self, table: RenderableType) -> None: ...
 
@@ -55,18 +68,26 @@ class Pipe:
     """Not a terminal: answers go to stdout, everything else to stderr, and no questions are asked."""
 
     interactive = False
+    width: int | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, commands: bool = False) -> None:
+        self.commands = commands
         self.offset = 0  # bytes of standard input before the current line
 
     def ask(self) -> str | None:
         line = sys.stdin.buffer.readline()
-        text = decode(line, self.offset).rstrip("\r\n")
+        text = decode_text(line, "standard input", self.offset).rstrip("\r\n")
         self.offset += len(line)
         return text if line else None
 
+    def edit(self, text: str) -> str | None:
+        return None
+
     def confirm(self, question: str) -> bool:
         return True
+
+    def answering(self, stop: Callable[[], None], paused: Callable[[float], None]) -> AbstractContextManager[None]:
+        return interruptible(stop)
 
     def write(self, text: str) -> None:
         sys.stdout.write(clean(text) if sys.stdout.isatty() else text)
@@ -75,6 +96,9 @@ class Pipe:
     def write_reasoning(self, text: str) -> None:
         sys.stderr.write(dim(clean(text)) if sys.stderr.isatty() else text)
         sys.stderr.flush()
+
+    def end_answer(self) -> None:
+        self.write("\n")
 
     def status(self, text: str) -> None:
         """Do nothing: a status line needs a terminal."""
@@ -87,75 +111,76 @@ class Pipe:
 
 
 class Screen:
-    """A terminal; reasoning and notes are dim."""
+    """A terminal: answers are rendered as Markdown, reasoning and notes are dim, and lines break between words."""
 
-    def __init__(self) -> None:
+    def __init__(self, plain: bool = False) -> None:
+        """`plain`: write an answer as it is, as on a terminal that cannot move its cursor."""
         self.console = console()
+        self.plain = plain or self.console.is_dumb_terminal
+        self._writer: MarkdownWriter | None = None
+        self._wrapper: WordWrapper | None = None
+
+    @property
+    def width(self) -> int | None:
+        return self.console.width
 
     def write(self, text: str) -> None:
-        sys.stdout.write(clean(text))
-        sys.stdout.flush()
+        if self.plain:
+            self._print(clean(text))
+            return
+        self._end_reasoning()
+        if self._writer is None:
+            from offmoe.app.markdown import MarkdownWriter
+
+            self._writer = MarkdownWriter(self.console)
+        self._writer.write(clean(text))
 
     def write_reasoning(self, text: str) -> None:
-        sys.stdout.write(dim(clean(text)))
-        sys.stdout.flush()
+        if self.plain:
+            self._print(dim(clean(text)))
+            return
+        if self._wrapper is None:
+            from offmoe.app.wrap import WordWrapper
+
+            self._wrapper = WordWrapper(lambda: self.console.width)
+        self._print(dim(self._wrapper.push(clean(text))))
+
+    def end_answer(self) -> None:
+        self._end_reasoning()
+        if self._writer is not None:
+            self._writer.end()
+            self._writer = None
+        else:
+            self._print("\n")
+
+    def moved(self) -> None:
+        """Begin a new line for what is drawn next: something else, such as a shell, has written to the screen."""
+        if self._writer is not None:
+            self._writer.forget()
 
     def status(self, text: str) -> None:
-        sys.stdout.write(f"\r\x1b[K{dim(clean(text))}")
-        sys.stdout.flush()
+        self._print(f"\r\x1b[K{dim(clean(text)[: self.console.width - 1])}")
 
     def note(self, text: str) -> None:
-        self.console.print(clean(text), style="dim", markup=False, highlight=False, soft_wrap=True)
+        self._end_reasoning()
+        self.console.print(clean(text), style="dim", markup=False, highlight=False, soft_wrap=self.plain)
 
     def show(self, table: RenderableType) -> None:
         self.console.print(table)
 
+    def _end_reasoning(self) -> None:
+        if self._wrapper is not None:
+            self._print(dim(self._wrapper.flush()))
+            self._wrapper = None
 
-class Terminal(Screen):
-    """An interactive terminal: history, completion of commands, multi-line paste."""
-
-    interactive = True
-
-    def __init__(self, commands: list[str]) -> None:
-        super().__init__()
-        self.session = prompt_session(commands)
-        self.exit_armed = False  # Ctrl-C was pressed at an empty prompt: the next one exits
-
-    def ask(self) -> str | None:
-        while True:
-            try:
-                text = self.session.prompt("› ")
-            except EOFError:
-                return None
-            except KeyboardInterrupt:
-                if self.on_ctrl_c():
-                    return None
-                continue
-            self.exit_armed = False
-            return text
-
-    def on_ctrl_c(self) -> bool:
-        """Clear the line, or warn at an empty prompt; return True if this is the second Ctrl-C there, which exits."""
-        empty = not self.session.default_buffer.text.strip()
-        exits = empty and self.exit_armed
-        self.exit_armed = empty
-        if empty and not exits:
-            self.note("press Ctrl-C again or Ctrl-D to exit")
-        return exits
-
-    def confirm(self, question: str) -> bool:
-        from prompt_toolkit import prompt  # input() would mistake a late cursor report for a reply
-
-        try:
-            reply = prompt(f"{question} [Y/n] ")
-        except (EOFError, KeyboardInterrupt):
-            return False
-        return reply.strip().lower() in ("", "y", "yes")
+    def _print(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
-def choose_ui(commands: list[str]) -> UI:
-    """Return a Terminal if standard input and output both are terminals, else a Pipe."""
-    return Terminal(commands) if sys.stdin.isatty() and sys.stdout.isatty() else Pipe()
+def choose_output(plain: bool) -> Output:
+    """Return the output of `offmoe run`: a Screen if stdout is a terminal, else a Pipe."""
+    return Screen(plain) if sys.stdout.isatty() else Pipe()
 
 
 def console() -> Console:
@@ -186,45 +211,6 @@ def progress_bar(label: str) -> Iterator[Progress]:
         yield progress
 
 
-def prompt_session(commands: list[str]) -> PromptSession[str]:
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.history import FileHistory
-    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-
-    keys = KeyBindings()
-
-    @keys.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    history = history_file()
-    return PromptSession(
-        history=FileHistory(history) if history else None,
-        completer=WordCompleter(commands, sentence=True),
-        complete_while_typing=False,
-        key_bindings=keys,
-    )
-
-
-def history_file() -> Path | None:
-    """Return the history file, readable only by its owner, or None if the state directory is not writable."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    path = state / "offmoe" / "history"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path.touch(mode=0o600)
-        path.chmod(0o600)
-        return path if os.access(path, os.W_OK) else None
-    except OSError:
-        return None
-
-
-def choose_output() -> Output:
-    """Return the output of `offmoe run`: a Screen if stdout is a terminal, else a Pipe."""
-    return Screen() if sys.stdout.isatty() else Pipe()
-
-
 def dim(text: str) -> str:
     return f"\x1b[2m{text}\x1b[0m" if text else ""
 
@@ -237,32 +223,3 @@ def clean(text: str) -> str:
 def one_line(text: str) -> str:
     """Return `text` on one line without control characters."""
     return " ".join(clean(text.replace("\r", "\n")).split())
-
-
-def decode(raw: bytes, offset: int = 0, source: str = "standard input") -> str:
-    """Decode UTF-8 from the user. Raises OffmoeError that names the first invalid byte, counted from `offset`."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise OffmoeError(
-            f"{source} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start}"
-        ) from None
-
-
-@contextmanager
-def interruptible(stop: Callable[[], None]) -> Iterator[None]:
-    """Make Ctrl-C call `stop`, so that it does not interrupt a step; the third one raises KeyboardInterrupt."""
-    presses = 0
-
-    def on_sigint(signum: int, frame: FrameType | None) -> None:
-        nonlocal presses
-        presses += 1
-        if presses > 2:
-            raise KeyboardInterrupt
-        stop()
-
-    previous = signal.signal(signal.SIGINT, on_sigint)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)

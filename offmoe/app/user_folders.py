@@ -18,6 +18,19 @@ def state_folder() -> Path:
     return user_folder("XDG_STATE_HOME", ".local/state")
 
 
+def open_state_folder(name: str = "") -> Path:
+    """Return a directory in that of the state; it is made, open to its owner only, if it is missing.
+
+    Raises OffmoeError if that is impossible.
+    """
+    folder = state_folder() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise OffmoeError(f"{folder}: {error.strerror}") from None
+    return folder
+
+
 def user_folder(variable: str, default: str) -> Path:
     """Return the directory `offmoe` in the one that `variable` names, or in `default` of the home directory.
 

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,10 +15,15 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from offmoe.checkpoint.file_names import join_names as join_names
+from offmoe.checkpoint.first_bytes import PEEK, found_instead, unfinished
 from offmoe.checkpoint.row_major import ToRowMajor
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS, dequantise
 
+EMPTY = "is empty: expected weights; copy the model again"  # refusal of a tensor without elements
+BOM = b"\xef\xbb\xbf"  # the byte order mark that some editors write before UTF-8
+NUMBERS_AND_NAMES = ("config.json", "generation_config.json", "adapter_config.json", "model_index.json")
 JSON_LIMIT = 64 << 20  # the largest tokenizer.json known is 33 MB
 
 
@@ -28,18 +34,25 @@ class ByteRange:
     file: int
     offset: int
     nbytes: int
+    shared: bool = False  # they belong to every matrix of a stack, not a part to each
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as its header describes it. `shape` is in torch's order: rows of shape[-1] weights."""
+    """A tensor as its header describes it. `shape` is in torch's order: rows of shape[-1] weights.
+
+    A checkpoint may hold tensors that no model here computes with: buffers, a vision tower, parts of quantised
+    matrices. Such a tensor is kept with the file's own name of its type, and with the `refusal` that a role raises
+    which needs it.
+    """
 
     name: str
-    format: str  # a key of offmoe.kernels.formats.FORMATS
+    format: str  # a key of offmoe.kernels.formats.FORMATS, unless there is a refusal
     shape: tuple[int, ...]
     range: ByteRange
     scales: tuple[ByteRange, ...] = ()  # scales stored separately; in the format they precede `range`
     row_major: ToRowMajor | None = None  # conversion, if the file's layout is not that of `shape` and `format`
+    refusal: str = ""  # why no role can use the tensor: "has dtype …", or the whole error of a quantised matrix
 
     @property
     def nbytes(self) -> int:
@@ -55,6 +68,9 @@ class TensorInfo:
         """Return the byte ranges of matrix `number`: one, or more if scales are stored separately."""
         found = []
         for whole in (*self.scales, self.range):
+            if whole.shared:
+                found.append(whole)
+                continue
             nbytes = whole.nbytes // self.matrices
             found.append(ByteRange(whole.file, whole.offset + number * nbytes, nbytes))
         return found
@@ -68,7 +84,9 @@ class DataFile:
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not block
         except OSError as error:
-            raise OffmoeError(f"cannot open {path}: {error.strerror}") from error
+            lost = isinstance(error, FileNotFoundError) and path.is_symlink()
+            reason = f"it is a link to {os.readlink(path)}, which is not there; download it again"
+            raise OffmoeError(f"cannot open {path}: {reason if lost else error.strerror}") from error
         status = os.fstat(self.fd)
         self.size = status.st_size
         if not stat.S_ISREG(status.st_mode):
@@ -113,13 +131,11 @@ class Checkpoint:
         files: list[DataFile],
         tensors: dict[str, TensorInfo],
         metadata: dict[str, Any],
-        parts: dict[str, TensorInfo] | None = None,
     ) -> None:
         self.path = path
         self.kind = kind
         self.files = [file.path for file in files]  # indexed by ByteRange.file
         self.tensors = tensors
-        self.parts = parts or {}  # codes and scales of quantised matrices; models.quantisation combines them
         self.metadata = metadata  # key/value pairs of a GGUF: str, int, float, bool or a list of one of these types
         self._data = files
 
@@ -129,10 +145,16 @@ class Checkpoint:
         return read_json(path) if self.kind == "safetensors" and path.exists() else None
 
     def info(self, name: str) -> TensorInfo:
-        """Return the description of a tensor. Raises OffmoeError if there is no such tensor."""
+        """Return the description of a tensor. Raises OffmoeError if there is none, or offmoe cannot compute with it."""
         if name not in self.tensors:
             raise OffmoeError(f"{self.path} has no tensor {name!r}, which its architecture needs: copy the model again")
+        self.check_usable(self.tensors[name])
         return self.tensors[name]
+
+    def check_usable(self, info: TensorInfo) -> None:
+        """Raise OffmoeError if offmoe cannot compute with a tensor."""
+        if info.refusal:
+            raise OffmoeError(f"{self.path}: tensor {quote(info.name)} {info.refusal}")
 
     def read(self, name: str) -> Tensor:
         """Return a tensor's bytes in its format, uint8 [nbytes]; scales that are stored separately come first."""
@@ -199,12 +221,6 @@ def quote(text: object) -> str:
     return quoted if len(quoted) <= 80 else f"{quoted[:76]}…{quoted[-1]}"
 
 
-def join_names(names: Iterable[object], limit: int = 4) -> str:
-    """Return the first `limit` names, and how many more there are."""
-    texts = [str(name) for name in names]
-    return ", ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
-
-
 def check_ranges(file: DataFile, tensors: Iterable[TensorInfo], start: int) -> None:
     """Raise OffmoeError if a tensor reaches outside [start, end of the file) or two tensors overlap."""
     end, previous = start, ""
@@ -220,18 +236,46 @@ def check_ranges(file: DataFile, tensors: Iterable[TensorInfo], start: int) -> N
         end, previous = extent.offset + extent.nbytes, info.name
 
 
+@contextmanager
+def explaining(file: DataFile) -> Iterator[None]:
+    """Add to an error about a file what its name, or a file next to it, says: that its download is not finished."""
+    try:
+        yield
+    except OffmoeError as error:
+        cause = unfinished(file.path.name, listed(file.path.parent))
+        raise OffmoeError(f"{error}; {cause}") if cause else error from error.__cause__
+
+
+def listed(folder: Path) -> list[str]:
+    """Return the names in a folder, none if it cannot be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object. Raises OffmoeError on anything else."""
     with DataFile(path) as file:
         if file.size > JSON_LIMIT:
             raise OffmoeError(f"{path} has {file.size} bytes: expected a JSON file of at most {JSON_LIMIT}")
-        return parse_json(path, file.read(0, file.size).numpy().tobytes())
+        text = file.read(0, file.size).numpy().tobytes().removeprefix(BOM)
+    is_json = text.lstrip()[:1] in (b"{", b"[")
+    value = parse_json(path, text, lenient=path.name in NUMBERS_AND_NAMES) if is_json else {}
+    instead = found_instead(text[:PEEK], len(text)) if not is_json or value.keys() & {"error", "detail"} else ""
+    if instead:
+        raise OffmoeError(f"{path}: not valid JSON: {instead}")
+    return value if is_json else parse_json(path, text)
 
 
-def parse_json(path: Path, text: bytes, what: str = "") -> dict[str, Any]:
-    """Parse one JSON object without duplicate keys. `what` names the part of the file that `text` is, in errors."""
+def parse_json(path: Path, text: bytes, what: str = "", lenient: bool = False) -> dict[str, Any]:
+    """Parse one JSON object without duplicate keys. `what` names the part of the file that `text` is, in errors.
+
+    If `lenient`, U+FFFD stands for bytes that are not UTF-8: what has to be right is a number, or a name that is known.
+    """
     try:
-        value = json.loads(text.decode(), object_pairs_hook=reject_duplicate_keys)
+        decoded = text.decode(errors="replace" if lenient else "strict")
+        value = json.loads(decoded, object_pairs_hook=reject_duplicate_keys)
     except (ValueError, RecursionError) as error:
         raise OffmoeError(f"{path}: {what}not valid JSON: {str(error)[:100]}") from error
     if not isinstance(value, dict):
@@ -240,9 +284,8 @@ def parse_json(path: Path, text: bytes, what: str = "") -> dict[str, Any]:
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the pairs as a dict. Raises ValueError if a key appears twice."""
+    """Return the pairs as a dict. Raises ValueError if a key appears twice with different values."""
     table = dict(pairs)
-    if len(table) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {quote(max(keys, key=keys.count))} appears twice")
+    if len(table) != len(pairs) and (clash := [key for key, value in pairs if table[key] != value]):
+        raise ValueError(f"the key {quote(clash[0])} appears twice")
     return table

@@ -11,52 +11,73 @@ from typing import Any
 from offmoe.checkpoint.base import quote
 from offmoe.errors import OffmoeError
 
+
+class FieldError(OffmoeError):
+    """A field of a config that is missing or has an impossible value; the first `{}` in `text` is for its names."""
+
+    def __init__(self, source: str, text: str, *names: str) -> None:
+        super().__init__(source + text.replace("{}", " or ".join(names), 1))
+        self.text, self.names = text, names
+
+    def renamed(self, keys: Mapping[str, Any]) -> FieldError:
+        """Return the error for a GGUF, whose keys stand in `keys` by the field's name."""
+        named = (keys.get(name) for name in self.names)
+        names = [key for key in named if isinstance(key, str)] or self.names
+        return FieldError("the GGUF", self.text, *names)
+
+
+CONFIG = "the model's config"
 LARGEST = 2**24  # far above any dimension of a published model: a larger one means a damaged file
 
 
-def count(raw: Mapping[str, Any], *names: str, default: int | None = None) -> int:
-    """Return the first of `names` that is present: an integer of at least 1."""
+def count(raw: Mapping[str, Any], *names: str, default: int | None = None, least: int = 1) -> int:
+    """Return the first of `names` that is present: an integer of at least `least`."""
     for name in names:
         if (value := raw.get(name)) is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
-                raise OffmoeError(
-                    f"the model's config gives {name} = {quote(value)}: expected a whole number of at least 1"
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
+                raise FieldError(
+                    CONFIG, f" gives {{}} = {quote(value)}: expected a whole number of at least {least}", name
                 )
             return value
     if default is None:
-        raise OffmoeError(f"the model's config has no {' or '.join(names)}: it is incomplete or not an MoE model")
+        raise FieldError(CONFIG, " has no {}: it is incomplete or not an MoE model", *names)
     return default
 
 
-def number(raw: Mapping[str, Any], name: str, default: float) -> float:
+def number(raw: Mapping[str, Any], name: str, default: float | None = None) -> float:
     """Return a number of at least 0."""
     value = raw.get(name)
-    if value is None:
+    if value is None and default is not None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
-        raise OffmoeError(f"the model's config gives {name} = {quote(value)}: expected a number of at least 0")
+        raise FieldError(CONFIG, f" gives {{}} = {quote(value)}: expected a number of at least 0", name)
     return float(value)
 
 
 def flag(raw: Mapping[str, Any], name: str, default: bool) -> bool:
-    """Return a boolean."""
-    value = raw.get(name)
+    """Return a boolean; null is false, as transformers takes it."""
+    value = raw.get(name, default)
     if not isinstance(value, bool | None):
-        raise OffmoeError(f"the model's config gives {name} = {quote(value)}: expected true or false")
-    return default if value is None else value
+        raise FieldError(CONFIG, f" gives {{}} = {quote(value)}: expected true or false", name)
+    return bool(value)
 
 
 def text_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of the language model, which multimodal models keep in a table of their own."""
-    text = raw.get("text_config", {})
+    """Return the fields of the language model, which multimodal models keep in a table of their own.
+
+    As in transformers, a field of that name beside the table says nothing of it; but the quantisation stands there.
+    """
+    text = raw.get("text_config")
+    if text is None:
+        return dict(raw)
     if not isinstance(text, Mapping):
         raise OffmoeError("text_config in the model's config is no table")
-    return {**raw, **text}
+    return {**{name: raw[name] for name in ("quantization_config",) if name in raw}, **text}
 
 
 def numbers(raw: Mapping[str, Any], name: str) -> tuple[float, ...]:
     """Return a list of numbers above 0."""
     values = raw.get(name)
     if not isinstance(values, list) or not all(type(v) in (int, float) and 0 < v < 1e12 for v in values):
-        raise OffmoeError(f"the model's config gives {name} = {quote(values)}: expected a list of numbers above 0")
+        raise FieldError(CONFIG, f" gives {{}} = {quote(values)}: expected a list of numbers above 0", name)
     return tuple(float(value) for value in values)

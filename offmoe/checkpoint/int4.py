@@ -2,43 +2,47 @@
 
 AWQ and GPTQ compute x @ W and store W as [in, out], so that an output's row is spread over the whole tensor;
 compressed-tensors stores rows. All three are converted to one layout while they are read: kernels.formats.int4_groups.
-Sources of the packings: AutoAWQ's awq/utils/packing_utils.py, AutoGPTQ's qlinear_cuda_old.py, compressed-tensors'
-pack_quantized/helpers.py.
+Stacks of experts have stacks of each tensor. Sources of the packings: AutoAWQ's awq/utils/packing_utils.py, AutoGPTQ's
+qlinear_cuda_old.py, compressed-tensors' pack_quantized/helpers.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from math import prod
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from offmoe.checkpoint.base import Checkpoint, TensorInfo, quote
+from offmoe.checkpoint.base import ByteRange, Checkpoint, TensorInfo, quote
+from offmoe.checkpoint.parts import MisfitError, Parts, Shape, misfit
 from offmoe.checkpoint.row_major import Bytes, transpose
+from offmoe.checkpoint.scales import bytes_of, values
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS
 
 IN_ORDER, AWQ_ORDER = (0, 1, 2, 3, 4, 5, 6, 7), (0, 2, 4, 6, 1, 3, 5, 7)  # column held by nibble i of a word
 MIDDLE = 8  # zero point of symmetric quantisation
-# Tensors of a matrix MODULE: its codes, scales, zero points, and the group of each of its columns.
+# Endings of the tensors of a matrix: its codes, scales, zero points, and the group of each of its columns.
 NAMES = {
     "awq": ("qweight", "scales", "qzeros", ""),
     "gptq": ("qweight", "scales", "qzeros", "g_idx"),
-    "compressed-tensors": ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"),
+    "compressed-tensors": ("_packed", "_scale", "_zero_point", "_g_idx"),
 }
-SHAPE = ".weight_shape"  # in compressed-tensors; redundant, since the codes' shape says the same
+SHAPE = "_shape"  # in compressed-tensors; what the codes' shape says, if they have 4 bits
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Packing of all matrices of a checkpoint, as its quantization_config describes it."""
+    """Packing of all matrices of a checkpoint, as far as the tensors do not say it: groups are seen by their scales."""
 
     method: str  # quant_method
-    group: int  # columns that share a scale; -1: all columns of a row
-    zeros: bool  # each group has its own zero point
+    zeros: bool | None = None  # each group has its own zero point; None: where there are such tensors
     zero_offset: int = 0  # added to the zero points in the file
+    act_order: bool = False  # groups may have any columns, and g_idx says which
 
     @property
     def transposed(self) -> bool:
@@ -58,24 +62,42 @@ class Int4ToRowMajor:
     rows: int
     cols: int
     groups: int
-    format: str
+    kind: str  # type of the scales
+    zeros: bool  # the format has zero points
     has_zeros: bool
     has_order: bool
 
+    @property
+    def format(self) -> str:
+        """Name of the format that the conversion results in."""
+        return f"INT4_{block_size(self.cols // self.groups)}_{self.kind}" + "_ZEROS" * self.zeros
+
     def __call__(self, raw: Bytes, name: str) -> Bytes:
-        at = 2 * self.rows * self.groups
-        scales, small, codes = raw[:at], raw[at : at + self.small_nbytes], raw[at + self.small_nbytes :]
-        zeros = self.check_zeros(small, name)
-        scales_and_zeros = scales.view(np.uint16)
-        scales_and_zeros = (
-            transpose(scales_and_zeros.reshape(self.groups, self.rows))
-            if self.packing.transposed
-            else scales_and_zeros.reshape(self.rows, -1)
-        )
+        scales_and_zeros, zeros, order, codes = self.pieces(raw, name)
+        if not self.consecutive(order):
+            raise OffmoeError(
+                f"{name}: its g_idx has columns in groups out of order (act order), and neither the config nor the "
+                "first expert's tells it: set desc_act in the config"
+            )
         if zeros is not None:
             scales_and_zeros = np.stack((scales_and_zeros, zeros), -1)
         scales_and_zeros = np.repeat(scales_and_zeros, self.cols // FORMATS[self.format].block // self.groups, axis=1)
         return np.concatenate((scales_and_zeros.view(np.uint8).ravel(), self.row_major(codes)))
+
+    def pieces(
+        self, raw: Bytes, name: str
+    ) -> tuple[NDArray[np.uint16], NDArray[np.uint16] | None, NDArray[np.int32] | None, Bytes]:
+        """Return scales (their bits) and zero points [rows, groups], groups [cols], and codes as the file has them."""
+        at = 2 * self.rows * self.groups
+        scales, small, codes = raw[:at].view(np.uint16), raw[at : at + self.small_nbytes], raw[at + self.small_nbytes :]
+        zeros, order = self.checked(small, name)
+        if self.packing.transposed:
+            scales = transpose(scales.reshape(self.groups, self.rows))
+        return scales.reshape(self.rows, -1), zeros, order, codes
+
+    def consecutive(self, order: NDArray[np.int32] | None) -> bool:
+        """Return whether column c is in group c // (columns per group)."""
+        return order is None or np.array_equal(order, np.arange(self.cols) // (self.cols // self.groups))
 
     @property
     def small_nbytes(self) -> int:
@@ -87,36 +109,24 @@ class Int4ToRowMajor:
         """Number of 32-bit words of zero points."""
         return -(-self.rows // 8) * self.groups
 
-    def check_zeros(self, small: Bytes, name: str) -> NDArray[np.uint16] | None:
-        """Return zero points [rows, groups], or None if all are 8.
+    def checked(self, small: Bytes, name: str) -> tuple[NDArray[np.uint16] | None, NDArray[np.int32] | None]:
+        """Return zero points [rows, groups], None if all are 8, and the group of each column, None if not stored.
 
-        Raises OffmoeError if zero points or groups of columns contradict the config.
+        Raises OffmoeError if zero points contradict the config, or a group is not there.
         """
-        at = self.has_zeros * 4 * self.zero_words
-        if self.has_order:
-            self.check_order(small[at:].view(np.int32), name)
-        if not self.has_zeros:
-            return None
-        zeros = self.zero_points(small[:at].view(np.uint32))
-        if self.packing.zeros:
-            return zeros
-        if (other := zeros[zeros != MIDDLE]).size:
-            raise OffmoeError(
-                f"{name}: a zero point is {other[0]}, and quantization_config says sym: expected only {MIDDLE}"
-            )
-        return None
-
-    def check_order(self, order: NDArray[np.int32], name: str) -> None:
-        """Raise OffmoeError unless column c is in group c // (columns per group)."""
-        if (outside := order[(order < 0) | (order >= self.groups)]).size:
+        at, zeros = self.has_zeros * 4 * self.zero_words, None
+        order = small[at:].view(np.int32) if self.has_order else None
+        if order is not None and (outside := order[(order < 0) | (order >= self.groups)]).size:
             raise OffmoeError(
                 f"{name}: its g_idx has a column in group {outside[0]} of {self.groups}: it is damaged; copy it again"
             )
-        if not np.array_equal(order, np.arange(self.cols) // (self.cols // self.groups)):
-            raise OffmoeError(
-                f"{name}: its g_idx has columns in groups out of order (act order), and offmoe implements groups of "
-                "consecutive columns: this model cannot be run yet"
-            )
+        if self.has_zeros:
+            zeros = self.zero_points(small[:at].view(np.uint32))
+            if not self.zeros and (other := zeros[zeros != MIDDLE]).size:
+                raise OffmoeError(
+                    f"{name}: a zero point is {other[0]}, and quantization_config says sym: expected only {MIDDLE}"
+                )
+        return zeros if self.zeros else None, order
 
     def zero_points(self, words: NDArray[np.uint32]) -> NDArray[np.uint16]:
         """Return zero points [rows, groups]. The sum with the offset wraps at 4 bits, as in AutoGPTQ."""
@@ -134,6 +144,23 @@ class Int4ToRowMajor:
         if self.packing.method == "gptq":  # a word holds 8 consecutive columns of a row, the first in its lowest bits
             return transpose(codes.view(np.uint32).reshape(-1, self.rows)).view(np.uint8).ravel()
         return codes
+
+
+@dataclass(frozen=True)
+class ActOrderToFloats:
+    """Converter to float32 of a matrix whose groups have columns from anywhere: no format of 4 bits has such groups."""
+
+    matrix: Int4ToRowMajor
+
+    def __call__(self, raw: Bytes, name: str) -> Bytes:
+        bits, zeros, order, codes = self.matrix.pieces(raw, name)
+        assert order is not None, f"{name} has an order"
+        scales = values(bits.view(np.uint8).ravel(), self.matrix.kind).view(bits.shape)
+        pairs = self.matrix.row_major(codes).reshape(self.matrix.rows, -1)
+        weights = torch.from_numpy(np.stack((pairs & 15, pairs >> 4), -1).reshape(self.matrix.rows, -1)).float()
+        groups = torch.from_numpy(order.astype(np.int64))
+        offset = MIDDLE if zeros is None else torch.from_numpy(zeros.astype(np.float32))[:, groups]
+        return bytes_of((weights - offset) * scales[:, groups])
 
 
 def unpack_nibbles(words: NDArray[np.uint32], order: tuple[int, ...]) -> NDArray[np.uint16]:
@@ -161,71 +188,102 @@ def block_size(group: int) -> int:
 
 
 class Int4Tensors:
-    """Tensors of a checkpoint with packed 4-bit matrices; `used` are those that are part of a matrix."""
+    """Packed 4-bit matrices among the tensors of a checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, packing: Packing) -> None:
-        self.path, self.packing, self.used = checkpoint.path, packing, set[str]()
-        self._tensors = checkpoint.tensors | checkpoint.parts
+    def __init__(self, parts: Parts, packing: Packing) -> None:
+        self.packing, self._parts, self._tensors = packing, parts, parts.tensors
 
     def matrices(self) -> Iterator[TensorInfo]:
-        """Yield MODULE.weight of every module with codes. Raises OffmoeError if parts are missing or do not fit."""
-        codes = f".{NAMES[self.packing.method][0]}"
+        """Yield the matrix of every tensor of codes, refused if parts are missing or do not fit."""
+        ending = NAMES[self.packing.method][0]
         # Codes of type U8 are 4-bit floats: see checkpoint.scaled.
-        names = [name for name, info in self._tensors.items() if name.endswith(codes) and info.format != "U8"]
-        for name in names:
-            yield self._matrix(name.removesuffix(codes))
+        for info in [info for name, info in self._tensors.items() if name.endswith(ending) and info.format != "U8"]:
+            yield self._parts.matrix(info, self._stem(info)[1], self._matrix)
 
-    def _matrix(self, module: str) -> TensorInfo:
-        """Combine the tensors of one module into a matrix."""
-        p, (codes, scale, zero, order) = self.packing, NAMES[self.packing.method]
-        codes_info = self._find(module, codes, ("I32",), None)
-        a, b = codes_info.shape
+    def _stem(self, codes: TensorInfo) -> tuple[str, str]:
+        """Return what the names of a matrix's parts begin with, and the matrix's own name."""
+        stem = codes.name.removesuffix(NAMES[self.packing.method][0])
+        if not self.packing.transposed:
+            return stem, stem.removesuffix("_weight")
+        return stem, stem[:-1] + (".weight" if len(codes.shape) == 2 else "")
+
+    def _matrix(self, codes: TensorInfo) -> TensorInfo:
+        """Combine the tensors of one matrix, or of a stack of them."""
+        p, (stem, name), (_, scale, zero, order) = self.packing, self._stem(codes), NAMES[self.packing.method]
+        if codes.format != "I32" or not 2 <= len(codes.shape) <= 3 or not prod(codes.shape):
+            raise misfit(codes.name, codes, ("I32",), "of two dimensions, or a stack of such")
+        stack, (a, b) = codes.shape[:-2], codes.shape[-2:]
         rows, cols = {"awq": (8 * b, a), "gptq": (b, 8 * a)}.get(p.method, (a, 8 * b))
-        group = cols if p.group == -1 else p.group
-        block = block_size(group)
-        if not block or cols % group:
-            raise OffmoeError(
-                f"{self.path}: {quote(module)} has {cols} columns in groups of {group}: expected a whole number of "
-                "groups of a multiple of 32 columns; this model cannot be run yet"
+        scales, groups = self._scales(stem + scale, stack, rows)
+        if cols % groups or not block_size(cols // groups):
+            raise MisfitError(
+                f"it has {cols} columns in {groups} groups: expected groups of 32 columns or a multiple; this model "
+                "cannot be run yet"
             )
-        groups, transposed = cols // group, p.transposed
-        scales = self._find(module, scale, ("F16", "BF16"), (groups, rows) if transposed else (rows, groups))
-        has_zeros, has_order = transposed or p.zeros, f"{module}.{order}" in self._tensors
-        if not has_zeros and f"{module}.{zero}" in self._tensors:
-            raise OffmoeError(f"{self.path}: {quote(module)} has zero points, but quantization_config says symmetric")
+        has_zeros, has_order = (
+            stem + zero in self._tensors or bool(p.zeros),
+            bool(order) and stem + order in self._tensors,
+        )
         ranges = [scales.range]
         if has_zeros:
-            shape = (groups, rows // 8) if transposed else (-(-rows // 8), groups)
-            ranges.append(self._find(module, zero, ("I32",), shape).range)
+            shape = (groups, -(-rows // 8)) if p.transposed else (-(-rows // 8), groups)
+            ranges.append(self._parts.find(stem + zero, ("I32",), (*stack, *shape)).range)
         if has_order:
-            ranges.append(self._find(module, order, ("I32",), (cols,)).range)
-        self.used.add(module + SHAPE)
-        fmt = f"INT4_{block}_{scales.format}" + "_ZEROS" * p.zeros
-        converter = Int4ToRowMajor(p, rows, cols, groups, fmt, has_zeros, has_order)
-        is_row_major = not (transposed or has_zeros or has_order) and group == block
-        return TensorInfo(
-            f"{module}.weight", fmt, (rows, cols), codes_info.range, tuple(ranges), None if is_row_major else converter
-        )
+            ranges.append(self._order(stem + order, stack, cols))
+        self._parts.used.add(stem + SHAPE)
+        zeros = has_zeros if p.zeros is None else p.zeros
+        converter = Int4ToRowMajor(p, rows, cols, groups, scales.format, zeros, has_zeros, has_order)
+        is_row_major = not (p.transposed or has_zeros or has_order) and cols // groups == block_size(cols // groups)
+        info = TensorInfo(name, converter.format, (*stack, rows, cols), codes.range, tuple(ranges),
+                          None if is_row_major else converter)  # fmt: skip
+        return in_floats(info) if p.act_order and has_order and groups > 1 else info
 
-    def _find(self, module: str, part: str, kinds: tuple[str, ...], shape: tuple[int, ...] | None) -> TensorInfo:
-        """Return one tensor of a module.
+    def _scales(self, name: str, stack: Shape, rows: int) -> tuple[TensorInfo, int]:
+        """Return the scales of a matrix of `rows`, and the number of groups in a row."""
+        info, kinds = self._tensors.get(name), ("F16", "BF16")
+        shape, at = (info.shape if info else ()), -2 if self.packing.transposed else -1
+        groups = shape[at] if len(shape) == len(stack) + 2 else 0
+        wanted = (*stack, groups, rows) if self.packing.transposed else (*stack, rows, groups)
+        if info is None or info.format not in kinds or shape != wanted or not groups:
+            ends = ["groups", rows] if self.packing.transposed else [rows, "groups"]
+            raise misfit(name, info, kinds, f"[{', '.join(map(str, (*stack, *ends)))}]")
+        self._parts.used.add(name)
+        return info, groups
 
-        Raises OffmoeError unless it has one of the types and the shape (None: any matrix).
-        """
-        name = f"{module}.{part}"
-        info = self._tensors.get(name)
-        if info is None or info.format not in kinds or (len(info.shape) != 2 if shape is None else info.shape != shape):
-            found = f"{info.format} {list(info.shape)}" if info else "missing"
-            wanted = "two dimensions" if shape is None else str(list(shape))
-            raise OffmoeError(f"{self.path}: {quote(name)} is {found}: expected {' or '.join(kinds)}, {wanted}")
-        self.used.add(name)
+    def _order(self, name: str, stack: Shape, cols: int) -> ByteRange:
+        """Return the range of the groups of columns, which a stack may share."""
+        info = self._parts.find(name, ("I32",), (*stack, cols), (cols,))
+        return replace(info.range, shared=bool(stack) and len(info.shape) == 1)
+
+
+def in_floats(info: TensorInfo) -> TensorInfo:
+    """Return a matrix whose groups may have columns from anywhere, in float32; any other as it is."""
+    if not isinstance(info.row_major, Int4ToRowMajor) or not info.row_major.has_order:
         return info
+    return replace(info, format="F32", row_major=ActOrderToFloats(info.row_major))
 
 
-def check_zero_points(checkpoint: Checkpoint, info: TensorInfo) -> None:
-    """Read and check a matrix's zero points and groups of columns, about 1 % of its bytes; see
-    Int4ToRowMajor.check_zeros.
+def settled(checkpoint: Checkpoint, info: TensorInfo) -> TensorInfo:
+    """Return a matrix as its zero points and groups of columns make it, which are read: about 1 % of its bytes.
+
+    Raises OffmoeError if they contradict the config.
     """
-    if isinstance(info.row_major, Int4ToRowMajor) and info.row_major.small_nbytes:
-        small = [checkpoint.read_range(r).numpy() for r in info.scales[1:]]
-        info.row_major.check_zeros(np.concatenate(small), info.name)
+    rows = info.row_major
+    if not isinstance(rows, Int4ToRowMajor) or not rows.small_nbytes:
+        return info
+    small = [checkpoint.read_range(r).numpy() for r in info.ranges()[1:-1]]
+    _, order = rows.checked(np.concatenate(small), info.name)
+    return info if rows.consecutive(order) else in_floats(info)
+
+
+def check_bits(checkpoint: Checkpoint, info: TensorInfo) -> None:
+    """Raise OffmoeError if the shape that compressed-tensors stores beside the codes is not that of 4-bit codes."""
+    shape = checkpoint.tensors.get(info.name + SHAPE) or checkpoint.tensors.get(f"{info.name}_weight{SHAPE}")
+    if shape is None or shape.format != "I64" or shape.shape != (len(info.shape),):
+        return
+    stored = checkpoint.read_range(shape.range).view(torch.int64).tolist()
+    if stored[-1] != info.shape[-1]:
+        bits = 4 * info.shape[-1] / max(1, stored[-1])
+        raise OffmoeError(
+            f"{quote(shape.name)} is {stored}, so that codes have {bits:.3g} bits, and offmoe implements 4"
+        )

@@ -18,6 +18,7 @@ from offmoe.models import families
 from offmoe.models.config import ModelConfig
 from offmoe.models.names import GGUF_NAMES, HF_NAMES
 
+ALWAYS = ("quantization_config", "rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings")
 Values = Callable[[Tensor], Tensor]
 Configured = Callable[[Mapping[str, Any], ModelConfig], ModelConfig]
 Translated = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -31,6 +32,12 @@ def unchanged(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
 
 
 def no_keys(config: ModelConfig) -> dict[str, Any]:
+    """Raise OffmoeError where layers have a window: llama.cpp knows of windows in few architectures."""
+    if any(config.windows):
+        raise OffmoeError(
+            f"{config.model_type} with a sliding_window of {max(config.windows)} cannot be packed: "
+            "llama.cpp ignores it for this GGUF architecture, and its answers would differ"
+        )
     return {}
 
 
@@ -42,20 +49,23 @@ class Family:
     arch: str  # in a GGUF
     published: str  # a model that people run
     qk_norm: str  # see HeadsConfig
-    renormalise: bool  # where the file does not say
+    renormalise: bool  # where neither a config.json nor a GGUF says
+    defaults: Mapping[str, Any]  # fields that a config.json may leave out, as transformers' config class has them
+    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # shared field → its names here, own first
+    outer: Mapping[str, Any] = field(default_factory=dict)  # fields that count beside a text_config, and their defaults
     priority: int = 0  # a GGUF is read by the family of highest priority among those that implement its gating
     names: Names = field(default_factory=lambda: HF_NAMES)
     gguf_names: Names = field(default_factory=lambda: GGUF_NAMES)
-    rope_theta: float = 10_000.0  # where the file does not say
-    partial_rotary: float = 1.0  # rotated share of a head, where the file does not say
     interleaved: bool = False  # rotated pairs are neighbours in the rows of q and k, in every file
     interleaved_gguf: bool = False  # llama.cpp permutes the rows of q and k for this arch
     tiled_gguf: bool = False  # llama.cpp reorders the value heads of this arch, see mixers.deltanet.config.tile
     values: Mapping[str, Values] = field(default_factory=dict)  # role → weights in safetensors to effective weights
-    translated: Translated = dict  # a config.json in this family's dialect → field names that all families share
+    translated: Translated = dict  # fields as this family has them → as all families share them
     configured: Configured = unchanged  # completes a config that has the fields of all families
     gguf_fields: GgufFields | None = None  # fields of config.json, out of GGUF keys that only this arch has
     gguf_keys: GgufKeys = no_keys  # GGUF keys that llama.cpp wants of this arch beyond those of all
+    gguf_divided: bool = False  # without expert_feed_forward_length, the experts of a token share feed_forward_length
+    gguf_rounded: bool = True  # yarn's bounds are rounded, of which a GGUF says nothing
     gguf_factors: bool = False  # llama.cpp reads models.rope.GGUF_FACTORS for this arch
     dense_first: bool = True  # a GGUF of this arch says how many dense layers come first, and has no others
     interleaved_experts: bool = False  # in safetensors, rows of stacked gate and up experts alternate
@@ -64,10 +74,9 @@ class Family:
 
     def __post_init__(self) -> None:
         everywhere = {
-            "hidden_act": ("silu",),
+            "hidden_act": ("silu", "swish"),
             "attention_bias": (False, None),
             "rope_type": KINDS,
-            "sliding_window": (None,),
             "layer_types": ("full_attention",),
             "scoring_func": ("softmax", None),
             "topk_method": ("greedy", None),
@@ -81,6 +90,14 @@ class Family:
             "expert_gating_func": (1, 0),
         }
         object.__setattr__(self, "implemented", {**everywhere, **self.implemented})
+
+    def name(self, field: str) -> str:
+        """Name in this family's config.json of a field that all families share."""
+        return self.own.get(field, (field,))[0]
+
+    def reads(self, field: str) -> bool:
+        """Whether a field of its config.json means anything to this family."""
+        return field in self.defaults or field in self.implemented or field in ALWAYS
 
 
 @cache

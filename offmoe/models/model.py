@@ -13,16 +13,17 @@ from torch import Tensor
 from offmoe.checkpoint.base import ByteRange, Checkpoint, TensorInfo
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.checkpoint.row_major import Bytes
+from offmoe.errors import OffmoeError
 from offmoe.kernels.planes import slot_layout
 from offmoe.kernels.record import RecordLayout
 from offmoe.machine.gc_pause import gc_paused
 from offmoe.mixers.base import Names
 from offmoe.models.config import ModelConfig
 from offmoe.models.family import Family, Values
+from offmoe.models.names import under_prefix
 from offmoe.models.quantisation import assemble
 from offmoe.models.read_config import read_config
-from offmoe.models.shapes import bias_shapes
-from offmoe.models.tensors import check_trunk, find, holder, is_split, record_layout, transpose_experts
+from offmoe.models.tensors import check_trunk, expert_biases, find, holder, is_split, record_layout, transpose_experts
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,10 @@ class Model:
     def expert_biases(self, moe_layer: int) -> tuple[Tensor, Tensor]:
         """Biases of all experts of a layer, float32: gate and up concatenated [E, 2F], down [E, H]."""
         layer = self.config.routed[moe_layer]
-        found = {}
-        for role in bias_shapes(self.names, self.config):
-            info = self.find(role, layer)
-            assert info is not None, f"{role} of layer {layer} was there when the model was opened"
-            found[role] = self.checkpoint.tensor(info.name)
+        found = {
+            role: torch.stack([self.checkpoint.tensor(info.name) for info in infos]).flatten(0, -2)
+            for role, infos in expert_biases(self.checkpoint, self.names, self.config, layer).items()
+        }
         if "gate_up_bias" in found:
             both = found["gate_up_bias"]
             gate, up = (both[:, ::2], both[:, 1::2]) if self.family.interleaved_experts else both.chunk(2, dim=1)
@@ -136,14 +136,32 @@ def open_model(path: str | Path) -> Model:
 def described(checkpoint: Checkpoint) -> Model:
     """The model in an opened checkpoint. Raises OffmoeError."""
     family, config = read_config(checkpoint)
-    names = family.gguf_names if checkpoint.kind == "gguf" else family.names
+    names = family.gguf_names
     if checkpoint.kind == "safetensors":
-        assemble(checkpoint, family.translated(checkpoint.json("config.json") or {}).get("quantization_config"))
+        assemble(checkpoint)
+        names = under_prefix(family.names, checkpoint.tensors)
         if family.transposed_experts:
             transpose_experts(checkpoint, names, config)
+    names, config = with_head(checkpoint, names, config)
     check_trunk(checkpoint, names, config)
     layouts = tuple(record_layout(checkpoint, family, names, config, layer) for layer in config.routed)
     return Model(checkpoint, family, config, names, layouts)
+
+
+def with_head(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> tuple[Names, ModelConfig]:
+    """Names and config with the output head that the file has, whatever tie_word_embeddings says, as in transformers 5.
+
+    A head is used; where a tied model has nothing but its head, that is its embedding too.
+    """
+    head, embed = (find(checkpoint, names, role, 0, 0) for role in ("head", "embed"))
+    if head is None and not config.stream.tied:
+        raise OffmoeError(
+            f"{checkpoint.path} has no tensor {names['head'][0]}, and its config does not say tie_word_embeddings: "
+            "the file is incomplete or of another model"
+        )
+    if head is not None and embed is None and config.stream.tied:
+        return {**names, "embed": names["head"]}, config
+    return names, config.with_stream(tied=head is None)
 
 
 def row_major_record(parts: Sequence[TensorInfo], layout: RecordLayout, raw: Bytes, record: Bytes) -> None:

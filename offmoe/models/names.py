@@ -2,35 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from offmoe.mixers.base import Names
 from offmoe.mixers.registry import gguf_names, hf_names
 
-SHARED = "model.layers.{l}.mlp.shared_expert"  # or shared_experts
+BASE = "model."  # in front of every name of a language model in safetensors, but for its head's
+PREFIXES = (  # what else stands there: inside a model with vision, in one saved without a head, around PEFT's
+    BASE, "model.language_model.", "language_model.model.", "model.language_model.model.", "language_model.", "",
+    "model.model.", "base_model.model.model.",
+)  # fmt: skip
+HEADS = ("", "language_model.", "model.", "model.language_model.", "base_model.model.")  # in front of a head's name
+BLOCKS = ("mlp.", "block_sparse_moe.", "feed_forward.")  # what families call the part of a layer with experts
+PARTS = {"gate": ("gate_proj", "w1"), "up": ("up_proj", "w3"), "down": ("down_proj", "w2")}  # of a feed-forward part
+SHARED = ("shared_expert.", "shared_experts.", "shared_mlp.")
+
+
+def feed_forward(*blocks: str, router: str = "gate", numbered: bool = False) -> Names:
+    """Names of a layer's feed-forward parts, with `blocks` or those of BLOCKS in front, the usual one first.
+
+    Matrices have either of two names. Experts are apart, as their makers and tools that quantise write them, or
+    stacked, as transformers 5 does. router: its usual name. numbered: w1, w3 and w2 are the usual names.
+    """
+
+    def each(*ends: str) -> tuple[str, ...]:
+        return tuple(f"model.layers.{{l}}.{block}{end}" for block in dict.fromkeys(blocks + BLOCKS) for end in ends)
+
+    def matrix(part: str, *bases: str) -> list[str]:
+        return [f"{base}{name}.weight" for base in bases for name in PARTS[part][:: -1 if numbered else 1]]
+
+    stacked = ("experts.down_proj", "experts.down_proj.weight", "experts.down_projs.{e}.weight")
+    return {
+        "router": each(f"{router}.weight", "gate.weight", "router.weight"),
+        "router_bias": each("gate.e_score_correction_bias", "e_score_correction_bias"),
+        "gate": each(*matrix("gate", "experts.{e}.")),
+        "up": each(*matrix("up", "experts.{e}.")),
+        "down": each(*matrix("down", "experts.{e}."), *stacked),
+        "gate_up": each("experts.gate_up_proj", "experts.gate_up_proj.weight", "experts.{e}.gate_up_proj.weight",
+                        "experts.gate_up_projs.{e}.weight"),
+        **{f"dense_{part}": each(*matrix(part, "")) for part in PARTS},
+        **{f"shared_{part}": each(*matrix(part, *SHARED)) for part in PARTS},
+        "shared_router": each("shared_expert_gate.weight"),
+    }  # fmt: skip
+
+
+def under_prefix(names: Names, tensors: Container[str]) -> Names:
+    """`names` of a language model, with what stands in front of them in a checkpoint that has these tensors."""
+    found = [
+        prefix for prefix in PREFIXES for norm in names["final_norm"] if prefix + norm.removeprefix(BASE) in tensors
+    ]
+    prefix = found[0] if found else BASE
+    return {
+        role: own if role.startswith("head") else tuple(prefix + name.removeprefix(BASE) for name in own)
+        for role, own in names.items()
+    }
+
 
 HF_NAMES: Names = {
     **hf_names(),
     "embed": ("model.embed_tokens.weight",),
     "final_norm": ("model.norm.weight",),
-    "head": ("lm_head.weight",),
+    **feed_forward(),
+    "head": tuple(f"{prefix}lm_head.weight" for prefix in HEADS),
     "attn_norm": ("model.layers.{l}.input_layernorm.weight",),
     "ffn_norm": ("model.layers.{l}.post_attention_layernorm.weight",),
-    "router": ("model.layers.{l}.mlp.gate.weight",),
-    "router_bias": ("model.layers.{l}.mlp.gate.e_score_correction_bias",),
-    "gate": ("model.layers.{l}.mlp.experts.{e}.gate_proj.weight",),
-    "up": ("model.layers.{l}.mlp.experts.{e}.up_proj.weight",),
-    "down": ("model.layers.{l}.mlp.experts.{e}.down_proj.weight", "model.layers.{l}.mlp.experts.down_proj"),
-    "gate_up": ("model.layers.{l}.mlp.experts.gate_up_proj",),
-    "head_bias": ("lm_head.bias",),
+    "head_bias": tuple(f"{prefix}lm_head.bias" for prefix in HEADS),
     "attn_norm_bias": ("model.layers.{l}.input_layernorm.bias",),
     "ffn_norm_bias": ("model.layers.{l}.post_attention_layernorm.bias",),
     "final_norm_bias": ("model.norm.bias",),
-    "dense_gate": ("model.layers.{l}.mlp.gate_proj.weight",),
-    "dense_up": ("model.layers.{l}.mlp.up_proj.weight",),
-    "dense_down": ("model.layers.{l}.mlp.down_proj.weight",),
-    "shared_gate": (SHARED + ".gate_proj.weight", SHARED + "s.gate_proj.weight"),
-    "shared_up": (SHARED + ".up_proj.weight", SHARED + "s.up_proj.weight"),
-    "shared_down": (SHARED + ".down_proj.weight", SHARED + "s.down_proj.weight"),
-    "shared_router": ("model.layers.{l}.mlp.shared_expert_gate.weight",),
 }
 
 GGUF_NAMES: Names = {
@@ -70,16 +109,3 @@ GGUF_NAMES: Names = {
     "router_gain": ("blk.{l}.ffn_gate_inp.scale",),
     "router_factors": ("blk.{l}.ffn_down_exps.scale",),
 }
-
-
-def experts_apart(*bases: str) -> Names:
-    """Names of the experts' matrices each by itself, as quantising tools write what the original stacks."""
-    return {part: tuple(f"{base}.{{e}}.{part}_proj.weight" for base in bases) for part in ("gate", "up", "down")}
-
-
-def with_vision(names: Names) -> Names:
-    """Names that also fit the language model inside a model with vision."""
-    return {
-        role: tuple(form for name in own for form in (name, name.replace("model.", "model.language_model.", 1)))
-        for role, own in names.items()
-    }

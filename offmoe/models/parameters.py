@@ -21,7 +21,7 @@ class Weights:
     active: int  # a token: everything but the experts that it is not routed to
     active_without_embedding: int  # some models' published figure leaves the input embedding out
     trunk_bytes: int  # in the file, of everything but the routed experts
-    unpacked_bytes: int  # more on a GPU, which holds float8 as bfloat16
+    unpacked_bytes: int  # more on a GPU, which holds float8 as bfloat16, and floats for what no format holds
 
 
 def count_weights(model: Model) -> Weights:
@@ -31,8 +31,19 @@ def count_weights(model: Model) -> Weights:
         active=active,
         active_without_embedding=without_embedding,
         trunk_bytes=sum(info.nbytes for info in trunk_tensors(model)) + 4 * bias_weights(model.config),
-        unpacked_bytes=sum(info.range.nbytes for info in trunk_tensors(model) if FORMATS[info.format].tiled),
+        unpacked_bytes=sum(map(unpacked_bytes, trunk_tensors(model))),
     )
+
+
+def unpacked_bytes(info: TensorInfo) -> int:
+    """Bytes that a tensor takes on a GPU beyond those in its file."""
+    form = FORMATS[info.format]
+    if form.tiled:
+        return info.range.nbytes
+    if not info.row_major:
+        return 0
+    *rows, cols = info.shape
+    return max(0, form.nbytes(prod(rows), cols) - info.nbytes)
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int, int]:

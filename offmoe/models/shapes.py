@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from offmoe.mixers.base import Names
 from offmoe.models.config import ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -65,10 +64,10 @@ def feed_forward_shapes(kind: str, hidden: int, inner: int) -> Shapes:
     return {f"{kind}_gate": (inner, hidden), f"{kind}_up": (inner, hidden), f"{kind}_down": (hidden, inner)}
 
 
-def bias_shapes(names: Names, config: ModelConfig) -> Shapes:
-    """Role → shape of the biases of all experts of a layer, stacked as its file has them."""
+def bias_shapes(config: ModelConfig, both: bool) -> Shapes:
+    """Role → shape of the biases of all experts of a layer. both: those of gate and up are in one tensor."""
     experts, inner = config.experts, config.moe.expert_hidden
     down = {"down_bias": (experts, config.hidden)}
-    if "gate_up_bias" in names:
+    if both:
         return {"gate_up_bias": (experts, 2 * inner), **down}
     return {"gate_bias": (experts, inner), "up_bias": (experts, inner), **down}

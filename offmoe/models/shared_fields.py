@@ -33,9 +33,8 @@ def sparse_layers(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
 
 def first_dense(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
     """The first layers have no experts."""
-    dense = int(number(raw, "first_k_dense_replace", 0))
-    moe = replace(config.moe, routed=tuple(range(dense, config.layers)))
-    return replace(config, moe=replace(moe, dense_hidden=count(raw, "intermediate_size") if dense else 0))
+    dense = count(raw, "first_k_dense_replace", default=0, least=0)
+    return routed_layers(raw, config, tuple(range(dense, config.layers)))
 
 
 def routed_layers(raw: Mapping[str, Any], config: ModelConfig, routed: tuple[int, ...]) -> ModelConfig:
@@ -57,6 +56,12 @@ def sliding_windows(raw: Mapping[str, Any], config: ModelConfig, default: Sequen
             f"the model's config gives {len(kinds)} layer_types: expected one for each of {config.layers} layers"
         )
     return tuple(count(raw, "sliding_window") if kind == SLIDING else 0 for kind in kinds)
+
+
+def one_window(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
+    """The same window in every layer; one as wide as the context hides nothing."""
+    window = count(raw, "sliding_window", default=config.ctx)
+    return config.with_heads(window=window) if window < config.ctx else config
 
 
 def windowed(config: ModelConfig, windows: Sequence[int]) -> ModelConfig:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from offmoe.checkpoint.base import Checkpoint, TensorInfo
-from offmoe.checkpoint.row_major import TransposeColumns
+from offmoe.checkpoint.row_major import ToRowMajor, TransposeColumns
+from offmoe.checkpoint.scales import FloatScales
 from offmoe.errors import OffmoeError
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.planes import plane_sizes
@@ -40,6 +41,7 @@ def expect(
     if info is None:
         name = names[role][0].format(l=layer, e=expert)
         raise OffmoeError(f"{checkpoint.path} has no tensor {name}: the file is incomplete or of another model")
+    checkpoint.check_usable(info)
     if [n for n in info.shape if n > 1] != [n for n in shape if n > 1]:  # a single row may be written as a vector
         raise OffmoeError(f"tensor {info.name} has shape {list(info.shape)}: the config asks for {list(shape)}")
     return info
@@ -58,8 +60,19 @@ def check_trunk(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> No
         expect(checkpoint, names, there, layer, 0, shape if there == role else mixer.held_shape(there, config.hidden))
     if config.moe.expert_bias:
         for layer in config.routed:
-            for role, shape in bias_shapes(names, config).items():
-                expect(checkpoint, names, role, layer, 0, shape)
+            expert_biases(checkpoint, names, config, layer)
+
+
+def expert_biases(checkpoint: Checkpoint, names: Names, config: ModelConfig, layer: int) -> dict[str, list[TensorInfo]]:
+    """Role → tensors of the biases of a layer's experts: one of them all, or one for each."""
+    both = "gate_up_bias" in names and find(checkpoint, names, "gate_bias", layer, 0) is None
+    found = {}
+    for role, shape in bias_shapes(config, both).items():
+        first = find(checkpoint, names, role, layer, 0)
+        apart = first is not None and len(first.shape) == 1
+        each = range(config.experts if apart else 1)
+        found[role] = [expect(checkpoint, names, role, layer, expert, shape[apart:]) for expert in each]
+    return found
 
 
 def record_layout(
@@ -102,11 +115,32 @@ def record_layout(
 
 
 def transpose_experts(checkpoint: Checkpoint, names: Names, config: ModelConfig) -> None:
-    """Present stacked experts of floats, [E, cols, rows] in the file, as [E, rows, cols]."""
-    for role in ("gate_up", "down"):
-        for layer in config.routed:
-            info = find(checkpoint, names, role, layer, 0)
-            if info and len(info.shape) == 3 and info.format in FLOATS and not info.row_major:
-                experts, cols, rows = info.shape
-                columns = TransposeColumns(rows, cols, FORMATS[info.format].bytes)
-                checkpoint.tensors[info.name] = replace(info, shape=(experts, rows, cols), row_major=columns)
+    """Present stacked experts that are [E, cols, rows] in the file as [E, rows, cols].
+
+    transformers 5 writes some of these families in the second way: no layer has both matrices of both shapes.
+    """
+    hidden, inner = config.hidden, config.moe.expert_hidden
+    wanted = {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+    for layer in config.routed:
+        found = {role: info for role in wanted if (info := find(checkpoint, names, role, layer, 0))}
+        stacks = {role: info for role, info in found.items() if by_rows(info)}
+        if all(info.shape[1:] == wanted[role] for role, info in stacks.items()) and len(stacks) == len(wanted):
+            continue
+        for info in stacks.values():
+            checkpoint.tensors[info.name] = by_rows(info) or info
+
+
+def by_rows(info: TensorInfo) -> TensorInfo | None:
+    """Return a stack of matrices stored by columns as one of rows; None where its layout tells them, or it is no stack.
+
+    Scales for rows or blocks tell the rows; floats, and float8 with one scale for a matrix, have none.
+    """
+    if len(info.shape) != 3 or info.refusal:
+        return None
+    experts, cols, rows = info.shape
+    converter: ToRowMajor | None = None
+    if info.format in FLOATS and not info.row_major:
+        converter = TransposeColumns(rows, cols, FORMATS[info.format].bytes)
+    elif info.format == "F8_E4M3_ROW" and isinstance(info.row_major, FloatScales) and info.row_major.count == 1:
+        converter = replace(info.row_major, repeats=rows, columns=((cols, rows),))
+    return replace(info, shape=(experts, rows, cols), row_major=converter) if converter else None

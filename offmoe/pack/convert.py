@@ -25,8 +25,10 @@ from offmoe.mixers.registry import float32_roles
 from offmoe.models.family import Values
 from offmoe.models.model import Model, described
 from offmoe.models.shapes import layer_shapes, model_shapes
-from offmoe.pack.gguf_keys import model_keys, rope_tensors, tokenizer_keys
+from offmoe.models.tensors import expert_biases
+from offmoe.pack.gguf_keys import model_keys, rope_tensors
 from offmoe.pack.quantise import packable, quantise
+from offmoe.pack.tokenizer_keys import tokenizer_keys
 from offmoe.settings import format_size
 
 PIECE = 1 << 22  # weights read, quantised and written at once: 16 MiB in float32
@@ -156,11 +158,14 @@ def output(model: Model, role: str, layer: int, requested: Format) -> OutputTens
         row_ranges = [expert_rows(model, role, layer, expert) for expert in range(c.experts)]
         wide, narrow = (c.experts, moe.expert_hidden, c.hidden), (c.experts, c.hidden, moe.expert_hidden)
         return OutputTensor(name, narrow if role == "down" else wide, requested, row_ranges)
-    if role in ("gate_bias", "up_bias") and (both := model.find("gate_up_bias", layer)):
-        row_range = RowRange(
-            both, 0, c.experts, lambda rows: gate_or_up_rows(rows.mT, role, model.layouts[0].interleaved).mT
-        )
-        return OutputTensor(name, (c.experts, moe.expert_hidden), requested, [row_range])
+    if role.removesuffix("_bias") in EXPERT_ROLES:
+        found = expert_biases(model.checkpoint, model.names, c, layer)
+        half = None if role in found else lambda rows: gate_or_up_rows(rows.mT, role, model.layouts[0].interleaved).mT
+        row_ranges = [
+            RowRange(info, 0, prod(info.shape[:-1]), half) for info in found[role if role in found else "gate_up_bias"]
+        ]
+        width = c.hidden if role == "down_bias" else moe.expert_hidden
+        return OutputTensor(name, (c.experts, width), requested, row_ranges)
     shapes = {**model_shapes(c), **layer_shapes(c, layer, split=True)}
     if parts := c.mixers[layer].gguf_rows(role):
         return OutputTensor(name, shapes[role], requested, [mixer_rows(model, part, layer) for part in parts])
@@ -201,8 +206,9 @@ def expert_rows(model: Model, role: str, layer: int, expert: int) -> RowRange:
     assert info is not None, f"{role} of layer {layer} was there when the model was described"
     layout = model.layouts[model.config.routed.index(layer)]
     if layout.interleaved and role != "down":
-        rows = info.shape[1]
-        return RowRange(info, expert * rows, rows, lambda matrix: gate_or_up_rows(matrix, role, interleaved=True))
+        rows = info.shape[-2]
+        first = expert * rows if len(info.shape) == 3 else 0
+        return RowRange(info, first, rows, lambda matrix: gate_or_up_rows(matrix, role, interleaved=True))
     count = model.config.hidden if role == "down" else model.config.moe.expert_hidden
     first = expert * info.shape[1] if len(info.shape) == 3 else 0
     return RowRange(info, first + (count if role == "up" and info.shape[-2] == 2 * count else 0), count)

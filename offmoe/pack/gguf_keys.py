@@ -1,4 +1,4 @@
-"""A model's hyper-parameters and tokenizer as the metadata of a GGUF, in the keys of llama.cpp."""
+"""A model's hyper-parameters as the metadata of a GGUF, in the keys of llama.cpp; its tokenizer: tokenizer_keys.py."""
 
 from __future__ import annotations
 
@@ -12,21 +12,13 @@ from offmoe.kernels.feed_forward import GELU, SILU, Glu
 from offmoe.kernels.rope import Scaling, frequency_factors, yarn_mscale
 from offmoe.mixers.heads.config import HeadsConfig
 from offmoe.models.rope import FACTORED, GGUF_FACTORS
-from offmoe.text.directory_vocab import vocab_from_directory
-from offmoe.text.gguf_vocab import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
-from offmoe.text.pretokenizers import KINDS, pre_tokenizer_name
-from offmoe.text.tokenizer import BYTE_TOKEN
-from offmoe.text.vocab import NAMES, Vocab
 
 if TYPE_CHECKING:
-    from offmoe.checkpoint.base import Checkpoint
     from offmoe.models.config import ModelConfig
     from offmoe.models.family import Family
 
 GPT_OSS = Glu(alpha=1.702, limit=7.0, plus=1.0)
 GATING_STATED = ("deepseek2",)  # architectures whose files always state how experts are scored
-NOT_TRUNCATED = ("gpt-oss",)  # architectures whose YaRN ramp has fractional bounds
-UNMERGED = -1e9  # score of a token that no merge produces
 
 
 def model_keys(config: ModelConfig, family: Family) -> dict[str, Any]:
@@ -105,9 +97,7 @@ def scaling_keys(rope: Scaling, family: Family) -> dict[str, Any]:
             default_attention = 1.0
         elif not math.isclose(rope.attention, default_attention):
             keys["attn_factor"], default_attention = rope.attention / default_attention, rope.attention
-        expressible = math.isclose(rope.attention, default_attention) and rope.truncate == (
-            family.arch not in NOT_TRUNCATED
-        )
+        expressible = math.isclose(rope.attention, default_attention) and rope.truncate == family.gguf_rounded
     else:
         expressible = rope.kind == "linear"
     if not expressible:
@@ -119,91 +109,3 @@ def rope_tensors(config: ModelConfig) -> dict[str, Tensor]:
     """Return the frequency divisors by tensor name, float32, for scalings that are not described by `scaling_keys`."""
     scaled = next((rope for rope in config.ropes if rope.scaling.kind in FACTORED), None)
     return {GGUF_FACTORS: frequency_factors(scaled.rotary, scaled.theta, scaled.scaling)} if scaled else {}
-
-
-def tokenizer_keys(checkpoint: Checkpoint, vocab_size: int) -> dict[str, Any]:
-    """Return the keys of `tokenizer.json`, or, without that file, the key that says there is no vocabulary."""
-    raw = checkpoint.json("tokenizer.json")
-    if raw is None:
-        return {"tokenizer.ggml.model": "no_vocab"}
-    model = raw.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        raise OffmoeError(f"{checkpoint.path}/tokenizer.json is not a BPE: pack cannot write this tokenizer")
-    vocab = vocab_from_directory(checkpoint)
-    tokens, types = token_table(raw, model, vocab_size)
-    keys: dict[str, Any] = {"tokens": tokens, "token_type": types}
-    keys |= sentencepiece_keys(raw, model, tokens) if model.get("byte_fallback") else byte_level_keys(raw, model)
-    keys |= special_ids(vocab) | {"add_bos_token": vocab.add_bos}
-    named = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
-    return named | ({"tokenizer.chat_template": vocab.chat_template} if vocab.chat_template else {})
-
-
-def token_table(raw: dict[str, Any], model: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Return texts and types of all `size` ids; ids that the tokenizer lacks are marked unused."""
-    tokens, types = [f"[PAD{id}]" for id in range(size)], [UNUSED] * size
-    fallback = bool(model.get("byte_fallback"))
-    for text, id in model["vocab"].items():
-        set_token(tokens, types, id, text, BYTE if fallback and BYTE_TOKEN.fullmatch(text) else NORMAL)
-    for added in raw.get("added_tokens", []):
-        set_token(tokens, types, added["id"], added["content"], CONTROL if added["special"] else USER_DEFINED)
-    if (unknown := model.get("unk_token")) in model["vocab"]:
-        types[model["vocab"][unknown]] = UNKNOWN
-    return tokens, types
-
-
-def set_token(tokens: list[str], types: list[int], id: int, text: str, kind: int) -> None:
-    """Set one entry of the token table. Raises OffmoeError if the id is outside it."""
-    if not 0 <= id < len(tokens):
-        raise OffmoeError(
-            f"tokenizer.json has the token id {id}: expected ids below vocab_size, which is {len(tokens)}"
-        )
-    tokens[id], types[id] = text, kind
-
-
-def merge_pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the merges as pairs, by rank; older files write them as `left right`."""
-    split = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model.get("merges", [])]
-    return [(left, right) for left, right in split]
-
-
-def byte_level_keys(raw: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of a byte-level BPE."""
-    merges = [f"{left} {right}" for left, right in merge_pairs(model)]
-    name, ignore_merges = pre_tokenizer_name(raw), bool(model.get("ignore_merges"))
-    keys = {"model": "gpt2", "pre": name, "merges": merges} | normalizer_key(raw)
-    # A key of our own, as the normaliser's is. llama.cpp always merges, which gives the same token for most words.
-    return keys | ({} if KINDS[name].ignore_merges == ignore_merges else {"ignore_merges": ignore_merges})
-
-
-def normalizer_key(raw: dict[str, Any]) -> dict[str, str]:
-    """Return a key of our own for the normaliser: llama.cpp has none for these vocabularies and does not normalise."""
-    step = raw.get("normalizer") or {}
-    kinds = [step.get("type") for step in step.get("normalizers", [step]) if step]
-    if kinds and kinds != ["NFC"]:
-        raise OffmoeError(
-            f"tokenizer.json normalises text by {kinds}: this has no GGUF name, so pack cannot write the tokenizer"
-        )
-    return {"normalizer": "nfc"} if kinds else {}
-
-
-def sentencepiece_keys(raw: dict[str, Any], model: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    """Return the keys of a BPE with scores instead of merges: the earlier a merge, the higher its token's score."""
-    ranks: dict[str, int] = {}
-    for rank, (left, right) in enumerate(merge_pairs(model)):
-        ranks.setdefault(left + right, rank)
-    scores = [-float(ranks[text]) if text in ranks else UNMERGED for text in tokens]
-    return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": adds_space(raw)}
-
-
-def adds_space(raw: dict[str, Any]) -> bool:
-    """Return whether a space is put before each text, by a Prepend normaliser or a Metaspace."""
-    normalizer_key, metaspace = raw.get("normalizer") or {}, raw.get("pre_tokenizer") or {}
-    steps = normalizer_key.get("normalizers", [normalizer_key])
-    prepends = any(step.get("type") == "Prepend" for step in steps)
-    return prepends or metaspace.get("prepend_scheme", "never") != "never"
-
-
-def special_ids(vocab: Vocab) -> dict[str, int]:
-    """Return the ids of bos, eos and the other named tokens."""
-    ids = {key: vocab.tokenizer.token_to_id(vocab.names.get(name, "")) for key, name in NAMES.items()}
-    return {f"{key}_token_id": id for key, id in ids.items() if id is not None}

@@ -30,9 +30,16 @@ class Meter:
     finish_reason: str = "cancelled"
     decoded: Counters = field(default_factory=Counters)
     _before: Counters = field(default_factory=Counters)
+    _paused_s: float = 0.0  # suspended since the last phase or step
+
+    def pause(self, seconds: float) -> None:
+        """Leave out `seconds` in which the process was suspended."""
+        self.submitted += seconds
+        self._paused_s += seconds
 
     def prefilled(self, began: float) -> None:
-        self.prefill_s = time.perf_counter() - began
+        self.prefill_s = time.perf_counter() - began - self._paused_s
+        self._paused_s = 0.0
         self._before = self.store.counters
 
     def first(self) -> None:
@@ -41,12 +48,14 @@ class Meter:
 
     def stepped(self, seconds: float, context: int) -> None:
         """Note a decoded token that took `seconds`, with `context` positions attended to."""
-        self.decode_s += seconds
+        paused, self._paused_s = self._paused_s, 0.0
+        self.decode_s += seconds - paused if seconds > paused else seconds  # else the pause was between two steps
         self.steps += 1
         self.context += context
         stalled = self.decoded.stall_s
         self.decoded = self.store.counters.since(self._before)
-        self.least_s = min(self.least_s, seconds - (self.decoded.stall_s - stalled))
+        if not paused:
+            self.least_s = min(self.least_s, seconds - (self.decoded.stall_s - stalled))
 
     def floored(self, floor_s: float | None) -> None:
         """Set the stall time: the decode time beyond `floor_s` a step, the measured time of a step without misses."""

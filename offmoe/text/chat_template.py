@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 import select
 import signal
 import subprocess
@@ -31,7 +30,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
         """Start the worker. `variables` are what the template can read: bos_token, eos_token and so on."""
-        self._setup = {"template": source, "variables": dict(variables)}
+        self._setup: dict[str, Any] = {"template": source, "variables": dict(variables)}
         self.extra_variables: dict[str, Any] = {}  # more template variables, chosen by the user
         self._worker: TemplateWorker | None = TemplateWorker(self._setup)
         # Whether the template reads a message's reasoning separately from its content, even if only to drop it.
@@ -42,39 +41,22 @@ class ChatTemplate:
         """Names of all undefined variables that the template reads; empty if it does not compile."""
         return self._request(lambda worker: worker.variables)
 
+    def empty_variables(self) -> list[str]:
+        """Return a note for each special token that the template reads and the model's files do not name."""
+        source, known = self._setup["template"], self._setup["variables"]
+        return [
+            f"the chat template reads {name}, which the model's files do not name: it is empty in prompts"
+            for name in self.variables
+            if name.endswith("_token") and name not in known and not re.search(rf"\b{name}\s+is\b", source)
+        ]
+
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """Return the text of a conversation. Raises OffmoeError with the template's own message if it rejects it."""
-        visible = [{key: value for key, value in m.items() if key != "tokens"} for m in messages]
-        request = {**self.extra_variables, "messages": visible, "add_generation_prompt": add_generation_prompt}
+        request = {**self.extra_variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
         reply = self._request(lambda worker: worker.ask(request))
         if "error" in reply:
             raise OffmoeError(reply["error"])
         return str(reply["text"])
-
-    def render_with_placeholders(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
-    ) -> tuple[str, dict[str, Mapping[str, Any]]]:
-        """Render the conversation with a unique placeholder instead of the content of each message that has `tokens`.
-
-        Return (text, {placeholder: message}). A content that the template drops or edits (reasoning in older turns)
-        stays in the text, without a placeholder.
-        """
-        text = self.render(messages, add_generation_prompt)
-        placeholders = {f"offmoe{secrets.token_hex(8)}": m for m in messages if "tokens" in m}
-
-        def attempt(used: dict[str, Mapping[str, Any]]) -> str | None:
-            replaced = [with_placeholder(m, used) for m in messages]
-            try:
-                rendered = self.render(replaced, add_generation_prompt)
-            except OffmoeError:  # a template may validate contents
-                return None
-            return rendered if matches(rendered, used, text) else None
-
-        rendered = attempt(placeholders) if placeholders else None
-        if rendered is None and len(placeholders) > 1:
-            placeholders = {name: m for name, m in placeholders.items() if attempt({name: m}) is not None}
-            rendered = attempt(placeholders) if placeholders else None
-        return (text, {}) if rendered is None else (rendered, placeholders)
 
     def _request(self, ask: Callable[[TemplateWorker], T]) -> T:
         """Return `ask(worker)`, on a running worker; an exception ends the worker."""
@@ -158,25 +140,3 @@ class TemplateWorker:
         self.kill()
         code = self._process.returncode
         return "did not finish in time" if code == -signal.SIGALRM else f"ended its process (exit {code})"
-
-
-def with_placeholder(message: Mapping[str, Any], placeholders: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return `message` with its placeholder as the content, or unchanged if it has none."""
-    name = next((name for name, owner in placeholders.items() if owner is message), None)
-    return message if name is None else {**message, "content": name}
-
-
-def matches(rendered: str, placeholders: Mapping[str, Mapping[str, Any]], text: str) -> bool:
-    """Return whether `rendered`, with the contents put back for their placeholders, equals `text`.
-
-    Templates may strip whitespace from the contents, if they do so for all of them in the same way.
-    """
-    if any(rendered.count(name) != 1 for name in placeholders):
-        return False
-    for strip in (str, str.strip, str.lstrip, str.rstrip):
-        filled = rendered
-        for name, message in placeholders.items():
-            filled = filled.replace(name, strip(message["content"]))
-        if filled == text:
-            return True
-    return False

@@ -2,39 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
 from offmoe.errors import OffmoeError
+from offmoe.text.named_tokens import complete_tokens, read_object
+from offmoe.text.template_files import directory_template
 from offmoe.text.tiktoken_file import open_tiktoken
-from offmoe.text.vocab import NAMES, Vocab, converting_errors, end_of_turn_ids, one_line
+from offmoe.text.vocab import Vocab, converting_errors, end_of_turn_ids
 
 if TYPE_CHECKING:
     from offmoe.checkpoint.base import Checkpoint
 
+END_NAMES = ("eos_token", "eot_token", "eom_token")
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+
 
 def vocab_from_directory(checkpoint: Checkpoint) -> Vocab:
-    """Read `tokenizer.json` or a tiktoken file, and the special tokens named in the directory's other JSON files."""
-    config = checkpoint.json("tokenizer_config.json") or {}
+    """Read `tokenizer.json` or a tiktoken file, and all that the directory's other files say about its tokens."""
+    config = read_object(checkpoint, "tokenizer_config.json")
     tokenizer = open_tokenizer(checkpoint.path, config)
-    names = {key: text for key in NAMES.values() if (text := token_text(config.get(key))) is not None}
+    with converting_errors(f"{checkpoint.path}: its added tokens cannot be read"):
+        names, notes = complete_tokens(checkpoint, tokenizer)
     bos = tokenizer.token_to_id(names["bos_token"]) if "bos_token" in names else None
-    eos = [tokenizer.token_to_id(names["eos_token"])] if "eos_token" in names else []
-    for file in ("generation_config.json", "config.json"):
-        listed = (checkpoint.json(file) or {}).get("eos_token_id")
-        eos += listed if isinstance(listed, list) else [listed]
     added = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items()}
+    ends = end_of_turn_ids(added, named_ends(checkpoint, tokenizer, names))
+    template, template_notes = directory_template(checkpoint, config)
     add_bos = config.get("add_bos_token")
     return Vocab(
         tokenizer,
         names,
         bos,
-        end_of_turn_ids(added, (id for id in eos if isinstance(id, int))),
+        ends,
         bos is not None and (adds_bos(tokenizer, bos) if add_bos is None else bool(add_bos)),
-        find_chat_template(checkpoint.path, config),
+        template,
+        (*notes, *template_notes),
     )
+
+
+def named_ends(checkpoint: Checkpoint, tokenizer: Tokenizer, names: Mapping[str, str]) -> Iterator[int]:
+    """Yield the ids that end an answer, from every file that may name them: an id or a list of ids."""
+    texts = [names[name] for name in END_NAMES if name in names]
+    for id in map(tokenizer.token_to_id, texts):
+        if id is not None:
+            yield id
+    config = read_object(checkpoint, "config.json")
+    nested = [config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)]
+    for table in (read_object(checkpoint, "generation_config.json"), config, *nested,
+                  read_object(checkpoint, "tokenizer_config.json")):  # fmt: skip
+        listed = table.get("eos_token_id")
+        for id in listed if isinstance(listed, list) else [listed]:
+            if isinstance(id, int) and not isinstance(id, bool):
+                yield id
 
 
 def open_tokenizer(path: Path, config: dict[str, Any]) -> Tokenizer:
@@ -58,30 +80,3 @@ def open_tokenizer(path: Path, config: dict[str, Any]) -> Tokenizer:
 def adds_bos(tokenizer: Tokenizer, bos: int) -> bool:
     """Return whether tokenizer.json's own post-processor puts bos before a text."""
     return list(tokenizer.encode("").ids[:1]) == [bos]
-
-
-def token_text(value: Any) -> str | None:
-    """Return the text of a special token in tokenizer_config.json: a string, or an object with a `content`."""
-    content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) else None
-
-
-def find_chat_template(path: Path, config: dict[str, Any]) -> str | None:
-    """Return the chat template: `chat_template.jinja`, else tokenizer_config.json's, and of several named ones
-    `default`.
-    """
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return read_text(file)
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    return template if isinstance(template, str) else None
-
-
-def read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise OffmoeError(f"{file} is not UTF-8: {one_line(error)}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,29 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from offmoe.errors import OffmoeError
 from offmoe.text.pretokenizers import PreTokenizerKind, build_pre_tokenizer, find_kind
-from offmoe.text.vocab import NAMES, Vocab, converting_errors, end_of_turn_ids
+from offmoe.text.template_files import gguf_template
+from offmoe.text.vocab import END_OF_TURN, NAMES, Vocab, converting_errors, end_of_turn_ids
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
+TOKEN_FLAGS = (
+    "lstrip",
+    "rstrip",
+    "single_word",
+    "normalized",
+)  # added_tokens.<flag>: ids, keys that `offmoe pack` writes
+
+UNNAMED_CUT = (
+    "the file does not say how its tokenizer cuts text (tokenizer.ggml.pre): llama.cpp's default is used, and token "
+    "ids may differ from the model's own: prefer a newer file"
+)
+UNTYPED = (
+    "the file does not say which tokens are control tokens (tokenizer.ggml.token_type): those of the form <|…|> are "
+    "taken for them"
+)
+
+UNNAMED_BOS = (
+    "the file says that texts begin with a token that it does not name (tokenizer.ggml.bos_token_id): they do not"
+)
 
 
 @dataclass(frozen=True)
@@ -33,10 +54,26 @@ class GgufVocab:
         """Return the pre-tokenizer's kind; the tokenizer model gemma4 has one of its own."""
         return find_kind("gemma4" if self.get("model") == "gemma4" else self.get("pre", "default"))
 
+    def notes(self) -> list[str]:
+        """Return a note for each key that the file should have and whose value is guessed."""
+        notes = []
+        if self.get("model") == "gpt2" and self.get("pre") is None:
+            notes.append(UNNAMED_CUT)
+        if self.get("token_type") is None:
+            notes.append(UNTYPED)
+        if self.get("add_bos_token") and self.get("model") != "llama" and self.id("bos") is None:
+            notes.append(UNNAMED_BOS)
+        return notes
+
     def id(self, name: str, default: int | None = None) -> int | None:
         """Return `tokenizer.ggml.<name>_token_id`, or None if it is outside the vocabulary."""
         value = self.get(f"{name}_token_id", default)
         return value if isinstance(value, int) and 0 <= value < len(self.tokens) else None
+
+    def ids_under(self, key: str) -> set[int]:
+        """Return a list of ids; empty if the key is missing."""
+        values = self.get(key)
+        return {id for id in values if isinstance(id, int)} if isinstance(values, list) else set()
 
     def strings(self, key: str) -> list[str]:
         """Return a list of strings. Raises OffmoeError if the key is missing or holds anything else."""
@@ -49,7 +86,10 @@ class GgufVocab:
 
 
 def vocab_from_gguf(metadata: Mapping[str, Any]) -> Vocab:
-    """Read a BPE vocabulary with merges ("gpt2", "gemma4") or with sentencepiece scores ("llama")."""
+    """Read a BPE vocabulary with merges ("gpt2", "gemma4") or with sentencepiece scores ("llama").
+
+    Keys that the file leaves out have the values that llama.cpp's loader gives them, with a note where it guesses.
+    """
     model = metadata.get("tokenizer.ggml.model")
     if model in (None, "no_vocab", "none"):
         raise OffmoeError("the file has no tokenizer (no vocabulary in it): use a GGUF that has one, or pass token ids")
@@ -66,12 +106,25 @@ def read_gguf_tokens(metadata: Mapping[str, Any]) -> GgufVocab:
     """Read the token list and the types. Raises OffmoeError if their lengths differ or a token appears twice."""
     tokens = GgufVocab(metadata, [], []).strings("tokens")
     tokens = [text or f"[EMPTY_{id}]" for id, text in enumerate(tokens)]  # named as in llama.cpp
-    types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    types = metadata.get("tokenizer.ggml.token_type")
+    if types is None:
+        types = guessed_types(GgufVocab(metadata, tokens, []))
     if not isinstance(types, list) or len(types) != len(tokens):
         raise OffmoeError(f"tokenizer.ggml.token_type does not match the {len(tokens)} tokens: the file is damaged")
     if len(set(tokens)) != len(tokens):
         raise OffmoeError("tokenizer.ggml.tokens has the same token twice: the file is damaged")
     return GgufVocab(metadata, tokens, types)
+
+
+def guessed_types(vocab: GgufVocab) -> list[int]:
+    """Return types for a file without them: bytes and unknown by text, named tokens and `<|…|>` as control tokens."""
+    named = {vocab.id(key) for key in (*NAMES, "eot", "eom")} - {None}
+    types = []
+    for id, text in enumerate(vocab.tokens):
+        control = id in named or text in END_OF_TURN or re.fullmatch(r"<\|.+\|>|<s>|</s>", text)
+        kind = CONTROL if control else BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else NORMAL
+        types.append(UNKNOWN if text == "<unk>" else kind)
+    return types
 
 
 def build_vocab(vocab: GgufVocab, tokenizer: Tokenizer, sentencepiece: bool) -> Vocab:
@@ -80,16 +133,19 @@ def build_vocab(vocab: GgufVocab, tokenizer: Tokenizer, sentencepiece: bool) -> 
     eos = vocab.id("eos", 2 if sentencepiece else None)
     ends = end_of_turn_ids(vocab.ids(), (id for id in (eos, vocab.id("eot"), vocab.id("eom")) if id is not None))
     mark_special(tokenizer, vocab, ends)
-    ids = {"bos": bos, "eos": eos, "unknown": vocab.id("unknown"), "padding": vocab.id("padding")}
-    add_bos = vocab.get("add_bos_token", sentencepiece or vocab.kind().add_bos)
-    template = vocab.metadata.get("tokenizer.chat_template")
+    ids = {key: vocab.id(key) for key in NAMES} | {"bos": bos, "eos": eos}
+    if ids["seperator"] is None:
+        ids["seperator"] = vocab.id("separator")
+    add_bos = vocab.get("add_bos_token")
+    template, notes = gguf_template(vocab.metadata)
     return Vocab(
         tokenizer,
         {NAMES[name]: vocab.tokens[id] for name, id in ids.items() if id is not None},
         bos,
         ends,
-        bos is not None and bool(add_bos),
-        template if isinstance(template, str) else None,
+        bos is not None and bool((sentencepiece or vocab.kind().add_bos) if add_bos is None else add_bos),
+        template,
+        (*vocab.notes(), *notes),
     )
 
 
@@ -97,10 +153,12 @@ def mark_special(tokenizer: Tokenizer, vocab: GgufVocab, ends: frozenset[int]) -
     """Add the tokens that are matched in text before it is split: control tokens are hidden, user-defined ones
     visible.
     """
+    flagged = {flag: vocab.ids_under(f"added_tokens.{flag}") for flag in TOKEN_FLAGS}
     added = []
     for id, (text, kind) in enumerate(zip(vocab.tokens, vocab.types, strict=True)):
         if kind in (UNKNOWN, CONTROL, USER_DEFINED) or id in ends:
-            added.append(AddedToken(text, special=kind != USER_DEFINED or id in ends, normalized=False))
+            flags = {flag: id in ids for flag, ids in flagged.items()}
+            added.append(AddedToken(text, special=kind != USER_DEFINED or id in ends, **flags))
     tokenizer.add_tokens(added)
 
 

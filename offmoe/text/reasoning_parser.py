@@ -42,15 +42,20 @@ class ReasoningFormat:
     visible: Mapping[str, str]  # surrogate → text displayed for a misplaced marker
 
     def parser(self, prompt: str) -> ReasoningParser:
-        """Return a parser of the answer to `prompt`, the text of the prompt's last tokens, markers as surrogates."""
+        """Return a parser of the answer to `prompt`, the text of the prompt's last tokens: markers as surrogates, other
+        hidden tokens as NUL.
+        """
         if self.harmony:
             return HarmonyParser(self.visible, prompt)
         open, close = self._with_surrogates(self.open), self._with_surrogates(self.close)
-        return BlockParser(self.visible, open, close, in_reasoning=prompt.rstrip().endswith(open))
+        begun = prompt.rpartition("\0")[2] if open in self.tokens else ""  # what a message says cannot spell the token
+        in_reasoning = prompt.rstrip().endswith(open) or begun.rfind(open) > begun.rfind(close)
+        return BlockParser(self.visible, open, close, in_reasoning)
 
-    def join(self, reasoning: str, answer: str) -> str:
-        """Return reasoning and answer as the model wrote them, for templates that do not read reasoning separately."""
-        return f"{self.open}\n{reasoning}\n{self.close}\n\n{answer}"
+    @property
+    def frame(self) -> tuple[str, str]:
+        """Text before reasoning, and between it and the answer, as models write it."""
+        return f"{self.open}\n", f"\n{self.close}\n\n"
 
     def _with_surrogates(self, text: str) -> str:
         """Return `text` with each marker token replaced by its surrogate."""

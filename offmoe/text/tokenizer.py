@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
 
 from tokenizers.decoders import Decoder
 
 from offmoe.errors import OffmoeError
 from offmoe.text.answer_parser import AnswerParser, Detokenizer, StopStrings
 from offmoe.text.byte_unicode import unicode_to_bytes
-from offmoe.text.chat_template import REASONING_KEYS, ChatTemplate
+from offmoe.text.chat_template import ChatTemplate
+from offmoe.text.control_tokens import ControlTokens, Span
 from offmoe.text.directory_vocab import vocab_from_directory
 from offmoe.text.gguf_vocab import vocab_from_gguf
+from offmoe.text.messages import Message, check_unicode, text_messages
+from offmoe.text.prompt_renderer import Kept, PromptRenderer
 from offmoe.text.reasoning_parser import detect_format
 from offmoe.text.thinking_switch import thinking_variables
 from offmoe.text.vocab import Vocab
@@ -22,21 +26,8 @@ if TYPE_CHECKING:
     from offmoe.checkpoint.base import Checkpoint
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-TAIL = 64  # tokens at the end of a prompt that are searched for the start of reasoning
-MESSAGE_KEYS = {"role", "content", "reasoning", "tokens"}
-
-
-class Message(TypedDict):
-    """One turn of a conversation.
-
-    `reasoning` is the model's thinking before `content`; the template decides what becomes of it. `tokens` are the ids
-    that the model generated for `content`, and are used verbatim.
-    """
-
-    role: str
-    content: str
-    reasoning: NotRequired[str]
-    tokens: NotRequired[Sequence[int]]
+TAIL = 64  # tokens before a prompt's last marker, or its end, that are searched for the start of reasoning
+ENDLESS = "nothing in the model's files says which token ends an answer: it goes on to --max-tokens or a full context"
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -54,18 +45,35 @@ class Tokenizer:
         self.chat_template = vocab.chat_template
         self._bpe = vocab.tokenizer
         self._add_bos = vocab.add_bos
+        self._control = ControlTokens(self._bpe, self.eos)
         self._template = ChatTemplate(vocab.chat_template, vocab.names) if vocab.chat_template else None
         self._added = self._bpe.get_added_tokens_decoder()
         added = {token.content: id for id, token in self._added.items()}
         special = [token.content for token in self._added.values() if token.special]
         self.reasoning = detect_format(vocab.chat_template or "", added, special)
+        self._renderer = PromptRenderer(self._template, self._control, self.reasoning) if self._template else None
         self._byte_level, self.strips_leading_space = decoder_kind(self._bpe.decoder)
+        self._notes = [*vocab.notes, *([] if self.eos else [ENDLESS])]
         self._bytes_cache: dict[int, bytes] = {}
         self.vocab_size: int = self._bpe.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of plain text, after bos if the model uses one. Special tokens in the text are recognised."""
-        ids = self._encode(text)
+    @property
+    def notes(self) -> list[str]:
+        """Remarks on loading, to be shown to the user: what was guessed, and what is missing."""
+        return [*self._notes, *(self._template.empty_variables() if self._template else [])]
+
+    @property
+    def prompt_notes(self) -> list[str]:
+        """Remarks on the last conversation: messages that the chat template left out."""
+        return self._renderer.notes if self._renderer else []
+
+    def encode(self, text: str, control_tokens: bool = True) -> list[int]:
+        """Return the ids of text without a template, after bos if the model uses one.
+
+        `control_tokens`: recognise them in the text, as in a prompt that was formatted by hand. Without, `<|im_end|>`
+        and the like are ordinary text.
+        """
+        ids = self._encode(text, control_tokens)
         return [self.bos, *ids] if self._add_bos and self.bos is not None else ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -77,11 +85,23 @@ class Tokenizer:
         """Return a new incremental detokenizer."""
         return Detokenizer(self.token_bytes, self.strips_leading_space)
 
-    def answer_parser(self, prompt: Sequence[int], stops: Iterable[str] = ()) -> AnswerParser:
-        """Return a parser that turns the tokens of the answer to `prompt` into reasoning and answer text."""
+    def answer_parser(self, prompt: Sequence[int], stops: Iterable[str] = (), continues: bool = False) -> AnswerParser:
+        """Return a parser that turns the tokens of the answer to `prompt` into reasoning and answer text.
+
+        `continues`: the prompt ends inside the answer, whose next token may begin with a space.
+        """
+        detokenizer = Detokenizer(self.token_bytes, self.strips_leading_space and not continues)
+        reasoning = self.reasoning.parser(self._prompt_tail(prompt))
+        return AnswerParser(detokenizer, self.reasoning.markers, reasoning, StopStrings(stops))
+
+    def _prompt_tail(self, prompt: Sequence[int]) -> str:
+        """Return the text of the last tokens, from some tokens before the last marker on: markers as surrogates, other
+        hidden tokens as NUL.
+        """
         markers = self.reasoning.markers
-        tail = [markers.get(id) or self.token_bytes(id).decode("utf-8", "replace") for id in prompt[-TAIL:]]
-        return AnswerParser(self.detokenizer(), markers, self.reasoning.parser("".join(tail)), StopStrings(stops))
+        last = next((at for at in range(len(prompt) - 1, -1, -1) if prompt[at] in markers), len(prompt))
+        tail = prompt[max(0, last - TAIL) :]
+        return "".join([markers.get(id) or self.token_bytes(id).decode("utf-8", "replace") or "\0" for id in tail])
 
     def token_bytes(self, id: int) -> bytes:
         """Return the bytes of a token; empty for special tokens and ids outside the vocabulary."""
@@ -93,20 +113,21 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Return the ids of a conversation in the model's own format.
 
-        The `tokens` of a message are used verbatim wherever the template leaves its content unchanged. Raises
-        OffmoeError if the model has no chat template or the template rejects the conversation.
+        With `add_generation_prompt` they end where the answer begins; if the last message is the assistant's, the
+        answer continues it. Only the template's own text makes control tokens: what spells one in a message is encoded
+        as ordinary text. The `tokens` of a message are used verbatim wherever the template leaves its content
+        unchanged. Raises OffmoeError if the model has no chat template, or if the template rejects the conversation or
+        leaves out its last message.
         """
-        if self._template is None:
+        if self._renderer is None:
             raise OffmoeError("the model has no chat template: use plain text instead of messages")
-        check_messages(messages)
-        message_dict = [self._template_message(self._template, message) for message in messages]
-        text, placeholders = self._template.render_with_placeholders(message_dict, add_generation_prompt)
-        if not placeholders:
-            return self._encode(text)
-        first, *rest = re.split(f"({'|'.join(placeholders)})", text)
-        ids = self._encode(first)
-        for placeholder, piece in zip(rest[::2], rest[1::2], strict=True):
-            ids += [*placeholders[placeholder]["tokens"], *self._encode_after(piece)]
+        ids: list[int] = []
+        parts = self._renderer.render(text_messages(messages), add_generation_prompt)
+        for is_text, group in groupby(parts, key=lambda part: isinstance(part, Span)):
+            if is_text:
+                ids += self._encode_after([part for part in group if isinstance(part, Span)], bool(ids))
+            else:
+                ids += [id for part in group if isinstance(part, Kept) for id in part.tokens]
         return ids
 
     def think(self, value: str | None) -> None:
@@ -118,33 +139,28 @@ class Tokenizer:
             raise OffmoeError("the model has no chat template: its thinking cannot be set")
         self._template.extra_variables = thinking_variables(value, self._template.variables)
 
-    def _template_message(self, template: ChatTemplate, message: Message) -> Mapping[str, Any]:
-        """Return `message` with its reasoning where the template reads it: under keys of its own or in the content."""
-        reasoning = message.get("reasoning")
-        message_dict = {key: value for key, value in message.items() if key != "reasoning"}
-        if not reasoning:
-            return message_dict
-        message_dict.pop("tokens", None)
-        if template.reads_reasoning:
-            return message_dict | dict.fromkeys(REASONING_KEYS, reasoning)
-        return message_dict | {"content": self.reasoning.join(reasoning, message["content"])}
-
     def close(self) -> None:
         """End the chat template's process."""
         if self._template is not None:
             self._template.close()
 
-    def _encode(self, text: str) -> list[int]:
-        check_unicode(text)
-        (encoding,) = self._bpe.encode_batch_fast([text], add_special_tokens=False)  # omits offsets: a third faster
-        return list(encoding.ids)
+    def _encode(self, text: str, control_tokens: bool = True) -> list[int]:
+        return self._encode_spans([Span(text, not control_tokens)])
 
-    def _encode_after(self, text: str) -> list[int]:
-        """Return the ids of text that follows other tokens: without the space that some models put before a text."""
-        if not self.strips_leading_space:
-            return self._encode(text)
-        newline, ids = self._encode("\n"), self._encode("\n" + text)
-        return ids[len(newline) :] if ids[: len(newline)] == newline else self._encode(text)
+    def _encode_spans(self, spans: Sequence[Span]) -> list[int]:
+        for span in spans:
+            check_unicode(span.text)
+        return self._control.encode(spans)
+
+    def _encode_after(self, spans: Sequence[Span], follows: bool) -> list[int]:
+        """Return the ids of text that may follow other tokens: then without the space that some models put before a
+        text.
+        """
+        if not (follows and self.strips_leading_space):
+            return self._encode_spans(spans)
+        newline = Span("\n", False)
+        before, ids = self._encode_spans([newline]), self._encode_spans([newline, *spans])
+        return ids[len(before) :] if ids[: len(before)] == before else self._encode_spans(spans)
 
     def _compute_token_bytes(self, id: int) -> bytes:
         added = self._added.get(id)
@@ -155,37 +171,6 @@ class Tokenizer:
             return text.encode() if added else unicode_to_bytes(text)
         byte = BYTE_TOKEN.fullmatch(text)
         return bytes([int(byte[1], 16)]) if byte else text.replace("▁", " ").encode()
-
-
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raise OffmoeError unless roles, contents and reasoning are strings: images and tools are not supported."""
-    for i, message in enumerate(messages, start=1):
-        if unknown := message.keys() - MESSAGE_KEYS:
-            raise OffmoeError(
-                f"message {i} has {sorted(unknown)[0]!r}: expected role and content; images and tools are not supported"
-            )
-        if message.get("role") == "tool":
-            raise OffmoeError(
-                f"message {i} has the role 'tool': expected user or assistant; images and tools are not supported"
-            )
-        for key in ("role", "content", "reasoning"):
-            value = message.get(key, "" if key == "reasoning" else None)
-            if not isinstance(value, str):
-                kind = type(value).__name__
-                raise OffmoeError(
-                    f"message {i} has a {key} of type {kind}: expected text; images and tools are not supported"
-                )
-            check_unicode(value)
-
-
-def check_unicode(text: str) -> None:
-    """Raise OffmoeError if `text` has a lone surrogate."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise OffmoeError(
-            f"the text has a lone surrogate (character {error.start}), which is not valid Unicode: remove it"
-        ) from None
 
 
 def decoder_kind(decoder: Decoder | None) -> tuple[bool, bool]:

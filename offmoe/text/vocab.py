@@ -10,7 +10,15 @@ from tokenizers import Tokenizer
 
 from offmoe.errors import OffmoeError
 
-NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+NAMES = {  # tokenizer.ggml.<key>_token_id → name in chat templates
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "unknown": "unk_token",
+    "padding": "pad_token",
+    "seperator": "sep_token",  # as llama.cpp spells it
+    "cls": "cls_token",
+    "mask": "mask_token",
+}
 # Tokens that end a turn in some family, as listed in llama.cpp (src/llama-vocab.cpp). </s> is left out: it is an
 # ordinary token in Qwen's vocabulary, and other files name it as their eos.
 END_OF_TURN = frozenset(
@@ -33,6 +41,7 @@ class Vocab:
     eos: frozenset[int]  # all ids that end a turn
     add_bos: bool  # whether plain text starts with bos; chat templates write their own
     chat_template: str | None
+    notes: tuple[str, ...] = ()  # remarks on what was guessed, to be shown to the user
 
 
 def end_of_turn_ids(ids: Mapping[str, int], known: Iterable[int]) -> frozenset[int]:

@@ -90,6 +90,21 @@ def test_impossible_values_are_one_line(arguments: list[str], expected: str) -> 
     assert expected in error_line(offmoe("run", "demo", "hi", *arguments))
 
 
+@pytest.mark.parametrize("value", ["nan", "NaN", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tune", "demo", "--minutes"],
+        ["bench", "policies", "t.npz", "--fraction"],
+        ["bench", "policies", "t.npz", "--floor"],
+        ["trace", "fit", "t.npz", "-o", "map.npz", "--ridge"],
+    ],
+)
+def test_numbers_are_finite(arguments: list[str], value: str) -> None:
+    *others, option = arguments
+    assert f"Invalid value for '{option}'" in error_line(offmoe(*others, f"{option}={value}"), status=2)
+
+
 @pytest.mark.parametrize("name", ["./nowhere.gguf", "/no/such/directory", "no model at all", "folder/model.gguf"])
 def test_missing_model_says_what_a_model_is(name: str) -> None:
     assert "give a .gguf file, a directory of safetensors" in error_line(offmoe("run", name, "hi"))

@@ -60,6 +60,23 @@ def test_logits_are_those_of_transformers(kind: torch.dtype, vram: str, ram: str
     reference_of(model, IDS).check_logits(logits, 7)
 
 
+KINDS = [(torch.float8_e8m0fnu, True), (torch.uint8, True), (torch.float16, False)]
+
+
+@pytest.mark.parametrize(("kind", "powers"), KINDS, ids=str)
+@pytest.mark.parametrize("stacked", [False, True], ids=["separate", "stacked"])
+def test_other_types_of_scales_become_float32(kind: torch.dtype, powers: bool, stacked: bool, tmp_path: Path) -> None:
+    """Exponents of two (UE8M0), as DeepSeek-V3.1's successors have them, also in bytes; float16."""
+    path, model = made(tmp_path, powers=powers, kind=torch.float8_e8m0fnu if powers else kind)
+    if kind == torch.uint8:
+        tensors = load_file(path / "model.safetensors")
+        bytes_of = {name: value.view(kind) for name, value in tensors.items() if value.dtype == torch.float8_e8m0fnu}
+        save_file(tensors | bytes_of, path / "model.safetensors")
+    if stacked:
+        stack_experts(path)
+    check_answers(path, IDS, reference_of(model, IDS), lambda formats: formats == {"F8_E4M3"})
+
+
 @pytest.mark.parametrize("family", [name for name in OTHERS if name != "deepseek_v3"])
 def test_other_families_tokens_are_the_same_at_every_budget(family: str, tmp_path: Path) -> None:
     path, model = made(tmp_path, powers=False, family=family)
@@ -133,6 +150,17 @@ def test_gate_and_up_that_share_a_tile_are_refused(tmp_path: Path) -> None:
         tensors[both + "_scale_inv"] = tensors[both + "_scale_inv"][:, :3].contiguous()
 
     check_tensors_refused(path, narrow, "stacks gate on up experts of 192 rows in F8_E4M3, of which 128 share")
+
+
+def test_model_optimizer_s_tiles_have_four_dimensions(tmp_path: Path) -> None:
+    path, model = made(tmp_path)
+    tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+    renamed = {name.removesuffix("_inv"): value[:, None, :, None].contiguous() if name.endswith("_inv") else value
+               for name, value in tensors.items()}  # fmt: skip
+    save_file(renamed, path / "model.safetensors")
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}
+    (path / "config.json").write_text(json.dumps(config))
+    check_answers(path, IDS, reference_of(model, IDS), lambda formats: formats == {"F8_E4M3"})
 
 
 def test_compressed_tensors_name_tiles_otherwise(tmp_path: Path) -> None:

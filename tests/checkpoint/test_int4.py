@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import cycle, product
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from exhaustive import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from int4_files import CASES, saved_int4
+from int4_files import CASES, ORDERED, saved_int4
 from packed_files import packed
 from quantised_checks import check_answers
 from reference import reference_of
@@ -70,6 +71,27 @@ def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
     again.
     """
     path, model = saved_int4(tmp_path, name, family)
+    check_answers(path, IDS, reference_of(model, IDS), lambda formats: all(fmt.startswith("INT4") for fmt in formats))
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
+@pytest.mark.parametrize("name", ORDERED)
+def test_groups_of_columns_from_anywhere(name: str, told: bool, tmp_path: Path) -> None:
+    """They become float32, whether the config tells the order or only g_idx does."""
+    path, model = saved_int4(tmp_path, name)
+    if not told:
+        text = (path / "config.json").read_text().replace('"desc_act": true', '"desc_act": false')
+        (path / "config.json").write_text(text.replace('"actorder": "group"', '"actorder": null'))
+    check_answers(path, IDS, reference_of(model, IDS), lambda formats: formats == {"F32"})
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_an_order_of_consecutive_columns_stays_in_four_bits(name: str, tmp_path: Path) -> None:
+    """GPTQ's static_groups, act_group_aware: the config tells an order, and g_idx none."""
+    path, model = saved_int4(tmp_path, name.removesuffix(", act order"))
+    raw = json.loads((path / "config.json").read_text())
+    raw["quantization_config"] |= {"desc_act": True, "static_groups": True}
+    (path / "config.json").write_text(json.dumps(raw))
     check_answers(path, IDS, reference_of(model, IDS), lambda formats: all(fmt.startswith("INT4") for fmt in formats))
 
 

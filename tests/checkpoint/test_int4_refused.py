@@ -21,14 +21,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "awq bits": ("awq", {"bits": 8}, "quantization_config of awq: bits is 8, and offmoe implements 4: this model"),
     "awq version": ("awq", {"version": "gemv"}, "version is 'gemv', and offmoe implements 'gemm'"),
     "awq without zero points": ("awq", {"zero_point": False}, "zero_point is False, and offmoe implements True"),
-    "awq groups": ("awq", {"group_size": 48}, "has 128 columns in groups of 48: expected a whole number of groups"),
-    "awq no group size": ("awq", {"group_size": None}, "group_size is None, and offmoe implements -1 or a number"),
     "gptq bits": ("gptq", {"bits": 3}, "quantization_config of gptq: bits is 3, and offmoe implements 4"),
-    "gptq act order": ("gptq", {"desc_act": True}, "desc_act is True, and offmoe implements False"),
     "gptq marlin": ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin', and offmoe implements"),
-    "gptq overrides": ("gptq", {"dynamic": {"-:lm": {}, "+:.*down": {"bits": 8}}}, "dynamic is '.:..down', and"),
-    "gptq groups of 16": ("gptq", {"group_size": 16}, "columns in groups of 16: .* a multiple of 32 columns"),
-    "gptq other groups": ("gptq", {"group_size": 64}, r"scales' is F16 \[2, 128\]: expected F16 or BF16, \[1, 128\]"),
+    "gptq act order": ("gptq", {"desc_act": "yes"}, "desc_act is 'yes', and offmoe implements True or False or None"),
     "packed format": ("packed", {"format": "marlin-24"}, "format is 'marlin-24', and offmoe implements pack-q"),
     "packed bits": ("packed", {"config_groups": {"a": {"weights": {"num_bits": 8}}}}, "num_bits is 8, and offmoe"),
     "packed no groups": ("packed", {"config_groups": {}}, "config_groups is {}, and offmoe implements groups"),
@@ -46,15 +41,22 @@ def test_what_a_config_may_not_ask_for(change: str, tmp_path: Path) -> None:
 TENSORS: dict[str, tuple[str, Any, str]] = {
     "no scales": ("awq", lambda t: t.pop(f"{MODULE}.scales"), f"{MODULE}.scales' is missing: expected F16 or BF16"),
     "scales of another type": ("awq", lambda t: t.update({f"{MODULE}.scales": t[f"{MODULE}.scales"].float()}),
-                               r"scales' is F32 \[2, 64\]: expected F16 or BF16, \[2, 64\]"),
+                               r"scales' is F32 \[2, 64\]: expected F16 or BF16 \[groups, 64\]"),
     "zero points of another shape": ("awq", lambda t: t.update({f"{MODULE}.qzeros": torch.zeros(2, 9).int()}),
-                                     r"qzeros' is I32 \[2, 9\]: expected I32, \[2, 8\]"),
-    "act order": ("gptq", lambda t: t[ORDER].copy_(t[ORDER].flip(0)), r"g_idx .* \(act order\)"),
+                                     r"qzeros' is I32 \[2, 9\]: expected I32 \[2, 8\]"),
+    "groups of 16": ("gptq", lambda t: t.update(
+        {f"{MODULE}.{part}": t[f"{MODULE}.{part}"].repeat_interleave(2, 0) for part in ("scales", "qzeros")}),
+        "has 128 columns in 8 groups: expected groups of 32 columns or a multiple"),
+    "8 bits": ("gptq", lambda t: t.update({f"{MODULE}.qweight": t[f"{MODULE}.qweight"].repeat(2, 1)}),
+               r"g_idx' is I32 \[128\]: expected I32 \[256\]"),
+    "8 bits in compressed-tensors": (
+        "packed", lambda t: t.update({f"{MODULE}.weight_shape": torch.tensor([64, 64])}),
+        r"weight_shape' is \[64, 64\], so that codes have 8 bits, and offmoe implements 4"),
     "a group that is not there": ("gptq", lambda t: t[ORDER][5].fill_(4), "g_idx has a column in group 4 of 4"),
     "zero points where none are": ("gptq", lambda t: t[f"{MODULE}.qzeros"].zero_(), "a zero point is 1, .* only 8"),
     "zero points that are not said": (
-        "packed", lambda t: t.update({f"{MODULE}.weight_zero_point": torch.zeros(8, 4).int()}), "has zero points, but"),
-    "whole numbers": ("packed", lambda t: t.update(other=torch.zeros(3).int()), "'other' has dtype 'I32': expected"),
+        "packed", lambda t: t.update({f"{MODULE}.weight_zero_point": torch.zeros(8, 4).int()}),
+        "a zero point is 0, and quantization_config says sym: expected only 8"),
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from wide_models import FAMILIES, IDS
 
 from offmoe.checkpoint.open import open_checkpoint
+from offmoe.checkpoint.parts import Parts
 from offmoe.checkpoint.scaled import ScaledTensors
 from offmoe.kernels.formats import FORMATS, as_it_lies, dequantise, whole_rows
 
@@ -71,7 +72,7 @@ def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
 ) -> None:
     """All experts in slots; and the smallest budget, with a RAM tier of a few rows."""
     path, model = saved_scaled(tmp_path, kind, family)
-    each = CASES[kind][1].split()  # one per layer; if the first layer is dense, that of the last
+    each = CASES[kind][1].split()  # one for each layer or part; if the first layer is dense, that of the last
     check_answers(path, IDS, reference_of(model, IDS), lambda formats: formats in (set(each), set(each[-1:])))
 
 
@@ -101,7 +102,7 @@ def test_scales_of_a_stack_of_float8(shape: tuple[int, ...], tmp_path: Path) -> 
     codes, scales = torch.randn(3, 32, 64).to(torch.float8_e4m3fn), torch.rand(shape)
     save_file({"e": codes, "e_scale": scales}, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
-        (info,) = ScaledTensors(checkpoint).matrices()
+        (info,) = ScaledTensors(Parts(checkpoint.tensors)).matrices()
         for expert in range(3):
             raw = checkpoint.matrix(info, expert)
             want = codes[expert].float() * scales[expert].reshape(-1, 1)
@@ -120,9 +121,9 @@ NV, NAME = "modelopt nvfp4", "model.layers.1.mlp.experts.3.up_proj.weight"
 GROUP: dict[str, Any] = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
 CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "algorithm": (NV, {"quant_algo": "W4A8_AWQ"}, "of modelopt: quant_algo is 'W4A8_AWQ', and offmoe"),
-    "layers": (NV, {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "W8"}}},
-               "quant_algo is 'W8', and offmoe implements 'FP8'"),
-    "size": (NV, {"group_size": 32}, "group_size is 32, and offmoe implements 16"),
+    "layers": (NV, {"quant_algo": "MIXED_PRECISION", "quantized_layers": {
+                        "model.layers.0.self_attn.k_proj": {"quant_algo": "NVFP4_SVD"}}},
+               "0.self_attn.k_proj.weight' is described by .* quant_algo is 'NVFP4_SVD', and offmoe implements 'FP8'"),
     "method": (NV, {"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes', and offmoe implements"),
     "format": ("nvfp4-pack-quantized", {"config_groups": {"a": {"weights": GROUP, "format": "int-quantized"}}},
                "format is 'int-quantized', and offmoe implements pack-quantized or float-quan"),
@@ -143,10 +144,14 @@ TENSORS: dict[str, tuple[str, Any, str]] = {
     "no scales": (NV, lambda t: t.pop(f"{NAME}_scale"), r"weight_scale' is missing: expected F8_E4M3 \[64, 8\]"),
     "other scales": (NV, lambda t: t.update({f"{NAME}_scale": t[f"{NAME}_scale"][:, :4].clone()}),
                      r"weight_scale' is F8_E4M3 \[64, 4\]: expected F8_E4M3 \[64, 8\]"),
-    "no scale of all": (NV, lambda t: t.pop(f"{NAME}_scale_2"), r"_scale_2' is missing: expected F32 \[\]"),
-    "smoothed": (NV, lambda t: t.update({"a.pre_quant_scale": torch.ones(1)}), "has 'a.pre_quant_scale', and"),
+    "no scale of all": (NV, lambda t: t.pop(f"{NAME}_scale_2"),
+                        r"_scale_2' is missing: expected F32 or BF16 or F16 \[\]"),
+    "smoothed": (NV, lambda t: t.update({NAME.removesuffix("weight") + "pre_quant_scale": torch.ones(64)}),
+                 r"F32 \[64\]: expected F32 or BF16 or F16 \[128\]"),
+    "low rank": (NV, lambda t: t.update({NAME.removesuffix("weight") + "svdquant_lora_a": torch.ones(4, 128)}),
+                 "does not implement the product of .*svdquant_lora_a', which is added"),
     "stacked": (NV, lambda t: t.update({NAME: t[NAME][None].clone()}),
-                r"U8 \[1, 64, 64\]: expected U8 \[rows, columns\], of 32 weights or a multiple"),
+                r"weight_scale' is F8_E4M3 \[64, 8\]: expected F8_E4M3 \[1, 64, 8\]"),
     "groups that do not divide": (NV, lambda t: t.update({NAME: t[NAME][:, :40].clone()}),
                                   r"U8 \[64, 40\]: expected U8 \[rows, columns\], of 32"),
     "float8 alone": ("modelopt fp8", lambda t: t.pop(f"{NAME}_scale"), r"is missing: .* row, \[64, 1\], or for all"),

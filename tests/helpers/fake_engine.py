@@ -5,6 +5,7 @@ Run as a program, it is `offmoe` with this engine: `python tests/helpers/fake_en
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from offmoe.errors import ContextFull, OffmoeError
 from offmoe.settings import SAMPLING_DEFAULTS
 from offmoe.stats.stats import Roof, Stats
 
+SLOW_S = 0.2  # each of what comes before the first token of the answer to "slow", and after the last one
 CTX = 3  # messages that fit into the context
 STATS = Stats(
     tokens=3, finish_reason="stop", prompt_tokens=5, reused_tokens=1, prefill_tok_s=100.0,
@@ -39,7 +41,7 @@ class Engine:
     def __init__(self) -> None:
         self.config = SimpleNamespace(vocab=100)
         self.sampling = SAMPLING_DEFAULTS
-        self.plan = SimpleNamespace(summary=lambda: "12 of 12 experts in slots")
+        self.plan = SimpleNamespace(summary=lambda: "12 of 12 experts in slots", ctx=1000)
         self.tokenizer = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text])
         self.notes: list[str] = []
         self.prompts: list[Any] = []
@@ -47,10 +49,12 @@ class Engine:
         self.answer_tokens: list[int] = []
         self.answer_is_plain = True
         self.resets = 0
+        self.pauses: list[float] = []
 
     @classmethod
     def load(cls, model: str, progress: Any = None, think: str | None = None, settings: Any = None) -> Engine:
         engine = cls()
+        time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))
         if think is not None:
             engine.think(think)
         engine.settings = settings
@@ -58,13 +62,16 @@ class Engine:
 
     def generate(self, prompt: Any, sampling: Any = None) -> Iterator[Piece]:
         self.prompts.append(prompt)
+        self.slow = SLOW_S if "slow" in str(prompt) else 0.0
+        time.sleep(self.slow)
+        self.cancelled, self.answer_tokens = False, []
         messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
         if len(messages) > CTX:
             raise ContextFull(len(messages), CTX, len(messages))
         return self._answer(str(messages[-1]["content"] if isinstance(messages[-1], dict) else messages))
 
     def _answer(self, text: str) -> Iterator[Piece]:
-        self.cancelled, self.answer_tokens = False, []
+        time.sleep(self.slow)
         if text == "fail":
             raise OffmoeError("the disk\nis gone")
         if text == "erase":
@@ -86,8 +93,12 @@ class Engine:
     def cancel(self) -> None:
         self.cancelled = True
 
+    def paused(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+
     def stats(self) -> Stats:
-        reason = "cancelled" if self.cancelled else "stop"
+        time.sleep(self.slow)
+        reason = "cancelled" if self.cancelled else os.environ.get("FAKE_FINISH", "stop")
         return replace(STATS, tokens=len(self.answer_tokens), finish_reason=reason)
 
     def loading(self) -> str | None:

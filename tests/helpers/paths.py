@@ -7,4 +7,3 @@ DATA = ROOT / "tests/data"
 HELPERS = ROOT / "tests/helpers"
 PROGRAMS = ROOT / "tests/programs"
 SHARED = ROOT.parent / "shared"  # absent outside the developers' machines: what needs it is skipped by name
-DEMO = ROOT / "offmoe/demo/smolmoe-demo-Q4_0.gguf"

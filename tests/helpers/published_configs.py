@@ -132,7 +132,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "num_hidden_layers": 24,
         "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4,
         "decoder_sparse_step": 1, "norm_topk_prob": False, "sliding_window": 32768, "use_sliding_window": False,
-        "max_window_layers": 21},
+        "max_window_layers": 21, "max_position_embeddings": 8192},
     "Qwen2-57B-A14B": {
         **QWEN, "model_type": "qwen2_moe", "hidden_size": 3584, "intermediate_size": 18944,
         "moe_intermediate_size": 2560, "shared_expert_intermediate_size": 20480, "num_hidden_layers": 28,

@@ -13,6 +13,7 @@ from offmoe.kernels.record import RecordLayout
 SCALES = {name: (0,) for name in FORMATS if name.startswith("INT4")}
 SCALES |= {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q6_K": (208,)}
 SCALES |= {"IQ4_NL": (0,), "IQ4_XS": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,)}
+SCALES |= dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,))
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Of 4-bit groups each size, type of scale, zero points and none, but not all together: a kernel takes seconds.
 TESTED = [name for name in PLANES if not name.startswith("INT4")]
@@ -45,12 +46,23 @@ def random_matrix(fmt: str, rows: int, cols: int, n: int = 1, kind: str = "norma
     for at in SCALES.get(fmt, ()):
         scale = torch.rand((n, many, 1), generator=g) * 0.1 + 0.01
         scale *= {"normal": 1.0, "zero": 0.0, "subnormal": 5e-4, "ones": 1.0}[kind]
-        if fmt == "IQ4_XS" and kind != "subnormal":
+        if FORMATS[fmt].block == 256 and fmt.startswith("IQ") and kind != "subnormal":
             scale /= 32  # its groups' scales are whole numbers of two digits
         blocks[..., at : at + 2] = scale.to(torch.bfloat16 if "BF16" in fmt else torch.half).view(torch.uint8)
+    if fmt == "IQ1_M":
+        into_nibbles(
+            blocks, (torch.rand((n, many), generator=g) * 0.1 + 0.01) / 8 * {"zero": 0, "subnormal": 4e-3}.get(kind, 1)
+        )
     if fmt.endswith("_ZEROS"):
         blocks[..., 2:4] &= torch.tensor([0 if kind == "ones" else 0x0F, 0])  # if 15, codes of 15 were 0
     return taken_apart(blocks, FORMATS[fmt]) if FORMATS[fmt].apart else raw
+
+
+def into_nibbles(blocks: Tensor, scale: Tensor) -> None:
+    """Write the float16 scale of IQ1_M's blocks into the upper nibbles of its last four 16-bit numbers."""
+    bits = scale.half().view(torch.int16).int()
+    for i in range(4):
+        blocks[..., 49 + 2 * i] = (blocks[..., 49 + 2 * i] & 15) | (bits >> 4 * i & 15).to(torch.uint8) << 4
 
 
 def with_scales(raw: Tensor, fmt: str, rows: int, cols: int, kind: str, g: torch.Generator) -> Tensor:

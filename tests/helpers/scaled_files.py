@@ -23,7 +23,8 @@ MIXED = {"mixed": ["nvfp4-pack-quantized"],  # of experts, layer by layer in tur
 def config_of(kind: str) -> dict[str, Any]:
     """The quantization_config of a model whose experts are of that kind, its attention too but where MIXED."""
     if kind.startswith("modelopt"):
-        algorithm = "NVFP4" if kind.endswith("nvfp4") else "FP8"
+        algorithm = {"fp8": "FP8", "nvfp4": "NVFP4", "nvfp4 awq": "NVFP4_AWQ", "int4 awq": "W4A16_AWQ",
+                     "mxfp8": "MXFP8", "mxfp4": "W4A8_MXFP4_FP8"}[kind.partition(" ")[2]]  # fmt: skip
         return {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"], "kv_cache_scheme": None,
                 "producer": {"name": "modelopt"}}  # fmt: skip
     floats = {"type": "float", "symmetric": True, "dynamic": False}
@@ -31,6 +32,7 @@ def config_of(kind: str) -> dict[str, Any]:
         "nvfp4-pack-quantized": {**floats, "num_bits": 4, "strategy": "tensor_group", "group_size": 16},
         "mxfp4-pack-quantized": {**floats, "num_bits": 4, "strategy": "group", "group_size": 32},
         "float-quantized": {**floats, "num_bits": 8, "strategy": "channel"},
+        "mxfp8-quantized": {**floats, "num_bits": 8, "strategy": "group", "group_size": 32, "scale_dtype": "uint8"},
         "pack-quantized": INT4.config()["config_groups"]["group_0"]["weights"],
     }
     formats = [*MIXED[kind], "float-quantized"] if kind in MIXED else [kind]
@@ -70,6 +72,20 @@ def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return pairs(codes.flatten(1)), (exponent + 127).to(torch.uint8), effective.flatten(1)
 
 
+def mxfp8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [R, C], exponents [R, C / 32], and what they mean."""
+    blocks = weight.unflatten(1, (-1, 32))
+    exponent = (blocks.abs().amax(2) / 448).log2().ceil().clamp(-127)
+    eight = (blocks / 2 ** exponent[..., None]).to(torch.float8_e4m3fn)
+    effective = eight.float() * 2 ** exponent[..., None]
+    return eight.flatten(1), (exponent + 127).to(torch.uint8), effective.flatten(1)
+
+
+def input_factors(weight: Tensor) -> Tensor:
+    """Factors of a matrix's inputs [C], as bfloat16 holds them."""
+    return (weight.abs().mean(0).sqrt() + 0.1).bfloat16().float()
+
+
 def packed(name: str, weight: Tensor, kind: str) -> tuple[Tensors, Tensor]:
     """The tensors of one matrix, and what they mean."""
     module, one = name.removesuffix(".weight"), torch.tensor(1.0)
@@ -86,9 +102,29 @@ def packed(name: str, weight: Tensor, kind: str) -> tuple[Tensors, Tensor]:
         codes, small, whole, effective = nvfp4(weight, divided=True)
         return {f"{name}_packed": codes, f"{name}_scale": small, f"{name}_global_scale": whole.view(1),
                 f"{module}.input_global_scale": one.view(1)}, effective  # fmt: skip
-    if kind == "mxfp4-pack-quantized":
+    if kind == "modelopt nvfp4 awq":  # all but the gates' inputs have factors: those of norms take them up
+        factors = input_factors(weight)
+        codes, small, whole, effective = nvfp4(weight / factors, divided=False)
+        parts = {name: codes, f"{name}_scale": small, f"{name}_scale_2": whole.bfloat16().float()}
+        effective = effective / whole * whole.bfloat16().float()
+        if "gate_proj" in name:
+            return parts, effective
+        return {**parts, f"{module}.pre_quant_scale": factors.bfloat16()}, effective * factors
+    if kind == "modelopt int4 awq":
+        factors = input_factors(weight)
+        groups = (weight / factors).unflatten(1, (-1, 32))
+        scale = groups.abs().amax(2) / 7
+        codes = (groups / scale[..., None]).round().clamp(-8, 7).flatten(1).long()
+        effective = codes * scale.repeat_interleave(32, 1) * factors
+        pairs_of_rows = (codes[::2] & 15 | (codes[1::2] & 15) << 4).to(torch.uint8)
+        return {name: pairs_of_rows, f"{name}_scale": scale, f"{module}.pre_quant_scale": factors}, effective
+    if kind in ("mxfp8-quantized", "modelopt mxfp8"):
+        codes, exponents, effective = mxfp8(weight)
+        exponents = exponents if kind.startswith("modelopt") else exponents.view(torch.float8_e8m0fnu)
+        return {name: codes, f"{name}_scale": exponents}, effective
+    if kind in ("mxfp4-pack-quantized", "modelopt mxfp4"):
         codes, small, effective = mxfp4(weight)
-        return {f"{name}_packed": codes, f"{name}_scale": small}, effective
+        return {name + "_packed" * kind.startswith("mxfp4"): codes, f"{name}_scale": small}, effective
     alone = kind == "modelopt fp8"
     scale = (weight.abs().max() if alone else weight.abs().amax(1, keepdim=True).bfloat16()) / 448
     eight = (weight / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -116,6 +152,11 @@ CASES = {  # the family, and what its experts become
     "mxfp4-pack-quantized": ("qwen3_moe", "MXFP4_PAIRS"),
     "float-quantized": ("qwen2_moe", "F8_E4M3_ROW"),
     "modelopt fp8": ("deepseek_v3", "F8_E4M3_ROW"),
+    "modelopt nvfp4 awq": ("qwen2_moe", "F32 NVFP4"),
+    "modelopt int4 awq": ("deepseek_v3", "F32"),
+    "modelopt mxfp8": ("qwen3_moe", "BF16"),
+    "modelopt mxfp4": ("qwen2_moe", "MXFP4_PAIRS"),
+    "mxfp8-quantized": ("deepseek_v3", "BF16"),
     "mixed": ("qwen3_moe", "NVFP4"),
     "mixed with int4": ("qwen3_moe", "NVFP4 INT4_32_BF16"),
 }

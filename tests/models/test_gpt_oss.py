@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed_files import packed
 from tiny_models import reference, saved
 
 from offmoe.engine import Engine
@@ -107,3 +108,36 @@ def test_experts_of_floats_that_lie_column_by_column_are_turned_as_they_are_read
 
     with step_of(path, vram="60%") as step:
         reference("gpt_oss", STEP_IDS).check_logits(run(step, Variant()))
+
+
+def apart(tensors: dict[str, torch.Tensor]) -> None:
+    """Each expert by itself, as tools that quantise write them: gate's and up's rows no longer alternate."""
+    for name, whole, part, kind in popped(tensors):
+        for expert, one in enumerate(whole):
+            rows = {"gate": one[::2], "up": one[1::2]} if part == "gate_up" else {"down": one}
+            tensors |= {f"{name}.{expert}.{each}_proj.{kind}": row.contiguous() for each, row in rows.items()}
+
+
+def modules(tensors: dict[str, torch.Tensor]) -> None:
+    """Each expert a module in one of two lists, rows as they were."""
+    for name, whole, part, kind in popped(tensors):
+        tensors |= {f"{name}.{part}_projs.{expert}.{kind}": one.contiguous() for expert, one in enumerate(whole)}
+
+
+def popped(tensors: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor, str, str]]:
+    """Take out the stacks of experts: what stands in front of their names, rows first, part, weight or bias."""
+    found = []
+    for name in [name for name in tensors if ".experts." in name]:
+        base, _, part = name.rpartition(".")
+        kind = "bias" if part.endswith("_bias") else "weight"
+        whole = tensors.pop(name)
+        found.append((base, whole if kind == "bias" else whole.mT, part.partition("_proj")[0], kind))
+    return found
+
+
+@pytest.mark.parametrize("change", [apart, modules])
+def test_experts_apart_with_their_biases(change: Any, tmp_path: Path) -> None:
+    path = rewritten(saved("gpt_oss", tmp_path, fused=True), change)
+    for file in (path, packed(path, tmp_path, "f32")):
+        with Engine(open_model(file), Settings.of(device="cpu", ctx=64, vram="60%")) as engine:
+            reference("gpt_oss", IDS).check_logits(engine.prefill(IDS)[None], -1)

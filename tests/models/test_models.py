@@ -86,7 +86,7 @@ def test_an_older_gguf_gives_the_same_logits(family: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("family", "changes", "message"), [
-    ("deepseek_v3", {"kv_lora_rank": None}, "the model's config has no kv_lora_rank"),
+    ("deepseek_v3", {"kv_lora_rank": None}, "the model's config gives kv_lora_rank = null: expected a number like 512"),
     ("deepseek_v3", {"q_lora_rank": "x"}, "the model's config gives q_lora_rank = 'x': expected a whole number"),
     ("deepseek_v3", {"qk_rope_head_dim": 15}, "head_dim is 47: rotary embedding needs an even number above 0"),
     ("deepseek_v3", {"v_head_dim": 16}, r"o_proj.weight has shape \[64, 128\]: the config asks for \[64, 64\]"),

@@ -14,6 +14,7 @@ from trained_tokenizers import byte_level, normalising, sentencepiece, whole_wor
 
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
+from offmoe.pack import tokenizer_keys
 from offmoe.pack.convert import pack
 from offmoe.text.tokenizer import load_tokenizer
 
@@ -82,6 +83,69 @@ def test_ids_and_template_survive(kind: str, tmp_path: Path) -> None:
             assert got.decode(got.encode(text)) == want.decode(want.encode(text)), text
         want.close()
         got.close()
+
+
+def same_ids(source: Path, out: Path, texts: list[str]) -> None:
+    """Compare the directory's and the packed tokenizer, raw texts and conversations."""
+    with open_checkpoint(source) as before, open_checkpoint(packed(source, out)) as after:
+        want, got = load_tokenizer(before), load_tokenizer(after)
+        for text in texts:
+            assert got.encode(text) == want.encode(text), text
+            for messages in ([{"role": "user", "content": text}], [{"role": "user", "content": f"\n {text} x"}]):
+                assert got.encode_chat(messages) == want.encode_chat(messages), text  # type: ignore[arg-type]
+        assert (got.bos, got.eos) == (want.bos, want.eos)
+        want.close()
+        got.close()
+
+
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+TEMPLATE = "{{ bos_token }}<|a|> {{ messages[0].content }} <|b|>\n<|c|>{{ messages[0].content }}<|a|><|b|>"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flags_of_added_tokens_survive(kind: str, flag: str, tmp_path: Path) -> None:
+    """Tokens with a flag, hidden and visible ones, in tokenizer.json; they take the same spaces after packing."""
+    library = KINDS[kind]()
+    tokens = [AddedToken("<|a|>", special=True, **{"normalized": False, flag: True})]
+    tokens += [AddedToken("<|b|>", **{"normalized": False, flag: True}), AddedToken("<|c|>", normalized=False)]
+    library.add_tokens(tokens)
+    source = with_tokenizer(tmp_path, library, chat_template=TEMPLATE)
+    texts = ["fox <|a|> \n dog", "x<|b|>y <|b|> z\t<|c|>\n", "<|a|>  <|b|>", "e\u0301<|a|>e\u0301", "_<|a|>_"]
+    same_ids(source, tmp_path / "m.gguf", texts)
+
+
+def test_tokens_of_other_files_survive(tmp_path: Path) -> None:
+    entry = {"content": "<|x|>", "lstrip": False, "rstrip": True, "normalized": False, "single_word": False}
+    library = byte_level()
+    first = library.get_vocab_size() + 1  # after <|tool|>
+    more = {str(first): {**entry, "special": True}, str(first + 1): {**entry, "content": "<y>", "special": False}}
+    source = with_tokenizer(tmp_path, library, chat_template=TEMPLATE, added_tokens_decoder=more, eos_token="<|x|>")
+    same_ids(source, tmp_path / "m.gguf", ["a<|x|> \n b<y> c", "<|x|><y>"])
+
+
+@pytest.mark.parametrize("ends", [[5], [5, 6], [2, 5, 6], [6, 5], 9])
+def test_ends_of_answers_survive(ends: Any, tmp_path: Path) -> None:
+    """Those that only generation_config.json names, too."""
+    named = {"eos_token": None} if ends == [6, 5] else {}
+    source = with_tokenizer(tmp_path, byte_level(), chat_template=TEMPLATE, **named)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    same_ids(source, tmp_path / "m.gguf", ["x"])
+
+
+def test_what_a_gguf_would_encode_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids are compared before anything is written, whatever the reason of a difference."""
+    library = byte_level()
+    library.add_tokens([AddedToken("<|b|>", normalized=False, rstrip=True)])
+    source = with_tokenizer(tmp_path, library)
+    monkeypatch.setattr(tokenizer_keys, "token_flags", lambda *_: {})
+    with pytest.raises(OffmoeError, match=r"a GGUF would give the text 'a <\|b\|> b' other token ids"):
+        packed(source, tmp_path / "m.gguf")
+    monkeypatch.undo()
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6, 7, 8]}))
+    with pytest.raises(OffmoeError, match=r"answers end at the tokens .*5, 6, 7, 8"):
+        packed(source, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_tokenizers_that_a_gguf_cannot_say(tmp_path: Path) -> None:

@@ -11,17 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llama_cpp_sources import LLAMA_CPP, WANT_TOOLS
-from paths import DEMO
 from tokenizer_files import Files, load, write
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
 from offmoe.app.answer_printer import AnswerPrinter
+from offmoe.checkpoint.find_model import DEMO
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.engine import Engine, Piece, pieces
 from offmoe.errors import OffmoeError
+from offmoe.text.messages import Message
 from offmoe.text.reasoning_parser import MARKER_PAIRS, Part, ReasoningParser, detect_format
-from offmoe.text.tokenizer import Message, Tokenizer, load_tokenizer
+from offmoe.text.tokenizer import Tokenizer, load_tokenizer
 
 HARMONY = ["<|start|>", "<|end|>", "<|channel|>", "<|message|>", "<|return|>", "<|call|>"]
 # Keeps reasoning of the last turn and drops that of older ones, as Qwen3's, GLM's and gpt-oss' templates do.
@@ -310,6 +311,24 @@ def test_pieces_of_an_engine(engine: Engine, monkeypatch: pytest.MonkeyPatch) ->
     assert [piece.token for piece in said if piece.token is not None] == engine.answer_tokens
     assert not engine.answer_is_plain
     assert engine.stats().finish_reason == "stop"
+
+
+def test_reasoning_that_is_never_closed_is_told(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, unclosed in (("<think>\nhm", True), ("<think>\nhm</think>", False), ("hm", False)):
+        said = answered(engine, monkeypatch, text)
+        assert engine.answer_in_reasoning == unclosed
+        assert any(piece.text and not piece.reasoning for piece in said) == (text == "hm")
+
+
+def test_an_answer_goes_on_where_the_prompt_ends(engine: Engine) -> None:
+    """Greedily, the start of an answer is continued as it went on before."""
+    asked: list[Message] = [{"role": "user", "content": "What is the capital of France?"}]
+    whole = "".join(piece.text for piece in engine.generate(asked, temperature=0, max_tokens=7))
+    assert whole == "The capital of France is Paris."
+    start: Message = {"role": "assistant", "content": "The capital of France"}
+    rest = "".join(piece.text for piece in engine.generate([*asked, start], temperature=0, max_tokens=3))
+    assert rest == " is Paris."
+    assert engine.prompt_notes == []
 
 
 def test_a_token_of_two_parts_is_counted_once() -> None:

@@ -14,16 +14,17 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from llama_cpp_sources import LLAMA_CPP
-from paths import DEMO
 from tokenizer_files import Files, expect_error, load, write
 from tokenizers import Tokenizer as Library
 from tokenizers import models
 
+from offmoe.checkpoint.find_model import DEMO
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
 from offmoe.text.answer_parser import StopStrings
+from offmoe.text.messages import Message
 from offmoe.text.pretokenizers import GPT2, KINDS, QWEN2, build_pre_tokenizer, pre_tokenizer_name
-from offmoe.text.tokenizer import Message, Tokenizer, load_tokenizer
+from offmoe.text.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -183,7 +184,7 @@ def test_one_edited_answer_leaves_the_others_kept(metadata: dict[str, Any]) -> N
         {"role": "assistant", "content": "</think>c", "tokens": tokenizer.encode("</think>c")},
     ]
     (begin,), (border,) = tokenizer.encode("["), tokenizer.encode("][")
-    assert tokenizer.encode_chat(messages) == [begin, *tokens, border, *tokenizer.encode("c]")]
+    assert tokenizer.encode_chat(messages, False) == [begin, *tokens, border, *tokenizer.encode("c]")]
     tokenizer.close()
 
 

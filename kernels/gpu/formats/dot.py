@@ -29,8 +29,10 @@ from offmoe.kernels.gpu.formats.dot_256 import (
     x_sixteens,
 )
 from offmoe.kernels.gpu.formats.dot_crumbs import fold_q2_k, fold_q3_k, words_q2_k, words_q3_k
+from offmoe.kernels.gpu.formats.dot_grids import fold_grid, words_grid, x_eights
 from offmoe.kernels.gpu.formats.dot_int4 import fold_int4, is_int4, words_int4
 from offmoe.kernels.gpu.formats.dot_scaled import fold_f8, fold_nvfp4, is_f8, words_f8, words_nvfp4
+from offmoe.kernels.gpu.formats.grids import has_grid
 from offmoe.kernels.gpu.striped import load_x, striped_index
 
 # Weights a unit: a block of 256; else 32.
@@ -63,11 +65,11 @@ def fold_float(words, xs, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def x_of(x, norm, base, start, there, FORMAT: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr):
+def x_of(x, norm, base, start, there, FORMAT: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, grids):
     """Load the activations that a format's rows are multiplied by into registers.
 
     x holds striped vectors of K float32; each unit takes the values from `start` [U] of the vector at `base` [U]; 0
-    where not `there` [U].
+    where not `there` [U]. `grids`: see grids.grids_for.
     """
     if FORMAT == "Q4_K" or FORMAT == "Q5_K" or FORMAT == "IQ4_XS":
         return x_k(x, norm, base, start, there, K, NORM)
@@ -75,6 +77,8 @@ def x_of(x, norm, base, start, there, FORMAT: tl.constexpr, K: tl.constexpr, NOR
         return x_sixteens(x, norm, base, start, there, K, NORM, 32)
     elif FORMAT == "Q2_K" or FORMAT == "Q3_K":
         return x_sixteens(x, norm, base, start, there, K, NORM, 16)
+    elif has_grid(FORMAT):
+        return x_eights(x, norm, base, start, there, K, NORM, grids)
     elif FORMAT == "F32" or FORMAT == "F16" or FORMAT == "BF16":
         at = striped_index(start[:, None] + tl.arange(0, 32)[None, :], K)
         return (load_x(x, norm, base[:, None], at, there[:, None], NORM),)
@@ -102,6 +106,8 @@ def words_of(buffer, origin, at, mask, FORMAT: tl.constexpr,
         return words_q3_k(buffer, origin, at, mask, P0, P1, P2, P3)
     elif FORMAT == "IQ4_XS":
         return words_iq4_xs(buffer, origin, at, mask, P0, P1)
+    elif has_grid(FORMAT):
+        return words_grid(buffer, origin, at, mask, FORMAT, P0, P1, P2, P3)
     elif FORMAT == "Q8_0":
         return words_q8_0(buffer, origin, at, mask, P0, P1)
     elif is_f8(FORMAT):
@@ -129,6 +135,8 @@ def fold(words, xs, FORMAT: tl.constexpr):
         return tl.sum(tl.sum(fold_q3_k(words, xs), 2), 1)
     elif FORMAT == "IQ4_XS":
         return tl.sum(tl.sum(fold_iq4_xs(words, xs), 2), 1)
+    elif has_grid(FORMAT):
+        return tl.sum(tl.sum(fold_grid(words, xs, FORMAT), 2), 1)
     elif FORMAT == "Q8_0":
         return tl.sum(fold_q8_0(words, xs), 1)
     elif is_f8(FORMAT):

@@ -12,8 +12,10 @@ from torch import Tensor
 from offmoe.kernels.formats import FORMATS
 from offmoe.kernels.gpu.formats.dot_int4 import is_int4
 from offmoe.kernels.gpu.formats.dot_scaled import is_f8
+from offmoe.kernels.gpu.formats.grids import grids_for, has_grid
 from offmoe.kernels.gpu.formats.tile_32 import tile_f8, tile_int4, tile_nvfp4, tile_q8_0, tile_small
 from offmoe.kernels.gpu.formats.tile_256 import tile_iq4_xs, tile_k, tile_q2_k, tile_q3_k, tile_q6_k
+from offmoe.kernels.gpu.formats.tile_grids import tile_grid
 from offmoe.kernels.gpu.gemv import planes
 from offmoe.kernels.planes import Matrix
 
@@ -38,7 +40,7 @@ def tile_float(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
 
 @triton.jit
 def tile(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
-         P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
+         P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr, grids):  # fmt: skip
     """Return columns 64 · step … + 63 of rows [R] int64 of the matrix at `base` (or one at each of `base` [R]): float32
     [R, 64].
 
@@ -55,6 +57,8 @@ def tile(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
         values = tile_q3_k(base, row, there, step, COLS, P0, P1, P2, P3)
     elif FORMAT == "IQ4_XS":
         values = tile_iq4_xs(base, row, there, step, COLS, P0, P1)
+    elif has_grid(FORMAT):
+        values = tile_grid(base, row, there, step, FORMAT, COLS, P0, P1, P2, P3, grids)
     elif FORMAT == "Q8_0":
         values = tile_q8_0(base, row, there, step, COLS, P0, P1)
     elif is_f8(FORMAT):
@@ -71,13 +75,13 @@ def tile(base, row, there, step, FORMAT: tl.constexpr, COLS: tl.constexpr,
 
 
 @triton.jit
-def _unpack(buffer, out, stride, rows, COLS: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr,
+def _unpack(buffer, out, stride, rows, grids, COLS: tl.constexpr, R: tl.constexpr, FORMAT: tl.constexpr,
             P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, P3: tl.constexpr):  # fmt: skip
     """Grid (rows / R, columns / 64)."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     there = row < rows
     step = tl.program_id(1)
-    values = tile(buffer, row, there, step, FORMAT, COLS, P0, P1, P2, P3)
+    values = tile(buffer, row, there, step, FORMAT, COLS, P0, P1, P2, P3, grids)
     k = step * 64 + tl.arange(0, 64)
     mask = there[:, None] & (k < COLS)[None]
     tl.store(out + row[:, None] * stride + k[None], values.to(out.dtype.element_ty), mask=mask)
@@ -93,5 +97,6 @@ def dequantise_into(buffer: Tensor, form: Matrix, out: Tensor) -> None:
     assert buffer.is_contiguous()
     assert form.cols % max(32, FORMATS[form.format].block) == 0
     _unpack[(triton.cdiv(form.rows, 64), triton.cdiv(form.cols, STEP))](
-        buffer, out, out.stride(0), form.rows, COLS=form.cols, R=64, FORMAT=form.format, **planes("P", form),
+        buffer, out, out.stride(0), form.rows, grids_for(buffer.device, form.format),
+        COLS=form.cols, R=64, FORMAT=form.format, **planes("P", form),
     )  # fmt: skip

@@ -24,7 +24,13 @@ sweep_option, placement_option, output_option = (
 )
 
 
-@click.command(cls=Command, examples=EXAMPLES)
+LATENCY_HELP = """Measure hit rate against latency in the engine on this machine.
+
+MODEL (default: the demo) answers real prompts in every combination of --vram, --policy and --prefetch, in
+interleaved rounds."""
+
+
+@click.command(cls=Command, examples=EXAMPLES, help=LATENCY_HELP)
 @click.argument("model", default="demo")
 @sweep_option(
     "--vram",
@@ -85,11 +91,6 @@ sweep_option, placement_option, output_option = (
     help="Directory of the report; results of the same run that it already has are reused.",
 )
 def latency(model: str, out: Path, **chosen: Any) -> int:
-    """Measure hit rate against latency in the engine on this machine.
-
-    MODEL (default: the demo) answers real prompts in every combination of --vram, --policy and --prefetch, in
-    interleaved rounds.
-    """
     path = find_model(model)
     from offmoe.lab.live.run import measure_and_report
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from offmoe.app.options import Command, option
+from offmoe.app.options import Command, Number, option
 
 EXAMPLES = (
     "offmoe bench policies trace.npz",
@@ -24,14 +24,20 @@ cache_option, prefetch_option, output_option = (
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.command(cls=Command, examples=EXAMPLES)
+POLICIES_HELP = """Replay traces through cache policies and prefetchers.
+
+All k experts of a layer are looked up before any is admitted, as in the engine and by its own table. gap: share of
+the difference between lru and belady that a policy gains."""
+
+
+@click.command(cls=Command, examples=EXAMPLES, help=POLICIES_HELP)
 @click.argument("traces", nargs=-1, required=True, type=FILE, metavar="TRACE.npz…")
 @cache_option("--slots", multiple=True, type=click.IntRange(1), metavar="N", help="Slots per layer. May be repeated.")
 @cache_option(
     "--fraction",
     "fractions",
     multiple=True,
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     metavar="F",
     help="Slots as a share of a layer's experts. May be repeated. [default: 0.25, 0.5]",
 )
@@ -65,18 +71,13 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @prefetch_option("--record", metavar="SIZE", help="Size of one expert, for --link and for results in bytes.")
 @prefetch_option(
-    "--floor", type=click.FloatRange(0), default=0.0, metavar="MS", help="Time of a token in which every expert hits."
+    "--floor", type=Number(0), default=0.0, metavar="MS", help="Time of a token in which every expert hits."
 )
 @output_option("--per-layer", is_flag=True, help="Also print the hit rate of every layer.")
 @output_option("--csv", type=FILE, metavar="FILE", help="Also write the table to FILE.")
 @output_option("--force", is_flag=True, help="Overwrite an existing file.")
 @output_option("--json", "as_json", is_flag=True, help="Print one JSON object per line instead of the table.")
 def policies(**chosen: Any) -> None:
-    """Replay traces through cache policies and prefetchers.
-
-    All k experts of a layer are looked up before any is admitted, as in the engine and by its own table. gap: share of
-    the difference between lru and belady that a policy gains.
-    """
     from offmoe.lab.policies.sweep import run
 
     run(**chosen)

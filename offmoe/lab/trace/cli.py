@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from offmoe.app.options import Command, json_option, option, parse_options, placement_options
-from offmoe.app.terminal import clean, interruptible, progress_bar
+from offmoe.app.options import Command, Number, json_option, option, parse_options, placement_options
+from offmoe.app.signals import interruptible
+from offmoe.app.terminal import clean, progress_bar
 from offmoe.cache.files import check_output, whole_file
 from offmoe.checkpoint.find_model import find_model
 from offmoe.errors import users_mistakes
@@ -37,12 +38,19 @@ recording_option, output_option, fit_option = (
 force_option = output_option("--force", is_flag=True, help="Overwrite an existing file.")
 
 
-@click.group()
-def trace() -> None:
-    """Record which experts a model chooses, and analyse it."""
+TRACE_HELP = "Record which experts a model chooses, and analyse it."
 
 
-@trace.command(cls=Command, examples=RECORD)
+@click.group(help=TRACE_HELP)
+def trace() -> None: ...
+
+
+RECORD_HELP = """Record the routing of MODEL (default: the demo) while it answers prompts.
+
+If the prompts end before N tokens are decoded, they are repeated with another seed. Ctrl-C saves the trace so far."""
+
+
+@trace.command(cls=Command, examples=RECORD, help=RECORD_HELP)
 @click.argument("model", default="demo")
 @recording_option(
     "--prompts",
@@ -85,10 +93,6 @@ def record(
     force: bool,
     **chosen: Any,
 ) -> None:
-    """Record the routing of MODEL (default: the demo) while it answers prompts.
-
-    If the prompts end before N tokens are decoded, they are repeated with another seed. Ctrl-C saves the trace so far.
-    """
     if (prompts is None) == (not built_in):
         raise click.UsageError("Give either --prompts FILE or --built-in.")
     settings, sampling = parse_options({**chosen, "greedy": False})
@@ -112,13 +116,15 @@ def record(
         raise KeyboardInterrupt
 
 
-@trace.command(cls=Command, examples=INFO)
+INFO_HELP = "Show how uneven and how stable a model's routing is, and whether its experts specialise."
+
+
+@trace.command(cls=Command, examples=INFO, help=INFO_HELP)
 @click.argument("path", type=click.Path(path_type=Path), metavar="T.npz")
 @output_option("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Also draw the results to this file.")
 @force_option
 @json_option
 def info(path: Path, plot: Path | None, force: bool, as_json: bool) -> None:
-    """Show how uneven and how stable a model's routing is, and whether its experts specialise."""
     if plot:
         with users_mistakes():
             check_output(plot, force)
@@ -133,7 +139,7 @@ def info(path: Path, plot: Path | None, force: bool, as_json: bool) -> None:
         with users_mistakes(), whole_file(plot) as file:
             file.write(draw(facts))
     if as_json:
-        from offmoe.app.cli import print_json
+        from offmoe.app.run import print_json
 
         print_json(as_dict(facts))
     else:
@@ -142,7 +148,13 @@ def info(path: Path, plot: Path | None, force: bool, as_json: bool) -> None:
         console().print(*tables(facts), sep="\n")
 
 
-@trace.command(cls=Command, examples=CONVERT)
+CONVERT_HELP = """Convert a trace to the format of OUT's suffix: .npz, .csv (one line per token and layer) or .jsonl
+(one line per token).
+
+CSV and JSON keep ids, weights and sequences, but not states, logits and token ids."""
+
+
+@trace.command(cls=Command, examples=CONVERT, help=CONVERT_HELP)
 @click.argument("source", type=click.Path(path_type=Path), metavar="IN")
 @click.argument("out", type=click.Path(path_type=Path))
 @output_option("--model", metavar="NAME", help="Name of the model, if the file does not say.")
@@ -154,11 +166,6 @@ def info(path: Path, plot: Path | None, force: bool, as_json: bool) -> None:
 )
 @force_option
 def convert(source: Path, out: Path, model: str | None, experts: int | None, force: bool) -> None:
-    """Convert a trace to the format of OUT's suffix: .npz, .csv (one line per token and layer) or .jsonl (one line per
-    token).
-
-    CSV and JSON keep ids, weights and sequences, but not states, logits and token ids.
-    """
     with users_mistakes():
         check_output(out, force, ".npz", ".csv", ".jsonl")
         from offmoe.lab.trace.formats import read_any, write_any
@@ -166,7 +173,13 @@ def convert(source: Path, out: Path, model: str | None, experts: int | None, for
         write_any(read_any(source, model, experts), out)
 
 
-@trace.command(cls=Command, examples=FIT)
+FIT_HELP = """Learn to predict a router D layers ahead, from a trace recorded with --states.
+
+The map is used with `--prefetch linear:map=MAP.npz`. It is evaluated on held-out sequences and compared with
+gate-ahead and controls."""
+
+
+@trace.command(cls=Command, examples=FIT, help=FIT_HELP)
 @click.argument("path", type=click.Path(path_type=Path), metavar="T.npz")
 @fit_option(
     "--ahead",
@@ -178,7 +191,7 @@ def convert(source: Path, out: Path, model: str | None, experts: int | None, for
 )
 @fit_option(
     "--ridge",
-    type=float,
+    type=Number(),
     metavar="L",
     help="Penalty of the ridge regression. [default: the best of six on a quarter of the training sequences]",
 )
@@ -192,11 +205,6 @@ def convert(source: Path, out: Path, model: str | None, experts: int | None, for
 @json_option
 @force_option
 def fit(path: Path, ahead: int, ridge: float | None, test: Path | None, out: Path, as_json: bool, force: bool) -> None:
-    """Learn to predict a router D layers ahead, from a trace recorded with --states.
-
-    The map is used with `--prefetch linear:map=MAP.npz`. It is evaluated on held-out sequences and compared with
-    gate-ahead and controls.
-    """
     with users_mistakes():
         check_output(out, force, ".npz")
     train, other = read(path), read(test) if test else None
@@ -206,7 +214,7 @@ def fit(path: Path, ahead: int, ridge: float | None, test: Path | None, out: Pat
         linear = fit_map(train, other, ahead, ridge)
         linear.save(out)
     if as_json:
-        from offmoe.app.cli import print_json
+        from offmoe.app.run import print_json
 
         print_json(linear.meta)
     else:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offmoe.app.terminal import decode
 from offmoe.errors import OffmoeError
+from offmoe.text.read_text import read_text
 
 KINDS: dict[str, tuple[str, ...]] = {
     "chat": (
@@ -86,10 +86,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     Lines of a .jsonl file are objects with `prompt`, `text` (raw) or `messages`, and optionally `class`. Raises
     OffmoeError that names the invalid line.
     """
-    try:
-        lines = decode(path.read_bytes(), source=str(path)).splitlines()
-    except OSError as error:
-        raise OffmoeError(f"cannot read {path}: {error.strerror}") from None
+    lines = read_text(path).splitlines()
     read = parse_json_line if path.suffix == ".jsonl" else parse_line
     prompts = [read(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:

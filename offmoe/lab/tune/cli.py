@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from offmoe.app.options import Command, option
+from offmoe.app.options import Command, Number, option
 from offmoe.app.profile import profile_path
 from offmoe.app.terminal import progress_bar
 from offmoe.checkpoint.find_model import find_model
@@ -23,9 +23,15 @@ EXAMPLES = (
 tuning, placement = partial(option, "Tuning"), partial(option, "Placement")
 
 
-@click.command(cls=Command, examples=EXAMPLES)
+TUNE_HELP = """Find the fastest settings for MODEL on this machine.
+
+Policies, prefetchers and their thresholds are compared with the defaults, which stay unless something is faster by
+more than the noise of the measurements. The result is saved as a profile, which chat and run use."""
+
+
+@click.command(cls=Command, examples=EXAMPLES, help=TUNE_HELP)
 @click.argument("model", default="demo")
-@tuning("--minutes", type=click.FloatRange(0.1, 1440), default=5.0, show_default=True, help="Time limit in minutes.")
+@tuning("--minutes", type=Number(0.1, 1440), default=5.0, show_default=True, help="Time limit in minutes.")
 @tuning(
     "--prompts",
     type=click.Path(path_type=Path),
@@ -41,11 +47,6 @@ tuning, placement = partial(option, "Tuning"), partial(option, "Placement")
 @placement("--ram", metavar="SIZE", help="Size of the pinned host memory for experts; the rest is read from disk.")
 @placement("--device", metavar="NAME", help="Device to run on: cpu, cuda or cuda:N.")
 def tune(model: str, minutes: float, prompts: Path | None, forget: bool, vram: str | None, **others: Any) -> None:
-    """Find the fastest settings for MODEL on this machine.
-
-    Policies, prefetchers and their thresholds are compared with the defaults, which stay unless something is faster by
-    more than the noise of the measurements. The result is saved as a profile, which chat and run use.
-    """
     settings, path = Settings.of(vram=vram, **others), find_model(model)
     if forget:
         from offmoe.lab.tune import halving as lab

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from offmoe.checkpoint.base import quote
-from offmoe.checkpoint.fields import count, number, text_fields
+from offmoe.checkpoint.fields import count, flag, number
 from offmoe.errors import OffmoeError
 from offmoe.kernels.feed_forward import GELU
 from offmoe.kernels.rope import PROPORTIONAL, Scaling
@@ -15,16 +15,14 @@ from offmoe.mixers.recurrent import FULL
 from offmoe.mixers.rope import RopeConfig
 from offmoe.models.config import ModelConfig
 from offmoe.models.family import Family
-from offmoe.models.names import GGUF_NAMES, HF_NAMES, experts_apart, with_vision
-from offmoe.models.rope import GGUF_FACTORS
+from offmoe.models.names import GGUF_NAMES, HF_NAMES, feed_forward
+from offmoe.models.rope import GGUF_FACTORS, gguf_scaling
 from offmoe.models.shared_fields import SLIDING, sliding_windows, windowed
 
 SHARE = 0.25  # rotated share of a wide head's pairs in every published model
 RESTS = 1e20  # a GGUF divides the frequencies of pairs that are not rotated by 1e30
 LAYER = "model.layers.{l}."
-APART = experts_apart("experts", "moe.experts")
 NAMES = {
-    **APART,
     "attn_post_norm": ("post_attention_layernorm.weight",),
     "v": ("self_attn.v_proj.weight", "self_attn.k_proj.weight"),
     "shared_norm": ("pre_feedforward_layernorm.weight",),
@@ -36,8 +34,6 @@ NAMES = {
     "router": ("router.proj.weight",),
     "router_gain": ("router.scale",),
     "router_factors": ("router.per_expert_scale",),
-    "gate_up": ("experts.gate_up_proj",),
-    "down": ("experts.down_proj", *APART["down"]),
     "routed_post_norm": ("post_feedforward_layernorm_2.weight",),
     "ffn_post_norm": ("post_feedforward_layernorm.weight",),
     "layer_scale": ("layer_scalar",),
@@ -47,17 +43,15 @@ ROPES = {SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of the language model, with the rotary embedding of either kind of layer."""
-    ours = text_fields(raw)
-    ropes = ours.get("rope_parameters") or ROPES
+    """The rotary embedding of either kind of layer by itself. The last layer never has a window."""
+    ropes, kinds = raw.get("rope_parameters") or ROPES, raw.get("layer_types")
     if not isinstance(ropes, Mapping) or not all(isinstance(ropes.get(kind), Mapping) for kind in ROPES):
         raise OffmoeError(
             f"gemma4: rope_parameters is {quote(ropes)}: expected a table for {SLIDING} and one for {FULL}"
         )
     return {
-        "tie_word_embeddings": True,
-        **ours,
-        "num_experts_per_tok": ours.get("top_k_experts", ours.get("num_experts_per_tok")),
+        **raw,
+        "layer_types": [*kinds[:-1], FULL] if isinstance(kinds, list) and kinds else kinds,
         "rope_parameters": ropes[SLIDING],
         "full_rope": ropes[FULL] if raw.get("rope_factors") is None else factored(ropes[FULL], raw["rope_factors"]),
         "full_rope_type": ropes[FULL].get("rope_type"),
@@ -75,11 +69,11 @@ def factored(rope: Mapping[str, Any], factors: list[float]) -> dict[str, Any]:
 def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
     """Layers with a window have the config's heads, the others heads of their own."""
     full, heads, layers = raw["full_rope"], count(raw, "num_attention_heads"), config.layers
-    windows = sliding_windows(raw, config, [SLIDING if (layer + 1) % 6 else FULL for layer in range(layers)])
+    kinds = [SLIDING if (layer + 1) % 6 and layer + 1 < layers else FULL for layer in range(layers)]
+    windows = sliding_windows(raw, config, kinds)
     width = full_field(raw, "head_dim") or count(raw, "global_head_dim", default=512)
-    kept = full_field(raw, "num_key_value_heads") or count(
-        raw, "num_global_key_value_heads", "num_key_value_heads", default=heads
-    )
+    shared = ["num_global_key_value_heads"] if flag(raw, "attention_k_eq_v", False) else []
+    kept = full_field(raw, "num_key_value_heads") or count(raw, *shared, "num_key_value_heads", default=heads)
     scaling = Scaling(PROPORTIONAL, share=number(full, "partial_rotary_factor", 1.0))
     rope = RopeConfig(width, number(full, "rope_theta", 1_000_000.0), scaling)
     config = windowed(config.with_heads(scale=1.0, value_norm=True), windows)
@@ -107,18 +101,22 @@ def gguf_fields(key: Callable[[str], Any]) -> dict[str, Any]:
         raise OffmoeError(f"gemma4.attention.sliding_window_pattern is {quote(near)}: expected true or false a layer")
     each = kept if isinstance(kept, list) else [kept] * len(near)
     of_kind = {one: next((n for n, at in zip(each, near, strict=False) if at == one), None) for one in (True, False)}
-    rope = {kind: {**ROPES[kind], "rope_theta": key(name) or ROPES[kind]["rope_theta"]}
-            for kind, name in ((SLIDING, "rope.freq_base_swa"), (FULL, "rope.freq_base"))}  # fmt: skip
+    theta = key("rope.freq_base") or 10_000.0
+    bases = {SLIDING: key("rope.freq_base_swa") or theta, FULL: theta}
+    cap = key("final_logit_softcapping")
     return {
         "layer_types": [SLIDING if one else FULL for one in near],
         "head_dim": key("attention.key_length_swa"),
         "global_head_dim": key("attention.key_length"),
         "num_key_value_heads": of_kind[True],
         "num_global_key_value_heads": of_kind[False],
-        "rope_parameters": rope,
-        "final_logit_softcapping": key("final_logit_softcapping"),
+        "attention_k_eq_v": True,
+        "sliding_window": key("attention.sliding_window"),
+        "rope_parameters": {kind: {**ROPES[kind], "rope_theta": base} for kind, base in bases.items()},
+        "final_logit_softcapping": 30.0 if cap is None else cap,
         "hidden_size_per_layer_input": key("embedding_length_per_layer_input") or 0,
         "num_kv_shared_layers": key("attention.shared_kv_layers") or 0,
+        "rope_scaling": gguf_scaling(key, {}),
         "n_shared_experts": None,
     }
 
@@ -148,13 +146,30 @@ def gguf_keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+DEFAULTS = {
+    "vocab_size": 262144, "hidden_size": 2304, "num_hidden_layers": 30, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 256, "num_experts": None, "num_experts_per_tok": None,
+    "moe_intermediate_size": None, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True, "global_head_dim": 512, "num_global_key_value_heads": None,
+    "attention_k_eq_v": False, "per_layer_config": None, "intermediate_size": 9216, "sliding_window": 512,
+    "layer_types": None, "final_logit_softcapping": None, "enable_moe_block": False,
+    "hidden_size_per_layer_input": 256,
+}  # fmt: skip
+
 FAMILY = Family(
     model_type="gemma4",
     arch="gemma4",
     published="Gemma-4-26B-A4B",
     qk_norm="head",
     renormalise=True,
-    names=with_vision({**HF_NAMES, **{role: tuple(LAYER + name for name in own) for role, own in NAMES.items()}}),
+    defaults=DEFAULTS,
+    own={"num_experts_per_tok": ("top_k_experts", "num_experts_per_tok")},
+    outer={"tie_word_embeddings": True},
+    names={
+        **HF_NAMES,
+        **feed_forward("", "moe."),
+        **{role: tuple(LAYER + name for name in own) for role, own in NAMES.items()},
+    },
     gguf_names={
         **GGUF_NAMES,
         "v": ("blk.{l}.attn_v.weight", "blk.{l}.attn_k.weight"),
@@ -169,9 +184,9 @@ FAMILY = Family(
     gguf_factors=True,
     configured=configured,
     implemented={
-        "hidden_activation": ("gelu_pytorch_tanh",),
+        "hidden_activation": ("gelu_pytorch_tanh", "gelu_new"),
+        "hidden_act": (),  # hidden_activation is
         "layer_types": (FULL, SLIDING),
-        "sliding_window": (),
         "enable_moe_block": (True, None),
         "hidden_size_per_layer_input": (0, None),
         "num_kv_shared_layers": (0, None),

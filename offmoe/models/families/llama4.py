@@ -2,51 +2,30 @@
 positions, the fourth does neither and has an attention temperature. One expert a token, whose weight, a sigmoid, scales
 its input, and a shared one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from offmoe.checkpoint.base import quote
-from offmoe.checkpoint.fields import count, flag, number, text_fields
+from offmoe.checkpoint.fields import LARGEST, count, flag, number
 from offmoe.errors import OffmoeError
 from offmoe.kernels.rope import AttentionTemperature
 from offmoe.mixers.heads.config import HeadsConfig
 from offmoe.mixers.recurrent import FULL
 from offmoe.models.config import ModelConfig
 from offmoe.models.family import Family
-from offmoe.models.names import HF_NAMES, experts_apart
+from offmoe.models.names import HF_NAMES, feed_forward
 from offmoe.models.shared_fields import routed_layers, windowed
 
 CHUNKED = "chunked_attention"  # a kind of layer
 # Of the published models; llama.cpp has them fixed.
 CHUNK, EVERY, TEMPERATURE = 8192, 4, AttentionTemperature(8192, 0.1)
 UNNORMED = 128  # experts of the model whose heads are not normed: llama.cpp knows it by that number
-BLOCK = "model.layers.{l}.feed_forward"
-APART = experts_apart(BLOCK + ".experts")
-NAMES = {
-    **HF_NAMES,
-    **APART,
-    "router": (BLOCK + ".router.weight",),
-    "gate_up": (BLOCK + ".experts.gate_up_proj",),
-    "down": (BLOCK + ".experts.down_proj", *APART["down"]),
-    **{f"dense_{part}": (f"{BLOCK}.{part}_proj.weight",) for part in ("gate", "up", "down")},
-    **{f"shared_{part}": (f"{BLOCK}.shared_expert.{part}_proj.weight",) for part in ("gate", "up", "down")},
+OWN = {  # intermediate_size is an expert's, not a dense layer's
+    "num_experts": ("num_local_experts",),
+    "moe_intermediate_size": ("intermediate_size",),
+    "intermediate_size": ("intermediate_size_mlp",),
 }
-
-
-def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Widths under the names of the other families: here intermediate_size is an expert's, not a dense layer's.
-
-    A GGUF has the usual names, and no key that says whether heads are normed.
-    """
-    raw = text_fields(raw)
-    if "moe_intermediate_size" in raw:
-        return {**raw, "use_qk_norm": raw.get("num_experts") != UNNORMED}
-    widths = {
-        "moe_intermediate_size": raw.get("intermediate_size"),
-        "intermediate_size": raw.get("intermediate_size_mlp"),
-    }
-    return {**raw, **widths}
 
 
 def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
@@ -55,7 +34,7 @@ def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
         int((layer + 1) % count(raw, "no_rope_layer_interval", default=EVERY) != 0) for layer in range(layers)
     ]
     kinds = each_layer(raw, "layer_types", layers, (FULL, CHUNKED)) or [CHUNKED if one else FULL for one in rotates]
-    chunk = count(raw, "attention_chunk_size", default=CHUNK)
+    chunk = count(raw, "attention_chunk_size", default=CHUNK) if raw.get("sliding_window") != 0 else 0
     temperature = None
     if flag(raw, "attn_temperature_tuning", True):
         floor = count(raw, "floor_scale", default=TEMPERATURE.floor)
@@ -66,7 +45,9 @@ def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
         shared_hidden=count(raw, "moe_intermediate_size"),
         weighted_input=True,
     )
-    config = config.with_heads(chunked=CHUNKED in kinds, qk_norm="unit" if flag(raw, "use_qk_norm", True) else "none")
+    config = config.with_heads(
+        chunked=bool(chunk) and CHUNKED in kinds, qk_norm="unit" if flag(raw, "use_qk_norm", True) else "none"
+    )
     config = windowed(config, [chunk if kind == CHUNKED else 0 for kind in kinds])
     no_rope = [layer for layer, one in enumerate(rotates) if not one]
     return config.with_heads(no_rope, rope=None, temperature=temperature)
@@ -92,6 +73,12 @@ def layers_with_experts(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]:
     return tuple(sorted(set(listed)))
 
 
+def gguf_fields(key: Callable[[str], Any]) -> dict[str, Any]:
+    """What llama.cpp has fixed: heads are normed but in one model, and without a window all layers rotate."""
+    fixed, unwindowed = {"use_qk_norm": key("expert_count") != UNNORMED}, key("attention.sliding_window") == 0
+    return fixed | {"sliding_window": 0, "no_rope_layer_interval": LARGEST} if unwindowed else fixed
+
+
 def gguf_keys(config: ModelConfig) -> dict[str, Any]:
     """Raises OffmoeError where the model differs from those whose numbers llama.cpp has built in."""
     c, no_rope = config, tuple(range(EVERY - 1, config.layers, EVERY))
@@ -111,25 +98,34 @@ def gguf_keys(config: ModelConfig) -> dict[str, Any]:
     return {"interleave_moe_layer_step": step}
 
 
+DEFAULTS = {
+    "vocab_size": 202048, "hidden_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 40,
+    "num_key_value_heads": 8, "head_dim": 128, "num_experts": 16, "num_experts_per_tok": 1,
+    "moe_intermediate_size": 8192, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
+    "tie_word_embeddings": False, "intermediate_size": 16384, "moe_layers": None, "interleave_moe_layer_step": 1,
+    "no_rope_layers": None, "no_rope_layer_interval": 4, "layer_types": None, "attention_chunk_size": 8192,
+    "attn_temperature_tuning": True, "floor_scale": 8192, "attn_scale": 0.1, "use_qk_norm": True,
+}  # fmt: skip
+
 FAMILY = Family(
     model_type="llama4",
     arch="llama4",
     published="Llama-4-Scout-17B-16E-Instruct",
     qk_norm="unit",
     renormalise=False,
-    names={role: (*names, *(f"language_model.{name}" for name in names)) for role, names in NAMES.items()},
-    rope_theta=500_000.0,
+    defaults=DEFAULTS,
+    own=OWN,
+    names={**HF_NAMES, **feed_forward("feed_forward.", router="router")},
     interleaved=True,
     transposed_experts=True,
     dense_first=False,
     gguf_factors=True,
-    translated=translated,
+    gguf_fields=gguf_fields,
     gguf_keys=gguf_keys,
     configured=configured,
     implemented={
         "layer_types": (CHUNKED, FULL),
         "num_experts_per_tok": (1,),
-        "sliding_window": (None, CHUNK),
         "expert_gating_func": (2, 1, 0),
         "n_shared_experts": (),
     },

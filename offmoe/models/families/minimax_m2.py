@@ -6,7 +6,7 @@ from typing import Any
 
 from offmoe.checkpoint.fields import count
 from offmoe.models.config import ModelConfig
-from offmoe.models.families.mixtral import BLOCK, MIXTRAL_NAMES
+from offmoe.models.families.mixtral import NAMES
 from offmoe.models.family import Family
 
 
@@ -24,17 +24,22 @@ def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
     return config.with_moe(rule=replace(config.moe.rule, scores="sigmoid", biased=True))
 
 
+DEFAULTS = {
+    "vocab_size": 200064, "hidden_size": 3072, "num_hidden_layers": 62, "num_attention_heads": 48,
+    "num_key_value_heads": 8, "head_dim": 128, "num_experts": 256, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1536, "max_position_embeddings": 196608, "rms_norm_eps": 1e-6,
+    "rope_theta": 5_000_000.0, "tie_word_embeddings": False, "rotary_dim": None,
+}  # fmt: skip
+
 FAMILY = Family(
     model_type="minimax_m2",
     arch="minimax-m2",
     published="MiniMax-M2",
     qk_norm="full",
     renormalise=True,
-    names={
-        **MIXTRAL_NAMES,
-        "router_bias": (BLOCK + ".e_score_correction_bias", "model.layers.{l}.mlp.e_score_correction_bias"),
-    },
-    rope_theta=5_000_000.0,
+    defaults=DEFAULTS,
+    own={"num_experts": ("num_local_experts", "num_experts"), "moe_intermediate_size": ("intermediate_size",)},
+    names=NAMES,
     translated=translated,
     configured=configured,
     implemented={

@@ -4,16 +4,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from offmoe.checkpoint.fields import count, flag, number
+from offmoe.checkpoint.fields import flag, number
 from offmoe.errors import OffmoeError
 from offmoe.models.config import ModelConfig
-from offmoe.models.families.mixtral import MIXTRAL_NAMES
+from offmoe.models.families.mixtral import NAMES
 from offmoe.models.family import Family
 from offmoe.models.rope import rope_parameters
+from offmoe.models.shared_fields import one_window
 
 
 def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The mscales, which must be equal, are the factor of cos and sin; a window as long as the context is none."""
+    """The mscales, which must be equal, are the factor of cos and sin."""
     rope = dict(rope_parameters(raw))
     short, long = (number(rope, name, 1.0) for name in ("short_mscale", "long_mscale"))
     if rope["rope_type"] == "longrope":
@@ -23,17 +24,23 @@ def translated(raw: Mapping[str, Any]) -> dict[str, Any]:
                 "this model cannot be run yet"
             )
         rope["attention_factor"] = long
-    window = raw.get("sliding_window")
-    wide = isinstance(window, int) and window >= count(raw, "max_position_embeddings", default=4096)
-    return {**raw, "rope_scaling": None, "rope_parameters": rope, "sliding_window": None if wide else window}
+    return {**raw, "rope_scaling": None, "rope_parameters": rope}
 
 
 def configured(raw: Mapping[str, Any], config: ModelConfig) -> ModelConfig:
     biased = flag(raw, "attention_bias", False)
     rule = replace(config.moe.rule, scores="mixer", jitter=number(raw, "router_jitter_noise", 0.01))
-    config = config.with_norm(bias=True).with_stream(head_bias=flag(raw, "lm_head_bias", False))
+    config = one_window(raw, config).with_norm(bias=True).with_stream(head_bias=flag(raw, "lm_head_bias", False))
     return config.with_moe(rule=rule).with_heads(qkv_bias=biased, o_bias=biased)
 
+
+DEFAULTS = {
+    "vocab_size": 32064, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": None, "num_experts": 16, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 6400, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+    "rope_theta": 1_000_000.0, "tie_word_embeddings": False, "sliding_window": None, "router_jitter_noise": 0.01,
+    "attention_bias": False, "lm_head_bias": False,
+}  # fmt: skip
 
 FAMILY = Family(
     model_type="phimoe",
@@ -41,8 +48,9 @@ FAMILY = Family(
     published="Phi-3.5-MoE",
     qk_norm="none",
     renormalise=False,
-    names={**MIXTRAL_NAMES, "router": (*MIXTRAL_NAMES["router"], "model.layers.{l}.mlp.router.weight")},
-    rope_theta=1_000_000.0,
+    defaults=DEFAULTS,
+    own={"num_experts": ("num_local_experts",), "moe_intermediate_size": ("intermediate_size",)},
+    names=NAMES,
     translated=translated,
     configured=configured,
     implemented={"attention_bias": (), "num_experts_per_tok": (2,), "norm_topk_prob": (False, None)},

@@ -66,25 +66,36 @@ def attention_interval(config: ModelConfig) -> int | None:
     return next((n for n in every if config.attended == tuple(range(n - 1, config.layers, n))), None)
 
 
+DEFAULTS = {
+    "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 16,
+    "num_key_value_heads": 2, "head_dim": 256, "num_experts": 512, "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0,
+    "tie_word_embeddings": False, "partial_rotary_factor": 0.25, "intermediate_size": 5632,
+    "decoder_sparse_step": 1, "mlp_only_layers": None, "norm_topk_prob": True,
+    "shared_expert_intermediate_size": 512, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "layer_types": None,
+    "full_attention_interval": 4,
+}  # fmt: skip
+
 FAMILY = Family(
     model_type="qwen3_next",
     arch="qwen3next",
     published="Qwen3-Next-80B-A3B-Instruct",
     qk_norm="head",
     renormalise=True,
+    defaults=DEFAULTS,
     gguf_names={role: names for role, names in GGUF.items() if role not in ("delta_b", "delta_a")},
     gguf_keys=gguf_keys,
-    partial_rotary=0.25,
     values={
         **dict.fromkeys(("attn_norm", "ffn_norm", "final_norm", "q_norm", "k_norm"), from_one),
         "delta_decay": below_zero,
     },
+    gguf_divided=True,
     configured=configured,
     implemented={
         "layer_types": (FULL, LINEAR),
         "partial_rotary_factor": (),
         "shared_expert_intermediate_size": (),
-        "use_sliding_window": (False, None),
         "attn_output_gate": (True, None),
     },
 )

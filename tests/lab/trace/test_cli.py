@@ -188,11 +188,11 @@ def test_the_prompts_that_come_with_it_are_varied() -> None:
 
 
 def test_prompts_are_read_from_lines_and_objects(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("one\n\n two \n")
+    (tmp_path / "p.txt").write_text("\ufeffone\n\n two \n")
     assert read_prompts(tmp_path / "p.txt") == [Prompt("", "one"), Prompt("", "two")]
     messages = [{"role": "user", "content": "hi"}]
     rows: list[dict[str, Any]] = [{"prompt": "a", "class": "x"}, {"text": "b"}, {"messages": messages}]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "p.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, rows)))
     assert read_prompts(tmp_path / "p.jsonl") == [Prompt("x", "a"), Prompt("", "b", True), Prompt("", messages)]
 
 
