@@ -77,6 +77,7 @@ SCALES: dict[str, dict[int, float]] = {
     "Q8_0": {0: 1}, "Q4_0": {0: 1}, "Q5_0": {0: 1}, "Q4_1": {0: 1, 2: -7.5}, "Q4_K": {0: 1, 2: 7.5},
     "Q5_K": {0: 1, 2: 15.5}, "Q6_K": {208: 1}, "IQ4_NL": {0: 1}, "IQ4_XS": {0: 1},
     "Q5_1": {0: 1, 2: -15.5}, "Q2_K": {80: 1, 82: 1.5}, "Q3_K": {108: 1},
+    "IQ1_S": {0: 1}, "IQ2_XXS": {0: 1}, "IQ2_XS": {0: 1}, "IQ2_S": {0: 1}, "IQ3_XXS": {0: 1}, "IQ3_S": {0: 1},
 }  # fmt: skip
 
 
@@ -98,6 +99,10 @@ def set_scale(blocks: np.ndarray, fmt: str, scale: float) -> None:
     """Set the scale of all blocks [n, bytes]; MXFP4's is the nearest power of two."""
     if fmt == "MXFP4":
         blocks[:, 0] = 127 + round(np.log2(scale))
+    if fmt == "IQ1_M":  # its bits are the upper nibbles of four numbers
+        bits = int(np.float16(scale).view(np.uint16))
+        for i in range(4):
+            blocks[:, 49 + 2 * i] = blocks[:, 49 + 2 * i] & 15 | (bits >> 4 * i & 15) << 4
     for at, factor in SCALES.get(fmt, {}).items():
         blocks[:, at : at + 2] = np.array([scale * factor], np.float16).view(np.uint8)
 

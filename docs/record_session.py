@@ -17,8 +17,10 @@ from typing import Any
 import pexpect
 import pyte
 
+from offmoe.app.prompt import HINT
+
 COLUMNS, ROWS = 120, 40
-COMMAND = ("offmoe", "chat", "demo", "--vram", "50%", "--device", "cpu", "--greedy", "--no-profile")
+COMMAND = ("offmoe", "chat", "demo", "--vram", "50%", "--device", "cpu", "--greedy", "--no-profile", "--no-keep")
 QUESTIONS = ("What is the capital of France?", "What is photosynthesis?", "What is bread made of?")
 DONE = re.compile(r"\d+ tokens? ·.* roof ")  # the line after an answer
 CELL, HEIGHT, PAD, BAR = 8.43, 19, 16, 34  # width and height of a character, margins, title bar
@@ -52,7 +54,7 @@ def record() -> pyte.Screen:
     for number, question in enumerate(QUESTIONS, 1):
         child.send(question + "\r")
         run_until(child, stream, screen, lambda text, number=number: len(DONE.findall(text)) == number)  # type: ignore[misc]
-        run_until(child, stream, screen, lambda text: text.rstrip().endswith("›"))
+        run_until(child, stream, screen, lambda text: text.rstrip().endswith(HINT))
     child.close(force=True)
     return screen
 
@@ -72,7 +74,7 @@ def run_until(child: Any, stream: pyte.Stream, screen: pyte.Screen, done: Callab
 def svg(screen: pyte.Screen) -> str:
     """Draw the screen, without its empty last rows, as a dark window that is readable on light and dark pages."""
     rows = [[screen.buffer[y][x] for x in range(COLUMNS)] for y in range(ROWS)]
-    while not "".join(cell.data for cell in rows[-1]).strip(" ›"):
+    while not "".join(cell.data for cell in rows[-1]).strip(" ›").removeprefix(HINT):
         rows.pop()
     width, height = COLUMNS * CELL + 2 * PAD, BAR + len(rows) * HEIGHT + PAD
     texts = "\n".join(text for y, row in enumerate(rows) for text in draw(row, BAR + y * HEIGHT + 14))

@@ -26,7 +26,8 @@ from offmoe.kernels.gpu.striped import striped_index
 from offmoe.kernels.planes import SlotLayout
 
 # Their gate and up take 158 to 168 registers.
-HEAVY = {"Q3_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F8_E4M3", "F8_E4M3_BF16", "F8_E4M3_ROW", "NVFP4"}
+HEAVY = {"Q3_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F8_E4M3", "F8_E4M3_BF16", "F8_E4M3_ROW", "NVFP4", "IQ3_XXS",
+         "IQ3_S"}  # fmt: skip
 
 
 @triton.jit

@@ -201,7 +201,8 @@ def dense(
         settings |= {f"{'ABC'[i]}{j}": at for j, at in enumerate(form.constants)}
     _dense[(count, len(x))](
         x, norm, out, bias, *(buffer for buffer, _ in parts), eps, each, grids, K=k,
-        WIDE=triton.next_power_of_2(k), N=n, R=rows, NORM=norm is not None, RESIDUAL=residual, CAP=cap, **settings, num_warps=warps, **dependent(pdl),
+        WIDE=triton.next_power_of_2(k), N=n,
+        R=rows, NORM=norm is not None, RESIDUAL=residual, CAP=cap, **settings, num_warps=warps, **dependent(pdl),
     )  # fmt: skip
 
 

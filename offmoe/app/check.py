@@ -26,6 +26,7 @@ DAMAGED, REFUSED, UNREAD, GUESSED = "damaged", "cannot run", "unread", "guessed"
 SPARSE = re.compile(r"embed|wte|lm_head|(^|\.)output\.weight|bias|zero|mask|rotary|cache")  # may hold many zeros
 BIASES = ("gate_bias", "up_bias", "gate_up_bias", "down_bias")  # of experts
 STRUCTURE = 4  # runs of zeros of the same place and length are padding, not holes
+NO_TEMPLATE = "the files have no chat template: a chat is not possible, only run --raw"
 Progress = Callable[[str, int, int], None]  # (file, bytes done, bytes in all)
 
 
@@ -70,14 +71,14 @@ def check(path: Path, progress: Progress) -> Report:
         return Report(str(path), 0, 0, (Finding(DAMAGED, str(error)),))
     with checkpoint:
         raw = dict(checkpoint.tensors)  # as the files have them: quantised matrices are combined from parts below
-        model, refusals = model_of(checkpoint)
+        model, notes = model_of(checkpoint)
         used = used_ranges(model) if model else None
         scans, broken = read_files(checkpoint, raw.values(), progress)
         findings = [
             *(Finding(DAMAGED, text) for text in broken),
             *(Finding(DAMAGED, text) for text in side_files(checkpoint)),
             *(Finding(DAMAGED, text) for text in damages(checkpoint, scans, used)),
-            *(Finding(REFUSED, text) for text in refusals),
+            *notes,
             *(Finding(UNREAD, text) for text in (unread(raw.values(), used) if used is not None else ())),
             *(Finding(GUESSED, text) for text in (guesses(model) if model else ())),
         ]
@@ -85,17 +86,21 @@ def check(path: Path, progress: Progress) -> Report:
         return Report(str(path), len(sizes), sum(sizes), tuple(findings))
 
 
-def model_of(checkpoint: Checkpoint) -> tuple[Model | None, list[str]]:
-    """Return the model, None if offmoe cannot run it, and the reasons against it or its tokenizer."""
+def model_of(checkpoint: Checkpoint) -> tuple[Model | None, list[Finding]]:
+    """Return the model, None if offmoe cannot run it, and what speaks against it or its tokenizer."""
     try:
         model = described(checkpoint)
     except OffmoeError as error:
-        return None, [str(error)]
+        return None, [Finding(REFUSED, str(error))]
     try:
-        load_tokenizer(checkpoint).close()
+        tokenizer = load_tokenizer(checkpoint)
     except OffmoeError as error:
-        return model, [str(error)]
-    return model, []
+        return model, [Finding(REFUSED, str(error))]
+    try:
+        notes = [*tokenizer.notes, *([] if tokenizer.chat_template else [NO_TEMPLATE])]
+        return model, [Finding(GUESSED, note) for note in notes]
+    finally:
+        tokenizer.close()
 
 
 def used_ranges(model: Model) -> set[tuple[int, int]]:

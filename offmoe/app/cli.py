@@ -141,9 +141,9 @@ def run(
     settings, sampling = parse_options(chosen)
     path, text = find_model(model), read_prompt(prompt, files)
     settings, profile_note = (settings, None) if no_profile else apply_profile(path, settings)
-    if profile_note:
-        click.echo(clean(profile_note), err=True)
     with load(path, settings, think) as engine:
+        for note in filter(None, [profile_note, *engine.notes]):
+            click.echo(clean(note), err=True)
         asked = build_prompt(engine, text, system, raw)
         print_answer(engine, asked, sampling, None if as_json else reasoning, plain, stats)
 

@@ -52,12 +52,6 @@ def gguf_guesses(model: Model) -> Iterator[str]:
     for key, what in FALLBACKS.items():
         if f"{arch}.{key}" not in metadata and key in taken:
             yield f"{arch}.{key} is missing: {taken[key]} is taken as {what}"
-    if metadata.get("tokenizer.ggml.model") == "gpt2" and "tokenizer.ggml.pre" not in metadata:
-        yield "tokenizer.ggml.pre is missing: the pre-tokenizer is taken to be llama.cpp's default"
-    if metadata.get("tokenizer.ggml.tokens") and "tokenizer.ggml.eos_token_id" not in metadata:
-        yield "tokenizer.ggml.eos_token_id is missing: the end of an answer is known by its token's text"
-    if "tokenizer.chat_template" not in metadata:
-        yield "tokenizer.chat_template is missing: a chat needs --raw, or a template"
     biased = any(name.endswith("exp_probs_b.bias") for name in model.checkpoint.tensors)
     if biased and not metadata.get(f"{arch}.expert_gating_func"):
         yield f"{arch}.expert_gating_func is missing: a sigmoid is taken, as the router has a bias"
@@ -86,13 +80,10 @@ def directory_guesses(model: Model) -> Iterator[str]:
     for name, value in left_out(raw, model.family).items():
         yield f"config.json has no {name}: {value} is taken, the default of {model.family.model_type}"
     files = {path.name for path in model.checkpoint.path.iterdir()}
-    config = model.checkpoint.json("tokenizer_config.json") or {}
     if "generation_config.json" not in files:
         yield "generation_config.json is missing: what ends an answer is taken from the other files"
     if "tokenizer_config.json" not in files:
         yield "tokenizer_config.json is missing: special tokens are taken from the tokenizer"
-    if not ({"chat_template.jinja", "chat_template.json"} & files or "chat_template" in config):
-        yield "there is no chat template: a chat needs --raw, or a template"
 
 
 def left_out(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:

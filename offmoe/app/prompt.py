@@ -19,6 +19,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from offmoe.app.completion import ChatCompleter
+from offmoe.app.echo import echo
 from offmoe.app.signals import ChatSignals
 from offmoe.app.terminal import UI, Pipe, Screen
 from offmoe.app.user_folders import open_state_folder
@@ -77,7 +78,7 @@ class Terminal(Screen):
     @contextmanager
     def answering(self, stop: Callable[[], None], paused: Callable[[float], None]) -> Iterator[None]:
         self._answering = True
-        with self.signals.answering(stop, paused):
+        with self.signals.answering(stop, paused), echo(on=False):
             yield
 
     def write(self, text: str) -> None:

@@ -14,7 +14,7 @@ import click
 from offmoe.app.answer_printer import AnswerPrinter
 from offmoe.app.attachments import join, read_attachment
 from offmoe.app.report import OFF, cut_note, stats_line
-from offmoe.app.signals import interruptible
+from offmoe.app.signals import Terminated, interruptible
 from offmoe.app.terminal import choose_output, clean
 from offmoe.errors import OffmoeError
 from offmoe.text.read_text import decode_text
@@ -80,10 +80,16 @@ def print_answer(
 ) -> None:
     """Print the answer while it is generated; if `reasoning` is None, print one JSON object at its end."""
     printer = AnswerPrinter(choose_output(plain), reasoning) if reasoning else AnswerPrinter(None)
-    with interruptible(engine.cancel):
-        for piece in engine.generate(prompt, sampling):
-            printer.add(piece)
+    try:
+        with interruptible(engine.cancel):
+            for piece in engine.generate(prompt, sampling):
+                printer.add(piece)
+    except Terminated:
+        printer.finish()
+        raise
     printer.finish()
+    for note in engine.prompt_notes:
+        click.echo(clean(note), err=True)
     stats = engine.stats()
     if not reasoning:
         texts = {"text": printer.text, "reasoning": printer.reasoning}

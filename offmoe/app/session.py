@@ -47,6 +47,7 @@ class Session:
         self.store = store  # None: the chat is not kept
         self.saved = Conversation()  # the conversation as /save or /load left it in a file
         self.attachments: list[Attachment] = []  # files for the next message
+        self.noted: set[str] = set()  # remarks on prompts that were displayed
         self.warned = False  # that the context is nearly full
 
     @property
@@ -142,10 +143,14 @@ class Session:
         self.answers.append(stats)
         if line := stats_line(stats, self.engine.plan.ctx, self.ui.width, self.stats_mode):
             self.ui.note(line)
+        for note in self.engine.prompt_notes:
+            if note not in self.noted:
+                self.ui.note(note)
+        self.noted.update(self.engine.prompt_notes)
         if loading := self.engine.loading():
             self.ui.note(loading)
-        if note := cut_note(stats, answer.text, answer.reasoning):
-            self.ui.note(note)
+        if cut := cut_note(stats, answer.text, answer.reasoning):
+            self.ui.note(cut)
         if not answer.text and not answer.reasoning:
             self.ui.note("/retry answers the message again, another one replaces it")
         if stats.finish_reason == "context":

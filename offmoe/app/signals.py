@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from offmoe.app.echo import echo
+
 PATIENCE_S = 3.0  # a Ctrl-C this long after the first one does not wait for the end of the step any more
 ENDING = signal.SIGTERM, signal.SIGHUP
 
@@ -170,7 +172,8 @@ class ChatSignals:
     def _on_suspend(self, signum: int, frame: FrameType | None) -> None:
         began = time.perf_counter()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTSTP)  # returns when the shell resumes the program
+        with echo(on=True):
+            os.kill(os.getpid(), signal.SIGTSTP)  # returns when the shell resumes the program
         signal.signal(signal.SIGTSTP, self._on_suspend)
         if self._paused:
             self._paused(time.perf_counter() - began)

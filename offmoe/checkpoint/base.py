@@ -276,11 +276,21 @@ def parse_json(path: Path, text: bytes, what: str = "", lenient: bool = False) -
     try:
         decoded = text.decode(errors="replace" if lenient else "strict")
         value = json.loads(decoded, object_pairs_hook=reject_duplicate_keys)
+        value = without_surrogates(value) if "\\ud" in decoded.lower() else value
     except (ValueError, RecursionError) as error:
         raise OffmoeError(f"{path}: {what}not valid JSON: {str(error)[:100]}") from error
     if not isinstance(value, dict):
         raise OffmoeError(f"{path}: {what}expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def without_surrogates(value: Any) -> Any:
+    """Return a JSON value with U+FFFD for the halves of surrogate pairs, which no text can hold."""
+    if isinstance(value, dict):
+        return {without_surrogates(key): without_surrogates(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [without_surrogates(member) for member in value]
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(value, str) else value
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

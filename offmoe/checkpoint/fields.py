@@ -19,14 +19,15 @@ class FieldError(OffmoeError):
         super().__init__(source + text.replace("{}", " or ".join(names), 1))
         self.text, self.names = text, names
 
-    def renamed(self, keys: Mapping[str, Any]) -> FieldError:
-        """Return the error for a GGUF, whose keys stand in `keys` by the field's name."""
+    def renamed(self, source: str, keys: Mapping[str, Any]) -> FieldError:
+        """Return the error for `source`, whose own names stand in `keys` by the field's name."""
         named = (keys.get(name) for name in self.names)
         names = [key for key in named if isinstance(key, str)] or self.names
-        return FieldError("the GGUF", self.text, *names)
+        return FieldError(source, self.text, *names)
 
 
 CONFIG = "the model's config"
+MISSING = " has no {}: it is incomplete or not an MoE model"
 LARGEST = 2**24  # far above any dimension of a published model: a larger one means a damaged file
 
 
@@ -40,14 +41,16 @@ def count(raw: Mapping[str, Any], *names: str, default: int | None = None, least
                 )
             return value
     if default is None:
-        raise FieldError(CONFIG, " has no {}: it is incomplete or not an MoE model", *names)
+        raise FieldError(CONFIG, MISSING, *names)
     return default
 
 
 def number(raw: Mapping[str, Any], name: str, default: float | None = None) -> float:
     """Return a number of at least 0."""
     value = raw.get(name)
-    if value is None and default is not None:
+    if value is None:
+        if default is None:
+            raise FieldError(CONFIG, MISSING, name)
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
         raise FieldError(CONFIG, f" gives {{}} = {quote(value)}: expected a number of at least 0", name)
@@ -65,7 +68,7 @@ def flag(raw: Mapping[str, Any], name: str, default: bool) -> bool:
 def text_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of the language model, which multimodal models keep in a table of their own.
 
-    As in transformers, a field of that name beside the table says nothing of it; but the quantisation stands there.
+    As in transformers, a field of the same name next to the table does not count, except for the quantisation.
     """
     text = raw.get("text_config")
     if text is None:

@@ -9,6 +9,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)")
+TEMPLATES = "additional_chat_templates/"
 ADAPTER, CONSOLIDATED = "adapter", "consolidated"  # beginnings of file names: LoRA adapters, Mistral's second copy
 
 

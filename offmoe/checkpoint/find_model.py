@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from offmoe.checkpoint.file_names import PART, join_names
+from offmoe.checkpoint.file_names import PART, TEMPLATES, join_names
 from offmoe.checkpoint.hub_cache import Snapshot, find_snapshot, remember_absent
 from offmoe.errors import OffmoeError
 
@@ -92,7 +92,8 @@ def select_files(names: list[str], selector: str, repo: str) -> list[str]:
     """Select a repository's files to load: the parts of one GGUF, or the safetensors with their JSON files."""
     top = [name for name in names if "/" not in name and not name.startswith("consolidated")]
     if not selector and any(name.endswith(".safetensors") for name in top):
-        return [name for name in top if name.endswith(SAFETENSORS_FILES)]
+        templates = [name for name in names if name.startswith(TEMPLATES) and name.endswith(".jinja")]
+        return [*(name for name in top if name.endswith(SAFETENSORS_FILES)), *templates]
     ggufs = [name for name in names if name.endswith(".gguf") and "mmproj" not in name]  # vision projectors
     return choose_gguf(ggufs, selector, repo)
 

@@ -63,18 +63,22 @@ def parse_header(file: DataFile, number: int) -> Parsed:
     for name, (kind, shape, offset) in found.items():
         if offset % alignment:
             raise header.damaged(f"tensor {quote(name)} starts at {offset}, not a multiple of {alignment}")
-        fmt, cols = FORMAT_OF_TYPE.get(kind), shape[-1] if shape else 1
-        if fmt is None:
-            extent = ByteRange(number, start + offset, max(0, ends[offset] - offset))
-            refusal = f"has the format {type_name(kind)}: expected one of {', '.join(GGML)}"
-            tensors[name] = TensorInfo(name, type_name(kind), shape, extent, refusal=refusal)
-            continue
-        if cols % fmt.block:
-            raise header.damaged(f"a {fmt.name} tensor has rows of {cols} weights, not a multiple of {fmt.block}")
-        extent = ByteRange(number, start + offset, fmt.nbytes(prod(shape[:-1]), cols))
-        tensors[name] = TensorInfo(name, fmt.name, shape, extent, refusal="" if extent.nbytes else EMPTY)
+        fmt, cols, refusal = FORMAT_OF_TYPE.get(kind), shape[-1] if shape else 1, refusal_of(kind, shape)
+        nbytes = fmt.nbytes(prod(shape[:-1]), cols) if fmt and not refusal else max(0, ends[offset] - offset)
+        extent = ByteRange(number, start + offset, nbytes)
+        tensors[name] = TensorInfo(name, fmt.name if fmt else type_name(kind), shape, extent, refusal=refusal)
     check_ranges(file, tensors.values(), start)
     return metadata, tensors
+
+
+def refusal_of(kind: int, shape: tuple[int, ...]) -> str:
+    """Return why no role can use a tensor of that ggml type and shape, or an empty string."""
+    fmt, cols = FORMAT_OF_TYPE.get(kind), shape[-1] if shape else 1
+    if fmt is None:
+        return f"has the format {type_name(kind)}: expected one of {', '.join(GGML)}"
+    if cols % fmt.block:
+        return f"is {fmt.name} and has rows of {cols} weights: expected a multiple of {fmt.block}; copy the model again"
+    return EMPTY if 0 in shape else ""
 
 
 def check_not_joined(file: DataFile, tensors: dict[str, TensorInfo]) -> None:

@@ -38,7 +38,6 @@ TEXTS = {  # keys whose strings are read: every byte of them counts
     "tokenizer.ggml.pre",
     "tokenizer.ggml.tokens",
     "tokenizer.ggml.merges",
-    "tokenizer.chat_template",
 }
 READ = ("general.architecture", "general.type", "general.alignment", "tokenizer.", "split.")  # beginnings of read keys
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
@@ -129,7 +128,7 @@ class Header:
 
     def texts(self, key: str, count: int) -> list[str]:
         """Read the strings of a key. Where somebody reads it, every byte counts, else U+FFFD stands for a bad one."""
-        if key not in TEXTS:
+        if not is_read(key):
             return [text.decode(errors="replace") for text in self.strings(count)]
         texts = self.strings(count)
         try:
@@ -142,7 +141,7 @@ class Header:
     def text(self, key: str) -> str:
         """Read one string of a key; a long one that nobody reads is passed over."""
         nbytes = self.number(U64)
-        if nbytes > LONG and key not in TEXTS:
+        if nbytes > LONG and not is_read(key):
             self.skip(nbytes)
             return ""
         self.position -= 8
@@ -195,6 +194,11 @@ class Header:
             raise self.damaged(f"a tensor has {dims} dimensions, expected at most {MOST_DIMENSIONS}")
         shape = tuple(self.number(U64) for _ in range(dims))[::-1]
         return self.number(U32), shape, self.number(U64)
+
+
+def is_read(key: str) -> bool:
+    """Return whether somebody reads the strings of a key; templates may have a name after a dot."""
+    return key in TEXTS or key.startswith("tokenizer.chat_template")
 
 
 def is_utf8(text: bytearray) -> bool:

@@ -8,10 +8,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from offmoe.checkpoint.file_names import INDEX, PART, SHARD_NAME, SINGLE
+from offmoe.checkpoint.file_names import INDEX, PART, SHARD_NAME, SINGLE, TEMPLATES
 from offmoe.errors import OffmoeError
 
-TOKENIZERS = ("tokenizer.json", "tiktoken.model", ".tiktoken", "tekken.json")
+TOKENIZERS = ("tokenizer.json", "tiktoken.model", ".tiktoken")
 OPTIONAL = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")  # a repository may have none
 KNOWN_ABSENT = ".no_exist"  # the hub's own folder of files that a repository does not have
 
@@ -93,6 +93,9 @@ def shard_names(folder: Path, files: list[str]) -> set[str]:
 def optional_files(folder: Path, files: list[str]) -> list[str]:
     """Return the files that a copy of safetensors may lack."""
     optional = [name for name in OPTIONAL if name not in files]
+    has_template = "chat_template.json" in files or any(name.startswith(TEMPLATES) for name in files)
+    if has_template and "chat_template.jinja" in optional:
+        optional.remove("chat_template.jinja")
     if "tokenizer_config.json" in files and "chat_template.jinja" in optional:
         with suppress(OSError):
             if b'"chat_template"' in (folder / "tokenizer_config.json").read_bytes():

@@ -172,8 +172,9 @@ class ScaledTensors:
         if scale.shape == grouped and scale.format in EXPONENTS:
             return replace(info, format="BF16", row_major=MxFloat8ToFloats(rows, cols))
         if scale.shape in for_rows:
-            return replace(info, format="F8_E4M3_ROW",
-                           row_major=None if scale.format == "F32" else FloatScales(rows, scale.format))  # fmt: skip
+            return replace(
+                info, format="F8_E4M3_ROW", row_major=None if scale.format == "F32" else FloatScales(rows, scale.format)
+            )
         if scale.shape not in one_for_each(stack):
             wanted = f"for {f'{rows} rows and ' if stack else ''}{cols} columns, {TILE} of which share one"
             raise misfit(name, scale, tuple(TILED), wanted)

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from offmoe.checkpoint.base import Checkpoint, quote
-from offmoe.checkpoint.fields import FieldError, count, flag, number, text_fields
+from offmoe.checkpoint.fields import CONFIG, FieldError, count, flag, number, text_fields
 from offmoe.checkpoint.kinds import config_kind, gguf_kind, gguf_without_experts
 from offmoe.errors import OffmoeError
 from offmoe.kernels.route import Rule
@@ -59,13 +59,16 @@ def gating(checkpoint: Checkpoint, arch: object) -> object:
 
 def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
     """Config of a Hugging Face `config.json`. Raises OffmoeError, by field and value, on what is not implemented."""
-    return config_of(completed(raw, family), family)
+    try:
+        return config_of(completed(raw, family), family)
+    except FieldError as error:
+        raise error.renamed(CONFIG, {name: names[0] for name, names in family.own.items()}) from None
 
 
 def completed(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Fields of a config.json by the names that all families share; those left out have the family's defaults.
 
-    Beside a text_config only `family.outer` counts, as in transformers.
+    Next to a text_config only `family.outer` counts, as in transformers.
     """
     text = text_fields(raw)
     if raw.get("text_config") is not None:
@@ -163,10 +166,12 @@ def from_gguf(
     raw |= {"rope_factors": rope_factors, "rope_scaling": gguf_scaling(key, tensors, rope_factors, family.gguf_rounded)}
     raw |= family.gguf_fields(key) if family.gguf_fields else {}
     try:
-        config = config_of({name: value for name, value in raw.items() if value is not None}, family)
+        found = {name: value for name, value in raw.items() if value is not None}
+        config = config_of({"rope_theta": 10_000.0, **found}, family)
     except FieldError as error:  # with the names of keys for values, the same table says which key is which field
         names = gguf_values(lambda name: f"{family.arch}.{name}", {}, family, tensors)
-        raise error.renamed(names) from None
+        names["sliding_window"] = f"{family.arch}.attention.sliding_window"  # which few architectures read
+        raise error.renamed("the GGUF", names) from None
     rotary = key("rope.dimension_count")
     if rotary not in (None, *(rope.rotary for rope in config.ropes)):
         raise OffmoeError(
@@ -211,7 +216,7 @@ def gguf_values(
         "intermediate_size": wide,
         "max_position_embeddings": key("context_length"),
         "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
-        "rope_theta": key("rope.freq_base") or 10_000.0,
+        "rope_theta": key("rope.freq_base"),
         "rope_finetuned": key("rope.scaling.finetuned"),
         "n_shared_experts": key("expert_shared_count"),
         "shared_expert_intermediate_size": key("expert_shared_feed_forward_length"),

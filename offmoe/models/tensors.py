@@ -37,7 +37,7 @@ def expect(
     checkpoint: Checkpoint, names: Names, role: str, layer: int, expert: int, shape: tuple[int, ...]
 ) -> TensorInfo:
     """The tensor of `role`. Raises OffmoeError where there is none or its shape is not `shape`."""
-    info = find(checkpoint, names, role, layer, expert)
+    info = find(checkpoint, names, role, layer, expert) or lone_part(checkpoint, names, role, layer, expert)
     if info is None:
         name = names[role][0].format(l=layer, e=expert)
         raise OffmoeError(f"{checkpoint.path} has no tensor {name}: the file is incomplete or of another model")
@@ -45,6 +45,14 @@ def expect(
     if [n for n in info.shape if n > 1] != [n for n in shape if n > 1]:  # a single row may be written as a vector
         raise OffmoeError(f"tensor {info.name} has shape {list(info.shape)}: the config asks for {list(shape)}")
     return info
+
+
+def lone_part(checkpoint: Checkpoint, names: Names, role: str, layer: int, expert: int) -> TensorInfo | None:
+    """A tensor that is a part of the missing one of `role` and has become part of no matrix, so that it is refused."""
+    both = names.get("gate_up", ()) if role in ("gate", "up") else ()
+    stems = tuple(name.format(l=layer, e=expert).removesuffix(".weight") for name in (*names.get(role, ()), *both))
+    beginnings = tuple(stem + mark for stem in stems for mark in "._")
+    return next((i for name, i in checkpoint.tensors.items() if i.refusal and name.startswith(beginnings)), None)
 
 
 def is_split(checkpoint: Checkpoint, names: Names) -> bool:

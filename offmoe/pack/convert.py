@@ -48,6 +48,9 @@ FILE_TYPES = {  # general.file_type
     "Q4_K": 14,
     "Q5_K": 16,
     "Q6_K": 18,
+    "IQ2_S": 28,
+    "IQ3_XXS": 23,
+    "IQ3_S": 26,
     "IQ4_NL": 25,
     "IQ4_XS": 30,
 }

@@ -1,5 +1,5 @@
-"""Quantisation to K-quants and IQ4 by ggml's shared library, which llama-cpp-python installs; called through ctypes,
-without importing llama_cpp.
+"""Quantisation to K-quants, IQ2_S, IQ3 and IQ4 by ggml's shared library, which llama-cpp-python installs; called
+through ctypes, without importing llama_cpp.
 """
 
 from __future__ import annotations

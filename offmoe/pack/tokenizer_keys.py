@@ -8,16 +8,8 @@ from tokenizers import Tokenizer
 
 from offmoe.errors import OffmoeError
 from offmoe.text.directory_vocab import vocab_from_directory
-from offmoe.text.gguf_vocab import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    TOKEN_FLAGS,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    vocab_from_gguf,
-)
+from offmoe.text.gguf_metadata import BYTE, CONTROL, FLAGS_KEY, NORMAL, TOKEN_FLAGS, UNKNOWN, UNUSED, USER_DEFINED
+from offmoe.text.gguf_vocab import vocab_from_gguf
 from offmoe.text.pretokenizers import KINDS, pre_tokenizer_name
 from offmoe.text.tokenizer import BYTE_TOKEN
 from offmoe.text.vocab import END_OF_TURN, NAMES, Vocab
@@ -149,11 +141,11 @@ def special_ids(vocab: Vocab, size: int) -> dict[str, Any]:
     return {f"{key}_token_id": id for key, id in (found | dict(zip(END_KEYS, others, strict=False))).items()}
 
 
-def token_flags(vocab: Vocab, raw: dict[str, Any]) -> dict[str, list[int]]:
+def token_flags(vocab: Vocab, raw: dict[str, Any]) -> dict[str, list[int] | bool]:
     """Return keys of our own for added tokens that take the spaces around them, stand apart from words, or are found
     only after normalisation: the ids by flag. llama.cpp knows no such flags in files.
     """
     added = vocab.tokenizer.get_added_tokens_decoder()
     flags = TOKEN_FLAGS if raw.get("normalizer") else TOKEN_FLAGS[:-1]  # without a normaliser the last changes nothing
     ids = {flag: sorted(id for id, token in added.items() if getattr(token, flag)) for flag in flags}
-    return {f"added_tokens.{flag}": found for flag, found in ids.items() if found}
+    return {f"{FLAGS_KEY}.{flag}": found for flag, found in ids.items() if found} | {f"{FLAGS_KEY}.complete": True}

@@ -51,8 +51,12 @@ def named_ends(checkpoint: Checkpoint, tokenizer: Tokenizer, names: Mapping[str,
             yield id
     config = read_object(checkpoint, "config.json")
     nested = [config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)]
-    for table in (read_object(checkpoint, "generation_config.json"), config, *nested,
-                  read_object(checkpoint, "tokenizer_config.json")):  # fmt: skip
+    for table in (
+        read_object(checkpoint, "generation_config.json"),
+        config,
+        *nested,
+        read_object(checkpoint, "tokenizer_config.json"),
+    ):
         listed = table.get("eos_token_id")
         for id in listed if isinstance(listed, list) else [listed]:
             if isinstance(id, int) and not isinstance(id, bool):

@@ -2,87 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from offmoe.errors import OffmoeError
-from offmoe.text.pretokenizers import PreTokenizerKind, build_pre_tokenizer, find_kind
+from offmoe.text.gguf_metadata import BYTE, CONTROL, UNKNOWN, USER_DEFINED, GgufVocab, read_gguf_tokens
+from offmoe.text.pretokenizers import build_pre_tokenizer
 from offmoe.text.template_files import gguf_template
-from offmoe.text.vocab import END_OF_TURN, NAMES, Vocab, converting_errors, end_of_turn_ids
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
-TOKEN_FLAGS = (
-    "lstrip",
-    "rstrip",
-    "single_word",
-    "normalized",
-)  # added_tokens.<flag>: ids, keys that `offmoe pack` writes
-
-UNNAMED_CUT = (
-    "the file does not say how its tokenizer cuts text (tokenizer.ggml.pre): llama.cpp's default is used, and token "
-    "ids may differ from the model's own: prefer a newer file"
-)
-UNTYPED = (
-    "the file does not say which tokens are control tokens (tokenizer.ggml.token_type): those of the form <|…|> are "
-    "taken for them"
-)
-
-UNNAMED_BOS = (
-    "the file says that texts begin with a token that it does not name (tokenizer.ggml.bos_token_id): they do not"
-)
-
-
-@dataclass(frozen=True)
-class GgufVocab:
-    """Metadata `tokenizer.ggml.*`, validated: one type for each token, and no duplicate tokens."""
-
-    metadata: Mapping[str, Any]
-    tokens: list[str]
-    types: list[int]
-
-    def ids(self) -> dict[str, int]:
-        return {text: id for id, text in enumerate(self.tokens)}
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.metadata.get(f"tokenizer.ggml.{key}", default)
-
-    def kind(self) -> PreTokenizerKind:
-        """Return the pre-tokenizer's kind; the tokenizer model gemma4 has one of its own."""
-        return find_kind("gemma4" if self.get("model") == "gemma4" else self.get("pre", "default"))
-
-    def notes(self) -> list[str]:
-        """Return a note for each key that the file should have and whose value is guessed."""
-        notes = []
-        if self.get("model") == "gpt2" and self.get("pre") is None:
-            notes.append(UNNAMED_CUT)
-        if self.get("token_type") is None:
-            notes.append(UNTYPED)
-        if self.get("add_bos_token") and self.get("model") != "llama" and self.id("bos") is None:
-            notes.append(UNNAMED_BOS)
-        return notes
-
-    def id(self, name: str, default: int | None = None) -> int | None:
-        """Return `tokenizer.ggml.<name>_token_id`, or None if it is outside the vocabulary."""
-        value = self.get(f"{name}_token_id", default)
-        return value if isinstance(value, int) and 0 <= value < len(self.tokens) else None
-
-    def ids_under(self, key: str) -> set[int]:
-        """Return a list of ids; empty if the key is missing."""
-        values = self.get(key)
-        return {id for id in values if isinstance(id, int)} if isinstance(values, list) else set()
-
-    def strings(self, key: str) -> list[str]:
-        """Return a list of strings. Raises OffmoeError if the key is missing or holds anything else."""
-        values = self.get(key)
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise OffmoeError(
-                f"tokenizer.ggml.{key} is missing or not a list of strings: the file has no usable tokenizer"
-            )
-        return values
+from offmoe.text.vocab import NAMES, Vocab, converting_errors, end_of_turn_ids
 
 
 def vocab_from_gguf(metadata: Mapping[str, Any]) -> Vocab:
@@ -94,37 +23,14 @@ def vocab_from_gguf(metadata: Mapping[str, Any]) -> Vocab:
     if model in (None, "no_vocab", "none"):
         raise OffmoeError("the file has no tokenizer (no vocabulary in it): use a GGUF that has one, or pass token ids")
     if model not in ("gpt2", "gemma4", "llama"):
-        raise OffmoeError(f"the file's tokenizer model {model!r} is not supported: expected gpt2, gemma4 or llama")
+        raise OffmoeError(
+            f"the file's tokenizer model {str(model)[:40]!r} is not supported: expected gpt2, gemma4, llama"
+        )
     vocab = read_gguf_tokens(metadata)
     sentencepiece = model == "llama"
     with converting_errors("the file's tokenizer is damaged"):
         tokenizer = sentencepiece_bpe(vocab) if sentencepiece else bpe_with_merges(vocab)
     return build_vocab(vocab, tokenizer, sentencepiece)
-
-
-def read_gguf_tokens(metadata: Mapping[str, Any]) -> GgufVocab:
-    """Read the token list and the types. Raises OffmoeError if their lengths differ or a token appears twice."""
-    tokens = GgufVocab(metadata, [], []).strings("tokens")
-    tokens = [text or f"[EMPTY_{id}]" for id, text in enumerate(tokens)]  # named as in llama.cpp
-    types = metadata.get("tokenizer.ggml.token_type")
-    if types is None:
-        types = guessed_types(GgufVocab(metadata, tokens, []))
-    if not isinstance(types, list) or len(types) != len(tokens):
-        raise OffmoeError(f"tokenizer.ggml.token_type does not match the {len(tokens)} tokens: the file is damaged")
-    if len(set(tokens)) != len(tokens):
-        raise OffmoeError("tokenizer.ggml.tokens has the same token twice: the file is damaged")
-    return GgufVocab(metadata, tokens, types)
-
-
-def guessed_types(vocab: GgufVocab) -> list[int]:
-    """Return types for a file without them: bytes and unknown by text, named tokens and `<|…|>` as control tokens."""
-    named = {vocab.id(key) for key in (*NAMES, "eot", "eom")} - {None}
-    types = []
-    for id, text in enumerate(vocab.tokens):
-        control = id in named or text in END_OF_TURN or re.fullmatch(r"<\|.+\|>|<s>|</s>", text)
-        kind = CONTROL if control else BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else NORMAL
-        types.append(UNKNOWN if text == "<unk>" else kind)
-    return types
 
 
 def build_vocab(vocab: GgufVocab, tokenizer: Tokenizer, sentencepiece: bool) -> Vocab:
@@ -136,14 +42,13 @@ def build_vocab(vocab: GgufVocab, tokenizer: Tokenizer, sentencepiece: bool) -> 
     ids = {key: vocab.id(key) for key in NAMES} | {"bos": bos, "eos": eos}
     if ids["seperator"] is None:
         ids["seperator"] = vocab.id("separator")
-    add_bos = vocab.get("add_bos_token")
     template, notes = gguf_template(vocab.metadata)
     return Vocab(
         tokenizer,
         {NAMES[name]: vocab.tokens[id] for name, id in ids.items() if id is not None},
         bos,
         ends,
-        bos is not None and bool((sentencepiece or vocab.kind().add_bos) if add_bos is None else add_bos),
+        bos is not None and vocab.adds_bos(),
         template,
         (*vocab.notes(), *notes),
     )
@@ -153,8 +58,7 @@ def mark_special(tokenizer: Tokenizer, vocab: GgufVocab, ends: frozenset[int]) -
     """Add the tokens that are matched in text before it is split: control tokens are hidden, user-defined ones
     visible.
     """
-    flagged = {flag: vocab.ids_under(f"added_tokens.{flag}") for flag in TOKEN_FLAGS}
-    added = []
+    flagged, added = vocab.flags(), []
     for id, (text, kind) in enumerate(zip(vocab.tokens, vocab.types, strict=True)):
         if kind in (UNKNOWN, CONTROL, USER_DEFINED) or id in ends:
             flags = {flag: id in ids for flag, ids in flagged.items()}
@@ -215,12 +119,12 @@ def character_bpe(vocab: GgufVocab, merges: list[tuple[str, str]], add_prefix: b
 def merges_from_scores(vocab: GgufVocab) -> list[tuple[str, str]]:
     """Return every pair of tokens that makes a third one, by descending score of the merged token."""
     scores = vocab.get("scores")
-    if not isinstance(scores, list) or len(scores) != len(vocab.tokens):
+    if not isinstance(scores, list) or len(scores) < len(vocab.tokens):
         raise OffmoeError(f"tokenizer.ggml.scores does not match the {len(vocab.tokens)} tokens: the file is damaged")
     parts = {text for text, kind in zip(vocab.tokens, vocab.types, strict=True) if kind not in (CONTROL, BYTE, UNKNOWN)}
     merges = [
         (score, text[:cut], text[cut:])
-        for text, score in zip(vocab.tokens, scores, strict=True)
+        for text, score in zip(vocab.tokens, scores, strict=False)
         if text in parts
         for cut in range(1, len(text))
         if text[:cut] in parts and text[cut:] in parts

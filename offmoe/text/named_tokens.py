@@ -28,11 +28,22 @@ CLASS_DEFAULTS = {  # names that a tokenizer class gives where tokenizer_config.
     "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
     "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), ENDOFTEXT),
     "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), ENDOFTEXT),
-    "GPTNeoXTokenizer": {"unk_token": ENDOFTEXT, "bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT,
-                         "pad_token": "<|padding|>"},
-    "CohereTokenizer": {"unk_token": "<UNK>", "bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>",
-                        "pad_token": "<PAD>", "cls_token": "<CLS>", "sep_token": "<SEP>", "mask_token": "<MASK_TOKEN>"},
-}  # fmt: skip
+    "GPTNeoXTokenizer": {
+        "unk_token": ENDOFTEXT,
+        "bos_token": ENDOFTEXT,
+        "eos_token": ENDOFTEXT,
+        "pad_token": "<|padding|>",
+    },
+    "CohereTokenizer": {
+        "unk_token": "<UNK>",
+        "bos_token": "<BOS_TOKEN>",
+        "eos_token": "<|END_OF_TURN_TOKEN|>",
+        "pad_token": "<PAD>",
+        "cls_token": "<CLS>",
+        "sep_token": "<SEP>",
+        "mask_token": "<MASK_TOKEN>",
+    },
+}
 CLASS_DEFAULTS["Qwen3_5Tokenizer"] = CLASS_DEFAULTS["Qwen2Tokenizer"]
 
 

@@ -195,7 +195,8 @@ def find_kind(name: str) -> PreTokenizerKind:
     if name not in KINDS:
         aliases = {alias for names in SAME_AS.values() for alias in names.split()}
         known = ", ".join(sorted(KINDS.keys() - aliases))
-        raise OffmoeError(f"the file's pre-tokenizer {name!r} is not supported: expected {known} or an alias of these")
+        found = repr(str(name)[:60])
+        raise OffmoeError(f"the file's pre-tokenizer {found} is not supported: expected {known} or an alias of these")
     return KINDS[name]
 
 

@@ -49,6 +49,11 @@ def test_stats_line() -> None:
     assert ui.notes == [f"{line} · context 1%"]
 
 
+def test_what_a_template_leaves_out_is_told_once() -> None:
+    _, ui = talk("/system dropped", "a", "/undo", "b")
+    assert ui.notes.count("the template leaves it out") == 1
+
+
 def test_empty_messages_are_not_sent_and_paths_are_no_commands() -> None:
     chat, _ = talk("", "  ", "/usr/bin is what?")
     assert contents(chat)[0] == "/usr/bin is what?"

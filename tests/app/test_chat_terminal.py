@@ -269,6 +269,27 @@ def test_ctrl_z_suspends_and_fg_goes_on(tmp_path: Path, state: str) -> None:
     shell.see("ended 0")
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_run_with_the_text_so_far(tmp_path: Path, signum: signal.Signals) -> None:
+    person = Screen([*FAKE, "run", "demo", "count"], tmp_path)
+    person.see("2 3 ")
+    person.child.kill(signum)
+    assert person.ended() == 128 + signum
+    assert person.restored()
+    assert person.screen.cursor.x == 0
+
+
+def test_an_interrupt_from_elsewhere_is_like_the_key(tmp_path: Path) -> None:
+    person = Screen([*FAKE, "chat"], tmp_path)
+    person.wait(person.prompted)
+    person.child.kill(signal.SIGINT)
+    person.see("press Ctrl-C again or Ctrl-D to exit")
+    person.say("hello")
+    person.see("61.2 tok/s")
+    assert person.leave() == 0
+    assert person.restored()
+
+
 def test_the_last_chat_is_continued(tmp_path: Path) -> None:
     person = Screen([*FAKE, "chat"], tmp_path)
     person.say("first")
@@ -401,3 +422,14 @@ def test_a_plain_or_dumb_terminal_has_the_text_as_it_is(tmp_path: Path) -> None:
         person.wait(lambda person=person: person.text().count("›") == 2 + (person.text().count("› **a")) - 1)
         person.child.sendeof()
         assert person.ended() == 0
+
+
+def test_what_is_typed_ahead_is_not_written_into_the_answer(tmp_path: Path) -> None:
+    person = Screen([*FAKE, "chat"], tmp_path)
+    person.say("1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 => twenty")
+    person.see("\n1 2 3 ")
+    person.child.send("ahead" + ENTER)
+    person.see("19 20\n\ntwenty\n.*\n› ahead\nahead *\n.*61.2")
+    assert person.text().count("ahead") == 2
+    assert person.leave() == 0
+    assert person.restored()

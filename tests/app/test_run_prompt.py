@@ -38,6 +38,12 @@ def test_prompt_and_standard_input(arguments: list[str], stdin: bytes, prompt: s
     assert (result.returncode, result.stdout.decode(), result.stderr) == (0, f"{prompt} \n", b"")
 
 
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_what_a_template_leaves_out_is_told(more: list[str]) -> None:
+    result = run("hi", "--system", "dropped", *more)
+    assert (result.returncode, result.stderr) == (0, b"the template leaves it out\n")
+
+
 def test_files_follow(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("first\n")
     (tmp_path / "b").write_text("second\n")

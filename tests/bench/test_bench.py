@@ -37,7 +37,7 @@ OWN = {"olmoe": {"kv_heads": 4}, "deepseek-v2-lite": LATENT, "glm-4.7-flash": LA
        "lfm2-8b-a1b": {"layers": 24, "first": 256}, "llama-4-scout": {"layers": 8, "top_k": 1}}  # fmt: skip
 
 
-@pytest.mark.parametrize("fmt", [*shapes.FLOATS, *shapes.SCALES, "MXFP4"])
+@pytest.mark.parametrize("fmt", [*shapes.FLOATS, *shapes.SCALES, "IQ1_M", "MXFP4"])
 def test_weights_are_sane(fmt: str) -> None:
     rows, cols = 64, 512
     raw = torch.from_numpy(shapes.weights(np.random.default_rng(0), fmt, rows, cols))

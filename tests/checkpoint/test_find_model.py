@@ -65,6 +65,7 @@ def test_no_gguf_is_guessed(pick: str, message: str) -> None:
 
 def test_no_code_no_pickle_and_no_second_copy_of_the_weights() -> None:
     good = ["a.safetensors", "config.json", "chat_template.jinja", "merges.txt", "tiktoken.model", "hy.tiktoken"]
+    good += ["additional_chat_templates/rag.jinja"]
     bad = ["a.bin", "a.pt", "modeling.py", "original/a.safetensors", "consolidated.safetensors", "README.md"]
     assert select_files([*good, *bad], "", "org/name") == good
 

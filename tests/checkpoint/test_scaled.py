@@ -77,7 +77,14 @@ def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the graph itself")
-def test_the_step_multiplies_what_it_is_given(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "fmt"),
+    cases(
+        [("mixed", "F8_E4M3_ROW"), ("modelopt nvfp4 awq", "F32"), ("modelopt mxfp8", "BF16")],
+        [("mixed", "F8_E4M3_ROW")],
+    ),
+)
+def test_the_step_multiplies_what_it_is_given(kind: str, fmt: str, tmp_path: Path) -> None:
     """Rows of attention keep their scales, even where matrices are concatenated."""
     pytest.importorskip("triton")
     from interpreted_step import IDS as STEP_IDS
@@ -85,10 +92,10 @@ def test_the_step_multiplies_what_it_is_given(tmp_path: Path) -> None:
 
     from offmoe.decode.variant import Variant
 
-    path, model = saved_scaled(tmp_path, "mixed")
+    path, model = saved_scaled(tmp_path, kind)
     with step_of(path, vram="60%") as step:
         parts = [part for layer in step.trunk.layers for part in (*layer.in_proj, *layer.out_proj)]
-        assert {form.format for _, form in parts} == {"F8_E4M3_ROW"}
+        assert {form.format for _, form in parts} == {fmt}
         reference_of(model, STEP_IDS).check_logits(run(step, Variant()))
 
 

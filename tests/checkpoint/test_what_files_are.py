@@ -23,6 +23,7 @@ from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
 from offmoe.models.model import open_model
 from offmoe.pack.convert import pack
+from offmoe.text.tokenizer import load_tokenizer
 
 
 def refusal(path: Path) -> str:
@@ -240,14 +241,7 @@ def test_kinds_of_gguf(tmp_path: Path, metadata: dict[str, Any], tensor: str, wh
     assert str(tmp_path / "m.gguf") in line or "not supported" in line
 
 
-NEEDED = (
-    "block_count",
-    "embedding_length",
-    "attention.head_count",
-    "context_length",
-    "expert_used_count",
-    "expert_feed_forward_length",
-)
+NEEDED = ("block_count", "embedding_length", "attention.head_count", "context_length", "expert_used_count")
 
 
 @pytest.mark.parametrize("key", NEEDED)
@@ -445,6 +439,18 @@ def test_decorations(tmp_path: Path, pairs: list[tuple[str, int, bytes]]) -> Non
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.metadata["general.architecture"] == "llama"
         assert checkpoint.read("a").tolist() == list(range(32))
+
+
+def test_halves_of_surrogate_pairs(folder: Path) -> None:
+    """JSON can write what no text can hold; a special token of that name is none of the vocabulary's."""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "\ud800", "\udfff": ["\ud83d"]}))
+    with open_checkpoint(folder) as checkpoint:
+        read = checkpoint.json("tokenizer_config.json")
+        assert read is not None
+        assert read["bos_token"] == "\ufffd"
+        assert read["\ufffd"] == ["\ufffd"]
+        load_tokenizer(checkpoint).close()
 
 
 def test_decorations_of_json(folder: Path) -> None:

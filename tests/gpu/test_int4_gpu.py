@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from int4_files import CASES, saved_int4
+from int4_files import CASES, ORDERED, saved_int4
 from reference import reference_of
 from teacher_forcing import graph_logits
 from tiny_engines import engine_of
@@ -22,7 +22,7 @@ def logits(path: Path, vram: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("vram", ["60%", "100%"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *ORDERED])
 def test_int4(name: str, vram: str, tmp_path: Path) -> None:
     path, model = saved_int4(tmp_path, name)
     want = reference_of(model, IDS).exact.logits[7:]

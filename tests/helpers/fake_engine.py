@@ -44,6 +44,7 @@ class Engine:
         self.plan = SimpleNamespace(summary=lambda: "12 of 12 experts in slots", ctx=1000)
         self.tokenizer = SimpleNamespace(encode=lambda text: [ord(letter) for letter in text])
         self.notes: list[str] = []
+        self.prompt_notes: list[str] = []
         self.prompts: list[Any] = []
         self.settings: dict[str, Any] = {}
         self.answer_tokens: list[int] = []
@@ -66,6 +67,7 @@ class Engine:
         time.sleep(self.slow)
         self.cancelled, self.answer_tokens = False, []
         messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
+        self.prompt_notes = ["the template leaves it out"] if "dropped" in str(messages[0]) else []
         if len(messages) > CTX:
             raise ContextFull(len(messages), CTX, len(messages))
         return self._answer(str(messages[-1]["content"] if isinstance(messages[-1], dict) else messages))

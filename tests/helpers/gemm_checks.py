@@ -49,8 +49,9 @@ def addresses_of(slots: Tensor, where: dict[int, int]) -> Tensor:
 
 
 def scaled(tokens: int, layout: SlotLayout, dtype: torch.dtype) -> Tensor:
-    """Gates of about 1 to 15; less for float16, whose results would overflow."""
-    return ((0.0015 if dtype == torch.float16 else 0.05) * randn(tokens, layout.hidden)).to(dtype)
+    """Gates of about 1 to 15; less for float16, whose results would overflow where weights are not small."""
+    overflows = dtype == torch.float16 and not layout.down.format.startswith(("IQ1", "IQ2"))
+    return ((0.0015 if overflows else 0.05) * randn(tokens, layout.hidden)).to(dtype)
 
 
 def run(x: Tensor, ids: Tensor, slots: Tensor, where: dict[int, int], layout: SlotLayout, out: Tensor,

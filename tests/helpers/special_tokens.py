@@ -66,46 +66,71 @@ TOOLS = "<tool_call> </tool_call> <tool_response> </tool_response> <think> </thi
 PUBLISHED: dict[str, tuple[Callable[[], Tokenizer], str, str, str]] = {
     "chatml": (byte_level, CHATML, "<|endoftext|> <|im_start|> <|im_end|>", ""),
     "qwen3": (
-        byte_level, QWEN3, "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|box_end|> <|vision_pad|>",
+        byte_level,
+        QWEN3,
+        "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|box_end|> <|vision_pad|>",
         f"{TOOLS} <|fim_prefix|> <|repo_name|> <|file_sep|>",
     ),
     "llama3": (
-        byte_level, LLAMA3, "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> "
-        "<|eom_id|> <|python_tag|> <|reserved_special_token_0|> <|finetune_right_pad_id|>", "",
+        byte_level,
+        LLAMA3,
+        "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|> "
+        "<|eom_id|> <|python_tag|> <|reserved_special_token_0|> <|finetune_right_pad_id|>",
+        "",
     ),
     "llama4": (byte_level, LLAMA3, "<|begin_of_text|> <|header_start|> <|eot|> <|image_start|> <|patch|>", ""),
     "mistral": (
-        sentencepiece, MISTRAL, "<s> </s> [INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CALLS] "
-        "[AVAILABLE_TOOLS] [TOOL_RESULTS] [IMG] [THINK] [/THINK]", "",
+        sentencepiece,
+        MISTRAL,
+        "<s> </s> [INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CALLS] "
+        "[AVAILABLE_TOOLS] [TOOL_RESULTS] [IMG] [THINK] [/THINK]",
+        "",
     ),
     "phi": (byte_level, PHI, "<|endoftext|> <|user|> <|assistant|> <|system|> <|end|> <|placeholder1|>", ""),
     "gpt-oss": (
-        byte_level, HARMONY, "<|start|> <|end|> <|message|> <|channel|> <|return|> <|call|> <|constrain|> "
-        "<|startoftext|> <|endofprompt|> <|reserved_200000|>", "",
+        byte_level,
+        HARMONY,
+        "<|start|> <|end|> <|message|> <|channel|> <|return|> <|call|> <|constrain|> "
+        "<|startoftext|> <|endofprompt|> <|reserved_200000|>",
+        "",
     ),
     "deepseek": (
-        byte_level, DEEPSEEK, "<｜begin▁of▁sentence｜> <｜end▁of▁sentence｜> <｜▁pad▁｜>",
+        byte_level,
+        DEEPSEEK,
+        "<｜begin▁of▁sentence｜> <｜end▁of▁sentence｜> <｜▁pad▁｜>",
         "<｜User｜> <｜Assistant｜> <think> </think> <｜fim▁hole｜> <｜tool▁calls▁begin｜> <｜tool▁sep｜>",
     ),
     "glm": (
-        byte_level, GLM, "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> "
-        "<|observation|> <|begin_of_image|>", f"{TOOLS} <arg_key> </arg_value>",
+        byte_level,
+        GLM,
+        "<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> "
+        "<|observation|> <|begin_of_image|>",
+        f"{TOOLS} <arg_key> </arg_value>",
     ),
     "gemma": (
-        sentencepiece, GEMMA, "<pad> <eos> <bos> <start_of_turn> <end_of_turn> <start_of_image>",
+        sentencepiece,
+        GEMMA,
+        "<pad> <eos> <bos> <start_of_turn> <end_of_turn> <start_of_image>",
         "<unused0> [multimodal] [@BOS@] <|tool_response>",
     ),
     "minimax": (byte_level, MINIMAX, "]!p~[ ]!d~[ ]~b] [e~[ ]~!b[", "<think> </think> <minimax:tool_call>"),
     "kimi": (
-        byte_level, CHATML, "[BOS] [EOS] <|im_end|> <|im_user|> <|im_assistant|> <|im_start|> <|im_middle|> "
-        "[EOT] [PAD] [UNK] [start_header_id] [end_header_id]", "<|tool_calls_section_begin|> <think> </think>",
+        byte_level,
+        CHATML,
+        "[BOS] [EOS] <|im_end|> <|im_user|> <|im_assistant|> <|im_start|> <|im_middle|> "
+        "[EOT] [PAD] [UNK] [start_header_id] [end_header_id]",
+        "<|tool_calls_section_begin|> <think> </think>",
     ),
-    "hunyuan": (byte_level, CHATML, "<|startoftext|> <|extra_0|> <|extra_4|> <|eos|> <|im_start|> <|im_end|>",
-                "<answer> </answer> <think> </think>"),
+    "hunyuan": (
+        byte_level,
+        CHATML,
+        "<|startoftext|> <|extra_0|> <|extra_4|> <|eos|> <|im_start|> <|im_end|>",
+        "<answer> </answer> <think> </think>",
+    ),
     "granite": (byte_level, LLAMA3, "<|end_of_text|> <|start_of_role|> <|end_of_role|> <fim_prefix> <gh_stars>", ""),
     "lfm2": (byte_level, CHATML, "<|pad|> <|startoftext|> <|im_start|> <|im_end|> <|tool_call_start|>", ""),
     "olmo": (byte_level, PHI, "<|endoftext|> <|padding|>", "|||IP_ADDRESS||| |||EMAIL_ADDRESS||| <|user|>"),
-}  # fmt: skip
+}
 
 
 def published(name: str) -> tuple[Tokenizer, str, list[str]]:

@@ -11,10 +11,12 @@ import int4_files
 import scaled_files
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import saved, tiny
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
 Written = tuple[Tensors, Tensor]  # parts by the endings of their names, and what they mean [E, R, C]
+BY_COLUMNS = {"qwen3_moe": False, "olmoe": False, "llama4_text": True, "gpt_oss": True}  # how a family stores stacks
 ENDS = ("experts.gate_up_proj", "experts.down_proj")
 INT4 = int4_files.Case("", "compressed-tensors", 32, sym=True, kind=torch.bfloat16)
 ASYMMETRIC = int4_files.Case("", "compressed-tensors", 32, sym=False)
@@ -158,3 +160,11 @@ def quantise_stacks(path: Path, kind: str, by_columns: bool) -> Tensors:
     raw = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**raw, **({"quantization_config": config} if config else {})}))
     return effective
+
+
+def saved_stacks(folder: Path, kind: str, family: str = "qwen3_moe") -> tuple[Path, Any]:
+    """The quantised directory, and transformers' model of what its bytes mean."""
+    path, plain = (saved(family, folder / where, fused=True) for where in ("quantised", "plain"))
+    effective = quantise_stacks(path, kind, BY_COLUMNS[family])
+    save_file(effective, plain / "model.safetensors", {"format": "pt"})
+    return path, type(tiny(family)).from_pretrained(plain, dtype="float32").eval()

@@ -61,7 +61,9 @@ def check_experts(fmt: str, down: str, kind: str, tokens: int, stacked: bool) ->
     assert_close("down", y, summed, RATIO)
 
 
-@pytest.mark.parametrize("fmt", cases(TESTED, ["Q4_K", "Q6_K", "Q2_K", "IQ4_XS", "MXFP4", "NVFP4", "F8_E4M3", "F16"]))
+@pytest.mark.parametrize(
+    "fmt", cases(TESTED, ["Q4_K", "Q6_K", "Q2_K", "IQ4_XS", "IQ2_XXS", "IQ3_S", "MXFP4", "NVFP4", "F8_E4M3", "F16"])
+)
 def test_experts_of_two_tokens(fmt: str) -> None:
     check_experts(fmt, fmt, "normal", 2, fmt in ("Q8_0", "Q6_K", "MXFP4"))
 

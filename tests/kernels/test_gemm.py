@@ -34,7 +34,9 @@ from gemm_checks import (
 from offmoe.kernels.gpu import gemm as fast
 
 
-@pytest.mark.parametrize("fmt", cases(TESTED, ["Q4_K", "Q6_K", "Q3_K", "IQ4_XS", "MXFP4", "NVFP4", "F8_E4M3", "F16"]))
+@pytest.mark.parametrize(
+    "fmt", cases(TESTED, ["Q4_K", "Q6_K", "Q3_K", "IQ4_XS", "IQ2_XXS", "IQ3_S", "MXFP4", "NVFP4", "F8_E4M3", "F16"])
+)
 def test_experts(fmt: str) -> None:
     check_experts(fmt, fmt, torch.float32, fmt in ("Q8_0", "Q6_K", "MXFP4"))
 

@@ -169,7 +169,7 @@ def test_a_gguf_s(plain: Path, tmp_path: Path) -> None:
     want = logits(path)
     entries: list[tuple[str, list[int], int]] = [
         (f"mtp.{kind}.{number}", shape[::-1], kind)
-        for kind in (16, 24, 25, 26, 27, 28, 29, 31, 34, 99) for number, shape in enumerate(SHAPES)
+        for kind in (2, 12, 16, 24, 25, 26, 27, 28, 29, 31, 34, 99) for number, shape in enumerate(SHAPES)
     ]  # fmt: skip
     other = with_tensors(path, tmp_path / "other.gguf", entries)
     assert torch.equal(logits(other), want)

@@ -150,14 +150,14 @@ def test_factors_of_frequencies_are_scaled_too() -> None:
 
 
 @pytest.mark.parametrize(("name", "without", "changes", "message"), [
-    ("qwen3_moe", "attention.layer_norm_rms_epsilon", {}, "rms_norm_eps"),
-    ("qwen3_moe", "expert_used_count", {}, "num_experts_per_tok"),
-    ("qwen3_moe", "context_length", {}, "max_position_embeddings"),
-    ("gpt_oss", "attention.sliding_window", {}, "sliding_window"),
+    ("qwen3_moe", "attention.layer_norm_rms_epsilon", {}, "no qwen3moe.attention.layer_norm_rms_eps"),
+    ("qwen3_moe", "expert_used_count", {}, "GGUF has no qwen3moe.expert_used_count"),
+    ("qwen3_moe", "context_length", {}, "GGUF has no qwen3moe.context_length"),
+    ("gpt_oss", "attention.sliding_window", {}, "GGUF has no gpt-oss.attention.sliding_window"),
     ("granitemoe", "", {"rope__scaling__finetuned": False}, "rope_finetuned is False"),
     ("ernie4_5_moe", "", {"interleave_moe_layer_step": 2}, "interleave_moe_layer_step is 2"),
     ("qwen3_moe", "", {"rope__scaling__type": "mrope"}, "rope.scaling.type is 'mrope'"),
-    ("qwen3_moe", "", {"rope__scaling__attn_factor": 1.5}, "with an attn_factor of 1.5"),
+    ("qwen3_moe", "", {"rope__scaling__attn_factor": 1.5}, "attn_factor is 1.5 without yarn"),
     ("mixtral", "", {"rope__dimension_count": 8}, "rope.dimension_count is 8"),
 ])  # fmt: skip
 def test_what_llama_cpp_requires_or_computes_otherwise_is_refused(

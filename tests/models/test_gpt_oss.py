@@ -50,7 +50,7 @@ TENSORS: dict[str, tuple[Any, str]] = {
     "no scales": (lambda t: t.pop(f"{GATE_UP}_scales"), "gate_up_proj_blocks' has dtype 'U8': expected F32"),
     "no blocks": (lambda t: t.pop(f"{GATE_UP}_blocks"), "gate_up_proj_scales' has dtype 'U8': expected F32"),
     "other scales": (lambda t: t.update({f"{GATE_UP}_scales": torch.zeros(6, 64, 3, dtype=torch.uint8)}),
-                     r"gate_up_proj_scales' is U8 \[6, 64, 3\]: expected U8 \[6, 64, 2\]"),
+                     r"gate_up_proj_scales' is U8 \[6, 64, 3\]: expected U8 or F8_E8M0 \[6, 64, 2\]"),
     "no sinks": (lambda t: t.pop("model.layers.2.self_attn.sinks"), "has no tensor model.layers.2.self_attn.sinks"),
     "no expert bias": (lambda t: t.pop(f"{GATE_UP}_bias"), f"has no tensor {GATE_UP}_bias"),
     "wide down bias": (lambda t: t.update({"model.layers.0.mlp.experts.down_proj_bias": torch.zeros(6, 65)}),

@@ -43,7 +43,7 @@ def logits(path: Path) -> Tensor:
 
 
 def elsewhere(path: Path, folder: Path, config: Config, files: dict[str, Config]) -> Path:
-    """The same weights with another config.json and other files beside them."""
+    """The same weights with another config.json and other files next to it."""
     folder.mkdir()
     (folder / "model.safetensors").symlink_to(path / "model.safetensors")
     for name, value in {"config.json": config, **files}.items():
@@ -76,7 +76,7 @@ PLACES: dict[str, Callable[[Config, Config], tuple[Config, dict[str, Config]]]] 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_places_in_a_config(place: str, made: Callable[[str], tuple[Path, Tensor]], tmp_path: Path) -> None:
-    """Of compressed-tensors the tensors alone say enough."""
+    """The tensors of compressed-tensors alone say enough."""
     path, want = made("packed")
     assert torch.equal(logits(elsewhere(path, tmp_path / "m", *PLACES[place](*parts_of(path)))), want)
 

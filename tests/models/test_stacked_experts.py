@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,24 +10,13 @@ from exhaustive import cases
 from packed_files import packed
 from quantised_checks import check_answers
 from reference import reference_of
-from safetensors.torch import save_file
-from stacked_files import KINDS, quantise_stacks
+from stacked_files import BY_COLUMNS, KINDS, saved_stacks
 from tiny_engines import IDS, decoded, engine_of
-from tiny_models import saved, tiny
 
-BY_COLUMNS = {"qwen3_moe": False, "olmoe": False, "llama4_text": True, "gpt_oss": True}  # how a family stores stacks
 TELLING = [*((kind, "qwen3_moe") for kind in KINDS if kind != "Model Optimizer fp8"),
            ("Model Optimizer nvfp4", "llama4_text"),
            ("Model Optimizer fp8", "llama4_text"), ("Model Optimizer nvfp4", "gpt_oss"),
            ("llm-compressor int4", "gpt_oss")]  # fmt: skip
-
-
-def made(family: str, kind: str, folder: Path) -> tuple[Path, Any]:
-    """The quantised directory, and transformers' model of what its bytes mean."""
-    path, plain = (saved(family, folder / where, fused=True) for where in ("quantised", "plain"))
-    effective = quantise_stacks(path, kind, BY_COLUMNS[family])
-    save_file(effective, plain / "model.safetensors", {"format": "pt"})
-    return path, type(tiny(family)).from_pretrained(plain, dtype="float32").eval()
 
 
 @pytest.mark.parametrize(
@@ -39,13 +27,13 @@ def test_logits_are_those_of_transformers_and_tokens_the_same_at_every_budget(
 ) -> None:
     if kind in ("Model Optimizer fp8", "Model Optimizer fp8 by rows") and BY_COLUMNS[family] != (kind[-4:] != "rows"):
         pytest.skip("written as the family stores its stacks")
-    path, model = made(family, kind, tmp_path)
+    path, model = saved_stacks(tmp_path, kind, family)
     check_answers(path, IDS[:20], reference_of(model, IDS[:20]), lambda formats: formats <= {*KINDS[kind][1].split()})
 
 
 @pytest.mark.parametrize("kind", ["Model Optimizer nvfp4", "llm-compressor int4, act order"])
 def test_they_pack(kind: str, tmp_path: Path) -> None:
-    path, model = made("qwen3_moe", kind, tmp_path)
+    path, model = saved_stacks(tmp_path, kind)
     with engine_of(packed(path, tmp_path, "f32"), chunk=5) as engine:
         logits, _ = decoded(engine, IDS[:20], prompt=8)
     reference_of(model, IDS[:20]).check_logits(logits, 7)
@@ -62,6 +50,6 @@ def test_the_step_multiplies_what_it_is_given(kind: str, tmp_path: Path) -> None
     from offmoe.decode.variant import Variant
 
     family = "llama4_text" if kind == "Model Optimizer fp8" else "qwen3_moe"
-    path, model = made(family, kind, tmp_path)
+    path, model = saved_stacks(tmp_path, kind, family)
     with step_of(path, vram="60%") as step:
         reference_of(model, STEP_IDS).check_logits(run(step, Variant()))

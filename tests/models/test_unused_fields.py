@@ -104,6 +104,10 @@ MATTERS: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"sliding_window": "wide"}, "sliding_window = 'wide'"),
     ("deepseek_v2", {"mlp_bias": True}, "mlp_bias is True"),
     ("gemma4_text", {"enable_moe_block": False}, "enable_moe_block is False"),
+    ("gemma4_text", {"top_k_experts": None}, "config has no top_k_experts"),  # under its own name
+    ("mixtral", {"num_local_experts": "8"}, "config gives num_local_experts = '8'"),
+    ("lfm2_moe", {"norm_eps": -1}, "config gives norm_eps = -1"),
+    ("llama4_text", {"intermediate_size": 0.5}, "config gives intermediate_size = 0.5"),
     ("gemma4_text", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
 ]
 

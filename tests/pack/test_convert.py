@@ -39,7 +39,7 @@ from offmoe.pack.quantise import BY_GGML, packable, quantise
 
 RATIO = {"q8_0": 0.01, "bf16": 0.003, "f16": 0.0005, "f32": 0.0, "q4_0": 0.1, "q4_1": 0.1, "q5_0": 0.05,
          "q5_1": 0.05, "mxfp4": 0.15, "q2_k": 0.35, "q3_k": 0.18, "q4_k": 0.1, "q5_k": 0.05, "q6_k": 0.03,
-         "iq4_nl": 0.1, "iq4_xs": 0.1}  # fmt: skip
+         "iq2_s": 0.3, "iq3_xxs": 0.25, "iq3_s": 0.2, "iq4_nl": 0.1, "iq4_xs": 0.1}  # fmt: skip
 has_ggml = importlib.util.find_spec("llama_cpp") is not None
 
 
@@ -237,7 +237,9 @@ def edit(path: Path, **values: Any) -> None:
 
 @pytest.mark.llama
 @pytest.mark.skipif(not has_ggml, reason="needs llama-cpp-python: pip install 'offmoe[llama]'")
-@pytest.mark.parametrize("fmt", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"])
+@pytest.mark.parametrize(
+    "fmt", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs"]
+)
 def test_what_ggml_quantises(fmt: str, tmp_path: Path) -> None:
     weights = torch.randn(6, 512, generator=torch.Generator().manual_seed(0))
     raw = quantise(weights, packable(fmt))
@@ -249,13 +251,17 @@ def test_what_ggml_quantises(fmt: str, tmp_path: Path) -> None:
 
 def test_k_quants_without_ggml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ggml_library.load_library.cache_clear()
+    source, out = saved("olmoe", tmp_path), tmp_path / "m.gguf"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    out = tmp_path / "m.gguf"
-    assert (
-        error_line(saved("olmoe", tmp_path), out, "q4_k")
-        == "q4_k needs ggml: install it with pip install 'offmoe[llama]'"
-    )
+    assert error_line(source, out, "q4_k") == "q4_k needs ggml: install it with pip install 'offmoe[llama]'"
     assert not out.exists()
+
+
+@pytest.mark.parametrize("fmt", ["iq1_s", "iq1_m", "iq2_xxs", "IQ2_XS"])
+def test_what_needs_an_importance_matrix(fmt: str, tmp_path: Path) -> None:
+    line = error_line(saved("olmoe", tmp_path), tmp_path / "m.gguf", fmt)
+    assert line.startswith(f"{fmt} needs an importance matrix, which offmoe does not make: choose iq2_s, iq3_xxs or ")
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_what_is_refused_before_anything_is_written(tmp_path: Path) -> None:

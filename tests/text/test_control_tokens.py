@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from llama_cpp_sources import LLAMA_CPP
 from special_tokens import PUBLISHED, published
 from tokenizer_files import Files, load, write
 from tokenizers import AddedToken, normalizers
@@ -35,8 +36,13 @@ class Family:
         self.library.save(str(folder / "tokenizer.json"))
         named = {key: next((t for t in found if t in self.control), None) for key, found in NAMES.items()}
         self.named = {key: text for key, text in named.items() if text}
-        write(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast",
-              chat_template=self.template, **self.named)  # fmt: skip
+        write(
+            folder,
+            "tokenizer_config.json",
+            tokenizer_class="PreTrainedTokenizerFast",
+            chat_template=self.template,
+            **self.named,
+        )
         self.folder, self.ours = folder, load(Files(folder))
         self.ids = {self.library.token_to_id(text) for text in self.control}
 
@@ -62,9 +68,12 @@ def conversation(role: str, text: str) -> list[Message]:
         answer["reasoning"] = said["reasoning"]
     prefill: list[Message] = [{"role": "assistant", "content": said["prefill"]}] if role == "prefill" else []
     return [
-        {"role": "system", "content": said["system"]}, {"role": "user", "content": "hi"}, answer,
-        {"role": "user", "content": said["user"]}, *prefill,
-    ]  # fmt: skip
+        {"role": "system", "content": said["system"]},
+        {"role": "user", "content": "hi"},
+        answer,
+        {"role": "user", "content": said["user"]},
+        *prefill,
+    ]
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -239,3 +248,50 @@ def test_longest_alternative_wins() -> None:
         text = "".join(random.choices("ab<|", k=30))
         slow = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
         assert re.findall(alternatives(words), text) == re.findall(slow, text)
+
+
+TEMPLATES = sorted(LLAMA_CPP.glob("models/templates/*.jinja"))
+MARK = re.compile(
+    r"<\|[^|<>\s'\"{}]{1,40}\|>|<｜[^<>\s'\"{}]{1,40}｜>|</?[a-z_:]{2,20}>|\[/?[A-Z_]{3,20}\]|<[a-z_]+\|>|<\|[a-z_]+>"
+)
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="LLAMA_CPP_SOURCE names no llama.cpp sources")
+@pytest.mark.parametrize("file", TEMPLATES, ids=lambda file: file.stem)
+def test_published_template(file: Path, tmp_path: Path) -> None:
+    """Every mark in the template is an added token: in messages they are text, other ids are transformers'."""
+    import transformers
+
+    source, library = file.read_text(encoding="utf-8"), byte_level()
+    marks = sorted(set(MARK.findall(source)) | {"<s>", "</s>", "<|im_end|>"})
+    library.add_tokens([AddedToken(mark, normalized=False, special=at % 2 == 0) for at, mark in enumerate(marks)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    write(
+        tmp_path,
+        "tokenizer_config.json",
+        tokenizer_class="PreTrainedTokenizerFast",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=source,
+    )
+    ours, other = load(Files(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = {library.token_to_id(mark) for mark in marks if mark in ours._control._ids}
+    for role in ROLES:
+        for prompt in (True, False):
+            messages: Any = conversation(role, "  the lazy\n dog ")
+            try:
+                theirs = other.apply_chat_template(
+                    messages,
+                    add_generation_prompt=prompt and role != "prefill",
+                    continue_final_message=prompt and role == "prefill",
+                )
+            except Exception:
+                continue  # it rejects this conversation
+            if role != "reasoning":  # which transformers' users give under the key that the template reads
+                assert ours.encode_chat(messages, prompt) == list(theirs["input_ids"]), (role, prompt)
+            expected = [id for id in ours.encode_chat(messages, prompt) if id in ids]
+            for mark in marks:
+                if mark in ours._control._ids:
+                    got = ours.encode_chat(conversation(role, f"a {mark} b{mark}"), prompt)
+                    assert [id for id in got if id in ids] == expected, (role, mark)
+    ours.close()

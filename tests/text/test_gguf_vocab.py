@@ -9,7 +9,7 @@ import pytest
 from tokenizer_files import Files, load
 from trained_tokenizers import byte_level, sentencepiece, words
 
-from offmoe.text.gguf_vocab import UNNAMED_BOS, UNNAMED_CUT, UNTYPED
+from offmoe.text.gguf_metadata import UNNAMED_BOS, UNNAMED_CUT, UNTYPED
 from offmoe.text.tokenizer import ENDLESS, Tokenizer
 
 CHAT = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{{ sep_token }}"
@@ -28,9 +28,14 @@ def gguf() -> Iterator[Callable[..., Tokenizer]]:
         types = [6 if text.startswith("<0x") else kind for text, kind in zip(tokens, types, strict=True)]
         ranks = {left + right: rank for rank, (left, right) in reversed(list(enumerate(merges)))}
         ggml = {
-            "model": model, "tokens": tokens, "token_type": types, "merges": [" ".join(pair) for pair in merges],
-            "pre": "gpt-2", "scores": [-float(ranks.get(text, 10**6)) for text in tokens], **keys,
-        }  # fmt: skip
+            "model": model,
+            "tokens": tokens,
+            "token_type": types,
+            "merges": [" ".join(pair) for pair in merges],
+            "pre": "gpt-2",
+            "scores": [-float(ranks.get(text, 10**6)) for text in tokens],
+            **keys,
+        }
         files = Files()
         files.metadata = {f"tokenizer.ggml.{key}": value for key, value in ggml.items() if value is not None}
         files.metadata |= {"tokenizer.chat_template": CHAT} if metadata is None else metadata
@@ -123,3 +128,35 @@ def test_named_templates(gguf: Callable[..., Tokenizer]) -> None:
     only = gguf(metadata={f"{key}.tool_use": "A", f"{key}.rag": "B"})
     assert only.chat_template == "A"
     assert "of the chat templates tool_use, rag none is called default: tool_use is used" in only.notes
+
+
+def test_longer_lists_than_tokens_are_read(gguf: Callable[..., Tokenizer]) -> None:
+    """As llama.cpp does; shorter ones are damage."""
+    vocab, _ = words(sentencepiece())
+    size = len(vocab) + 2
+    longer = gguf("llama", scores=[0.0] * (size + 3), token_type=[1] * (size + 3), metadata={})
+    assert longer.vocab_size == size
+
+
+@pytest.mark.parametrize(
+    ("metadata", "strips"),
+    [
+        ({"general.name": "Phi-3.5 MoE Instruct"}, True),
+        ({"general.architecture": "phimoe"}, True),
+        ({"general.architecture": "phimoe", "tokenizer.ggml.added_tokens.complete": True}, False),
+        ({"general.name": "Mixtral"}, False),
+    ],
+)
+def test_control_tokens_of_phi_3_take_the_spaces_after_them(
+    gguf: Callable[..., Tokenizer], metadata: dict[str, Any], strips: bool
+) -> None:
+    tokenizer = gguf("llama", metadata=metadata)
+    (mark,) = tokenizer._encode("<|im_start|>")
+    assert (tokenizer._encode("<|im_start|>\n x")[1:] == tokenizer._encode("<|im_start|>x")[1:]) is strips
+    assert tokenizer._encode("<|im_start|>\n x")[0] == mark
+    assert tokenizer._encode("<s>\nx") != tokenizer._encode("<s>x")
+
+
+def test_gemma_4_always_has_bos(gguf: Callable[..., Tokenizer]) -> None:
+    tokenizer = gguf("gemma4", bos_token_id=1, add_bos_token=False, merges=[])
+    assert tokenizer.encode("x")[0] == 1

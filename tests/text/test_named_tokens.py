@@ -21,9 +21,13 @@ TEMPLATE = (
     "{{ sep_token }}{{ pad_token }}{{ cls_token }}{{ mask_token }}{{ unk_token }}{{ image_token }}{{ boi_token }}"
 )
 TEXTS = (
-    "a<|im_start|>b <|im_end|> c", "<|end|><|new|>x<|image|> y", "<|new|> <x1><x2>\n <x3>", "plain text",
-    "<s></s><unk>", "it's <pad>\t<|im_end|>\n\n x",
-)  # fmt: skip
+    "a<|im_start|>b <|im_end|> c",
+    "<|end|><|new|>x<|image|> y",
+    "<|new|> <x1><x2>\n <x3>",
+    "plain text",
+    "<s></s><unk>",
+    "it's <pad>\t<|im_end|>\n\n x",
+)
 
 
 def entry(text: str, **flags: bool) -> dict[str, Any]:
@@ -77,12 +81,16 @@ PLACES: dict[str, dict[str, dict[str, Any]]] = {
     "extra table in the map": {"special_tokens_map": {"extra_special_tokens": {"image_token": "<|image|>"}}},
     "token of the model's own": {"tokenizer_config": {"image_token": "<|image|>", "boi_token": "<x2>"}},
     "config and additional": {
-        "tokenizer_config": {"mask_token": "<|new|>", "sep_token": "<x2>", "additional_special_tokens": ["<x1>"],
-                             "added_tokens_decoder": NUMBERED},
+        "tokenizer_config": {
+            "mask_token": "<|new|>",
+            "sep_token": "<x2>",
+            "additional_special_tokens": ["<x1>"],
+            "added_tokens_decoder": NUMBERED,
+        },
     },
     "null": {"tokenizer_config": {"bos_token": None, "eos_token": "</s>", "extra_special_tokens": None}},
     "nothing": {},
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -206,20 +214,32 @@ def jinja(folder: Path, name: str, text: str) -> None:
 
 TEMPLATES: dict[str, tuple[dict[str, Any], dict[str, str], str | None]] = {
     "config": ({"tokenizer_config": {"chat_template": "A"}}, {}, "A"),
-    "config, a list": ({"tokenizer_config": {"chat_template": [{"name": "default", "template": "A"},
-                                                               {"name": "rag", "template": "B"}]}}, {}, "A"),
+    "config, a list": (
+        {
+            "tokenizer_config": {
+                "chat_template": [{"name": "default", "template": "A"}, {"name": "rag", "template": "B"}]
+            }
+        },
+        {},
+        "A",
+    ),
     "config, a table": ({"tokenizer_config": {"chat_template": {"rag": "B", "default": "A"}}}, {}, "A"),
     "file": ({"tokenizer_config": {"chat_template": "B"}}, {"chat_template.jinja": "A"}, "A"),
     "more files": ({}, {"chat_template.jinja": "A", "additional_chat_templates/rag.jinja": "B"}, "A"),
-    "default among more files": ({"tokenizer_config": {"chat_template": "B"}},
-                                 {"additional_chat_templates/default.jinja": "A",
-                                  "additional_chat_templates/aaa.jinja": "B"}, "A"),
+    "default among more files": (
+        {"tokenizer_config": {"chat_template": "B"}},
+        {"additional_chat_templates/default.jinja": "A", "additional_chat_templates/aaa.jinja": "B"},
+        "A",
+    ),
     "processor": ({"chat_template": {"chat_template": "A"}}, {}, "A"),
     "processor, several": ({"chat_template": {"chat_template": {"default": "A", "x": "B"}}}, {}, "A"),
-    "config over processor": ({"tokenizer_config": {"chat_template": "A"}, "chat_template": {"chat_template": "B"}}, {},
-                              "A"),
+    "config over processor": (
+        {"tokenizer_config": {"chat_template": "A"}, "chat_template": {"chat_template": "B"}},
+        {},
+        "A",
+    ),
     "none": ({}, {}, None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("place", TEMPLATES)

@@ -31,7 +31,7 @@ TYPED = {
     "all but the system": turn("{% if m.role != 'system' %}" + PARTS + "{% else %}{{ m.content + '' }}{% endif %}"),
     "either": turn("{% if m.content is string %}{{ m.content }}{% else %}" + PARTS + "{% endif %}"),
     "string": turn("{{ m.content }}"),
-}  # fmt: skip
+}
 STRINGS = {"user only": ("system", "assistant"), "all but the system": ("system",)}
 CONVERSATION: list[dict[str, Any]] = [
     {"role": "system", "content": "Be kind."},

@@ -351,9 +351,10 @@ def test_damaged_sentencepiece() -> None:
 
 
 def test_special_ids_outside_the_vocabulary_do_not_count() -> None:
+    """Those of the kind hold instead, as in llama.cpp."""
     tokenizer = load(sentencepiece(bos_token_id=10**6, eos_token_id=-1, eot_token_id=264))
-    assert (tokenizer.bos, tokenizer.eos) == (None, {264})
-    assert tokenizer.encode("hi")[0] != 1
+    assert (tokenizer.bos, tokenizer.eos) == (1, {2, 264})
+    assert tokenizer.encode("hi")[0] == 1
     tokenizer.close()
 
 
