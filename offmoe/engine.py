@@ -10,8 +10,9 @@ experts are moved between slots, RAM and disk by an `ExpertStore`. Answering is 
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,6 +28,7 @@ from offmoe.errors import ContextFull, OffmoeError
 from offmoe.experts.host_store import HostStore
 from offmoe.experts.store import ExpertStore
 from offmoe.models.model import Model, open_model
+from offmoe.one_answer import OneAnswer, Running
 from offmoe.plan import Plan, make_plan, smaller
 from offmoe.prefill import ForwardPass, block_of, compile_prompt_kernels
 from offmoe.settings import SAMPLING_DEFAULTS, Sampling, Settings
@@ -34,6 +36,7 @@ from offmoe.stats.meter import Meter
 from offmoe.stats.roof import Bounds
 from offmoe.stats.stats import Stats
 from offmoe.text.answer_parser import AnswerParser
+from offmoe.text.arguments import listed, messages_of, token_ids
 from offmoe.text.messages import Message, continues_answer
 from offmoe.text.tokenizer import Tokenizer, load_tokenizer
 from offmoe.trunk.host_trunk import Trunk
@@ -57,6 +60,13 @@ class Piece:
     reasoning: bool = False  # the text belongs to the model's reasoning, not to its answer
 
 
+@dataclass
+class Flag:
+    """Whether an answer was cancelled."""
+
+    on: bool = False
+
+
 class Engine:
     """A loaded model with the KV cache of one conversation; generates one answer at a time. A context manager."""
 
@@ -67,8 +77,10 @@ class Engine:
         self.tokenizer: Tokenizer | None = None
         self.answer_tokens: list[int] = []  # tokens of the last answer
         self.answer_is_plain = True  # answer_tokens hold the answer's text alone: no reasoning, no markers around it
-        self.answer_in_reasoning = False  # the last answer ended inside its reasoning, which was never closed
-        self._cancelled = False
+        self._one = OneAnswer()
+        self._cancelled = Flag()  # of the answer under way, or of the one that comes next
+        self._parser: AnswerParser | None = None
+        self._encoding = threading.Lock()  # the template's process renders one conversation at a time
         self._meter: Meter | None = None
         self._bounds = Bounds(self.plan.device, model.checkpoint.files[0])
         self.notes: list[str] = []  # remarks on loading, to be shown to the user
@@ -127,42 +139,58 @@ class Engine:
             on_error.pop_all()
         return engine
 
-    def generate(self, prompt: Prompt, sampling: Sampling | None = None, **fields: Any) -> Iterator[Piece]:
-        """Generate an answer to `prompt`; yield one Piece per token.
+    def generate(self, prompt: Prompt, sampling: Sampling | None = None, **fields: Any) -> Running[Piece]:
+        """Generate an answer to `prompt`; yield one Piece per token. `close()` of what is returned ends it early.
 
         A str is one user message and goes through the model's chat template (or is used as it is where the model has
         none); a sequence of messages (`role`, `content`, and for earlier answers `reasoning` or `tokens`) is a
         conversation, and if its last message is the assistant's, the answer continues that; a sequence of ints is
-        token ids. `fields` are fields of Sampling. The prefix that the KV cache already holds is not run again. Raises
-        ContextFull if the prompt does not fit the context.
+        token ids. `fields` are fields of Sampling. What the KV cache already holds of the prompt is not run again.
+        Raises ContextFull if the prompt does not fit the context, and OffmoeError while an answer of this engine is
+        under way: it has begun, is not finished, and was not cancelled.
         """
+        self._one.check()
         submitted = time.perf_counter()
+        if sampling is not None and not isinstance(sampling, Sampling):
+            kind = type(sampling).__name__
+            raise OffmoeError(f"sampling is of type {kind}: expected a Sampling, or its fields by name")
         chosen = Sampling.of(**fields).merged(sampling or Sampling()).merged(self.sampling)
         ids = self.prompt_ids(prompt)
         if len(ids) >= self.plan.ctx:
-            raise ContextFull(len(ids), self.plan.ctx)
-        self._cancelled, self.answer_tokens, self.answer_is_plain = False, [], True
-        self.answer_in_reasoning = False
-        return self._answer(ids, chosen, submitted, continues_answer(prompt))
+            raise ContextFull(len(ids), self.plan.ctx, turns_of(prompt))
+        self._cancelled = cancelled = Flag()
+        self.answer_tokens, self.answer_is_plain, self._parser = [], True, None
+        continues = continues_answer(prompt)
+        return self._one.answer(lambda: self._answer(ids, chosen, submitted, continues, cancelled))
+
+    @property
+    def answer_in_reasoning(self) -> bool:
+        """Whether the last answer ended before its reasoning did, which a template may have opened: there is no answer
+        then but reasoning."""
+        return self._parser is not None and self._parser.in_reasoning
 
     def stats(self) -> Stats:
         """Return the statistics of the last answer. The first call measures bandwidths for the roof."""
+        self._one.check_open()
         if self._meter is None:
             raise OffmoeError("there are no statistics yet: generate an answer first")
-        if self._meter.steps:
-            self._meter.floored(self.decoder.floor_s)
+        if self._meter.steps and not self._one.busy:
+            with self._one.alone():
+                self._meter.floored(self.decoder.floor_s)
         used = self.plan.real_slot_bytes / self.plan.slots
         cost = self._meter.cost(self.plan, self.trunk.nbytes, used)
         return self._meter.stats(self.plan, self._bounds.roof(cost) if cost else None)
 
     def loading(self) -> str | None:
         """Describe what is still being read in the background, or return None if everything is loaded."""
+        self._one.check_open()
         done, total = (0, 0) if self.plan.all_in_slots else self.store.ram.loaded()
         return f"{done:,} of {total:,} experts read: until all are, answers wait for the disk" if done < total else None
 
     def cancel(self) -> None:
-        """End the running answer after the current step. May be called from a signal handler."""
-        self._cancelled = True
+        """End the answer under way after the current step. May be called from a signal handler or another thread."""
+        self._cancelled.on = True
+        self._one.cancel()
 
     def paused(self, seconds: float) -> None:
         """Leave out of the running answer's statistics `seconds` in which the process was suspended."""
@@ -171,16 +199,22 @@ class Engine:
 
     def reset(self) -> None:
         """Forget the conversation; the experts stay where they are."""
-        self.kv.reuse([])
+        with self._one.alone():
+            self.kv.reuse([])
 
     def close(self) -> None:
-        self.decoder.close()
-        self.store.close()
-        self.model.checkpoint.close()
-        if self.tokenizer:
-            self.tokenizer.close()
+        """Release files, threads, processes and memory; an answer under way is ended first, in whatever thread.
+
+        Closing twice does nothing. Everything else but `cancel` raises OffmoeError from now on.
+        """
+        with self._one.close(self.cancel) as first, self._encoding, ExitStack() as each:
+            if first:
+                for part in (self.tokenizer, self.model.checkpoint, self.store, self.decoder):
+                    if part is not None:
+                        each.callback(part.close)  # the last is closed first; all are, even if one fails
 
     def __enter__(self) -> Engine:
+        self._one.check_open()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -188,15 +222,18 @@ class Engine:
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Return the token ids of `prompt`: at least one, all inside the vocabulary. Raises OffmoeError."""
-        if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
-            ids = list(cast(Sequence[int], prompt))
-        elif self.tokenizer is None:
+        self._one.check_open()
+        values = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else listed(prompt)
+        ids = token_ids(values)
+        if ids is None and self.tokenizer is None:
             raise OffmoeError(f"{self.model.checkpoint.path} has no tokenizer: give token ids")
-        elif isinstance(prompt, str) and self.tokenizer.chat_template is None:
-            ids = self.tokenizer.encode(prompt, control_tokens=False)
-        else:
-            messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            ids = self.tokenizer.encode_chat(messages)
+        if ids is None and self.tokenizer is not None:
+            with self._encoding:
+                self._one.check_open()
+                if isinstance(prompt, str) and self.tokenizer.chat_template is None:
+                    ids = self.tokenizer.encode(prompt, control_tokens=False)
+                else:
+                    ids = self.tokenizer.encode_chat(cast("list[Message]", messages_of(values)))
         if not ids:
             raise OffmoeError("the prompt is empty: write something")
         if not 0 <= min(ids) <= max(ids) < self.config.vocab:
@@ -210,58 +247,69 @@ class Engine:
 
     def think(self, value: str | None) -> None:
         """Set whether, or how much, the model reasons before it answers; see Tokenizer.think."""
+        self._one.check_open()
         if self.tokenizer is None:
             raise OffmoeError(f"{self.model.checkpoint.path} has no tokenizer: nothing tells it how much to think")
-        self.tokenizer.think(value)
+        with self._encoding:
+            self.tokenizer.think(value)
 
     def prefill(self, ids: list[int]) -> Tensor:
         """Run the part of `ids` that the KV cache does not hold; return logits [V] float32 after the last token.
 
         Raises ContextFull.
         """
-        return self.forward.prefill(ids, lambda: self._cancelled)
+        with self._one.alone():
+            self._cancelled = cancelled = Flag()
+            return self.forward.prefill(ids, lambda: cancelled.on)
 
     def step(self, token: int) -> Tensor:
         """Run one token, eagerly; return logits [V] float32 after it."""
-        return self.forward.step(token)
+        with self._one.alone():
+            return self.forward.step(token)
 
-    def _answer(self, ids: list[int], sampling: Sampling, submitted: float, continues: bool) -> Iterator[Piece]:
+    def _answer(
+        self, ids: list[int], sampling: Sampling, submitted: float, continues: bool, cancelled: Flag
+    ) -> Iterator[Piece]:
+        self._cancelled = cancelled
+        self.answer_tokens, self.answer_is_plain, self._parser = [], True, None
         self._meter = meter = Meter(self.store, submitted, len(ids))
-        logits = self._prefill_metered(ids, meter)
-        if self._cancelled:
+        logits = self._prefill_metered(ids, meter, cancelled)
+        if cancelled.on:
             return
         parser = self.tokenizer.answer_parser(ids, sampling.stop, continues) if self.tokenizer else None
+        self._parser = parser
         eos = self.tokenizer.eos if self.tokenizer else frozenset()
         with closing(self.decoder.tokens(logits, ids, sampling, frozenset(eos), meter)) as tokens:
             for token in tokens:
-                if self._cancelled:
-                    break
                 if token in eos:
                     meter.finish_reason = "stop"
                     break
+                if cancelled.on:
+                    break
                 self.answer_tokens.append(token)
                 meter.tokens += 1
-                yield from pieces(parser, token)
-                if self._cancelled:
-                    break
-                if reason := self._finished(parser is not None and parser.stopped, sampling, meter):
+                completed = list(pieces(parser, token))
+                reason = self._finished(parser is not None and parser.stopped, sampling, meter)
+                if reason:  # said before the last text, behind which a reader may close
                     meter.finish_reason = reason
+                yield from completed
+                if reason or cancelled.on:
                     break
         if parser:
             for reasoning, text in parser.flush():
                 yield Piece(text, None, reasoning)
-            self.answer_is_plain, self.answer_in_reasoning = parser.saw_no_marker, parser.in_reasoning
+            self.answer_is_plain = parser.saw_no_marker
 
-    def _prefill_metered(self, ids: list[int], meter: Meter) -> Tensor:
+    def _prefill_metered(self, ids: list[int], meter: Meter, cancelled: Flag) -> Tensor:
         began = time.perf_counter()
-        logits = self.prefill(ids)
+        logits = self.forward.prefill(ids, lambda: cancelled.on)
         meter.reused_tokens = self.forward.reused
         meter.prefilled(began)
         return logits
 
     def _make_decoder(self, progress: Progress) -> EagerDecoder | Decoder:
         if self.plan.device.type == "cpu":
-            return EagerDecoder(self.step, self.kv, self.plan.device)
+            return EagerDecoder(self.forward.step, self.kv, self.plan.device)
         from offmoe.decode.graph import Decoder  # imports triton
 
         trunk, store = cast("DeviceTrunk", self.trunk), cast("VramStore", self.store)
@@ -285,6 +333,13 @@ def pieces(parser: AnswerParser | None, token: int) -> Iterator[Piece]:
     parts = parser.push(token) if parser else []
     for index, (reasoning, text) in enumerate(parts or [(bool(parser and parser.in_reasoning), "")]):
         yield Piece(text, None if index else token, reasoning)
+
+
+def turns_of(prompt: Prompt) -> int:
+    """Return how many messages of the user are in `prompt`."""
+    if isinstance(prompt, str):
+        return 1
+    return sum(isinstance(message, Mapping) and message.get("role") == "user" for message in prompt)
 
 
 def sampling_defaults(checkpoint: Checkpoint) -> Sampling:

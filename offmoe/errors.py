@@ -18,12 +18,14 @@ def users_mistakes() -> Iterator[None]:
 
 
 class ContextFull(OffmoeError):
-    """The prompt does not fit in the KV cache: it needs `tokens` positions, and `ctx` are reserved."""
+    """The prompt does not fit in the KV cache: it needs `tokens` positions, and `ctx` are reserved.
 
-    def __init__(self, tokens: int, ctx: int) -> None:
-        super().__init__(
-            f"the prompt needs {tokens} tokens and the context holds {ctx}: "
-            "shorten it, or start again with a larger --ctx"
-        )
+    `turns`: messages of the user in the prompt; of several, the oldest can be dropped.
+    """
+
+    def __init__(self, tokens: int, ctx: int, turns: int = 1) -> None:
+        what, remedy = ("conversation", "drop old turns") if turns > 1 else ("prompt", "shorten it")
+        needs = f"the {what} needs {tokens} tokens and the context holds {ctx}"
+        super().__init__(f"{needs}: {remedy}, or start again with a larger --ctx")
         self.tokens = tokens
         self.ctx = ctx

@@ -17,6 +17,7 @@ from offmoe.errors import ContextFull
 from offmoe.experts.store import ExpertStore
 from offmoe.kernels import row_blocks
 from offmoe.kernels.sandwich import fed
+from offmoe.machine.crew import crew
 from offmoe.plan import Plan
 from offmoe.trunk.host_trunk import Trunk
 from offmoe.trunk.kv_cache import KVCache
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # Multiply-adds of a product below which one thread is faster: the demo's 45-token prompts take half the time of two.
 PARALLEL_WORK = 2**29
+CREW_TOKENS = 128  # of a chunk whose experts and attention are shared among threads
 COMPILED_TOKENS = 16  # compiled code does not depend on the number of tokens, except for tiles of the experts' GEMM
 
 
@@ -78,7 +80,7 @@ class ForwardPass:
         config, start = self.trunk.config, len(self.kv.tokens)
         self.kv.wrote(start + len(ids))
         self.store.begin(len(ids))
-        with threads_for(len(ids) * config.hidden**2), self.kv.extending(ids):
+        with threads_for(len(ids) * config.hidden**2, len(ids)), self.kv.extending(ids):
             x = self.trunk.embed(torch.tensor(ids, device=self.plan.device))
             for layer in range(config.layers):
                 x = x + self.trunk.attend(layer, x, self.kv, start)
@@ -139,11 +141,12 @@ def compile_prompt_kernels(trunk: DeviceTrunk, store: VramStore, kv: KVCache) ->
 
 
 @contextmanager
-def threads_for(work: int) -> Iterator[None]:
+def threads_for(work: int, tokens: int) -> Iterator[None]:
     """Use one thread for products below PARALLEL_WORK, where waiting for other threads costs more than it saves."""
     before = torch.get_num_threads()
     torch.set_num_threads(before if work >= PARALLEL_WORK else 1)
     try:
-        yield
+        with crew(before if tokens >= CREW_TOKENS else 1):
+            yield
     finally:
         torch.set_num_threads(before)

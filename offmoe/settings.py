@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from offmoe.errors import OffmoeError, users_mistakes
@@ -133,14 +134,14 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        in_range("temperature", self.temperature, 0, 100)
-        in_range("top_p", self.top_p, 0, 1)
-        in_range("min_p", self.min_p, 0, 1)
-        in_range("repeat_penalty", self.repeat_penalty, 0.01, 100)
-        at_least("top_k", self.top_k, 0)
-        at_least("seed", self.seed, 0)
-        at_least("max_tokens", self.max_tokens, 1)
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        ranges = {"temperature": (0, 100), "top_p": (0, 1), "min_p": (0, 1), "repeat_penalty": (0.01, 100)}
+        for name, (low, high) in ranges.items():
+            in_range(name, plain(getattr(self, name)), low, high)
+        for name, least in {"top_k": 0, "seed": 0, "max_tokens": 1}.items():
+            at_least(name, plain(getattr(self, name)), least)
+        for name in (*ranges, "top_k", "seed", "max_tokens"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        object.__setattr__(self, "stop", texts("stop", self.stop))
         if "" in self.stop:
             raise OffmoeError("a stop string is empty: give at least one character")
 
@@ -174,8 +175,27 @@ def at_least(name: str, value: int | None, low: int) -> None:
         raise OffmoeError(f"{name} is {value!r}: expected a whole number, at least {low} and below 2^63")
 
 
+def plain(value: Any) -> Any:
+    """Return NumPy's numbers as Python's; anything else as it is."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
+
+
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """Return one text or several as a tuple. Raises OffmoeError."""
+    values = (value,) if isinstance(value, str) else value
+    if isinstance(values, bytes | Mapping) or not isinstance(values, Iterable):
+        raise OffmoeError(f"{name} is of type {type(value).__name__}: expected texts")
+    values = tuple(values)
+    if wrong := [item for item in values if not isinstance(item, str)]:
+        raise OffmoeError(f"{name} has an element of type {type(wrong[0]).__name__}: expected texts")
+    return values
+
+
 def in_range(name: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not (isinstance(value, int | float) and low <= value <= high):  # NaN fails too
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (known and low <= value <= high):  # NaN fails too
         raise OffmoeError(f"{name} is {value!r}: expected a number from {low} to {high}")
 
 

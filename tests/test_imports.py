@@ -23,7 +23,7 @@ ROOMS = (
     ("experts",),
     ("stats",),
     ("decode", "prefill"),
-    ("engine",),
+    ("one_answer", "engine"),
     ("pack",),
     ("app", "__main__"),
     ("lab",),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 from offmoe.experts.store import ExpertStore, Ints, grouped
 from offmoe.kernels.feed_forward import swiglu_experts
 from offmoe.kernels.record import RecordLayout, unpack
+from offmoe.machine.crew import share
 from offmoe.models.model import Model
 from offmoe.plan import Plan
 
+TASK_ROWS = 64  # (token, expert) pairs that are worth another thread
 TOGETHER = 4 << 20  # bytes of weights unpacked in one call; they come on top of the budgets
 
 
@@ -26,6 +29,7 @@ class HostStore(ExpertStore):
         self.layouts = model.layouts
         self.slots = UnpackedSlots(plan.slots, model.layouts[0], plan.dtype)
         self._glu = model.config.moe.glu
+        self._memory = torch.empty(0)
 
     def preload(self, progress: Callable[[int, int], None]) -> None:
         experts = np.arange(self.table.experts)
@@ -39,21 +43,36 @@ class HostStore(ExpertStore):
         if self.routed:
             self.routed(layer, host_ids, weights)
         x, weights = self.weighted(x, weights)
-        k = host_ids.shape[1]
         experts, uses, pairs = grouped(host_ids.ravel())
-        products: list[Tensor] = []
-        used: list[Ints] = []
+        ranked = self._ranked_of(len(x), host_ids.shape[1], x.shape[1])
+        ranked.flatten(0, 1)[torch.from_numpy(np.flatnonzero(host_ids < 0))] = 0
         for order in self.table.waves(layer, experts, uses):
             slots = self._ensure(layer, experts[order], uses[order])
-            flat = [torch.from_numpy(pairs[i]) for i in order]
-            inputs = x.index_select(0, torch.cat(flat) // k).split([len(part) for part in flat])
-            biases = self._biases_of(layer, experts[order]) if self.biases else None
-            products += swiglu_experts(inputs, self.slots.weights(slots), self._glu, biases)
-            used += [pairs[i] for i in order]
-        outputs = torch.cat(products).float()
-        positions = torch.from_numpy(np.concatenate(used))
-        ranked = outputs.new_zeros((host_ids.size, outputs.shape[1])).index_copy_(0, positions, outputs)
-        return (ranked.unflatten(0, (-1, k)) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+            wanted, where = experts[order], [pairs[i] for i in order]
+            share(
+                partial(self._multiply, layer, x, wanted[some], where[some], slots[some], ranked)
+                for some in together(uses[order])
+            )
+        return torch.bmm(weights.unsqueeze(1), ranked).squeeze(1).to(x.dtype)
+
+    def _multiply(
+        self, layer: int, x: Tensor, experts: Ints, pairs: list[Ints], slots: list[int], ranked: Tensor
+    ) -> None:
+        """Write the products of some experts into ranked [T, k, H], at their (token, choice) pairs."""
+        flat = [torch.from_numpy(part) for part in pairs]
+        positions, sizes = torch.cat(flat), [len(part) for part in flat]
+        inputs = x.index_select(0, positions // ranked.shape[1]).split(sizes)
+        biases = self._biases_of(layer, experts) if self.biases else None
+        products = swiglu_experts(inputs, self.slots.weights(slots), self._glu, biases)
+        rows = ranked.flatten(0, 1)
+        for places, product in zip(positions.split(sizes), products, strict=True):
+            rows.index_copy_(0, places, product.float())
+
+    def _ranked_of(self, tokens: int, k: int, hidden: int) -> Tensor:
+        """Return memory for a product of every pair [T, k, H] float32: the same each time, for new memory is slow."""
+        if self._memory.numel() < tokens * k * hidden:
+            self._memory = torch.empty(tokens * k * hidden)
+        return self._memory[: tokens * k * hidden].view(tokens, k, hidden)
 
     def _biases_of(self, layer: int, experts: Ints) -> list[tuple[Tensor, Tensor]]:
         gate_up, down = self.biases[layer]
@@ -81,6 +100,16 @@ class HostStore(ExpertStore):
             raise
         self.table.landed(slots)
         self.counts.pcie_bytes += layout.nbytes * len(experts)
+
+
+def together(uses: Ints) -> Iterator[slice]:
+    """Yield neighbouring experts that are multiplied by one thread, whose rows are at least TASK_ROWS if possible."""
+    first = rows = 0
+    for last, count in enumerate(uses.tolist(), 1):
+        rows += count
+        if rows >= TASK_ROWS or last == len(uses):
+            yield slice(first, last)
+            first, rows = last, 0
 
 
 class UnpackedSlots:

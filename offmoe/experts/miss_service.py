@@ -67,6 +67,8 @@ class MissService:
 
     def close(self) -> None:
         """Stop the thread. Close the disk reader first: the thread may be waiting for it."""
+        if self._closed:
+            return
         self._closed = True
         self._wanted.set()
         if self._thread:

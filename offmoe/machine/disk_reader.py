@@ -68,6 +68,7 @@ class Reader:
         self.direct = all(fd is not None for fd in self._direct_fds)
         self._queue: queue.PriorityQueue[tuple[int, int, Read | None]] = queue.PriorityQueue()
         self._order = count()
+        self._closed = False
         self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -92,8 +93,12 @@ class Reader:
     def close(self) -> None:
         """Stop the threads. Reads that have not begun fail with an error.
 
-        A thread that hangs on a silent disk is abandoned, and its files stay open.
+        A thread that hangs on a silent disk is abandoned, and its files stay open. Closing twice does nothing: the
+        descriptors may be somebody else's by then.
         """
+        if self._closed:
+            return
+        self._closed = True
         self._stop(len(self._threads))
         deadline = time.monotonic() + CLOSE_S
         for thread in self._threads:

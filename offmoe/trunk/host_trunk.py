@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offmoe.kernels.feed_forward import swiglu_experts
 from offmoe.kernels.norm_rope import rms_norm
 from offmoe.kernels.route import select
+from offmoe.machine.crew import product
 from offmoe.models.model import Model
 from offmoe.trunk.host_weights import HostWeights, LayerWeights, factor
 from offmoe.trunk.kv_cache import KVCache
@@ -55,11 +55,11 @@ class Trunk:
     def attend(self, layer: int, x: Tensor, kv: KVCache, start: int) -> Tensor:
         """Run the mixer of `layer` over the residual stream x [T, H]; return what to add to x."""
         w, eps = self.layers[layer], self.config.stream_eps
-        projected = rms_norm(x, w.attn_norm, eps, w.attn_norm_bias) @ w.in_proj
+        projected = product(rms_norm(x, w.attn_norm, eps, w.attn_norm_bias), w.in_proj)
         if w.in_bias is not None:
             projected += w.in_bias
         positions = self._positions[start : start + len(x)]
-        out = w.mixer.mix(projected, kv.caches[layer], positions, start) @ w.out_proj
+        out = product(w.mixer.mix(projected, kv.caches[layer], positions, start), w.out_proj)
         out = out if w.out_bias is None else out + w.out_bias
         return rms_norm(out, w.sandwich.attention, eps) if w.sandwich else out
 
@@ -80,7 +80,7 @@ class Trunk:
         if w.resident_ffn is None:
             return None
         normed = rms_norm(x, w.sandwich.shared_expert_in, c.stream_eps) if w.sandwich else normed
-        (out,) = swiglu_experts([normed], [w.resident_ffn], c.moe.glu)
+        out = self._resident(normed, w.resident_ffn)
         return out if w.shared_router is None else torch.sigmoid(normed @ w.shared_router) * out
 
     def dense(self, layer: int, x: Tensor) -> Tensor:
@@ -88,7 +88,11 @@ class Trunk:
         w, c = self.layers[layer], self.config
         assert w.resident_ffn is not None, f"layer {layer} has no experts"
         normed = rms_norm(x, w.ffn_norm, c.stream_eps, w.ffn_norm_bias)
-        return swiglu_experts([normed], [w.resident_ffn], c.moe.glu)[0]
+        return self._resident(normed, w.resident_ffn)
+
+    def _resident(self, x: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
+        gate, up = product(x, weights[0]).chunk(2, dim=-1)
+        return product(self.config.moe.glu(gate, up), weights[1])
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, H] → [T, V] float32."""

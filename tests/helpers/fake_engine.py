@@ -69,7 +69,7 @@ class Engine:
         messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
         self.prompt_notes = ["the template leaves it out"] if "dropped" in str(messages[0]) else []
         if len(messages) > CTX:
-            raise ContextFull(len(messages), CTX)
+            raise ContextFull(len(messages), CTX, len(messages))
         return self._answer(str(messages[-1]["content"] if isinstance(messages[-1], dict) else messages))
 
     def _answer(self, text: str) -> Iterator[Piece]:

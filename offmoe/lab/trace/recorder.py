@@ -92,7 +92,7 @@ class Recorder:
         if self.with_states:
             self.engine.forward.watch = self._on_states
             if not self._on_cpu:
-                self.engine.decoder = EagerDecoder(self.engine.step, self.engine.kv, self.engine.plan.device)
+                self.engine.decoder = EagerDecoder(self.engine.forward.step, self.engine.kv, self.engine.plan.device)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from offmoe.kernels.attention import attention
 from offmoe.kernels.norm_rope import rms_norm, rope
-from offmoe.mixers.heads.cache import HeadCache
+from offmoe.machine.crew import ROWS, share
+from offmoe.mixers.heads.cache import Chunk, HeadCache
 from offmoe.mixers.heads.config import HeadsConfig
 from offmoe.mixers.heads.weights import load_weights
 from offmoe.mixers.protocols import Tensors
@@ -41,10 +44,33 @@ class Host:
         chunk.keys.index_copy_(1, at, k.transpose(0, 1))
         chunk.values.index_copy_(1, at, v.transpose(0, 1))
         cache.close(chunk, start, tokens)
-        length = cache.bucket(start + tokens - chunk.first)
-        keys, values = chunk.keys[:, :length], chunk.values[:, :length]
-        mixed = attention(q, keys, values, at, c.window, w.sinks, c.score_scale, c.chunked).flatten(1)
+        mixed = q.new_empty((tokens, c.heads, c.head_dim))
+        share(
+            partial(self._attend, q, chunk, cache, start - chunk.first, slice(row, row + ROWS), head, mixed)
+            for row in range(0, tokens, ROWS)
+            for head in (range(c.kv_heads) if tokens > ROWS else [None])
+        )
+        mixed = mixed.flatten(1)
         return mixed * gate.sigmoid() if c.gated else mixed
+
+    def _attend(
+        self, q: Tensor, chunk: Chunk, cache: HeadCache, start: int, rows: slice, head: int | None, out: Tensor
+    ) -> None:
+        """Write the output of some rows of q, the first of which is at `start`, and of one key-value head or all."""
+        c, group = self.config, self.config.heads // self.config.kv_heads
+        mine = slice(None) if head is None else slice(head, head + 1)
+        queries = slice(None) if head is None else slice(head * group, head * group + group)
+        first, end = start + rows.start, start + min(rows.stop, len(q))
+        oldest = 0
+        if c.window:
+            oldest = first // c.window * c.window if c.chunked else max(0, first - c.window + 1)
+        seen = slice(oldest, oldest + cache.bucket(end - oldest))
+        at = torch.arange(first - oldest, end - oldest)
+        sinks = None if self.weights.sinks is None else self.weights.sinks[queries]
+        out[rows, queries] = attention(
+            q[rows, queries], chunk.keys[mine, seen], chunk.values[mine, seen], at, c.window, sinks, c.score_scale,
+            c.chunked,
+        )  # fmt: skip
 
     def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """q or k [T, heads · D], normed over each head or over all together, as wide as the weight is."""

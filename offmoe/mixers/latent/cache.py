@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from offmoe.mixers.cache import bucket, zeros
+from offmoe.mixers.cache import zeros
 
 
 class LatentCache:
@@ -17,10 +17,9 @@ class LatentCache:
     def tensors(self) -> list[Tensor]:
         return [self.rows]
 
-    def write(self, rows: Tensor, positions: Tensor, length: int) -> Tensor:
-        """Store rows [T, L + R] at positions [T]; return the buckets that cover the first `length` positions."""
+    def write(self, rows: Tensor, positions: Tensor) -> None:
+        """Store rows [T, L + R] at positions [T]."""
         self.rows.index_copy_(0, positions, rows.to(self.rows.dtype))
-        return self.rows[: bucket(length, self.ctx)]
 
     def lost(self, position: int, written: int) -> bool:
         """Never: the whole context has room."""

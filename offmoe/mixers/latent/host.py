@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from offmoe.kernels.mla import LATENT_EPS, latent_attention
 from offmoe.kernels.norm_rope import rms_norm
+from offmoe.machine.crew import ROWS, product, share
+from offmoe.mixers.cache import bucket
 from offmoe.mixers.latent.cache import LatentCache
 from offmoe.mixers.latent.config import LatentConfig
 from offmoe.mixers.latent.rows import head_rows, positioned
@@ -55,7 +58,16 @@ class Host:
         c, w, z = self.config, self.weights, self.config.latent
         query, fresh = projected.split((projected.shape[1] - z.width, z.width), dim=1)
         if w.q_b is not None and w.q_a_norm is not None:
-            query = rms_norm(query, w.q_a_norm, LATENT_EPS) @ w.q_b
+            query = product(rms_norm(query, w.q_a_norm, LATENT_EPS), w.q_b)
         nope, rotated, rows = positioned(query, fresh, w.kv_a_norm, self._rope, positions, c.heads, z)
-        known = cache.write(rows, positions, start + len(projected))
-        return latent_attention(nope, rotated, known, w.k_b, w.v_b, positions, c.score_scale).flatten(1)
+        cache.write(rows, positions)
+        mixed = nope.new_empty((len(projected), c.heads, z.value))
+
+        def attend(some: slice) -> None:
+            known = cache.rows[: bucket(start + min(some.stop, len(projected)), cache.ctx)]
+            mixed[some] = latent_attention(
+                nope[some], rotated[some], known, w.k_b, w.v_b, positions[some], c.score_scale
+            )
+
+        share(partial(attend, slice(row, row + ROWS)) for row in range(0, len(projected), ROWS))
+        return mixed.flatten(1)
