@@ -134,6 +134,8 @@ class Engine:
             if think is not None:
                 tokenizer.think(think)
             engine = cls(opened, chosen, progress)
+            on_error.pop_all()
+            on_error.callback(engine.close)
             engine.tokenizer = tokenizer
             engine.notes += tokenizer.notes
             on_error.pop_all()

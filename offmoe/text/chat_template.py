@@ -42,11 +42,18 @@ class ChatTemplate:
         return self._request(lambda worker: worker.variables)
 
     def empty_variables(self) -> list[str]:
-        """Return a note for each special token that the template reads and the model's files do not name."""
+        """Return a note for each special token that the template reads and the model's files do not name.
+
+        A template that does not compile in time gives none: it is refused when it is used, and raw text works.
+        """
         source, known = self._setup["template"], self._setup["variables"]
+        try:
+            variables = self.variables
+        except OffmoeError:
+            return []
         return [
             f"the chat template reads {name}, which the model's files do not name: it is empty in prompts"
-            for name in self.variables
+            for name in variables
             if name.endswith("_token") and name not in known and not re.search(rf"\b{name}\s+is\b", source)
         ]
 
