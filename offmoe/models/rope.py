@@ -109,7 +109,7 @@ def gguf_scaling(
         return found
     if kind not in ("none", "linear", "longrope"):
         raise OffmoeError(
-            f"rope.scaling.type is {quote(kind)}{' beside ' + GGUF_FACTORS if factors else ''}, and offmoe implements "
+            f"rope.scaling.type is {quote(kind)}{' with ' + GGUF_FACTORS if factors else ''}, and offmoe implements "
             "none, linear and yarn: this model cannot be run yet"
         )
     if grown != 1:
