@@ -68,7 +68,7 @@ def flag(raw: Mapping[str, Any], name: str, default: bool) -> bool:
 def text_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of the language model, which multimodal models keep in a table of their own.
 
-    As in transformers, a field of that name beside the table says nothing of it; but the quantisation stands there.
+    As in transformers, a field of the same name next to the table does not count, except for the quantisation.
     """
     text = raw.get("text_config")
     if text is None:

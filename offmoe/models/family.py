@@ -52,7 +52,9 @@ class Family:
     renormalise: bool  # where neither a config.json nor a GGUF says
     defaults: Mapping[str, Any]  # fields that a config.json may leave out, as transformers' config class has them
     own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # shared field → its names here, own first
-    outer: Mapping[str, Any] = field(default_factory=dict)  # fields that count beside a text_config, and their defaults
+    outer: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # fields that count next to a text_config, and their defaults
     priority: int = 0  # a GGUF is read by the family of highest priority among those that implement its gating
     names: Names = field(default_factory=lambda: HF_NAMES)
     gguf_names: Names = field(default_factory=lambda: GGUF_NAMES)

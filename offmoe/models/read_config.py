@@ -68,7 +68,7 @@ def from_hf(raw: Mapping[str, Any], family: Family) -> ModelConfig:
 def completed(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Fields of a config.json by the names that all families share; those left out have the family's defaults.
 
-    Beside a text_config only `family.outer` counts, as in transformers.
+    Next to a text_config only `family.outer` counts, as in transformers.
     """
     text = text_fields(raw)
     if raw.get("text_config") is not None:
@@ -166,7 +166,8 @@ def from_gguf(
     raw |= {"rope_factors": rope_factors, "rope_scaling": gguf_scaling(key, tensors, rope_factors, family.gguf_rounded)}
     raw |= family.gguf_fields(key) if family.gguf_fields else {}
     try:
-        config = config_of({name: value for name, value in raw.items() if value is not None}, family)
+        found = {name: value for name, value in raw.items() if value is not None}
+        config = config_of({"rope_theta": 10_000.0, **found}, family)
     except FieldError as error:  # with the names of keys for values, the same table says which key is which field
         names = gguf_values(lambda name: f"{family.arch}.{name}", {}, family, tensors)
         names["sliding_window"] = f"{family.arch}.attention.sliding_window"  # which few architectures read
@@ -215,7 +216,7 @@ def gguf_values(
         "intermediate_size": wide,
         "max_position_embeddings": key("context_length"),
         "rms_norm_eps": key("attention.layer_norm_rms_epsilon"),
-        "rope_theta": key("rope.freq_base") or 10_000.0,
+        "rope_theta": key("rope.freq_base"),
         "rope_finetuned": key("rope.scaling.finetuned"),
         "n_shared_experts": key("expert_shared_count"),
         "shared_expert_intermediate_size": key("expert_shared_feed_forward_length"),

@@ -107,10 +107,14 @@ def gguf_scaling(
         if multiplier := number(given, "scaling.yarn_log_multiplier", 0.0):
             found["mscale"] = found["mscale_all_dim"] = 10 * multiplier
         return found
-    if kind not in ("none", "linear", "longrope") or grown != 1:
+    if kind not in ("none", "linear", "longrope"):
         raise OffmoeError(
-            f"rope.scaling.type is {quote(kind)} with an attn_factor of {grown:g}{' and factors' * bool(factors)}: "
-            "offmoe reads none, linear and yarn: this model cannot be run yet"
+            f"rope.scaling.type is {quote(kind)}{' beside ' + GGUF_FACTORS if factors else ''}, and offmoe implements "
+            "none, linear and yarn: this model cannot be run yet"
+        )
+    if grown != 1:
+        raise OffmoeError(
+            f"rope.scaling.attn_factor is {grown:g} without yarn, and offmoe implements 1: this model cannot be run yet"
         )
     factor = 1.0 if kind == "none" else factor
     if factors is not None:

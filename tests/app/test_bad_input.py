@@ -153,12 +153,12 @@ GGUF: dict[str, tuple[Change, str]] = {
     "offset past 2^63": (patched("output.weight", offset=(1 << 64) - 32), "tensor 'output.weight' ends at byte 184"),
     "overlap": (patched("output.weight", offset=0), "tensors 'output.weight' and '.*' overlap|overlap"),
     "absurd shape": (patched("output.weight", dims=[HUGE, HUGE]), "tensor 'output.weight' ends at byte"),
-    "shape of zero": (patched("output.weight", dims=[32, 0]), "tensor 'output.weight' is empty: expected weights"),
+    "shape of zero": (patched("output.weight", dims=[32, 0]), r"a tensor has the shape \[0, 32\]"),
     "smaller shape": (patched("output.weight", dims=[32, 259]), r"has shape \[259, 32\]: the config asks for \[260"),
     "transposed shape": (patched("output.weight", dims=[260, 32]), r"has shape \[32, 260\]: the config asks for \[260"),
-    "dtype": (patched("output.weight", kind=16), "is IQ2_XXS and has rows of 32 weights: expected a multiple of 256"),
-    "integers": (patched("output.weight", kind=26), "'output.weight' has the format I32: expected one of F32, F16"),
-    "unknown dtype": (patched("output.weight", kind=4242), "'output.weight' has the format number 4242"),
+    "dtype": (patched("output.weight", kind=16), "tensor format IQ2_XXS is not supported: expected one of F32, F16"),
+    "integers": (patched("output.weight", kind=26), "tensor format I32 is not supported: expected one of F32, F16"),
+    "unknown dtype": (patched("output.weight", kind=4242), "tensor format number 4242 is not supported"),
     "other dtype of one expert": (patched("blk.1.ffn_up_exps.weight", kind=2, dims=[32, 32, 3]), "has shape"),
 }  # fmt: skip
 
@@ -183,7 +183,8 @@ METADATA: dict[str, tuple[dict[str, Any], str]] = {
     "list for a number": ({f"{ARCH}.expert_count": [4, 4]}, r"qwen3moe.expert_count = \[4, 4\]: expected"),
     "top-k": ({f"{ARCH}.expert_used_count": 5}, "routes to 5 of 4 experts: more than there are"),
     "NaN": ({f"{ARCH}.attention.layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon = nan:"),
-    "rope scaling": ({f"{ARCH}.rope.scaling.type": "spiral"}, "rope.scaling.type is 'spiral' with .*: offmoe"),
+    "rope frequency": ({f"{ARCH}.rope.freq_base": 0.0}, "rope_theta is 0: expected at least 1"),
+    "rope scaling": ({f"{ARCH}.rope.scaling.type": "spiral"}, "rope.scaling.type is 'spiral', and offmoe impl"),
     "part of the head": ({f"{ARCH}.rope.dimension_count": 8}, "rope.dimension_count is 8, and offmoe implements"),
     "more layers": ({f"{ARCH}.block_count": 3}, "has no tensor blk.2.attn_norm.weight: the file is incomplete"),
     "more experts": ({f"{ARCH}.expert_count": 5}, r"has shape \[4, 32\]: the config asks for \[5, 32\]"),
@@ -214,7 +215,6 @@ def test_weights_larger_than_any_memory(error_line: ErrorLine, tmp_path: Path) -
     """A sparse file of 1 TiB, as large as its header says."""
     wide, attention, words = 1 << 20, 1 << 16, gguf_string("a") + gguf_string("b") + gguf_string("ab")
     keys = {"block_count": 1, "embedding_length": wide, "attention.head_count": 1, "expert_count": 2,
-            "context_length": 128, "attention.layer_norm_rms_epsilon": 1,
             "attention.key_length": attention, "expert_used_count": 1, "expert_feed_forward_length": 32}  # fmt: skip
     shapes = {
         "token_embd": [wide, 3], "output_norm": [wide], "blk.0.attn_norm": [wide], "blk.0.ffn_norm": [wide],
@@ -270,8 +270,8 @@ SAFETENSORS: dict[str, tuple[Change, str]] = {
     "header length": (lambda data: struct.pack("<Q", HUGE) + data[8:], f"it claims a header of {HUGE} bytes, the file"),
     "header too short": (lambda data: struct.pack("<Q", 100) + data[8:], "its header: not valid JSON"),
     "header of text": (lambda data: struct.pack("<Q", 4) + b"true", "its header: expected a JSON object, found bool"),
-    "dtype": (header(lambda entry: entry.update(dtype="I32")), "has dtype 'I32': expected F32, F16, BF16"),
-    "8 bits": (header(lambda entry: entry.update(dtype="F8_E5M2")), "takes 33280 bytes .*, and 8320 by its dtype"),
+    "dtype": (header(lambda entry: entry.update(dtype="I16")), "has dtype 'I16': expected F32, F16, BF16"),
+    "8 bits": (header(lambda entry: entry.update(dtype="F8_E5M2")), "dtype 'F8_E5M2': expected F32, F16, BF16"),
     "half the dtype": (header(lambda entry: entry.update(dtype="F16")), "33280 bytes at its data_offsets, and 16640"),
     "absurd shape": (header(lambda entry: entry.update(shape=[HUGE, HUGE])), "33280 bytes at its data_offsets, and 8"),
     "negative shape": (header(lambda entry: entry.update(shape=[-260, -32])), r"has the shape \[-260, -32\], expected"),
@@ -293,7 +293,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "model_type": ({"model_type": "phi5"}, "'phi5' is not supported; supported are deepseek_v2, deepseek_v3"),
     "no model_type": ({"model_type": None}, "architecture 'None' is not supported; supported are deepseek_v2"),
     "model_type of lists": ({"model_type": [[]]}, "is not supported; supported are deepseek_v2"),
-    "hidden_act": ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and offmoe implements 'silu' or 'swish'"),
+    "hidden_act": ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and offmoe implements 'silu' or 'swish': this model"),
     "rope_scaling": ({"rope_scaling": {"type": "mrope", "factor": 4}}, "rope_type is 'mrope', and offmoe implements"),
     "rope_parameters": ({"rope_parameters": {"rope_type": ["a"]}}, r"rope_type is \['a'\], and offmoe implements"),
     "rope factor": ({"rope_scaling": {"type": "linear"}}, "rope_type linear has no factor: expected by how much"),
@@ -317,12 +317,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "text for a number": ({"hidden_size": "32"}, "hidden_size = '32': expected a whole number"),
     "true for a number": ({"num_experts": True}, "num_experts = True: expected a whole number"),
     "huge": ({"vocab_size": 10**40}, "vocab_size = 1000.*: expected a whole number"),
-    "missing": ({"num_experts_per_tok": None}, "routes to 8 of 4 experts: more than there are"),
+    "missing": ({"num_experts_per_tok": None}, "the config routes to 8 of 4 experts: more than there are"),
     "top-k": ({"num_experts_per_tok": 5}, "routes to 5 of 4 experts: more than there are"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "2 heads do not divide among 3 key-value heads"),
     "odd head": ({"head_dim": 15}, "head_dim is 15: rotary embedding needs an even number"),
     "more heads than numbers": ({"num_attention_heads": 64, "head_dim": None}, "head_dim"),
-    "NaN": ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan: expected a number"),
+    "NaN": ({"rms_norm_eps": float("nan")}, "config gives rms_norm_eps = nan:"),
     "infinite": ({"rope_theta": float("inf")}, "rope_theta = inf: expected a number"),
     "rope frequency": ({"rope_theta": 0}, "rope_theta is 0: expected at least 1"),
     "text for a float": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps = '1e-6': expected a number"),
@@ -343,9 +343,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "linear attention": ({"model_type": "minimax_m2", "attn_type_list": [1, 0]}, "attn_type_list is 0, and offmoe"),
     "rotary_dim": ({"model_type": "minimax_m2", "rotary_dim": 10**6}, "partial_rotary_factor asks for 1000000 of 16"),
     "unequal layers": ({"model_type": "hunyuan_v1_moe", "moe_topk": [1, 2]},
-                       r"is \[1, 2\], and offmoe implements layers that are all alike"),
+                       r"moe_topk is \[1, 2\], and offmoe implements"),
     "no layers": ({"model_type": "hunyuan_v1_moe", "num_experts_per_tok": None, "moe_topk": []},
-                  r"moe_topk = \[\]: expected a whole number"),
+                  "config gives moe_topk = \\[\\]: expected"),
     "shared caches": ({"model_type": "hunyuan_v1_moe", "use_cla": True},
                       "use_cla is True, and offmoe implements False"),
     "alpha": ({"model_type": "hunyuan_v1_moe", "rope_scaling": {"type": "dynamic", "alpha": "a"}},
@@ -354,7 +354,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "two mscales": ({"model_type": "phimoe", "rope_scaling": {"type": "longrope", "short_mscale": 1, "long_mscale": 2}},
                     "short_mscale is 1 and long_mscale 2, and offmoe implements equal ones"),
     "three of a mixer": ({"model_type": "phimoe", "num_experts_per_tok": 3}, "num_experts_per_tok is 3, and offmoe"),
-    "phi's weights": ({"model_type": "phimoe", "num_experts_per_tok": 2}, "norm_topk_prob is True, and offmoe"),
     "olmoe's norms": ({"model_type": "olmoe"}, r"q_norm.weight has shape \[16\]: the config asks for \[32\]"),
 }  # fmt: skip
 
@@ -451,7 +450,7 @@ def test_generation_config(error_line: ErrorLine, folder: Path, values: dict[str
     assert "generation_config.json" in line
 
 
-@pytest.mark.parametrize("values", [["x"], [{"name": "default"}], 3, [3], [None], {"a": 1}])
+@pytest.mark.parametrize("values", [["x"], [{"name": "default"}], 3, [3], [None], {"a": "b"}])
 def test_chat_template_that_is_no_text(command: Command, folder: Path, values: Any) -> None:
     """A model without a usable template accepts raw text."""
     edit(folder / "tokenizer_config.json", chat_template=values)
@@ -482,7 +481,7 @@ def test_gguf_tokenizers(
 TEMPLATES = {
     "attributes": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", r"template fails \(SecurityError.*\): use plain"),
     "globals": ("{{ cycler.__init__.__globals__.os.system('touch owned') }}", r"template fails \(SecurityError"),
-    "format": ("{{ '{0.__class__}'.format(1) }}", "leaves out the last message"),  # an undefined value
+    "format": ("{{ '{0.__class__}'.format(1) }}", "the prompt is empty"),  # an undefined value
     "change": ("{{ messages.append(1) }}", r"template fails \(SecurityError"),
     "endless": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "did not finish w"),
     "power": ("{{ 9 ** (9 ** 9) }}", "did not finish (within|in time)|template fails"),
@@ -496,7 +495,7 @@ TEMPLATES = {
     "syntax": ("{% for %}", r"template fails \(TemplateSyntaxError in line 1"),
     "refusal": ("{{ raise_exception('only\npoems') }}", "the chat template rejects this conversation: only poems"),
     "escapes": ("{{ raise_exception('\x1b[2J') }}", r"rejects this conversation: \[2J"),
-    "empty": ("{{ '' }}", "the chat template leaves out the last message"),
+    "empty": ("{{ '' }}", "the prompt is empty"),
 }  # fmt: skip
 
 

@@ -157,7 +157,7 @@ def test_factors_of_frequencies_are_scaled_too() -> None:
     ("granitemoe", "", {"rope__scaling__finetuned": False}, "rope_finetuned is False"),
     ("ernie4_5_moe", "", {"interleave_moe_layer_step": 2}, "interleave_moe_layer_step is 2"),
     ("qwen3_moe", "", {"rope__scaling__type": "mrope"}, "rope.scaling.type is 'mrope'"),
-    ("qwen3_moe", "", {"rope__scaling__attn_factor": 1.5}, "with an attn_factor of 1.5"),
+    ("qwen3_moe", "", {"rope__scaling__attn_factor": 1.5}, "attn_factor is 1.5 without yarn"),
     ("mixtral", "", {"rope__dimension_count": 8}, "rope.dimension_count is 8"),
 ])  # fmt: skip
 def test_what_llama_cpp_requires_or_computes_otherwise_is_refused(

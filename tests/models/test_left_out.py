@@ -29,7 +29,7 @@ def keys(name: str, layout: str) -> list[str]:
     family, raw = family_of("model_type", kind(name)), json.loads(LAYOUTS[layout](name))
     top = {*raw, *map(family.name, family.defaults), "rope_theta", "rope_scaling"} - {"model_type"}
     nested = {f"{table}.{key}" for table in NESTED for key in raw.get(table) or {}}
-    if family.model_type == "phimoe":  # there transformers 5.23 does not see the one beside the table
+    if family.model_type == "phimoe":  # there transformers 5.23 does not see the one next to the table
         nested -= {f"{table}.original_max_position_embeddings" for table in NESTED}
     return sorted(nested | {key for key in top if layout == "written" or "rope" in key or "rotary" in key})
 

@@ -93,9 +93,9 @@ def test_a_quantised_head_is_no_less_a_head(tmp_path: Path) -> None:
         del tensors[HEAD]
         tensors.update(int4_files.packed("lm_head", codes, zeros, scale, case))
 
-    meant = rewritten(saved("qwen3_moe", tmp_path / "meant"), lambda tensors: tensors.update(
+    dequantised = rewritten(saved("qwen3_moe", tmp_path / "dequantised"), lambda tensors: tensors.update(
         {HEAD: int4_files.meaning(codes, zeros, scale)}))  # fmt: skip
-    want = reference_of(loaded(meant, "qwen3_moe"), IDS[:16])
+    want = reference_of(loaded(dequantised, "qwen3_moe"), IDS[:16])
     rewritten(path, quantise, tie_word_embeddings=True, quantization_config=case.config())
     want.check_logits(logits(path), 7)
 
@@ -107,21 +107,21 @@ def test_a_file_without_a_head_that_is_not_tied_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("text", [True, False, None])
-@pytest.mark.parametrize("beside", [True, False, None])
+@pytest.mark.parametrize("outer", [True, False, None])
 @pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen3_vl_moe", "gemma4", "llama4"])
 def test_of_two_levels_that_of_the_class_with_the_head_counts(
-    family: str, beside: bool | None, text: bool | None
+    family: str, outer: bool | None, text: bool | None
 ) -> None:
     """Where its own level does not say, the other one does before the default of its class."""
     transformers = pytest.importorskip("transformers")
     name = f"{family}_text"
     inner = {**FAMILIES.get(name, FAMILIES["qwen3_moe"]), "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 4}
-    levels = {"": beside, "text": text}
+    levels = {"": outer, "text": text}
     raw: dict[str, Any] = {"text_config": inner}
     if text is not None:
         inner["tie_word_embeddings"] = text
-    if beside is not None:
-        raw["tie_word_embeddings"] = beside
+    if outer is not None:
+        raw["tie_word_embeddings"] = outer
     theirs = transformers.AutoConfig.for_model(family, **raw)
     own = "text" if family == "llama4" else ""
     want = theirs.text_config.tie_word_embeddings if own else theirs.tie_word_embeddings

@@ -51,7 +51,8 @@ def uniform(raw: Mapping[str, Any], name: str) -> Any:
     if not isinstance(value, list):
         return value
     if any(other != value[0] for other in value[1:]):
-        raise OffmoeError(f"hunyuan_v1_moe: {name} is {quote(value)}, and offmoe implements layers that are all alike")
+        own = OWN.get(name, (name,))[0]
+        raise OffmoeError(f"hunyuan_v1_moe: {own} is {quote(value)}, and offmoe implements layers that are all alike")
     return value[0] if value else None
 
 

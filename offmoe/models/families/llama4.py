@@ -74,7 +74,7 @@ def layers_with_experts(raw: Mapping[str, Any], layers: int) -> tuple[int, ...]:
 
 
 def gguf_fields(key: Callable[[str], Any]) -> dict[str, Any]:
-    """What llama.cpp has fixed: heads are normed but in one model, and without a window all layers rotate."""
+    """Return what llama.cpp fixes: heads are normed but in one model, and without a window all layers rotate."""
     fixed, unwindowed = {"use_qk_norm": key("expert_count") != UNNORMED}, key("attention.sliding_window") == 0
     return fixed | {"sliding_window": 0, "no_rope_layer_interval": LARGEST} if unwindowed else fixed
 
