@@ -153,12 +153,12 @@ GGUF: dict[str, tuple[Change, str]] = {
     "offset past 2^63": (patched("output.weight", offset=(1 << 64) - 32), "tensor 'output.weight' ends at byte 184"),
     "overlap": (patched("output.weight", offset=0), "tensors 'output.weight' and '.*' overlap|overlap"),
     "absurd shape": (patched("output.weight", dims=[HUGE, HUGE]), "tensor 'output.weight' ends at byte"),
-    "shape of zero": (patched("output.weight", dims=[32, 0]), r"a tensor has the shape \[0, 32\]"),
+    "shape of zero": (patched("output.weight", dims=[32, 0]), "tensor 'output.weight' is empty: expected weights"),
     "smaller shape": (patched("output.weight", dims=[32, 259]), r"has shape \[259, 32\]: the config asks for \[260"),
     "transposed shape": (patched("output.weight", dims=[260, 32]), r"has shape \[32, 260\]: the config asks for \[260"),
-    "dtype": (patched("output.weight", kind=16), "tensor format IQ2_XXS is not supported: expected one of F32, F16"),
-    "integers": (patched("output.weight", kind=26), "tensor format I32 is not supported: expected one of F32, F16"),
-    "unknown dtype": (patched("output.weight", kind=4242), "tensor format number 4242 is not supported"),
+    "dtype": (patched("output.weight", kind=16), "is IQ2_XXS and has rows of 32 weights: expected a multiple of 256"),
+    "integers": (patched("output.weight", kind=26), "'output.weight' has the format I32: expected one of F32, F16"),
+    "unknown dtype": (patched("output.weight", kind=4242), "'output.weight' has the format number 4242"),
     "other dtype of one expert": (patched("blk.1.ffn_up_exps.weight", kind=2, dims=[32, 32, 3]), "has shape"),
 }  # fmt: skip
 
@@ -215,6 +215,7 @@ def test_weights_larger_than_any_memory(error_line: ErrorLine, tmp_path: Path) -
     """A sparse file of 1 TiB, as large as its header says."""
     wide, attention, words = 1 << 20, 1 << 16, gguf_string("a") + gguf_string("b") + gguf_string("ab")
     keys = {"block_count": 1, "embedding_length": wide, "attention.head_count": 1, "expert_count": 2,
+            "context_length": 128, "attention.layer_norm_rms_epsilon": 1,
             "attention.key_length": attention, "expert_used_count": 1, "expert_feed_forward_length": 32}  # fmt: skip
     shapes = {
         "token_embd": [wide, 3], "output_norm": [wide], "blk.0.attn_norm": [wide], "blk.0.ffn_norm": [wide],
@@ -270,8 +271,8 @@ SAFETENSORS: dict[str, tuple[Change, str]] = {
     "header length": (lambda data: struct.pack("<Q", HUGE) + data[8:], f"it claims a header of {HUGE} bytes, the file"),
     "header too short": (lambda data: struct.pack("<Q", 100) + data[8:], "its header: not valid JSON"),
     "header of text": (lambda data: struct.pack("<Q", 4) + b"true", "its header: expected a JSON object, found bool"),
-    "dtype": (header(lambda entry: entry.update(dtype="I16")), "has dtype 'I16': expected F32, F16, BF16"),
-    "8 bits": (header(lambda entry: entry.update(dtype="F8_E5M2")), "dtype 'F8_E5M2': expected F32, F16, BF16"),
+    "dtype": (header(lambda entry: entry.update(dtype="I32")), "has dtype 'I32': expected F32, F16, BF16"),
+    "8 bits": (header(lambda entry: entry.update(dtype="F8_E5M2")), "takes 33280 bytes .*, and 8320 by its dtype"),
     "half the dtype": (header(lambda entry: entry.update(dtype="F16")), "33280 bytes at its data_offsets, and 16640"),
     "absurd shape": (header(lambda entry: entry.update(shape=[HUGE, HUGE])), "33280 bytes at its data_offsets, and 8"),
     "negative shape": (header(lambda entry: entry.update(shape=[-260, -32])), r"has the shape \[-260, -32\], expected"),
@@ -450,7 +451,7 @@ def test_generation_config(error_line: ErrorLine, folder: Path, values: dict[str
     assert "generation_config.json" in line
 
 
-@pytest.mark.parametrize("values", [["x"], [{"name": "default"}], 3, [3], [None], {"a": "b"}])
+@pytest.mark.parametrize("values", [["x"], [{"name": "default"}], 3, [3], [None], {"a": 1}])
 def test_chat_template_that_is_no_text(command: Command, folder: Path, values: Any) -> None:
     """A model without a usable template accepts raw text."""
     edit(folder / "tokenizer_config.json", chat_template=values)
@@ -481,7 +482,7 @@ def test_gguf_tokenizers(
 TEMPLATES = {
     "attributes": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", r"template fails \(SecurityError.*\): use plain"),
     "globals": ("{{ cycler.__init__.__globals__.os.system('touch owned') }}", r"template fails \(SecurityError"),
-    "format": ("{{ '{0.__class__}'.format(1) }}", "the prompt is empty"),  # an undefined value
+    "format": ("{{ '{0.__class__}'.format(1) }}", "leaves out the last message"),  # an undefined value
     "change": ("{{ messages.append(1) }}", r"template fails \(SecurityError"),
     "endless": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "did not finish w"),
     "power": ("{{ 9 ** (9 ** 9) }}", "did not finish (within|in time)|template fails"),
@@ -495,7 +496,7 @@ TEMPLATES = {
     "syntax": ("{% for %}", r"template fails \(TemplateSyntaxError in line 1"),
     "refusal": ("{{ raise_exception('only\npoems') }}", "the chat template rejects this conversation: only poems"),
     "escapes": ("{{ raise_exception('\x1b[2J') }}", r"rejects this conversation: \[2J"),
-    "empty": ("{{ '' }}", "the prompt is empty"),
+    "empty": ("{{ '' }}", "the chat template leaves out the last message"),
 }  # fmt: skip
 
 
