@@ -344,7 +344,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "linear attention": ({"model_type": "minimax_m2", "attn_type_list": [1, 0]}, "attn_type_list is 0, and offmoe"),
     "rotary_dim": ({"model_type": "minimax_m2", "rotary_dim": 10**6}, "partial_rotary_factor asks for 1000000 of 16"),
     "unequal layers": ({"model_type": "hunyuan_v1_moe", "moe_topk": [1, 2]},
-                       r"is \[1, 2\], and offmoe implements layers that are all alike"),
+                       r"moe_topk is \[1, 2\], and offmoe implements"),
     "no layers": ({"model_type": "hunyuan_v1_moe", "num_experts_per_tok": None, "moe_topk": []},
                   "config gives moe_topk = \\[\\]: expected"),
     "shared caches": ({"model_type": "hunyuan_v1_moe", "use_cla": True},
