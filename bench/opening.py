@@ -69,8 +69,9 @@ def entries(raw: dict[str, Any], weights: str) -> Iterator[Entry]:
     for layer in config.routed:
         if "gate" not in family.names or family.transposed_experts:
             both = (config.experts, config.hidden, 2 * inner)
-            yield family.names["gate_up"][0].format(l=layer), "BF16", both
-            yield family.names["down"][0].format(l=layer), "BF16", (config.experts, *wide)
+            for role, shape in (("gate_up", both), ("down", (config.experts, *wide))):
+                name = next(name for name in family.names[role] if "{e}" not in name)
+                yield name.format(l=layer), "BF16", shape
             continue
         for expert in range(config.experts):
             for role, shape in (("gate", wide), ("up", wide), ("down", narrow)):

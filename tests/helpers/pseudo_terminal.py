@@ -22,7 +22,9 @@ class Screen:
     """`program` in a pseudo-terminal, and the text on its screen."""
 
     def __init__(self, program: list[str], home: Path, columns: int = 120, rows: int = 60, **environment: str) -> None:
-        all_of_it = {**os.environ, "XDG_STATE_HOME": str(home), "TERM": "xterm-256color", **environment}
+        sizes = "COLUMNS", "LINES"  # pytest-xdist sets them
+        kept = {name: value for name, value in os.environ.items() if name not in sizes}
+        all_of_it = {**kept, "XDG_STATE_HOME": str(home), "TERM": "xterm-256color", **environment}
         self.raw = ""  # everything that the program wrote
         self.child = pexpect.spawn(program[0], program[1:], env=all_of_it, dimensions=(rows, columns), encoding="utf-8")
         self.settings = termios.tcgetattr(self.child.child_fd)

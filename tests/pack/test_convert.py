@@ -35,7 +35,7 @@ from offmoe.models.shapes import trunk_roles
 from offmoe.pack import ggml_library
 from offmoe.pack.convert import EXPERT_ROLES, PackReport, pack
 from offmoe.pack.gguf_keys import rope_tensors
-from offmoe.pack.quantise import BY_GGML, packable, quantise
+from offmoe.pack.quantise import BY_GGML, BY_IMPORTANCE, packable, quantise
 
 RATIO = {"q8_0": 0.01, "bf16": 0.003, "f16": 0.0005, "f32": 0.0, "q4_0": 0.1, "q4_1": 0.1, "q5_0": 0.05,
          "q5_1": 0.05, "mxfp4": 0.15, "q2_k": 0.35, "q3_k": 0.18, "q4_k": 0.1, "q5_k": 0.05, "q6_k": 0.03,
@@ -187,7 +187,7 @@ def test_interleaved_is_what_llama_cpp_converts_to() -> None:
     assert interleave_rope_rows(rows, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-@pytest.mark.parametrize("fmt", [name.lower() for name in GGML if name not in BY_GGML])
+@pytest.mark.parametrize("fmt", [name.lower() for name in GGML if name not in (*BY_GGML, *BY_IMPORTANCE)])
 def test_every_format(fmt: str, tmp_path: Path) -> None:
     """Both readers see equal bytes, and values near the source's; norms and routers are exact."""
     source, out = saved("qwen3_moe", tmp_path), tmp_path / "m.gguf"

@@ -327,7 +327,7 @@ def test_damaged_directories(directory: Path) -> None:
     [
         ({"model": None}, "has no tokenizer"),
         ({"model": "no_vocab"}, "has no tokenizer"),
-        ({"model": "bert"}, "'bert' is not supported: expected gpt2, gemma4 or llama"),
+        ({"model": "bert"}, "'bert' is not supported: expected gpt2, gemma4, llama"),
         ({"pre": "klingon"}, "'klingon' is not supported: expected .*qwen2"),
         ({"tokens": None}, "tokens is missing"),
         ({"tokens": [1, 2]}, "tokens is missing or not a list of strings"),

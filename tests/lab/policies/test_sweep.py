@@ -255,7 +255,7 @@ def test_a_plugin_that_fails_on_the_way_is_one_line(tmp_path: Path) -> None:
         "from offmoe.cache.policies.formula import Formula\n"
         "class Mine(Formula):\n    @staticmethod\n    def worth(value, age):\n        return value * float('nan')\n"
     )
-    assert "score() gave NaN for record" in refusal(SMALL, "--slots", "8", "--policy", f"{path}:Mine")
+    assert "score() gave nan for record" in refusal(SMALL, "--slots", "8", "--policy", f"{path}:Mine")
 
 
 def test_the_command_is_there_and_its_errors_are_one_line() -> None:

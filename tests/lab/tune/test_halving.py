@@ -346,8 +346,11 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
 Run = Callable[..., tuple[int, str, str]]
 
 
-def test_run_uses_the_profile_and_says_so(command: Run, loaded: list[Settings]) -> None:
+def test_run_uses_the_profile_and_says_so(
+    command: Run, loaded: list[Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
     keep(DEMO)
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
     assert command("run", "demo", "hi", "--vram", "50%", "--device", "cpu") == (
         0, "hi \n", "profile: lfru, 8.0% ± 2.0% less time per token (tuned at --vram 50%); --no-profile ignores it\n",
     )  # fmt: skip
