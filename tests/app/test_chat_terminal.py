@@ -359,7 +359,7 @@ def test_a_history_that_can_no_longer_be_written_is_said_once(tmp_path: Path) ->
     (tmp_path / "offmoe/chats").mkdir(parents=True)
     (tmp_path / "offmoe/history").symlink_to("/dev/full")
     person = Screen([*FAKE, "chat"], tmp_path)
-    person.see("the input history is not kept: .*history is not a\\s+regular file")
+    person.see(r"the input history is not kept:[\s\S]*history\s+is\s+not\s+a\s+regular\s+file")  # the path may be long
     person.say("one")
     assert person.leave() == 0
     (tmp_path / "offmoe/history").unlink()
