@@ -58,7 +58,8 @@ class Report:
         """Yield a line of each finding, and a summary."""
         yield from (f"{finding.kind}: {finding.text}" for finding in self.findings)
         verdict = "damaged" if self.is_damaged else "nothing damaged"
-        yield f"{self.path}: {verdict}, {self.files} files read, {format_size(self.bytes)}"
+        files = "1 file" if self.files == 1 else f"{self.files} files"
+        yield f"{self.path}: {verdict}, {files} read, {format_size(self.bytes)}"
 
 
 def check(path: Path, progress: Progress) -> Report:

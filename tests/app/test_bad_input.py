@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from checkpoint_files import gguf_bytes, gguf_string, model_directory, model_weights, rewritten, u32
+from checkpoint_files import gguf_bytes, gguf_string, in_both_formats, model_directory, model_weights, rewritten, u32
 from safetensors.torch import save_file
 
 import offmoe
@@ -28,7 +28,6 @@ from offmoe.checkpoint.find_model import DEMO
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
 from offmoe.pack import ggml_library
-from offmoe.pack.convert import pack
 
 Result = tuple[int, str, str]  # exit status, standard output, standard error
 Command = Callable[..., Result]
@@ -39,10 +38,7 @@ FEW = ("--max-tokens", "3", "--greedy")
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Valid `model` and `model.gguf`; tests change copies."""
-    folder = tmp_path_factory.mktemp("originals")
-    with open_checkpoint(model_directory(folder / "model")) as checkpoint:
-        pack(checkpoint, folder / "model.gguf", "f32", lambda done, total: None)
-    return folder
+    return in_both_formats(tmp_path_factory.mktemp("originals"))
 
 
 @pytest.fixture

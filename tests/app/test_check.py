@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import model_directory, model_weights, rewritten, write_gguf
+from checkpoint_files import in_both_formats, model_weights, rewritten, write_gguf
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
@@ -22,7 +22,6 @@ from offmoe.app.cli import cli
 from offmoe.checkpoint.find_model import DEMO
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.checkpoint.scan import SCALES, not_numbers, zero_runs
-from offmoe.pack.convert import pack
 
 
 def report(path: Path) -> Report:
@@ -41,10 +40,7 @@ def found(path: Path) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the same model as `model` and as `model.gguf`."""
-    folder = tmp_path_factory.mktemp("good")
-    with open_checkpoint(model_directory(folder / "model")) as checkpoint:
-        pack(checkpoint, folder / "model.gguf", "f32", lambda done, total: None)
-    return folder
+    return in_both_formats(tmp_path_factory.mktemp("good"))
 
 
 @pytest.fixture
@@ -229,7 +225,7 @@ def test_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = CliRunner()
     done = runner.invoke(cli, ["info", str(folder), "--check"], standalone_mode=False)
     assert done.return_value == 0
-    assert done.output.splitlines()[-1].startswith(f"{folder}: nothing damaged, 1 files read, ")
+    assert done.output.splitlines()[-1].startswith(f"{folder}: nothing damaged, 1 file read, ")
     overwrite(*place(folder, "lm_head.weight")[:2], np.float32("nan").tobytes())
     done = runner.invoke(cli, ["info", str(folder), "--check", "--json"], standalone_mode=False)
     assert done.return_value == 1

@@ -16,13 +16,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import CONFIG, gguf_bytes, gguf_string, model_directory, model_weights, rewritten, u32, write_gguf
+from checkpoint_files import (
+    CONFIG,
+    gguf_bytes,
+    gguf_string,
+    in_both_formats,
+    model_weights,
+    rewritten,
+    u32,
+    write_gguf,
+)
 from safetensors.torch import save_file
 
 from offmoe.checkpoint.open import open_checkpoint
 from offmoe.errors import OffmoeError
 from offmoe.models.model import open_model
-from offmoe.pack.convert import pack
 from offmoe.text.tokenizer import load_tokenizer
 
 
@@ -42,10 +50,7 @@ def opens(path: Path) -> None:
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the same model as `model` and as `model.gguf`."""
-    folder = tmp_path_factory.mktemp("good")
-    with open_checkpoint(model_directory(folder / "model")) as checkpoint:
-        pack(checkpoint, folder / "model.gguf", "f32", lambda done, total: None)
-    return folder
+    return in_both_formats(tmp_path_factory.mktemp("good"))
 
 
 @pytest.fixture
