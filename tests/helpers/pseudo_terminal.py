@@ -54,9 +54,11 @@ class Screen:
         self.wait(lambda: re.search(pattern, self.text()))
 
     def prompted(self) -> bool:
-        """Return whether the cursor is at an empty prompt."""
+        """Return whether the cursor is at an empty prompt, perhaps behind the ^C of a key pressed just before it."""
         cursor = self.screen.cursor
-        return cursor.x == 2 and self.screen.display[cursor.y].rstrip() in ("›", f"› {HINT}"[: self.screen.columns])
+        line = self.screen.display[cursor.y].rstrip()
+        echoed = len(line) - len(line.removeprefix("^C"))
+        return cursor.x == 2 + echoed and line[echoed:] in ("›", f"› {HINT}"[: self.screen.columns - echoed])
 
     def say(self, text: str) -> None:
         self.wait(self.prompted)
