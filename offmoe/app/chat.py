@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 
-from offmoe.app.commands import BY_NAME, COMMANDS, ExitChat
+from offmoe.app.commands import BY_NAME, ExitChat
 from offmoe.app.session import Session
 from offmoe.app.terminal import one_line
 from offmoe.errors import OffmoeError
@@ -74,6 +74,3 @@ def plain_message(text: str) -> str:
     if stripped.startswith('"""') and (block := BLOCK.fullmatch(stripped)):
         return block[1]
     return text.replace("//", "/", 1) if stripped.startswith("//") else text
-
-
-__all__ = ["COMMANDS", "Chat"]

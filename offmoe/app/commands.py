@@ -19,7 +19,7 @@ from offmoe.errors import OffmoeError
 KEYS = """\
 Ctrl-C stops an answer, Ctrl-D exits, Ctrl-Z suspends, Alt-Enter inserts a new line, Tab completes
 \"\"\" begins and ends a message of several lines, @FILE adds a text file, // begins a message with /"""
-NO_FILE = "the file name is missing: give one, as in {} chat.json"
+NO_FILE = "the file name is missing: give one, as in {}"
 
 
 class ExitChat(Exception):
@@ -145,14 +145,14 @@ def undo(session: Session, _: str) -> None:
 
 def read(session: Session, name: str) -> None:
     if not name:
-        raise OffmoeError(NO_FILE.format("/read").replace("chat.json", "notes.txt"))
+        raise OffmoeError(NO_FILE.format("/read notes.txt"))
     session.attachments.append(read_attachment(name))
     session.ui.note(f"goes with the next message: {session.attachments[-1].summary}")
 
 
 def save(session: Session, name: str) -> None:
     if not name:
-        raise OffmoeError(NO_FILE.format("/save"))
+        raise OffmoeError(NO_FILE.format("/save chat.json"))
     path = Path(os.path.expanduser(name))
     if path.is_file() and not (session.ui.interactive and session.ui.confirm(f"{name} exists. Overwrite it?")):
         raise OffmoeError(f"{name} exists: choose another name")
@@ -163,7 +163,7 @@ def save(session: Session, name: str) -> None:
 
 def load(session: Session, name: str) -> None:
     if not name:
-        raise OffmoeError(NO_FILE.format("/load"))
+        raise OffmoeError(NO_FILE.format("/load chat.json"))
     path = find_chat(name)
     conversation, model = load_conversation(path, session.model, session.engine.config.vocab)
     if session.may_leave():

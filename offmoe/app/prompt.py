@@ -27,7 +27,6 @@ from offmoe.errors import OffmoeError
 
 HINT = "Send a message (/help for help)"
 SETTLE_S = 1.0  # a Ctrl-C this soon after an answer, or after another such Ctrl-C, was for the answer
-CLEAR_LINE = "\r\x1b[K"  # erases the ^C that the terminal echoed before the prompt
 BLOCK = '"""'  # begins and ends a message of several lines
 
 
@@ -90,8 +89,7 @@ class Terminal(Screen):
     def _prompt(self, session: PromptSession[str], message: str, **options: Any) -> str:
         with self.signals.prompting(lambda error: wake(session, error)):
             if not self.console.is_dumb_terminal:
-                sys.stdout.write(CLEAR_LINE)
-                sys.stdout.flush()
+                self.status("")  # erases the ^C that the terminal echoed before the prompt
             return session.prompt(message, handle_sigint=False, enable_suspend=True, pre_run=self._check, **options)
 
     def _check(self) -> None:

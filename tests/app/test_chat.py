@@ -15,7 +15,8 @@ import pytest
 from chat_script import Script
 from paths import HELPERS
 
-from offmoe.app.chat import COMMANDS, Chat
+from offmoe.app.chat import Chat
+from offmoe.app.commands import COMMANDS
 from offmoe.app.terminal import clean
 from offmoe.errors import OffmoeError
 from offmoe.settings import Sampling

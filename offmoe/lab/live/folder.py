@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from offmoe.cache.files import whole_file
+from offmoe.cache.files import naming, whole_file
 from offmoe.errors import OffmoeError
 from offmoe.lab.live.results import Configuration, Measured
 
@@ -21,8 +21,9 @@ RUN = "run.json"
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file, and its directory if there is none; see `whole_file`. Raises OffmoeError."""
-    check_writable(path.parent)
     try:
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             file.write(content.encode() if isinstance(content, str) else content)
     except ValueError as error:
