@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import offmoe  # noqa: F401  # sets how OpenMP threads wait
 import pytest
@@ -24,3 +25,17 @@ def whole_model() -> Iterator[None]:
     """Turn off the interpreter's overflow checks, for modules that run whole models through it."""
     with fast_interpreter.overflow_unchecked():
         yield
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one small model as `model`, a directory, and as `model.gguf`; tests change copies."""
+    from checkpoint_files import model_directory
+
+    from offmoe.checkpoint.open import open_checkpoint
+    from offmoe.pack.convert import pack
+
+    folder = tmp_path_factory.mktemp("originals")
+    with open_checkpoint(model_directory(folder / "model")) as checkpoint:
+        pack(checkpoint, folder / "model.gguf", "f32", lambda done, total: None)
+    return folder

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from checkpoint_files import gguf_bytes, gguf_string, in_both_formats, model_directory, model_weights, rewritten, u32
+from checkpoint_files import gguf_bytes, gguf_string, model_directory, model_weights, rewritten, u32
 from safetensors.torch import save_file
 
 import offmoe
@@ -33,12 +33,6 @@ Result = tuple[int, str, str]  # exit status, standard output, standard error
 Command = Callable[..., Result]
 ErrorLine = Callable[..., str]
 FEW = ("--max-tokens", "3", "--greedy")
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Valid `model` and `model.gguf`; tests change copies."""
-    return in_both_formats(tmp_path_factory.mktemp("originals"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import in_both_formats, model_weights, rewritten, write_gguf
+from checkpoint_files import model_weights, rewritten, write_gguf
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
@@ -37,15 +37,9 @@ def found(path: Path) -> dict[str, list[str]]:
     return kinds
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the same model as `model` and as `model.gguf`."""
-    return in_both_formats(tmp_path_factory.mktemp("good"))
-
-
 @pytest.fixture
-def folder(good: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(good / "model", tmp_path / "model"))
+def folder(originals: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(originals / "model", tmp_path / "model"))
 
 
 def place(path: Path, name: str) -> tuple[Path, int, int]:
@@ -61,12 +55,12 @@ def overwrite(path: Path, at: int, data: bytes) -> None:
         file.write(data)
 
 
-def test_good_files_are_not_damaged(good: Path) -> None:
-    for path in (good / "model", good / "model.gguf", DEMO):
+def test_good_files_are_not_damaged(originals: Path) -> None:
+    for path in (originals / "model", originals / "model.gguf", DEMO):
         assert not report(path).is_damaged
         assert report(path).bytes > 100_000
-    assert "damaged" not in found(good / "model")
-    assert found(good / "model").keys() <= {"guessed"}
+    assert "damaged" not in found(originals / "model")
+    assert found(originals / "model").keys() <= {"guessed"}
 
 
 EXPERT = {"model": "model.layers.1.mlp.experts.2.up_proj.weight", "model.gguf": "blk.1.ffn_up_exps.weight"}
@@ -74,9 +68,9 @@ EXPERT = {"model": "model.layers.1.mlp.experts.2.up_proj.weight", "model.gguf": 
 
 @pytest.mark.parametrize("kind", EXPERT)
 @pytest.mark.parametrize(("first", "nbytes"), [(0, 4096), (40, 2000), (1001, 3000), (2048, 2048)])
-def test_holes_of_zeros(good: Path, tmp_path: Path, kind: str, first: int, nbytes: int) -> None:
+def test_holes_of_zeros(originals: Path, tmp_path: Path, kind: str, first: int, nbytes: int) -> None:
     path = tmp_path / kind
-    (shutil.copytree if kind == "model" else shutil.copy)(good / kind, path)
+    (shutil.copytree if kind == "model" else shutil.copy)(originals / kind, path)
     file, offset, _ = place(path, EXPERT[kind])
     overwrite(file, offset + first, bytes(nbytes))
     (line,) = found(path)["damaged"]
@@ -122,15 +116,15 @@ def test_runs_of_zeros_are_exact() -> None:
         assert runs == ([(first, end)] if end - first >= 1024 else [])
 
 
-def test_a_short_file(good: Path, tmp_path: Path) -> None:
-    path = Path(shutil.copy(good / "model.gguf", tmp_path))
+def test_a_short_file(originals: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(originals / "model.gguf", tmp_path))
     os.truncate(path, path.stat().st_size - 100)
     (line,) = found(path)["damaged"]
     assert "is truncated or damaged: tensor " in line
     assert report(path).is_damaged
 
 
-def test_checksums(good: Path, folder: Path, tmp_path: Path) -> None:
+def test_checksums(originals: Path, folder: Path, tmp_path: Path) -> None:
     """By a blob's name in a cache, the note of `hf download --local-dir`, and files of sums."""
     weights = folder / "model.safetensors"
     right, wrong = hashlib.sha256(weights.read_bytes()).hexdigest(), "0" * 64
@@ -150,7 +144,7 @@ def test_checksums(good: Path, folder: Path, tmp_path: Path) -> None:
         shutil.copy(weights.resolve(), tmp_path / "whole")
         weights.unlink()
         (tmp_path / "whole").rename(weights)
-    data = (good / "model.gguf").read_bytes()
+    data = (originals / "model.gguf").read_bytes()
     blob = tmp_path / f"sha256-{hashlib.sha256(data).hexdigest()}"
     blob.write_bytes(data)
     assert not report(blob).is_damaged
@@ -199,7 +193,7 @@ def test_padding_is_no_hole(folder: Path) -> None:
     assert "damaged" not in found(folder)
 
 
-def test_what_was_guessed(good: Path, folder: Path, tmp_path: Path) -> None:
+def test_what_was_guessed(originals: Path, folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["rope_theta"], config["rms_norm_eps"]
     (folder / "config.json").write_text(json.dumps(config))
@@ -208,7 +202,7 @@ def test_what_was_guessed(good: Path, folder: Path, tmp_path: Path) -> None:
     assert any(line.startswith("config.json has no rope_theta: ") for line in lines)
     assert any(line.startswith("generation_config.json is missing") for line in lines)
     changes = dict.fromkeys(("qwen3moe.rope.freq_base", "tokenizer.ggml.pre", "tokenizer.chat_template"))
-    lines = found(rewritten(good / "model.gguf", tmp_path / "m.gguf", changes))["guessed"]
+    lines = found(rewritten(originals / "model.gguf", tmp_path / "m.gguf", changes))["guessed"]
     assert "qwen3moe.rope.freq_base is missing: 10000.0 is taken as base of RoPE" in lines
     assert any("tokenizer.ggml.pre" in line for line in lines)
     assert "the files have no chat template: a chat is not possible, only run --raw" in lines

@@ -20,7 +20,6 @@ from checkpoint_files import (
     CONFIG,
     gguf_bytes,
     gguf_string,
-    in_both_formats,
     model_weights,
     rewritten,
     u32,
@@ -47,16 +46,10 @@ def opens(path: Path) -> None:
     open_model(path).checkpoint.close()
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the same model as `model` and as `model.gguf`."""
-    return in_both_formats(tmp_path_factory.mktemp("good"))
-
-
 @pytest.fixture
-def folder(good: Path, tmp_path: Path) -> Path:
+def folder(originals: Path, tmp_path: Path) -> Path:
     """A copy of the model's directory, to be changed."""
-    return Path(shutil.copytree(good / "model", tmp_path / "model"))
+    return Path(shutil.copytree(originals / "model", tmp_path / "model"))
 
 
 def archived(write: Callable[[io.BytesIO], None]) -> bytes:
@@ -134,10 +127,10 @@ def test_files_that_stand_in_for_json(folder: Path, name: str, data: bytes, what
     assert what in refusal(folder)
 
 
-def test_each_format_under_the_name_of_the_other(good: Path, folder: Path) -> None:
+def test_each_format_under_the_name_of_the_other(originals: Path, folder: Path) -> None:
     """A GGUF is one under any name; safetensors need their config.json next to them."""
     for name in ("m.gguf", "m.GGUF", "m.bin", "m", "m.safetensors", "sha256-" + "f" * 64, "x.gguf.part"):
-        opens(Path(shutil.copy(good / "model.gguf", folder.with_name(name))))
+        opens(Path(shutil.copy(originals / "model.gguf", folder.with_name(name))))
     (folder / "model.safetensors").rename(folder / "model.gguf")
     opens(folder / "model.gguf")
     alone = folder.with_name("alone")
@@ -147,17 +140,17 @@ def test_each_format_under_the_name_of_the_other(good: Path, folder: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["x.gguf.part", "x.gguf.crdownload", "x.gguf.incomplete", "x.GGUF.aria2"])
-def test_downloads_under_way(good: Path, tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes((good / "model.gguf").read_bytes()[:40000])
+def test_downloads_under_way(originals: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes((originals / "model.gguf").read_bytes()[:40000])
     assert "its name says that the download is under way or was broken off: finish it" in refusal(tmp_path / name)
     (tmp_path / name).write_bytes(b"")
     (tmp_path / name).rename(tmp_path / "x.y.part")
     assert "; the download of x.y.part is under way or was broken off: finish it" in refusal(tmp_path)
 
 
-def test_a_mark_of_a_download_next_to_the_file(good: Path, folder: Path) -> None:
+def test_a_mark_of_a_download_next_to_the_file(originals: Path, folder: Path) -> None:
     path = folder.with_name("m.gguf")
-    path.write_bytes((good / "model.gguf").read_bytes()[:40000])
+    path.write_bytes((originals / "model.gguf").read_bytes()[:40000])
     path.with_name("m.gguf.aria2").touch()
     assert refusal(path).endswith(
         "; m.gguf.aria2 lies next to it, so its download is under way or was broken off: finish it"
@@ -178,8 +171,8 @@ PIECES = {
 
 
 @pytest.mark.parametrize(("names", "whole"), PIECES.values(), ids=PIECES)
-def test_pieces_that_have_to_be_joined(good: Path, tmp_path: Path, names: list[str], whole: str) -> None:
-    data = (good / "model.gguf").read_bytes()
+def test_pieces_that_have_to_be_joined(originals: Path, tmp_path: Path, names: list[str], whole: str) -> None:
+    data = (originals / "model.gguf").read_bytes()
     size = -(-len(data) // len(names))
     for number, name in enumerate(names):
         (tmp_path / name).write_bytes(data[number * size : (number + 1) * size])
@@ -252,15 +245,15 @@ NEEDED = ("block_count", "embedding_length", "attention.head_count", "context_le
 @pytest.mark.parametrize("key", NEEDED)
 @pytest.mark.parametrize("value", [None, "x", -1])
 def test_a_key_that_is_missing_or_wrong_is_named_as_gguf_names_it(
-    good: Path, tmp_path: Path, key: str, value: object
+    originals: Path, tmp_path: Path, key: str, value: object
 ) -> None:
     path = tmp_path / "m.gguf"
     if value == -1:
-        data = (good / "model.gguf").read_bytes()
+        data = (originals / "model.gguf").read_bytes()
         at = data.index(gguf_string(f"qwen3moe.{key}")) + len(gguf_string(f"qwen3moe.{key}")) + 4
         path.write_bytes(data[:at] + u32(0xFFFFFFFF) + data[at + 4 :])
     else:
-        rewritten(good / "model.gguf", path, {f"qwen3moe.{key}": value})
+        rewritten(originals / "model.gguf", path, {f"qwen3moe.{key}": value})
     line = refusal(path)
     assert f"qwen3moe.{key}" in line
     assert not any(f" {name}" in line for name in CONFIG)
@@ -330,9 +323,9 @@ def test_one_file_of_another_name(folder: Path) -> None:
     opens(folder)
 
 
-def test_directories_with_several_gguf(good: Path, tmp_path: Path) -> None:
+def test_directories_with_several_gguf(originals: Path, tmp_path: Path) -> None:
     """Projectors, adapters and the like are no models, so that a model next to them is the only one."""
-    shutil.copy(good / "model.gguf", tmp_path / "Tiny-F32.gguf")
+    shutil.copy(originals / "model.gguf", tmp_path / "Tiny-F32.gguf")
     for kind in ("mmproj", "adapter", "imatrix"):
         small_gguf(tmp_path / f"{kind}.gguf", {"general.type": kind}, "a")
         opens(tmp_path)
@@ -345,31 +338,31 @@ def test_directories_with_several_gguf(good: Path, tmp_path: Path) -> None:
     assert "is a LoRA adapter, not a model" in refusal(tmp_path)
 
 
-def test_a_split_gguf_whose_first_part_is_missing(good: Path, tmp_path: Path) -> None:
+def test_a_split_gguf_whose_first_part_is_missing(originals: Path, tmp_path: Path) -> None:
     keys = {"split.no": 1, "split.count": 2, "split.tensors.count": 9}
-    rewritten(good / "model.gguf", tmp_path / "m-00002-of-00002.gguf", keys)
+    rewritten(originals / "model.gguf", tmp_path / "m-00002-of-00002.gguf", keys)
     assert "its directory lacks m-00001-of-00002.gguf: download them all" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.bin", "weights", "model.GGUF", "m.gguf.download"])
-def test_a_gguf_under_another_ending_in_a_directory(good: Path, tmp_path: Path, name: str) -> None:
+def test_a_gguf_under_another_ending_in_a_directory(originals: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "README.md").write_text("# A model\n")
-    shutil.copy(good / "model.gguf", tmp_path / name)
+    shutil.copy(originals / "model.gguf", tmp_path / name)
     opens(tmp_path)
 
 
-def test_a_model_in_a_folder_of_the_directory(good: Path, tmp_path: Path) -> None:
+def test_a_model_in_a_folder_of_the_directory(originals: Path, tmp_path: Path) -> None:
     """Given a repository in the hub's cache, the current snapshot is opened."""
     (tmp_path / ".git").mkdir()
     for name in ("Q4", "Q8"):
         (tmp_path / name).mkdir()
-        shutil.copy(good / "model.gguf", tmp_path / name / "m.gguf")
+        shutil.copy(originals / "model.gguf", tmp_path / name / "m.gguf")
         if name == "Q4":
             opens(tmp_path)
     assert "has models in several folders: give one of " in refusal(tmp_path)
     hub = tmp_path / "models--org--name"
     for commit in ("a" * 40, "b" * 40):
-        shutil.copytree(good / "model", hub / "snapshots" / commit)
+        shutil.copytree(originals / "model", hub / "snapshots" / commit)
     (hub / "refs").mkdir()
     (hub / "refs" / "main").write_text("b" * 40)
     with open_checkpoint(hub) as checkpoint:
