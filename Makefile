@@ -41,7 +41,7 @@ help:  ## list the targets
 install: $(VENV)/installed  ## install offmoe into .venv
 
 # What is traced takes 2.6 times as long through Triton's interpreter: only the tests of cache/ are.
-test: $(VENV)/with-test  ## run the default tests: about 11 minutes on two cores
+test: $(VENV)/with-test  ## run the default tests: about 12 minutes on two cores
 	$(PYTEST) --cov --cov-report= $(CACHE_TESTS)
 	$(BIN)/coverage report --include='*/cache/*' --fail-under=95
 	$(PYTEST) --ignore=$(CACHE_TESTS)

@@ -1,6 +1,7 @@
-"""Settings of all tests: how OpenMP threads wait; without a GPU Triton's interpreter, and nothing of tests/gpu."""
+"""Settings of all tests: signals, OpenMP's waiting; without a GPU Triton's interpreter, and nothing of tests/gpu."""
 
 import os
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,10 @@ import offmoe  # noqa: F401  # sets how OpenMP threads wait
 import pytest
 import torch
 
+# Programs that tests start inherit what is ignored, as SIGINT is in a shell's background and SIGHUP under nohup.
+for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    if signal.getsignal(signum) == signal.SIG_IGN:
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]  # all in there needs one
